@@ -1,0 +1,19 @@
+"""How a recipe key is declared: a default, a meaning, and the values that it may take."""
+
+import dataclasses
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def key(
+    default: Any, meaning: str, *, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
+):
+    """A dataclass field for one recipe key. `low` and `high` are inclusive bounds; MISSING makes the key required."""
+    metadata = {"help": meaning, "choices": choices, "low": low, "high": high}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+REQUIRED = MISSING

@@ -1,0 +1,175 @@
+"""A YAML file and `key=value` overrides -> a checked Recipe. Every mistake is a ConfigError that names the key."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dfactory.config.decode import DecodeKeys
+from dfactory.config.recipe import Recipe
+from dfactory.errors import ConfigError
+
+PATH_KEYS = ("deepspeed", "chat_template_path")  # paths that a recipe states relative to itself
+
+
+def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+    """Read, merge, type-check and cross-check. Paths in the file are relative to it; on the command line, to the caller."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"recipe {path} does not exist: give the path of a YAML file, such as recipes/quickstart/sft.yaml"
+        )
+    try:
+        file_layer = OmegaConf.load(path)
+    except Exception as problem:  # the YAML library's many errors all mean the same to the user
+        raise ConfigError(f"{path} is not valid YAML: {problem}") from problem
+    if not isinstance(file_layer, DictConfig):
+        raise ConfigError(f"{path} holds no keys: a recipe is a mapping of key: value lines")
+    _resolve_paths(file_layer, path.parent)
+    recipe = _merge(Recipe, [(str(path), file_layer), ("the command line", _parse_overrides(overrides))])
+    _check_recipe(recipe, str(path))
+    return recipe
+
+
+def load_decode_keys(overrides: list[str]) -> DecodeKeys:
+    """`decode.threshold=0.9 ...` -> DecodeKeys; the prefix may be left out."""
+    bare = [item.removeprefix("--").removeprefix("decode.") for item in overrides]
+    return _merge(DecodeKeys, [("the command line", _parse_overrides(bare))])
+
+
+def _parse_overrides(overrides: list[str]) -> DictConfig:
+    items = [item.removeprefix("--") for item in overrides]
+    for item in items:
+        if "=" not in item:
+            raise ConfigError(f"override {item!r} is not key=value")
+    try:
+        return OmegaConf.from_dotlist(items)
+    except Exception as problem:
+        raise ConfigError(f"cannot read the overrides {items}: {problem}") from problem
+
+
+def _resolve_paths(layer: DictConfig, base: Path) -> None:
+    """Make the file's own relative paths absolute. `tiny` names the embedded model; outputs stay relative to the caller."""
+
+    def absolute(value: str) -> str:
+        return str((base / value).resolve())
+
+    for name in PATH_KEYS:
+        if isinstance(layer.get(name), str):
+            layer[name] = absolute(layer[name])
+    model = layer.get("model_name_or_path")
+    if isinstance(model, str) and (base / model).is_dir():
+        layer["model_name_or_path"] = absolute(model)
+    for name in ("datasets", "eval_datasets"):
+        entries = layer.get(name)
+        if isinstance(entries, ListConfig):
+            for entry in entries:
+                if isinstance(entry, DictConfig) and isinstance(entry.get("path"), str):
+                    entry["path"] = absolute(entry["path"])
+
+
+def _merge(schema: type, layers: list[tuple[str, DictConfig]]) -> Any:
+    merged = OmegaConf.structured(schema)
+    for origin, layer in layers:
+        _refuse_unknown_keys(schema, layer, origin)
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as problem:
+            name = getattr(problem, "full_key", None) or "a key"
+            raise ConfigError(f"{name} in {origin}: {str(problem).splitlines()[0]}") from problem
+    origins = " and ".join(origin for origin, _ in layers)
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} missing in {origins}: the key is required")
+    try:
+        values = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as problem:
+        raise ConfigError(f"{origins}: {str(problem).splitlines()[0]}") from problem
+    _check_values(values, origins)
+    return values
+
+
+def known_keys(schema: type, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Every dotted key of a schema, with the dataclass field that declares it."""
+    keys = {}
+    for field in dataclasses.fields(schema):
+        keys[prefix + field.name] = field
+        if dataclasses.is_dataclass(field.type):
+            keys |= known_keys(field.type, f"{prefix}{field.name}.")
+    return keys
+
+
+def _refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: str = "") -> None:
+    known = {field.name: field for field in dataclasses.fields(schema)}
+    for name in layer:
+        dotted = f"{prefix}{name}"
+        if name not in known:
+            every = known_keys(Recipe if not prefix else schema, "" if not prefix else prefix)
+            near = difflib.get_close_matches(dotted, every, n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]}?" if near else "; `dfactory schema` lists every key"
+            raise ConfigError(f"unknown key {dotted} in {origin}{hint}")
+        inner = known[name].type
+        if dataclasses.is_dataclass(inner) and OmegaConf.is_dict(layer[name]):
+            _refuse_unknown_keys(inner, layer[name], origin, f"{dotted}.")
+
+
+def _check_values(values: Any, origin: str, prefix: str = "") -> None:
+    """Bounds and choices that the fields declare."""
+    for field in dataclasses.fields(values):
+        value, name = getattr(values, field.name), f"{prefix}{field.name}"
+        for inner in value if isinstance(value, list) else [value]:
+            if dataclasses.is_dataclass(inner):
+                _check_values(inner, origin, f"{name}.")
+        if value is None or not field.metadata:
+            continue
+        choices, low, high = (field.metadata[rule] for rule in ("choices", "low", "high"))
+        if choices and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{name} {value} in {origin}: it must be one of {', '.join(choices)}{hint}")
+        if low is not None and value < low:
+            raise ConfigError(f"{name} {value} in {origin}: it must be at least {low:g}")
+        if high is not None and value > high:
+            raise ConfigError(f"{name} {value} in {origin}: it must be at most {high:g}")
+
+
+def _check_recipe(recipe: Recipe, origin: str) -> None:
+    """Rules between keys."""
+
+    def rule(holds: bool, message: str) -> None:
+        if not holds:
+            raise ConfigError(f"{message} in {origin}")
+
+    low, high = recipe.noise_range_low, recipe.noise_range_high
+    rule(low <= high, f"noise_range_low {low:g} > noise_range_high {high:g}: swap them")
+    rule(high > 0, "noise_range_high 0 masks nothing: raise it")
+    if recipe.loss_weight == "elbo":
+        rule(low > 0, "noise_range_low 0 with loss_weight elbo divides by zero: raise it to 0.001")
+        twin_is_finite = not recipe.complementary or high < 1
+        rule(
+            twin_is_finite,
+            "noise_range_high 1 with complementary views and loss_weight elbo divides by zero: use 0.999",
+        )
+    rule(
+        recipe.max_length % recipe.block_size == 0,
+        f"block_size {recipe.block_size} does not divide max_length {recipe.max_length}: "
+        f"use {recipe.max_length // recipe.block_size * recipe.block_size or recipe.block_size}",
+    )
+    if recipe.row_length is not None:
+        need = recipe.max_length * (1 + recipe.views_per_document)
+        rule(
+            recipe.row_length >= need,
+            f"row_length {recipe.row_length} cannot hold a document of max_length with its views: raise it to {need}",
+        )
+    rule(bool(recipe.datasets), "datasets is empty: name at least one file")
+    rule(all(entry.weight > 0 for entry in recipe.datasets), "datasets.weight 0: leave the file out instead")
+    rule(
+        recipe.max_steps is not None or recipe.num_train_epochs > 0,
+        "num_train_epochs 0 and no max_steps: nothing to do",
+    )
+    rule(recipe.lr_min <= recipe.learning_rate, f"lr_min {recipe.lr_min:g} > learning_rate {recipe.learning_rate:g}")
+    rule(all(0 < t <= 1 for t in recipe.eval_noise_levels), "eval_noise_levels must lie in (0, 1]")
+    rule(set(recipe.report_to) <= {"wandb"}, f"report_to {recipe.report_to}: only wandb is known")

@@ -1,0 +1,36 @@
+"""Recipe keys: which model, in which precision, trained fully or through LoRA."""
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from dfactory.config.keys import REQUIRED, key
+
+
+@dataclass
+class ModelKeys:
+    model_name_or_path: str = key(REQUIRED, "directory of the checkpoint, or `tiny` for the embedded model")
+    init_weights: str = key(
+        "pretrained",
+        "read the weights, or draw them from `seed` by the directory's config.json",
+        choices=("pretrained", "random"),
+    )
+    dtype: str = key("bfloat16", "precision of weights and arithmetic", choices=("bfloat16", "float32"))
+    attn_implementation: str = key(
+        "auto",
+        "how the visibility rule is computed: flex on GPUs, segments on CPUs; dense is for tests",
+        choices=("auto", "flex", "segments", "dense"),
+    )
+    gradient_checkpointing: bool = key(False, "recompute activations in the backward pass")
+    mask_token_id: Optional[int] = key(None, "id of [M]; null: ask the tokenizer")
+    eos_token_id: Optional[int] = key(None, "id of EOS; null: ask the tokenizer")
+    use_peft: bool = key(False, "train LoRA adapters instead of all weights")
+    lora_r: int = key(16, "rank of the adapters", low=1)
+    lora_alpha: int = key(32, "scale of the adapters: alpha / r", low=1)
+    lora_dropout: float = key(0.0, "dropout before the adapters", low=0.0, high=0.99)
+    lora_target_modules: list[str] = key(
+        ["q_proj", "k_proj", "v_proj", "o_proj"], "module names (suffixes) that get adapters"
+    )
+    deepspeed: Optional[str] = key(
+        None, "DeepSpeed JSON, by path (relative to the recipe); null: ZeRO 0, that is plain data parallelism"
+    )
+    deepspeed_overrides: dict[str, Any] = key({}, "DeepSpeed keys laid over that file")

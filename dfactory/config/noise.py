@@ -1,0 +1,23 @@
+"""Recipe keys: blocks, mask ratios, and how many views a document gets."""
+
+from dataclasses import dataclass
+
+from dfactory.config.keys import key
+
+
+@dataclass
+class NoiseKeys:
+    block_size: int = key(32, "tokens that are denoised together", low=1)
+    noise_range_low: float = key(0.3, "smallest mask ratio t", low=0.0, high=1.0)
+    noise_range_high: float = key(0.8, "largest mask ratio t", low=0.0, high=1.0)
+    noise_level: str = key("block", "draw t once per document, or per block", choices=("document", "block"))
+    num_views: int = key(1, "independent views of a document in one row", low=1)
+    complementary: bool = key(
+        True, "each view gets a twin that masks exactly the other response tokens: 2 x num_views views"
+    )
+    stratified: bool = key(False, "t of the n-th of num_views views falls into the n-th of as many equal slices")
+    loss_weight: str = key(
+        "uniform",
+        "weight of a target: 1 over the number of targets, or 1/t over the number of response tokens (ELBO)",
+        choices=("uniform", "elbo"),
+    )

@@ -1,0 +1,40 @@
+"""Recipe keys: optimiser, schedule, batch, checkpoints, logging and evaluation."""
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from dfactory.config.keys import REQUIRED, key
+
+
+@dataclass
+class TrainingKeys:
+    stage: str = key("sft", "what is optimised", choices=("sft",))
+    output_dir: str = key(REQUIRED, "run folder")
+    seed: int = key(42, "of noise, order and random weights", low=0)
+
+    learning_rate: float = key(1e-5, "peak", low=0.0)
+    lr_scheduler_type: str = key("cosine", "shape after the warmup", choices=("cosine", "linear", "constant"))
+    lr_min: float = key(0.0, "learning rate at the end of cosine and linear", low=0.0)
+    warmup_steps: int = key(0, "linear warmup from 0", low=0)
+    weight_decay: float = key(0.0, "AdamW", low=0.0)
+    adam_beta1: float = key(0.9, "AdamW", low=0.0, high=1.0)
+    adam_beta2: float = key(0.999, "AdamW", low=0.0, high=1.0)
+    adam_epsilon: float = key(1e-8, "AdamW", low=0.0)
+    max_grad_norm: float = key(1.0, "clip the global gradient norm; 0: off", low=0.0)
+
+    num_train_epochs: float = key(1.0, "passes over the data, if max_steps is null", low=0.0)
+    max_steps: Optional[int] = key(None, "optimiser steps; null: by num_train_epochs", low=1)
+    per_device_train_batch_size: int = key(1, "rows in a micro-batch", low=1)
+    gradient_accumulation_steps: int = key(1, "micro-batches a rank adds up in one optimiser step", low=1)
+
+    save_steps: Optional[int] = key(None, "steps between checkpoints; null: only the last step", low=1)
+    save_total_limit: Optional[int] = key(None, "keep only the newest ones; null: all", low=1)
+    resume_from_checkpoint: Any = key(False, "true: the newest whole checkpoint of output_dir; or a path")
+
+    logging_steps: int = key(1, "steps between console lines; metrics.jsonl has every step", low=1)
+    report_to: list[str] = key([], "trackers beside metrics.jsonl: wandb")
+    run_name: Optional[str] = key(None, "name for the tracker; null: the folder's")
+
+    eval_steps: Optional[int] = key(None, "steps between evaluations; null: only at the end", low=1)
+    eval_noise_levels: list[float] = key([0.1, 0.3, 0.5, 0.7, 0.9], "the fixed grid of t for the evaluation loss")
+    per_device_eval_batch_size: int = key(1, "rows in an evaluation micro-batch", low=1)

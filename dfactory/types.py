@@ -1,0 +1,191 @@
+"""The values that flow through dFactory, in the order in which they come to be.
+
+    record -> Example -> View(s) -> ViewBatch -> TokenScores -> LossTerms
+                                        prompt -> Rollout
+
+Dimension letters, used as suffixes everywhere: R rows, S row length (clean stream and views), N targets in a batch,
+T document length, P positions held by a view, D documents in a batch, V vocabulary, H hidden, K views of a document,
+B block size, G rollouts of a prompt.
+"""
+
+import dataclasses
+import enum
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+PADDING = -1  # the document number of a position that holds no token: it sees nothing and is seen by nothing
+
+
+class Place(NamedTuple):
+    """Where tokens stand: integer tensors (or arrays) of one shape, or anything that broadcasts against another Place."""
+
+    document: Any
+    view: Any  # 0 = clean stream
+    block: Any  # counted from the start of the document
+
+    def at(self, index) -> "Place":
+        """The places of a part of the tokens; `index` is whatever the three tensors take."""
+        return Place(self.document[index], self.view[index], self.block[index])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """One tokenised document, before it is aligned to blocks.
+
+    `trainable_T` marks the response tokens: what the model has to produce, end-of-turn tokens included.
+
+        "<role>HUMAN</role>hi<|role_end|><role>ASSISTANT</role>yo<|role_end|>"
+         0      0 0        0 0           0      0        0      1 1
+    """
+
+    document_id: int  # stable name of the record: keys its noise, and leads back to file and line
+    input_ids_T: np.ndarray  # int32
+    trainable_T: np.ndarray  # bool
+    origin: str = ""  # "file:line", for messages
+
+    def __len__(self) -> int:
+        return len(self.input_ids_T)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class View:
+    """A noised copy of some whole blocks of one aligned document. Positions without a target are context.
+
+    document   The cat sat .        block size 2, response = "sat ."
+    position_P          2   3
+    input_ids_P        [M]  .
+    target_P            1   0       position 2 predicts "sat"
+    """
+
+    position_P: np.ndarray  # int32, ascending: the document positions that the view stands for
+    input_ids_P: np.ndarray  # int32: tokens after noise
+    target_P: np.ndarray  # bool: positions whose clean token has to be predicted
+    t_P: np.ndarray  # float32 in (0, 1]: the mask ratio at which each position was noised
+    elbo_weight_P: np.ndarray  # float32: -alpha'_t / (1 - alpha_t); 1/t on the linear schedule
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ViewBatch:
+    """Rows of documents, each `[clean | view 1 | ... | view K]`, with the positions to be scored.
+
+    Every objective trains on this. Documents are numbered 0..D-1 over the whole batch, so that sums by document or by
+    (document, view) are one `index_add`. Positions that hold no token have document number -1.
+    """
+
+    input_ids_RS: torch.Tensor  # int64
+    position_ids_RS: torch.Tensor  # int64: a view token has the position of the clean token that it stands for
+    document_RS: torch.Tensor  # int64, PADDING where there is no token
+    view_RS: torch.Tensor  # int64, 0 = clean stream
+    block_RS: torch.Tensor  # int64, counted from the start of the document
+    target_index_N: torch.Tensor  # int64 into the flattened rows
+    target_ids_N: torch.Tensor  # int64: the token to predict there (no shift)
+    t_N: torch.Tensor  # float32
+    elbo_weight_N: torch.Tensor  # float32
+    document_id_D: torch.Tensor  # int64
+    response_length_D: torch.Tensor  # int64: response tokens of the document, fill included
+    num_views_D: torch.Tensor  # int64: K of the document
+
+    @property
+    def place_RS(self) -> Place:
+        return Place(self.document_RS, self.view_RS, self.block_RS)
+
+    @property
+    def document_N(self) -> torch.Tensor:
+        """The document number of each target."""
+        return self.document_RS.flatten()[self.target_index_N]
+
+    @property
+    def view_N(self) -> torch.Tensor:
+        """The view number (from 1) of each target."""
+        return self.view_RS.flatten()[self.target_index_N]
+
+    @property
+    def num_targets(self) -> int:
+        return self.target_index_N.numel()
+
+    @property
+    def num_tokens(self) -> int:
+        """Row positions that hold a token."""
+        return int((self.document_RS != PADDING).sum())
+
+    def to(self, device) -> "ViewBatch":
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)}
+        return ViewBatch(**moved)
+
+
+class TokenScores(NamedTuple):
+    """What the model says about the targets of a ViewBatch: three numbers a target, never logits.
+
+    A named tuple, because DeepSpeed has to find the tensors in what a module returns.
+    """
+
+    logprob_N: torch.Tensor  # float32, log p(target | view); carries the gradient
+    entropy_N: torch.Tensor  # float32, entropy of p(. | view) in nats; carries a gradient too
+    hit_N: torch.Tensor  # bool, argmax p == target
+
+
+class Mean(NamedTuple):
+    """A mean that has not been divided yet, so that it can still be summed over micro-batches and ranks."""
+
+    total: torch.Tensor  # scalar
+    count: torch.Tensor | float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LossTerms:
+    """What an objective returns for one micro-batch. The engine divides, once, over the window and all ranks.
+
+    `loss[name].total` carries the gradient; `loss[name].count` must equal `objective.counts(batch)[name]`, which the
+    engine needs before the first backward of the window. `metrics` are means that are only logged.
+    """
+
+    loss: dict[str, Mean]
+    metrics: dict[str, Mean]
+
+
+class FinishReason(enum.StrEnum):
+    EOS = "eos"  # a block came to hold EOS with no mask before it
+    LENGTH = "length"  # max_new_tokens were produced without EOS
+
+
+class Edit(NamedTuple):
+    """One token-to-token replacement during decoding."""
+
+    index: int  # into Rollout.token_ids
+    step: int  # forward pass of the response, from 0
+    old_id: int
+    new_id: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One decoded response, with the trace that produced it.
+
+    `token_ids` runs to the end of the last decoded block, because the tokens behind EOS were context of those before it
+    and a likelihood needs them. `output_ids` is the answer: up to and including EOS, at most max_new_tokens.
+    """
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    commit_step: list[int]  # forward pass of the response at which each token took its final value, from 0
+    commit_logprob: list[float]  # its log-probability there, under the processed distribution
+    edits: list[Edit]
+    output_ids: list[int]
+    forwards: int  # denoising passes that this response took part in
+    finish_reason: FinishReason
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return len(self.output_ids) / max(self.forwards, 1)
+
+
+@dataclasses.dataclass
+class TrainState:
+    """Where a run stands. Saved with every checkpoint; together with the recipe it determines what comes next."""
+
+    step: int = 0  # finished optimiser steps
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)  # the batch source's cursor
+    tokens: int = 0  # row positions with a token that were trained on
+    targets: int = 0

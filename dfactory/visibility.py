@@ -1,0 +1,41 @@
+"""Who sees whom: the one attention rule of training, scoring and decoding (METHOD section 2, equation 3 of [L20]).
+
+A token's place is (document, view, block). View 0 is the clean stream, views 1..K are noised copies. The whole rule:
+
+    a token sees the clean past of its document, and its own block in its own stream.
+
+So a clean token of block b sees clean blocks <= b, a token of view k in block b sees clean blocks < b and block b of
+view k, and nothing ever crosses documents or runs from one view into another. The rule is written once, in `visible`;
+the dense mask, the segment plan on CPUs and the flex_attention mask are all built from it.
+
+    document  0 0 0 0 | view 1 of the last block      keys ->  c0 c1 c2 c3 v2 v3
+    block     0 0 1 1 | 1 1                            c0       x  x  .  .  .  .
+    view      0 0 0 0 | 1 1                            c2       x  x  x  x  .  .
+                                                       v2       x  x  .  .  x  x
+"""
+
+from dfactory.types import PADDING, Place
+
+
+def visible(query: Place, key: Place):
+    """Whether `query` may attend to `key`: a boolean of the broadcast shape. Works on torch tensors and numpy arrays."""
+    same_document = (query.document == key.document) & (query.document != PADDING)
+    clean_past = (key.view == 0) & (key.block < query.block)
+    own_block = (key.view == query.view) & (key.block == query.block)
+    return same_document & (clean_past | own_block)
+
+
+def dense_mask(place: Place):
+    """The rule as a boolean mask [..., S, S] (query, key) for places of shape [..., S]. For tests and short rows."""
+    query = Place(*(field[..., :, None] for field in place))
+    key = Place(*(field[..., None, :] for field in place))
+    return visible(query, key)
+
+
+def flex_mask_mod(place_RS: Place):
+    """The rule as a `mask_mod` for torch's flex_attention, over places of shape [R, S]."""
+
+    def mask_mod(row, head, query_index, key_index):
+        return visible(place_RS.at((row, query_index)), place_RS.at((row, key_index)))
+
+    return mask_mod
