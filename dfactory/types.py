@@ -19,7 +19,7 @@ PADDING = -1  # the document number of a position that holds no token: it sees n
 
 
 class Place(NamedTuple):
-    """Where tokens stand: integer tensors (or arrays) of one shape, or anything that broadcasts against another Place."""
+    """Where tokens stand: integer tensors (or arrays) of one shape, or what broadcasts against another Place."""
 
     document: Any
     view: Any  # 0 = clean stream

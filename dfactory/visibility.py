@@ -18,7 +18,7 @@ from dfactory.types import PADDING, Place
 
 
 def visible(query: Place, key: Place):
-    """Whether `query` may attend to `key`: a boolean of the broadcast shape. Works on torch tensors and numpy arrays."""
+    """Whether `query` may attend to `key`: a boolean of the broadcast shape, for tensors and arrays."""
     same_document = (query.document == key.document) & (query.document != PADDING)
     clean_past = (key.view == 0) & (key.block < query.block)
     own_block = (key.view == query.view) & (key.block == query.block)

@@ -16,12 +16,10 @@ PATH_KEYS = ("deepspeed", "chat_template_path")  # paths that a recipe states re
 
 
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
-    """Read, merge, type-check and cross-check. Paths in the file are relative to it; on the command line, to the caller."""
+    """Read, merge, type-check and cross-check. Paths in the file are relative to it, overrides to the caller."""
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(
-            f"recipe {path} does not exist: give the path of a YAML file, such as recipes/quickstart/sft.yaml"
-        )
+        raise ConfigError(f"recipe {path} does not exist: give a YAML file such as recipes/quickstart/sft.yaml")
     try:
         file_layer = OmegaConf.load(path)
     except Exception as problem:  # the YAML library's many errors all mean the same to the user
@@ -52,7 +50,7 @@ def _parse_overrides(overrides: list[str]) -> DictConfig:
 
 
 def _resolve_paths(layer: DictConfig, base: Path) -> None:
-    """Make the file's own relative paths absolute. `tiny` names the embedded model; outputs stay relative to the caller."""
+    """Make the file's own relative paths absolute; `tiny` names the embedded model, outputs are the caller's."""
 
     def absolute(value: str) -> str:
         return str((base / value).resolve())
@@ -107,7 +105,7 @@ def _refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: s
     for name in layer:
         dotted = f"{prefix}{name}"
         if name not in known:
-            every = known_keys(Recipe if not prefix else schema, "" if not prefix else prefix)
+            every = known_keys(schema, prefix)
             near = difflib.get_close_matches(dotted, every, n=1, cutoff=0.6)
             hint = f"; did you mean {near[0]}?" if near else "; `dfactory schema` lists every key"
             raise ConfigError(f"unknown key {dotted} in {origin}{hint}")

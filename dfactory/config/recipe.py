@@ -1,9 +1,8 @@
-"""The whole recipe: flat, with TRL's and transformers' names, and `decode:` as the one group."""
+"""The whole recipe: flat, with TRL's and transformers' names."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dfactory.config.data import DataKeys
-from dfactory.config.decode import DecodeKeys
 from dfactory.config.model import ModelKeys
 from dfactory.config.noise import NoiseKeys
 from dfactory.config.training import TrainingKeys
@@ -11,8 +10,6 @@ from dfactory.config.training import TrainingKeys
 
 @dataclass
 class Recipe(TrainingKeys, NoiseKeys, DataKeys, ModelKeys):
-    decode: DecodeKeys = field(default_factory=DecodeKeys)
-
     @property
     def views_per_document(self) -> int:
         """K: the views that a document gets in one row."""
