@@ -1,0 +1,340 @@
+"""Make the quickstart's records: short instructions about letters, words, numbers and weekdays, each with one answer.
+
+    python -m data_tools.make_quickstart_data --output recipes/quickstart/data
+
+Writes `train.jsonl` and `heldout.jsonl`. A line has `messages` (user, assistant), `answer` (the assistant's text alone)
+and `task`. Words and some of the problems come from reasoning-gym (its word source is a public domain story), the rest
+is drawn here. A problem, whatever its wording, is in one of the two files only. Equal arguments give equal bytes.
+
+Words that the model has to take apart are written with spaces ("s t o n e"), so that a letter is a token.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import reasoning_gym
+from reasoning_gym.data import read_data_file
+
+TRAIN_RECORDS = 5600
+HELDOUT_RECORDS = 210
+
+WORD_BANK = (
+    "apple bread cheese grape lemon melon onion peach rice soup bear cat dog fish fox goat horse lion mouse owl sheep "
+    "wolf black blue brown green orange pink red white yellow bell boat book chair clock door key lamp piano road "
+    "table train window cloud hill island lake moon rain river sand snow star stone sun tree wind"
+).split()
+WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+
+Problem = tuple[dict[str, object], str]  # the fields of the instruction, and the answer
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    weight: float  # share of the records, against the other tasks
+    wordings: tuple[str, ...]
+    problems: Callable[[random.Random], Iterator[Problem]]  # may repeat itself and may end
+
+
+def story_words() -> list[str]:
+    """Lower-case words of 3 to 8 letters from the story that reasoning-gym carries, in alphabetical order."""
+    return sorted(set(re.findall(r"\b[a-z]{3,8}\b", read_data_file("in_the_year_2889.txt"))))
+
+
+def spaced(letters: str) -> str:
+    return " ".join(letters)
+
+
+def gym(name: str, rng: random.Random, **settings) -> Iterator[dict]:
+    """Endless problems of a reasoning-gym dataset, seeded from `rng`."""
+    while True:
+        yield from reasoning_gym.create_dataset(name, seed=rng.randrange(2**31), size=500, **settings)
+
+
+def letter_problems(change: Callable[[str], str]) -> Callable[[random.Random], Iterator[Problem]]:
+    """Problems that turn the letters of a word into other letters."""
+
+    def problems(rng: random.Random) -> Iterator[Problem]:
+        words = story_words()
+        rng.shuffle(words)
+        for word in words:
+            yield {"letters": spaced(word)}, spaced(change(word))
+
+    return problems
+
+
+def replace_problems(rng: random.Random) -> Iterator[Problem]:
+    words = story_words()
+    while True:
+        word = rng.choice(words)
+        old, new = rng.choice(word), rng.choice("abcdefghijklmnopqrstuvwxyz")
+        if old != new:
+            yield {"letters": spaced(word), "old": old, "new": new}, spaced(word.replace(old, new))
+
+
+def count_problems(rng: random.Random) -> Iterator[Problem]:
+    """reasoning-gym's letter_counting on one word. Most letters occur once, so three quarters of those are left out."""
+    for entry in gym("letter_counting", rng, min_words=1, max_words=1):
+        word, letter = entry["metadata"]["span"][0], entry["metadata"]["target_letter"]
+        if word.isalpha() and word.islower() and 3 <= len(word) <= 10 and (entry["answer"] != "1" or rng.random() < 0.25):
+            yield {"letters": spaced(word), "letter": letter}, entry["answer"]
+
+
+def word_lists(rng: random.Random, shortest: int, longest: int) -> Iterator[list[str]]:
+    while True:
+        yield rng.sample(WORD_BANK, rng.randint(shortest, longest))
+
+
+def pick_word_problems(rng: random.Random) -> Iterator[Problem]:
+    places = {"first": 0, "second": 1, "last": -1}
+    for words in word_lists(rng, 3, 5):
+        place = rng.choice(list(places))
+        yield {"place": place, "words": ", ".join(words)}, words[places[place]]
+
+
+def reverse_words_problems(rng: random.Random) -> Iterator[Problem]:
+    for words in word_lists(rng, 3, 5):
+        yield {"words": ", ".join(words)}, ", ".join(reversed(words))
+
+
+def sort_words_problems(rng: random.Random) -> Iterator[Problem]:
+    for words in word_lists(rng, 3, 4):
+        yield {"words": ", ".join(words)}, ", ".join(sorted(words))
+
+
+def whole_numbers(texts: list[str]) -> list[int]:
+    return [int(float(text)) for text in texts]
+
+
+def listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def sort_numbers_problems(rng: random.Random) -> Iterator[Problem]:
+    settings = {"min_numbers": 3, "max_numbers": 4, "max_decimals": 0, "min_value": 0, "max_value": 99}
+    orders = {"ascending": "smallest to largest", "descending": "largest to smallest"}
+    for entry in gym("number_sorting", rng, **settings):
+        told = entry["metadata"]
+        fields = {"numbers": listed(whole_numbers(told["original_numbers"])), "order": orders[told["direction"]]}
+        yield fields, listed(whole_numbers(told["sorted_numbers"]))
+
+
+def extreme_number_problems(rng: random.Random) -> Iterator[Problem]:
+    extremes = {"largest": max, "smallest": min}
+    while True:
+        numbers = rng.sample(range(100), rng.randint(3, 5))
+        which = rng.choice(list(extremes))
+        yield {"which": which, "numbers": listed(numbers)}, str(extremes[which](numbers))
+
+
+def filter_numbers_problems(rng: random.Random) -> Iterator[Problem]:
+    settings = {"min_numbers": 3, "max_numbers": 5, "max_decimals": 0, "min_value": 0, "max_value": 20}
+    wordings = {
+        "keep_larger": "larger than",
+        "remove_smaller": "at least",
+        "keep_smaller": "smaller than",
+        "remove_larger": "at most",
+    }
+    for entry in gym("number_filtering", rng, **settings):
+        told = entry["metadata"]
+        result = json.loads(entry["answer"].replace("'", '"'))
+        if result:
+            numbers = listed(whole_numbers(told["original_numbers"]))
+            limit = int(float(told["filter_value"]))
+            yield {"rule": f"{wordings[told['operation']]} {limit}", "numbers": numbers}, listed(whole_numbers(result))
+
+
+def sum_problems(rng: random.Random) -> Iterator[Problem]:
+    """Every sum and difference within 0..20, once."""
+    pairs = [(high, low) for high in range(21) for low in range(high + 1)]
+    problems = [(f"{low} + {high - low}", str(high)) for high, low in pairs]
+    problems += [(f"{high} - {low}", str(high - low)) for high, low in pairs]
+    rng.shuffle(problems)
+    yield from (({"expression": expression}, answer) for expression, answer in problems)
+
+
+def weekday_problems(rng: random.Random) -> Iterator[Problem]:
+    """Every weekday, 1 to 6 days away, both ways."""
+    problems = []
+    for (index, day), distance, side in itertools.product(enumerate(WEEKDAYS), range(1, 7), ("after", "before")):
+        shift = distance if side == "after" else -distance
+        span = f"{distance} day" if distance == 1 else f"{distance} days"
+        problems.append(({"span": span, "side": side, "day": day}, WEEKDAYS[(index + shift) % 7]))
+    rng.shuffle(problems)
+    yield from problems
+
+
+def parity_problems(rng: random.Random) -> Iterator[Problem]:
+    numbers = list(range(1000))
+    rng.shuffle(numbers)
+    yield from (({"number": number}, "odd" if number % 2 else "even") for number in numbers)
+
+
+TASKS = (
+    Task(
+        "reverse_letters",
+        1.5,
+        ("Reverse the letters: {letters}", "Write backwards: {letters}", "Spell from the end: {letters}"),
+        letter_problems(lambda word: word[::-1]),
+    ),
+    Task(
+        "sort_letters",
+        1.5,
+        ("Sort the letters: {letters}", "Put in alphabetical order: {letters}"),
+        letter_problems(lambda word: "".join(sorted(word))),
+    ),
+    Task(
+        "capital_letters",
+        0.7,
+        ("Write in capitals: {letters}", "Make the letters upper case: {letters}"),
+        letter_problems(str.upper),
+    ),
+    Task(
+        "replace_letter",
+        1.0,
+        ("Replace {old} by {new}: {letters}", "Write {new} instead of {old}: {letters}"),
+        replace_problems,
+    ),
+    Task(
+        "count_letter",
+        1.0,
+        ("How many times does {letter} occur in {letters}?", "Count the letter {letter}: {letters}"),
+        count_problems,
+    ),
+    Task(
+        "pick_word",
+        0.7,
+        ("Which word is {place}: {words}?", "Name the {place} word: {words}"),
+        pick_word_problems,
+    ),
+    Task(
+        "reverse_words",
+        1.0,
+        ("Reverse the list: {words}", "List these from last to first: {words}"),
+        reverse_words_problems,
+    ),
+    Task(
+        "sort_words",
+        1.0,
+        ("Sort the words: {words}", "List these from A to Z: {words}"),
+        sort_words_problems,
+    ),
+    Task(
+        "sort_numbers",
+        1.0,
+        ("Sort from {order}: {numbers}", "List these numbers from {order}: {numbers}"),
+        sort_numbers_problems,
+    ),
+    Task(
+        "extreme_number",
+        1.0,
+        ("Which number is the {which}: {numbers}?", "Find the {which} number: {numbers}"),
+        extreme_number_problems,
+    ),
+    Task(
+        "filter_numbers",
+        1.0,
+        ("Keep the numbers that are {rule}: {numbers}", "Which are {rule}: {numbers}?"),
+        filter_numbers_problems,
+    ),
+    Task(
+        "small_sum",
+        1.5,
+        ("What is {expression}?", "Calculate {expression}.", "{expression} ="),
+        sum_problems,
+    ),
+    Task(
+        "weekday",
+        0.5,
+        ("Which day is {span} {side} {day}?", "What day comes {span} {side} {day}?", "Name the day {span} {side} {day}."),
+        weekday_problems,
+    ),
+    Task(
+        "odd_or_even",
+        0.6,
+        ("Is {number} odd or even?", "Odd or even: {number}?"),
+        parity_problems,
+    ),
+)
+
+
+def shares(total: int) -> dict[str, int]:
+    """How many of `total` records each task gets: in proportion to the weights, adding up exactly."""
+    weight_sum = sum(task.weight for task in TASKS)
+    counts = {task.name: int(total * task.weight / weight_sum) for task in TASKS}
+    for task in itertools.islice(itertools.cycle(TASKS), total - sum(counts.values())):
+        counts[task.name] += 1
+    return counts
+
+
+def records_of(task: Task, train: int, heldout: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """Records of one task. Held-out problems are set aside first, so no wording of them is ever trained on.
+
+    When a task has fewer problems than records, the others come again in another wording.
+    """
+    rng = random.Random(f"{seed}/{task.name}")
+    distinct: dict[tuple, Problem] = {}
+    misses = 0
+    for fields, answer in task.problems(rng):
+        before = len(distinct)
+        distinct.setdefault(tuple(fields.values()), (fields, answer))
+        misses = misses + 1 if len(distinct) == before else 0
+        if len(distinct) >= train + heldout or misses > 1000:
+            break
+    problems = list(distinct.values())
+    kept = [record(task, problem, rng.choice(task.wordings)) for problem in problems[:heldout]]
+    trained = []
+    first = {id(problem): rng.randrange(len(task.wordings)) for problem in problems}
+    for turn in range(len(task.wordings)):
+        for problem in problems[heldout:]:
+            trained.append(record(task, problem, task.wordings[(first[id(problem)] + turn) % len(task.wordings)]))
+    if len(kept) < heldout or len(trained) < train:
+        raise SystemExit(
+            f"task {task.name} has {len(problems)} problems in {len(task.wordings)} wordings: "
+            f"{train} training and {heldout} held-out records cannot be made; ask for fewer or lower its weight"
+        )
+    return trained[:train], kept
+
+
+def record(task: Task, problem: Problem, wording: str) -> dict:
+    fields, answer = problem
+    messages = [{"role": "user", "content": wording.format(**fields)}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "answer": answer, "task": task.name}
+
+
+def write_jsonl(path: Path, records: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for train.jsonl and heldout.jsonl")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=int, default=TRAIN_RECORDS, help="training records (default: %(default)s)")
+    parser.add_argument("--heldout", type=int, default=HELDOUT_RECORDS, help="held-out records (default: %(default)s)")
+    options = parser.parse_args(arguments)
+
+    train_shares, heldout_shares = shares(options.train), shares(options.heldout)
+    train, heldout = [], []
+    for task in TASKS:
+        trained, kept = records_of(task, train_shares[task.name], heldout_shares[task.name], options.seed)
+        train += trained
+        heldout += kept
+    random.Random(options.seed).shuffle(train)
+    write_jsonl(options.output / "train.jsonl", train)
+    write_jsonl(options.output / "heldout.jsonl", heldout)
+    print(f"{len(train)} training and {len(heldout)} held-out records of {len(TASKS)} tasks in {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
