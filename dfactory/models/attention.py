@@ -1,0 +1,193 @@
+"""Attention under the visibility rule, in three forms that compute the same: segments, flex_attention, a dense mask.
+
+A plan is made once for a batch of places and then serves every layer. It travels through transformers' models as the
+keyword `visibility`, to the attention function that is registered here under the name ATTENTION.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from dfactory.errors import ConfigError
+from dfactory.types import PADDING, Place
+from dfactory.visibility import dense_mask, flex_mask_mod, visible
+
+ATTENTION = "dfactory_visibility"  # what a model's config names as its attention implementation
+
+CHUNK = 256  # queries that the segment plan hands to one attention call
+DENSE_BELOW = 512  # rows so short that one masked call beats many small ones
+DENSE_LIMIT = 4096  # a dense mask of a longer row is refused
+
+
+class AttentionPlan(Protocol):
+    """Who sees whom in one batch, ready to be computed."""
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+        """query [R, heads, S, d], key and value [R, kv heads, S', d] -> [R, S, heads, d]."""
+
+
+def plan_attention(place_RS: Place, implementation: str = "auto") -> AttentionPlan:
+    """The plan for self-attention among `place_RS`, on the device where the places are.
+
+    `auto` is flex_attention on CUDA and segments elsewhere. Raises ConfigError for a dense mask above DENSE_LIMIT.
+    """
+    length = place_RS.document.shape[1]
+    if implementation == "auto":
+        implementation = "flex" if place_RS.document.is_cuda else "segments"
+    if implementation == "flex":
+        return FlexPlan.of(place_RS)
+    if implementation == "segments" and length > DENSE_BELOW:
+        return SegmentPlan.of(place_RS)
+    if length > DENSE_LIMIT:
+        raise ConfigError(
+            f"attn_implementation dense with rows of {length}: it is for tests, up to {DENSE_LIMIT}; use segments or flex"
+        )
+    return MaskPlan(dense_mask(place_RS))
+
+
+def _attention(query, key, value, mask, scaling):
+    """SDPA with grouped key/value heads. Queries that see nothing get zeros."""
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskPlan:
+    """A boolean mask [R, S, S']; for short rows and for decoding, where S' counts the cached keys too."""
+
+    mask_RSS: torch.Tensor
+
+    def attend(self, query, key, value, scaling):
+        return _attention(query, key, value, self.mask_RSS[:, None], scaling).transpose(1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Neighbouring queries of a row, the keys that any of them sees, and the mask among those; None: all see all."""
+
+    row: int
+    queries: slice
+    keys: torch.Tensor | slice
+    mask: torch.Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentPlan:
+    """Exact attention that computes only what can be seen, up to the grain of a chunk.
+
+    Visibility depends on (document, view, block) only, so a row is cut into segments of equal place, and the rule is
+    asked once per pair of segments. A chunk of segments attends to the union of what they see.
+    """
+
+    chunks_by_row: list[list[Chunk]]
+
+    @classmethod
+    def of(cls, place_RS: Place, chunk: int = CHUNK) -> "SegmentPlan":
+        device = place_RS.document.device
+        rows = Place(*(field.cpu().numpy() for field in place_RS))
+        return cls([_chunks(row, rows.at(row), chunk, device) for row in range(rows.document.shape[0])])
+
+    def attend(self, query, key, value, scaling):
+        rows = []
+        for chunks in self.chunks_by_row:
+            parts = []
+            for c in chunks:
+                q = query[c.row : c.row + 1, :, c.queries]
+                if c.keys is None:
+                    parts.append(q * 0)  # padding sees nothing
+                    continue
+                k, v = key[c.row : c.row + 1, :, c.keys], value[c.row : c.row + 1, :, c.keys]
+                parts.append(_attention(q, k, v, c.mask, scaling))
+            rows.append(torch.cat(parts, dim=2))
+        return torch.cat(rows).transpose(1, 2)
+
+
+def _chunks(row: int, place_S: Place, chunk: int, device: torch.device) -> list[Chunk]:
+    length = len(place_S.document)
+    changes = np.zeros(length, dtype=bool)
+    changes[0] = True
+    for field in place_S:
+        changes[1:] |= field[1:] != field[:-1]
+    starts = np.flatnonzero(changes)
+    sizes = np.diff(starts, append=length)
+    segment = place_S.at(starts)
+
+    chunks, first = [], 0
+    while first < len(starts):
+        last = first + 1
+        padding = segment.document[first] == PADDING
+        while last < len(starts) and starts[last] + sizes[last] - starts[first] <= chunk:
+            if (segment.document[last] == PADDING) != padding:
+                break
+            last += 1
+        queries = slice(int(starts[first]), int(starts[last - 1] + sizes[last - 1]))
+        if padding:
+            chunks.append(Chunk(row, queries, None, None))
+        else:
+            here = Place(*(field[first:last, None] for field in segment))
+            sees = visible(here, Place(*(field[None] for field in segment)))
+            seen = np.flatnonzero(sees.any(axis=0))
+            keys = np.concatenate([np.arange(starts[s], starts[s] + sizes[s]) for s in seen])
+            mask = np.repeat(np.repeat(sees[:, seen], sizes[first:last], axis=0), sizes[seen], axis=1)
+            chunks.append(Chunk(row, queries, _as_slice(keys, device), _as_mask(mask, device)))
+        first = last
+    return chunks
+
+
+def _as_slice(index: np.ndarray, device: torch.device) -> torch.Tensor | slice:
+    """A run of neighbours needs no gather."""
+    if index[-1] - index[0] + 1 == len(index):
+        return slice(int(index[0]), int(index[-1]) + 1)
+    return torch.from_numpy(index).to(device)
+
+
+def _as_mask(mask: np.ndarray, device: torch.device) -> torch.Tensor | None:
+    return None if mask.all() else torch.from_numpy(mask).to(device)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlexPlan:
+    """torch's compiled flex_attention over a block mask; for GPUs."""
+
+    block_mask: "torch.nn.attention.flex_attention.BlockMask"
+
+    @classmethod
+    def of(cls, place_RS: Place) -> "FlexPlan":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        rows, length = place_RS.document.shape
+        device = place_RS.document.device
+        return cls(create_block_mask(flex_mask_mod(place_RS), rows, None, length, length, device=str(device)))
+
+    def attend(self, query, key, value, scaling):
+        attended = _compiled_flex_attention()(
+            query, key, value, block_mask=self.block_mask, scale=scaling, enable_gqa=True
+        )
+        return attended.transpose(1, 2)
+
+
+_compiled = None
+
+
+def _compiled_flex_attention():
+    """Compiled on first use, so that a machine without a compiler can still import this."""
+    global _compiled
+    if _compiled is None:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        _compiled = torch.compile(flex_attention, dynamic=True)
+    return _compiled
+
+
+def _attention_function(module, query, key, value, attention_mask, scaling, visibility: AttentionPlan = None, **kwargs):
+    """What transformers' attention modules call."""
+    if visibility is None:
+        raise TypeError("this model attends by the visibility rule: call it through dfactory's Policy, which plans it")
+    return visibility.attend(query, key, value, scaling), None
+
+
+def register() -> None:
+    AttentionInterface.register(ATTENTION, _attention_function)

@@ -1,0 +1,86 @@
+"""The vocabulary head that answers with scores: log-probability, entropy and hit of each target, never the logits.
+
+With a vocabulary of 157,184 the logits of one row outweigh the model, so they are made in chunks of a bounded size, both
+in the forward and, again, in the backward pass. Nothing of size [targets, V] outlives its chunk. The head owns its
+weight and reads it inside its own forward, which is what ZeRO-3 needs to gather it.
+
+With z the logits, p = softmax(z) and H the entropy:
+
+    d log p_y / dz = onehot(y) - p          d H / dz = -p * (log p + H)
+"""
+
+import torch
+from torch import nn
+
+from dfactory.types import TokenScores
+
+CHUNK_BYTES = 128 * 2**20  # fp32 logits of one chunk
+
+
+class VocabularyHead(nn.Linear):
+    """`nn.Linear` over the vocabulary, with a second mode: given targets it returns TokenScores."""
+
+    @staticmethod
+    def adopt(head: nn.Linear) -> "VocabularyHead":
+        """Give an existing head the second mode; its parameters, names and ties stay."""
+        head.__class__ = VocabularyHead
+        return head
+
+    def forward(self, hidden: torch.Tensor, target_ids_N: torch.Tensor | None = None):
+        """hidden [..., H] -> logits [..., V]; or hidden [N, H] with targets [N] -> TokenScores."""
+        if target_ids_N is None:
+            return super().forward(hidden)
+        return TokenScores(*_Scores.apply(hidden, self.weight, target_ids_N))
+
+
+def _chunks(targets: int, vocabulary: int) -> list[slice]:
+    rows = max(1, CHUNK_BYTES // (4 * vocabulary))
+    return [slice(start, min(start + rows, targets)) for start in range(0, targets, rows)]
+
+
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_NH, weight_VH, target_ids_N):
+        count = len(target_ids_N)
+        logprob_N, entropy_N, log_sum_N = hidden_NH.new_empty((3, count), dtype=torch.float32)
+        hit_N = torch.empty(count, dtype=torch.bool, device=hidden_NH.device)
+        for part in _chunks(count, len(weight_VH)):
+            logits = (hidden_NH[part] @ weight_VH.T).float()
+            log_sum_N[part] = torch.logsumexp(logits, dim=-1)
+            target = target_ids_N[part, None]
+            logprob_N[part] = logits.gather(1, target)[:, 0] - log_sum_N[part]
+            hit_N[part] = logits.argmax(dim=-1) == target[:, 0]
+            probability = (logits - log_sum_N[part, None]).exp_()
+            entropy_N[part] = log_sum_N[part] - probability.mul_(logits).sum(dim=-1)
+        ctx.save_for_backward(hidden_NH, weight_VH, target_ids_N, log_sum_N, entropy_N)
+        ctx.mark_non_differentiable(hit_N)
+        return logprob_N, entropy_N, hit_N
+
+    @staticmethod
+    def backward(ctx, grad_logprob_N, grad_entropy_N, _):
+        hidden_NH, weight_VH, target_ids_N, log_sum_N, entropy_N = ctx.saved_tensors
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        parts = _chunks(len(target_ids_N), len(weight_VH))
+        grad_hidden = torch.empty_like(hidden_NH) if needs_hidden else None
+        # Chunks add up in fp32: sums of rounded bf16 parts would depend on the chunk size.
+        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
+        uses_entropy = bool(grad_entropy_N.any())
+        for part in parts:
+            log_p = (hidden_NH[part] @ weight_VH.T).float().sub_(log_sum_N[part, None])
+            p = log_p.exp()
+            upstream = grad_logprob_N[part, None].expand(-1, 1)
+            if uses_entropy:
+                log_p.add_(entropy_N[part, None]).mul_(grad_entropy_N[part, None]).add_(upstream)
+                grad_logits = p.mul_(log_p).neg_()
+            else:
+                grad_logits = p.mul_(-upstream)
+            grad_logits.scatter_add_(1, target_ids_N[part, None], upstream.contiguous())
+            grad_logits = grad_logits.to(weight_VH.dtype)
+            if needs_hidden:
+                torch.matmul(grad_logits, weight_VH, out=grad_hidden[part])
+            if needs_weight:
+                if grad_weight.dtype == grad_logits.dtype:
+                    grad_weight.addmm_(grad_logits.T, hidden_NH[part])
+                else:
+                    grad_weight += grad_logits.T @ hidden_NH[part]
+        return grad_hidden, grad_weight.to(weight_VH.dtype) if needs_weight else None, None

@@ -1,0 +1,155 @@
+"""LLaDA2-MoE out of transformers' Glm4Moe modules: the config keys, the tensor names, nothing else (LLADA2.md).
+
+The checkpoint of the LLaDA2 family differs from Glm4Moe in names only, so a family here is a config class that reads the
+original keys and a conversion mapping that transformers applies while it loads, and inverts while we save. Checkpoints
+hold their experts one by one (`llada2_moe`, `llada21_moe`) or stacked (`llada2_moe_veomni`); either layout is read under
+any of the three names, and a model is saved in the layout of its own.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedConfig
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
+
+from dfactory.errors import CheckpointError
+
+# Original keys that say the same as a Glm4Moe key of another name.
+_RENAMED_KEYS = {
+    "num_experts": "n_routed_experts",
+    "num_shared_experts": "n_shared_experts",
+    "use_bias": "attention_bias",
+}
+
+# Original keys with the only value that the Glm4Moe modules compute; another one would silently be another model.
+_FIXED_KEYS = {"use_qkv_bias": False, "use_sliding_window": False, "norm_head": False, "router_dtype": "fp32"}
+
+
+class LLaDA2MoeConfig(Glm4MoeConfig):
+    """Reads config.json as the LLaDA2 checkpoints have it. Raises CheckpointError on a key that asks for more."""
+
+    model_type = "llada2_moe"
+
+    def __init__(self, **keys: Any):
+        for name, value in _FIXED_KEYS.items():
+            if keys.get(name, value) != value:
+                raise CheckpointError(f"config.json: {name} {keys[name]!r} is not supported, only {value!r} is")
+        translated = {_RENAMED_KEYS.get(name, name): value for name, value in keys.items()}
+        if translated.get("rope_parameters") is None and "rope_theta" in keys:
+            if keys.get("rope_scaling"):
+                raise CheckpointError(
+                    f"config.json: rope_scaling {keys['rope_scaling']!r} is not supported, only null is"
+                )
+            translated["rope_parameters"] = {
+                "rope_type": "default",
+                "rope_theta": float(translated.pop("rope_theta")),
+                "partial_rotary_factor": translated.pop("partial_rotary_factor", 1.0),
+            }
+        translated.setdefault("use_qk_norm", True)
+        translated["num_nextn_predict_layers"] = 0
+        super().__init__(**translated)
+
+
+class LLaDA21MoeConfig(LLaDA2MoeConfig):
+    model_type = "llada21_moe"
+    __init__ = LLaDA2MoeConfig.__init__  # transformers gives every config class without one a generated __init__
+
+
+class LLaDA2MoeVeOmniConfig(LLaDA2MoeConfig):
+    model_type = "llada2_moe_veomni"
+    __init__ = LLaDA2MoeConfig.__init__
+
+
+class LLaDA2MoeModelLM(Glm4MoeForCausalLM):
+    """The causal-LM class under the name that the checkpoints' config.json states."""
+
+    config_class = LLaDA2MoeConfig
+    config: LLaDA2MoeConfig
+    # Glm4Moe skips the tensors of some layers by number (its MTP heads); here an unknown tensor is always an error.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str] | None] = None
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers finds out by reading the class's file, but the experts are Glm4Moe's
+
+
+class LLaDA21MoeModelLM(LLaDA2MoeModelLM):
+    config_class = LLaDA21MoeConfig
+    config: LLaDA21MoeConfig
+
+
+class LLaDA2MoeVeOmniModelLM(LLaDA2MoeModelLM):
+    config_class = LLaDA2MoeVeOmniConfig
+    config: LLaDA2MoeVeOmniConfig
+
+
+class SplitHeads(ConversionOps):
+    """[all q heads, all k heads, all v heads] stacked by rows -> the three matrices; the sizes come from the config."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        config: PreTrainedConfig = kwargs["config"]
+        (stacked,) = input_dict.values()
+        stacked = stacked[0] if isinstance(stacked, list) else stacked
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        parts = torch.split(stacked, [count * config.head_dim for count in heads])
+        return {name: part.contiguous() for name, part in zip(target_patterns, parts, strict=True)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Concatenate(dim=0)
+
+
+def _conversions(stacked_experts: bool) -> list[WeightConverter | WeightRenaming]:
+    """Original names -> Glm4Moe names. Both expert layouts are read; the first one listed is the one that is saved."""
+    one_by_one = [
+        WeightConverter(
+            ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+            "mlp.experts.gate_up_proj",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj", operations=[MergeModulelist(dim=0)]),
+    ]
+    stacked = [
+        WeightConverter(
+            ["mlp.experts.gate_proj", "mlp.experts.up_proj"],
+            "mlp.experts.gate_up_proj",
+            operations=[Concatenate(dim=1)],
+        )
+    ]
+    return [
+        WeightRenaming(r"^model\.word_embeddings\.", "model.embed_tokens."),
+        WeightRenaming(r"\.attention\.", ".self_attn."),
+        WeightRenaming(r"\.self_attn\.query_layernorm\.", ".self_attn.q_norm."),
+        WeightRenaming(r"\.self_attn\.key_layernorm\.", ".self_attn.k_norm."),
+        WeightRenaming(r"\.self_attn\.dense\.", ".self_attn.o_proj."),
+        WeightRenaming(r"\.mlp\.gate\.expert_bias", ".mlp.gate.e_score_correction_bias"),
+        WeightConverter(
+            "query_key_value.weight",
+            ["q_proj.weight", "k_proj.weight", "v_proj.weight"],
+            operations=[SplitHeads()],
+        ),
+        *(stacked + one_by_one if stacked_experts else one_by_one + stacked),
+    ]
+
+
+def register() -> None:
+    """Make transformers' Auto classes know the family. Idempotent."""
+    for config_class, model_class in (
+        (LLaDA2MoeConfig, LLaDA2MoeModelLM),
+        (LLaDA21MoeConfig, LLaDA21MoeModelLM),
+        (LLaDA2MoeVeOmniConfig, LLaDA2MoeVeOmniModelLM),
+    ):
+        name = config_class.model_type
+        AutoConfig.register(name, config_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+        register_checkpoint_conversion_mapping(name, _conversions(name.endswith("veomni")), overwrite=True)

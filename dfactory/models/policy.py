@@ -1,0 +1,62 @@
+"""The model as everybody here uses it: a ViewBatch in, TokenScores out."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dfactory.models.attention import AttentionPlan, plan_attention
+from dfactory.models.head import VocabularyHead
+from dfactory.types import TokenScores, ViewBatch
+
+
+class Policy(nn.Module):
+    """A transformers decoder run as a block-diffusion model.
+
+    `policy(batch)` scores the targets of a ViewBatch; its one forward holds backbone and head, so that DeepSpeed can wrap
+    it whole. `hidden` and `logits` are the two halves, for the decoder.
+    """
+
+    def __init__(self, model: PreTrainedModel, attn_implementation: str = "auto"):
+        super().__init__()
+        self.model = model
+        self.attn_implementation = attn_implementation
+        VocabularyHead.adopt(self._causal_lm.lm_head)
+
+    @property
+    def _causal_lm(self) -> PreTrainedModel:
+        """The model without the wrapper that peft puts around it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def config(self):
+        return self._causal_lm.config
+
+    @property
+    def device(self) -> torch.device:
+        return self._causal_lm.device
+
+    def forward(self, batch: ViewBatch) -> TokenScores:
+        """log p, entropy and hit of every target of the batch, in the batch's target order."""
+        plan = plan_attention(batch.place_RS, self.attn_implementation)
+        hidden_RSH = self.hidden(batch.input_ids_RS, batch.position_ids_RS, plan)
+        hidden_NH = hidden_RSH.flatten(0, 1)[batch.target_index_N]
+        return self._causal_lm.lm_head(hidden_NH, batch.target_ids_N)
+
+    def score(self, batch: ViewBatch) -> TokenScores:
+        """`forward`, after moving the batch to the model's device."""
+        return self(batch.to(self.device))
+
+    def hidden(self, input_ids_RS, position_ids_RS, visibility: AttentionPlan, cache=None) -> torch.Tensor:
+        """Final hidden states [R, S, H]. `cache` is a transformers Cache whose keys the plan counts too."""
+        outputs = self._causal_lm.model(
+            input_ids=input_ids_RS,
+            position_ids=position_ids_RS,
+            visibility=visibility,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return outputs.last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., H] -> [..., V], in the model's precision."""
+        return self._causal_lm.lm_head(hidden)

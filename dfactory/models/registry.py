@@ -1,0 +1,166 @@
+"""From a model directory to a Policy: which families there are, and how one is read.
+
+A family is one entry in FAMILIES. Weights come from safetensors only, code from transformers only: a directory's own
+*.py files are carried along by `saving`, never run.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from dfactory.errors import CheckpointError, ConfigError
+from dfactory.models import attention, llada2
+from dfactory.models.policy import Policy
+from dfactory.models.tiny import TINY_DIR
+
+ADAPTER_CONFIG = "adapter_config.json"  # peft's mark of a directory that holds adapters only
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What has to be known of a model family beyond what transformers knows."""
+
+    moe_blocks: tuple[str, ...] = ()  # module classes that ZeRO-3 gathers whole, because routing picks their children
+
+
+FAMILIES: dict[str, Family] = {
+    "llada2_moe": Family(moe_blocks=("Glm4MoeMoE",)),
+    "llada21_moe": Family(moe_blocks=("Glm4MoeMoE",)),
+    "llada2_moe_veomni": Family(moe_blocks=("Glm4MoeMoE",)),
+    "qwen3": Family(),
+    "qwen3_moe": Family(moe_blocks=("Qwen3MoeSparseMoeBlock",)),
+    "llama": Family(),
+}
+
+llada2.register()
+attention.register()
+transformers_logging.disable_progress_bar()
+
+
+def resolve_model_dir(name_or_path: str | Path) -> Path:
+    """`tiny`, a model directory, or a run folder (then its newest checkpoint). Raises CheckpointError."""
+    if str(name_or_path) == "tiny":
+        return TINY_DIR
+    path = Path(name_or_path)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"model {path} is not a directory: give one with config.json and *.safetensors, or `tiny`"
+        )
+    latest = path / "LATEST"
+    return path / latest.read_text().strip() if latest.is_file() else path
+
+
+def read_config(model_dir: Path) -> PreTrainedConfig:
+    """config.json -> a transformers config of a known family. Raises CheckpointError or ConfigError."""
+    file = model_dir / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{model_dir} holds no config.json: it is not a model directory")
+    model_type = json.loads(file.read_text()).get("model_type")
+    if model_type not in FAMILIES:
+        raise ConfigError(
+            f"model_type {model_type!r} in {file} is not a known family: {', '.join(FAMILIES)}; "
+            "a new one is an entry in dfactory/models/registry.py"
+        )
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    if getattr(config, "use_sliding_window", False):
+        raise ConfigError(
+            f"use_sliding_window in {file}: block diffusion attends to the whole clean past; set it to false"
+        )
+    return config
+
+
+def family_of(policy: Policy) -> Family:
+    return FAMILIES[policy.config.model_type]
+
+
+def load_policy(
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    init_weights: str = "pretrained",
+    seed: int = 0,
+    attn_implementation: str = "auto",
+) -> Policy:
+    """Read a Policy, in evaluation mode. A directory with LoRA adapters is read on top of its base model.
+
+    `init_weights="random"` draws the weights from `seed` by the directory's config.json. Raises CheckpointError that
+    names every tensor that is missing, unexpected or of another shape.
+    """
+    model_dir = resolve_model_dir(name_or_path)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if (model_dir / ADAPTER_CONFIG).is_file():
+        return _load_adapters(model_dir, dtype, device, attn_implementation)
+    config = read_config(model_dir)
+    if init_weights == "random":
+        model = _draw(config, dtype, seed)
+    else:
+        model = _read(model_dir, config, dtype)
+    model.source_dir = model_dir  # where `saving` finds the files to carry along
+    return Policy(model.eval(), attn_implementation).to(device)
+
+
+def _options(dtype: torch.dtype) -> dict:
+    return {"dtype": dtype, "attn_implementation": attention.ATTENTION}
+
+
+def _draw(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, **_options(dtype))
+
+
+def _read(model_dir: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    if not any(model_dir.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{model_dir} holds no *.safetensors: to start from random weights set init_weights=random"
+        )
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            config=config,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are reported below, by name
+            **_options(dtype),
+        )
+    except OSError as problem:
+        raise CheckpointError(f"{model_dir}: {problem}") from problem
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    problems = [f"missing tensor {name}" for name in sorted(set(loading["missing_keys"]) - tied)] + [
+        f"unexpected tensor {name}" for name in sorted(loading["unexpected_keys"])
+    ]
+    problems += [f"tensor of another shape {entry}" for entry in sorted(map(str, loading["mismatched_keys"]))]
+    problems += [str(message) for message in loading["error_msgs"]]
+    if problems:
+        raise CheckpointError(f"{model_dir} does not fit its config.json: {'; '.join(problems)}")
+    return model
+
+
+def _load_adapters(adapter_dir: Path, dtype: torch.dtype, device, attn_implementation: str) -> Policy:
+    from peft import PeftModel
+
+    base = json.loads((adapter_dir / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    policy = load_policy(base, dtype=dtype, attn_implementation=attn_implementation)
+    policy.model = PeftModel.from_pretrained(policy.model, adapter_dir, torch_device="cpu").eval()
+    return policy.to(device)
+
+
+def add_adapters(policy: Policy, *, r: int, alpha: int, dropout: float, target_modules: list[str]) -> Policy:
+    """Freeze the policy and give it LoRA adapters, in place. Raises ConfigError when no module has such a name."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
+    )
+    try:
+        policy.model = get_peft_model(policy.model, config)
+    except ValueError as problem:
+        raise ConfigError(f"lora_target_modules {target_modules}: {problem}") from problem
+    config.base_model_name_or_path = str(policy.model.get_base_model().source_dir)
+    return policy

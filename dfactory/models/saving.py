@@ -1,0 +1,119 @@
+"""From a Policy to a model directory that transformers, the original code and the serving engines read.
+
+Weights are written under their original names, shard by shard and layer by layer, so that neither a sharded model nor
+the 100B one has to be whole in memory. config.json stays the source's own; tokenizer, chat template, code and whatever
+else lay beside it are carried along.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from dfactory.models.policy import Policy
+
+WEIGHTS = "model.safetensors"
+_NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".index.json")
+
+Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]
+
+
+def save_policy(
+    policy: Policy,
+    directory: Path,
+    *,
+    gathered: Gather = contextlib.nullcontext,
+    write: bool = True,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write the weights, config.json and the carried files of a policy without adapters.
+
+    `gathered` makes sharded parameters whole within its context; every rank has to call this then, and only the one with
+    `write` touches the disk.
+    """
+    model = policy.model
+    shards = _Shards(directory, max_shard_bytes) if write else None
+    for group in _groups(model):
+        parameters = [tensor for _, tensor in group if isinstance(tensor, nn.Parameter)]
+        with gathered(parameters):
+            if write:
+                whole = {name: tensor.detach().to("cpu", copy=True) for name, tensor in group}
+                shards.add(revert_weight_conversion(model, whole))
+    if write:
+        shards.close()
+        _write_config(model, directory)
+        carry_files(model.source_dir, directory)
+
+
+def _groups(model: PreTrainedModel) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """The saved tensors, a decoder layer at a time, then what lies outside the layers. Tied weights come once."""
+    persistent = set(model.state_dict(keep_vars=True))
+    seen: set[int] = set()
+    groups: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in persistent and id(tensor) not in seen:
+            seen.add(id(tensor))
+            before, layers, rest = name.partition(".layers.")
+            group = f"{before}{layers}{rest.partition('.')[0]}" if layers else ""
+            groups.setdefault(group, []).append((name, tensor))
+    yield from groups.values()
+
+
+class _Shards:
+    """safetensors files of bounded size with their index."""
+
+    def __init__(self, directory: Path, max_bytes: int):
+        self.directory, self.max_bytes = directory, max_bytes
+        self.pending: dict[str, torch.Tensor] = {}
+        self.files: list[list[str]] = []
+        self.total = 0
+
+    def add(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            size = sum(t.nbytes for t in self.pending.values())
+            if self.pending and size + tensor.nbytes > self.max_bytes:
+                self._flush()
+            self.pending[name] = tensor.contiguous()
+            self.total += tensor.nbytes
+
+    def _flush(self) -> None:
+        self.files.append(sorted(self.pending))
+        save_file(self.pending, self.directory / f"part-{len(self.files)}", metadata={"format": "pt"})
+        self.pending = {}
+
+    def close(self) -> None:
+        self._flush()
+        count = len(self.files)
+        if count == 1:
+            (self.directory / "part-1").rename(self.directory / WEIGHTS)
+            return
+        weight_map = {}
+        for number, names in enumerate(self.files, start=1):
+            file = f"model-{number:05d}-of-{count:05d}.safetensors"
+            (self.directory / f"part-{number}").rename(self.directory / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.directory / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_config(model: PreTrainedModel, directory: Path) -> None:
+    """The source's own config.json with the precision of these weights; keys that only the original code reads stay."""
+    config = json.loads((model.source_dir / "config.json").read_text())
+    config["torch_dtype"] = str(model.dtype).removeprefix("torch.")
+    config.pop("dtype", None)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def carry_files(source_dir: Path, directory: Path) -> None:
+    """Copy tokenizer, chat template, code, licence: every file of the source that holds no weights and is not there yet."""
+    for file in sorted(source_dir.iterdir()):
+        target = directory / file.name
+        if file.is_file() and not file.name.endswith(_NOT_CARRIED) and not target.exists():
+            shutil.copyfile(file, target)
