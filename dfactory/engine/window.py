@@ -1,0 +1,68 @@
+"""The only division: from sums over micro-batches and ranks to the loss of an optimiser window.
+
+With S_ra the sum of rank r and micro-batch a, and Z_ra its count, the loss of the window is
+
+    L = sum_ra S_ra / Z,    Z = sum_ra Z_ra
+
+so Z is summed over the whole window and all ranks before the first backward, and each micro-batch contributes
+S_ra / Z. However the same documents are cut into ranks and micro-batches, L and its gradient stay what they are.
+DeepSpeed averages gradients over ranks, which would divide once more: `micro_loss` multiplies by their number.
+"""
+
+from typing import Protocol
+
+import torch
+
+from dfactory.types import LossTerms, Mean, TokenScores, ViewBatch
+
+
+class Objective(Protocol):
+    """Arithmetic on scores. No model, no communication, no division by a count."""
+
+    def counts(self, batch: ViewBatch) -> dict[str, float]:
+        """The denominators' shares of a micro-batch, known before any forward."""
+
+    def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms: ...
+
+
+def window_counts(objective: Objective, micro_batches: list[ViewBatch], all_reduce) -> dict[str, float]:
+    """Z of every loss term. `all_reduce` sums a float64 tensor over the ranks in place. Empty windows count 1."""
+    shares = [objective.counts(batch) for batch in micro_batches]
+    names = sorted(shares[0])
+    total = torch.tensor([sum(share[name] for share in shares) for name in names], dtype=torch.float64)
+    all_reduce(total)
+    return {name: max(value, 1.0) for name, value in zip(names, total.tolist(), strict=True)}
+
+
+def micro_loss(terms: LossTerms, counts: dict[str, float], world_size: int) -> torch.Tensor:
+    """What a rank has to backpropagate for one micro-batch, so that averaging over ranks gives the window's gradient."""
+    return sum(mean.total / counts[name] for name, mean in terms.loss.items()) * world_size
+
+
+class MeanTracker:
+    """Adds up means over micro-batches without leaving the device, then over ranks, then divides."""
+
+    def __init__(self):
+        self.totals: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, float] = {}
+
+    def add(self, terms: LossTerms) -> None:
+        for name, mean in {**terms.loss, **terms.metrics}.items():
+            self.add_mean(name, mean)
+
+    def add_mean(self, name: str, mean: Mean) -> None:
+        total = mean.total.detach().double()
+        self.totals[name] = self.totals[name] + total if name in self.totals else total
+        self.counts[name] = self.counts.get(name, 0.0) + mean.count
+
+    def reduce(self, all_reduce) -> dict[str, float]:
+        """The means over all ranks, by name; every rank has to have met the same names. Uncounted ones are left out."""
+        names = sorted(self.totals)
+        table = torch.stack(
+            [
+                torch.stack([self.totals[name].cpu() for name in names]),
+                torch.tensor([float(self.counts[name]) for name in names], dtype=torch.float64),
+            ]
+        )
+        all_reduce(table)
+        return {n: total / count for n, total, count in zip(names, *table.tolist(), strict=True) if count > 0}

@@ -1,0 +1,41 @@
+"""Supervised fine-tuning: the weighted negative log-likelihood of the targets (METHOD section 4).
+
+    L = - sum over views, targets i of  w_i log p(x0_i | view)  /  Z
+
+`uniform`: w = 1, Z the number of targets; what public fine-tuning code of this family computes.
+`elbo`: w = 1/t, Z the number of response tokens, counted once a view (equation 5 of [L20]).
+"""
+
+import dataclasses
+
+import torch
+
+from dfactory.types import LossTerms, Mean, TokenScores, ViewBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class SFT:
+    loss_weight: str = "uniform"
+
+    def counts(self, batch: ViewBatch) -> dict[str, float]:
+        """This micro-batch's share of Z, from the batch alone."""
+        if self.loss_weight == "elbo":
+            return {"nll": float((batch.response_length_D * batch.num_views_D).sum())}
+        return {"nll": float(batch.num_targets)}
+
+    def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
+        nll_N = -scores.logprob_N
+        weighted = batch.elbo_weight_N * nll_N if self.loss_weight == "elbo" else nll_N
+        return LossTerms(
+            loss={"nll": Mean(weighted.sum(), self.counts(batch)["nll"])},
+            metrics=token_metrics(nll_N, scores, batch.num_targets),
+        )
+
+
+def token_metrics(nll_N: torch.Tensor, scores: TokenScores, count: int) -> dict[str, Mean]:
+    """Means over targets that every objective logs."""
+    return {
+        "token_nll": Mean(nll_N.detach().sum(), count),
+        "hit_rate": Mean(scores.hit_N.sum(), count),
+        "entropy": Mean(scores.entropy_N.detach().sum(), count),
+    }
