@@ -1,0 +1,397 @@
+"""Messages and text -> token ids, with the response tokens marked; and the one place where special ids are found.
+
+The template is rendered by transformers. The rendered text is then cut at the special tokens that the *template* wrote
+and at the edges of the assistant turns, and every piece between is encoded as plain text. Hence a special token that a
+user's text spells stays text (its literal is hidden from the template behind a private-use character), the mask id can
+only come from noise, and the prompt of a training example has exactly the ids that the decoder is given.
+
+    <role>HUMAN</role>hi<|role_end|><role>ASSISTANT</role>yo<|role_end|><|endoftext|>
+    template's tokens and text, not trained               | trained: the answer, its end of turn, EOS
+
+Assistant turns come from the template's {% generation %} markers. A template without them is rendered with and without
+each turn; if it rewrites earlier turns, trl's training version of it is used where there is one.
+"""
+
+import functools
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from dfactory.data.records import BadRow, Completion, Conversation, Fault, TokenIds
+from dfactory.errors import ConfigError
+
+MASK_LITERALS = ("<|mask|>", "[MASK]", "<|MASK|>", "<|mdm_mask|>", "<mask>")
+PRIVATE_USE = range(0xF0000, 0xFFFFE)  # stand-ins for special-token literals while the template runs
+GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Tokens = tuple[np.ndarray, np.ndarray]  # input_ids_T int32, trainable_T bool
+
+
+class SpecialIds(NamedTuple):
+    """The ids that are not text."""
+
+    mask: int
+    eos: int
+    suppressed: tuple[int, ...]  # never decoded and never a random replacement; ascending, with mask, without eos
+
+
+def special_ids(
+    tokenizer: PreTrainedTokenizerBase | None,
+    mask_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    vocab_size: int | None = None,
+    chat_template: str | None = None,
+) -> SpecialIds:
+    """Find mask, EOS and the ids that a response must not hold; `mask_token_id` and `eos_token_id` override.
+
+    Suppressed are the mask, the special tokens, and ids that name no token. EOS stays, and so does what the chat template
+    writes inside an assistant turn (its end-of-turn token): the model is trained to produce that.
+    Raises ConfigError naming mask_token_id or eos_token_id when one is not to be had or makes no sense.
+    """
+    mask = mask_token_id if mask_token_id is not None else _find_mask(tokenizer)
+    eos = eos_token_id if eos_token_id is not None else getattr(tokenizer, "eos_token_id", None)
+    for key, value in (("mask_token_id", mask), ("eos_token_id", eos)):
+        if value is None:
+            source = "there is no tokenizer" if tokenizer is None else "the tokenizer names none"
+            raise ConfigError(f"{key} is null and {source}: set {key}")
+        if value < 0 or (vocab_size is not None and value >= vocab_size):
+            bound = "0 or more" if vocab_size is None else f"below the model's vocabulary size {vocab_size}"
+            raise ConfigError(f"{key} {value} is no token of the model: it must be {bound}")
+    if mask == eos:
+        raise ConfigError(
+            f"mask_token_id {mask} equals eos_token_id {eos}: the model could not tell noise from the end"
+        )
+    if tokenizer is None:
+        return SpecialIds(mask, eos, (mask,))
+    size = len(tokenizer) if vocab_size is None else vocab_size
+    unnamed = set(range(size)).difference(tokenizer.get_vocab().values())
+    special = {index for index in special_literals(tokenizer).values() if index < size}
+    produced = _end_of_turn_ids(tokenizer, chat_template)
+    return SpecialIds(mask, eos, tuple(sorted((special | unnamed | {mask}) - ({eos} | (produced - {mask})))))
+
+
+def special_literals(tokenizer: PreTrainedTokenizerBase, also: Iterable[int] = ()) -> dict[str, int]:
+    """Every token that text must not turn into, literal -> id: special ones, what the tokenizer declares as control
+    tokens of its chat template, and the ids of `also`."""
+    added = tokenizer.added_tokens_decoder
+    control = set(tokenizer.chat_control_tokens or ()) | set(tokenizer.all_special_tokens)
+    literals = {token.content: index for index, token in added.items() if token.special or token.content in control}
+    literals |= {tokenizer.convert_ids_to_tokens(index): index for index in tokenizer.all_special_ids}
+    literals |= {added[index].content: index for index in also if index in added}
+    return literals
+
+
+def _find_mask(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    if tokenizer is None:
+        return None
+    if tokenizer.mask_token_id is not None:
+        return tokenizer.mask_token_id
+    literals = special_literals(tokenizer)
+    return next((literals[name] for name in MASK_LITERALS if name in literals), None)
+
+
+def _end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> set[int]:
+    """Special ids inside an assistant turn, found by encoding a small conversation."""
+    if chat_template is None and not tokenizer.chat_template:
+        return set()
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    input_ids_T, trainable_T = ChatEncoder(tokenizer, chat_template).encode_messages(probe)
+    return set(input_ids_T[trainable_T].tolist()) & set(special_literals(tokenizer).values())
+
+
+class _Piece(NamedTuple):
+    """A stretch of a document: plain text, or one special token."""
+
+    text: str
+    token_id: int | None
+    trainable: bool
+
+
+class ChatEncoder:
+    """Turns records into token ids with one tokenizer and one chat template.
+
+    `chat_template` (Jinja text) replaces the tokenizer's own. `special` names ids that text must not turn into although
+    the tokenizer does not call them special (a mask token given by the recipe).
+    Raises ConfigError for a tokenizer that changes a piece of text by what stands before it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        special: SpecialIds | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self._own_template = chat_template
+        self._literals = special_literals(tokenizer, also=special[:2] if special else ())
+        self._literal_pattern = _any_of(re.escape(literal) for literal in self._longest_first())
+        self._special_pattern = _any_of(self._with_whitespace(literal) for literal in self._longest_first())
+        self._never_from_text = frozenset(self._literals.values()) - {tokenizer.unk_token_id}
+        if self._encode_plain(["\n"])[0] + self._encode_plain(["a"])[0] != self._encode_plain(["\na"])[0]:
+            raise ConfigError(
+                "the tokenizer puts a space before the first word of every text, but a conversation is encoded piece "
+                "by piece: use a byte-level tokenizer"
+            )
+
+    # --- documents --------------------------------------------------------------------------------------------------
+
+    def encode_messages(self, messages: list[dict], tools: list[dict] | None = None, trained_from: int = 0) -> Tokens:
+        """A conversation -> (input_ids_T int32, trainable_T bool); every assistant turn from message `trained_from` on
+        is trainable, its end-of-turn token included. No EOS is added. Raises BadRow where the template refuses."""
+        return self._encode_pieces([self._conversation_pieces(Conversation(messages, tools, trained_from))])[0]
+
+    def encode_prompt(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
+        """A conversation -> the ids after which the model has to answer. Raises BadRow where the template refuses."""
+        pieces = self._conversation_pieces(Conversation(messages, tools), add_generation_prompt=True)
+        return self._encode_pieces([pieces])[0][0].tolist()
+
+    def encode_text(self, text: str) -> list[int]:
+        """Plain text -> ids, none of them special."""
+        return self._encode_pieces([[_Piece(text, None, False)]])[0][0].tolist()
+
+    def encode_records(self, records: Sequence[Conversation | Completion | TokenIds]) -> list[Tokens | BadRow]:
+        """Encode many records in one tokenizer call (it runs on all cores); a BadRow stands where one is unusable."""
+        plans = [self._plan(record) for record in records]
+        encoded = iter(self._encode_pieces([plan for plan in plans if isinstance(plan, list)], keep_bad=True))
+        return [next(encoded) if isinstance(plan, list) else plan for plan in plans]
+
+    def _plan(self, record: Conversation | Completion | TokenIds) -> list[_Piece] | Tokens | BadRow:
+        if isinstance(record, TokenIds):
+            return token_ids(record)
+        if isinstance(record, Completion):
+            return [_Piece(record.prompt, None, False), _Piece(record.completion, None, True)]
+        try:
+            return self._conversation_pieces(record)
+        except BadRow as bad:
+            return bad
+
+    # --- messages -> rendered text -> pieces ------------------------------------------------------------------------
+
+    def _conversation_pieces(self, conversation: Conversation, add_generation_prompt: bool = False) -> list[_Piece]:
+        hidden, stand_ins = self._hide_literals((conversation.messages, conversation.tools))
+        messages, tools = hidden
+        template = self._template(tools)
+        text, spans = self._render_spans(template, messages, tools, add_generation_prompt)
+        if conversation.trained_from:
+            context = self._render(template, messages[: conversation.trained_from], tools)[0]
+            _require_prefix(context, text)
+            spans = [span for span in spans if span[0] >= len(context)]
+        return self._cut(text, spans, stand_ins, drop_tail=not add_generation_prompt)
+
+    def _template(self, tools: list[dict] | None) -> str:
+        if self._own_template is not None:
+            return _training_template(self._own_template, None)
+        if not self.tokenizer.chat_template:
+            raise ConfigError("the tokenizer has no chat template, but a record has messages: set chat_template_path")
+        return _training_template(self.tokenizer.get_chat_template(tools=tools), self.tokenizer)
+
+    def _render(self, template: str, messages: list[dict], tools, add_generation_prompt=False, spans=False):
+        """The rendered text and, on demand, the (start, end) characters between the template's generation markers."""
+        try:
+            texts, indices = render_jinja_template(
+                [messages],
+                tools=tools,
+                chat_template=template,
+                return_assistant_tokens_mask=spans,
+                add_generation_prompt=add_generation_prompt,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (jinja2.TemplateError, TypeError) as problem:
+            raise BadRow(Fault.TEMPLATE, f"the chat template refuses the conversation: {problem}") from problem
+        return texts[0], (indices[0] if spans else [])
+
+    def _render_spans(self, template: str, messages: list[dict], tools, add_generation_prompt: bool):
+        """The rendered text with the character spans of the assistant turns, end-of-turn token included."""
+        if GENERATION_MARKER.search(template):
+            text, spans = self._render(template, messages, tools, add_generation_prompt, spans=True)
+            rest = _rest_of_turn(template, self.tokenizer)
+            return text, [(start, end + len(rest) * text.startswith(rest, end)) for start, end in spans]
+        text, _ = self._render(template, messages, tools, add_generation_prompt)
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before, _ = self._render(template, messages[:index], tools, add_generation_prompt=True)
+                after, _ = self._render(template, messages[: index + 1], tools)
+                _require_prefix(before, after)
+                _require_prefix(after, text)
+                spans.append((len(before), len(after)))
+        return text, spans
+
+    def _cut(self, text: str, spans: list[tuple[int, int]], stand_ins: dict[str, str], drop_tail: bool):
+        """Cut at special tokens and at the edges of the spans. White space that the template puts behind an
+        end-of-turn token is not trained, and dropped (`drop_tail`) where the document ends with it."""
+        spans = [(start, self._before_trailing_space(text, start, end)) for start, end in spans]
+        if drop_tail and spans and not text[spans[-1][1] :].strip():
+            text = text[: spans[-1][1]]
+        edges = sorted({0, len(text), *(edge for span in spans for edge in span if edge <= len(text))})
+        starts = dict(spans)
+        pieces, trained_to = [], 0
+        for start, end in itertools.pairwise(edges):
+            trained_to = max(trained_to, starts.get(start, 0))
+            pieces += self._split(text[start:end], stand_ins, trainable=start < trained_to)
+        return pieces
+
+    def _before_trailing_space(self, text: str, start: int, end: int) -> int:
+        bare = start + len(text[start:end].rstrip())
+        behind_special = any(text.endswith(literal, start, bare) for literal in self._literals)
+        return bare if behind_special else end
+
+    def _split(self, text: str, stand_ins: dict[str, str], trainable: bool) -> list[_Piece]:
+        pieces, position = [], 0
+        for match in self._special_pattern.finditer(text):
+            pieces.append(_Piece(_restore(text[position : match.start()], stand_ins), None, trainable))
+            literal = match[match.lastindex]
+            pieces.append(_Piece(literal, self._literals[literal], trainable))
+            position = match.end()
+        pieces.append(_Piece(_restore(text[position:], stand_ins), None, trainable))
+        return [piece for piece in pieces if piece.text]
+
+    def _hide_literals(self, value: Any) -> tuple[Any, dict[str, str]]:
+        """Replace special-token literals in every string by single characters that occur nowhere in the strings."""
+        text = "\0".join(_strings(value))
+        found = sorted({match[0] for match in self._literal_pattern.finditer(text)})
+        if not found:
+            return value, {}
+        free = (chr(code) for code in PRIVATE_USE if chr(code) not in text)
+        stand_ins = {next(free): literal for literal in found}
+        hide = {literal: character for character, literal in stand_ins.items()}
+        return _map_strings(value, lambda part: self._literal_pattern.sub(lambda m: hide[m[0]], part)), stand_ins
+
+    # --- pieces -> ids ----------------------------------------------------------------------------------------------
+
+    def _encode_pieces(self, documents: list[list[_Piece]], keep_bad: bool = False) -> list[Tokens | BadRow]:
+        texts = [piece.text for pieces in documents for piece in pieces if piece.token_id is None]
+        encoded = iter(self._encode_plain(texts) if texts else ())
+        results = []
+        for pieces in documents:
+            ids = [next(encoded) if piece.token_id is None else [piece.token_id] for piece in pieces]
+            bad = self._special_from_text(pieces, ids)
+            if bad and not keep_bad:
+                raise bad
+            results.append(bad or _join(ids, [piece.trainable for piece in pieces]))
+        return results
+
+    def _encode_plain(self, texts: list[str]) -> list[list[int]]:
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return encoded["input_ids"]
+
+    def _special_from_text(self, pieces: list[_Piece], ids: list[list[int]]) -> BadRow | None:
+        """A tokenizer whose ordinary vocabulary spells a special token out of text cannot keep the two apart."""
+        for piece, piece_ids in zip(pieces, ids, strict=True):
+            wrong = self._never_from_text.intersection(piece_ids) if piece.token_id is None else ()
+            if wrong:
+                token = self.tokenizer.convert_ids_to_tokens(min(wrong))
+                return BadRow(Fault.SPECIAL_TOKEN, f"the tokenizer makes {token} out of plain text: remove it there")
+        return None
+
+    def _longest_first(self) -> list[str]:
+        return sorted(self._literals, key=len, reverse=True)
+
+    def _with_whitespace(self, literal: str) -> str:
+        """A pattern for the token, with the white space that the tokenizer lets it swallow."""
+        token = self.tokenizer.added_tokens_decoder.get(self._literals[literal])
+        left = r"\s*" if token is not None and token.lstrip else ""
+        right = r"\s*" if token is not None and token.rstrip else ""
+        return f"{left}({re.escape(literal)}){right}"
+
+
+def token_ids(record: TokenIds) -> Tokens:
+    """A record that comes tokenised, as (input_ids_T int32, trainable_T bool)."""
+    return np.array(record.input_ids, np.int32), np.arange(len(record.input_ids)) >= record.prompt_length
+
+
+def _join(ids: list[list[int]], trainable: list[bool]) -> Tokens:
+    lengths = [len(part) for part in ids]
+    return np.array([i for part in ids for i in part], np.int32), np.repeat(np.array(trainable, bool), lengths)
+
+
+def _restore(text: str, stand_ins: dict[str, str]) -> str:
+    for character, literal in stand_ins.items():
+        text = text.replace(character, literal)
+    return text
+
+
+def _any_of(patterns: Iterable[str]) -> re.Pattern:
+    return re.compile("|".join(patterns) or "(?!)")
+
+
+def _strings(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _strings(key)
+            yield from _strings(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _map_strings(value: Any, change) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _map_strings(inner, change) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_map_strings(inner, change) for inner in value]
+    return value
+
+
+def _require_prefix(before: str, text: str) -> None:
+    if not text.startswith(before):
+        raise BadRow(
+            Fault.TEMPLATE,
+            "the chat template renders earlier turns differently once later ones follow, so its assistant turns cannot be "
+            "located: give a template with {% generation %} markers as chat_template_path",
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def _training_template(template: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """The template itself if its assistant turns can be located, else trl's training version of it if there is one."""
+    if tokenizer is None or GENERATION_MARKER.search(template) or _keeps_prefixes(template, tokenizer):
+        return template
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+    except ImportError:
+        return template
+    try:
+        return get_training_chat_template(tokenizer) or template
+    except ValueError:  # trl does not know it either: the first conversation with two answers will say so
+        return template
+
+
+def _keeps_prefixes(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    texts = [_render_probe(template, tokenizer, turns)[0] for turns in (1, 2)]
+    return texts[1].startswith(texts[0])
+
+
+@functools.lru_cache(maxsize=16)
+def _rest_of_turn(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template writes behind the generation markers of the last answer: it belongs to the turn as well."""
+    text, spans = _render_probe(template, tokenizer, turns=1)
+    return text[spans[-1][1] :] if spans else ""
+
+
+def _render_probe(template: str, tokenizer: PreTrainedTokenizerBase, turns: int) -> tuple[str, list[tuple[int, int]]]:
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        texts, indices = render_jinja_template(
+            [turn * turns], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+        )
+    except (jinja2.TemplateError, TypeError):
+        return "", []  # the template wants something else; a record that it refuses says so itself
+    return texts[0], indices[0]

@@ -1,0 +1,285 @@
+"""All training documents, tokenised once at start-up and kept in flat arrays, with a report of what was refused.
+
+A document is named by (index of its file << 40) | line number; that name keys its noise and leads back to file and line.
+What cannot be trained on is a bad row: broken, without an answer, too long. `on_bad_row` decides whether the first one
+stops the run or whether they are counted, up to `max_bad_fraction`.
+"""
+
+import functools
+import itertools
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dfactory.config.data import DatasetKeys
+from dfactory.data.chat import ChatEncoder, Tokens, token_ids
+from dfactory.data.records import BadRow, Fault, Record, TokenIds, read_records
+from dfactory.errors import ConfigError, DataError
+from dfactory.types import Example
+
+LINE_BITS = 40  # of a document id; the file's index stands above them
+ENCODE_BATCH = 1024  # records that the tokenizer gets at once
+SHOWN_ORIGINS = 5  # a kind of fault in the report
+
+
+@dataclass
+class Refused:
+    """The rows refused for one reason."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)  # "file:line: message" of the first few
+
+
+@dataclass
+class DataReport:
+    """What became of the rows of a set of files; `str()` prints it."""
+
+    files: list[str]
+    kept: int = 0
+    truncated: int = 0
+    refused: dict[Fault, Refused] = field(default_factory=dict)
+    tokens: int = 0
+    trainable_tokens: int = 0
+    aligned_tokens: int = 0  # with the fill to whole blocks
+    longest: int = 0  # document, in tokens
+
+    @property
+    def num_refused(self) -> int:
+        return sum(refused.count for refused in self.refused.values())
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.kept} documents of {len(self.files)} file(s), {self.num_refused} rows refused, {self.truncated} cut",
+            f"{self.tokens} tokens ({self.aligned_tokens} in whole blocks), {self.trainable_tokens} trainable, "
+            f"longest document {self.longest}",
+        ]
+        for fault, refused in sorted(self.refused.items(), key=lambda item: -item[1].count):
+            lines.append(f"refused, {fault}: {refused.count}")
+            lines += [f"  {origin}" for origin in refused.first]
+        return "\n".join(lines)
+
+
+class Examples(Sequence[Example]):
+    """Tokenised documents in flat arrays: 4 bytes and 1 bit a token. Indexing builds an Example."""
+
+    def __init__(
+        self,
+        report: DataReport,
+        document_id_E: np.ndarray,
+        offset_E1: np.ndarray,
+        input_ids: np.ndarray,
+        trainable: np.ndarray,
+    ):
+        self.report = report
+        self.document_id_E = document_id_E  # int64
+        self._offset_E1 = offset_E1  # int64, E + 1 of them
+        self._input_ids = input_ids  # int32
+        self._trainable_bits = np.packbits(trainable)
+
+    def __len__(self) -> int:
+        return len(self.document_id_E)
+
+    def __getitem__(self, index: int) -> Example:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        start, stop = self._offset_E1[index % len(self) :][:2].tolist()
+        document_id = int(self.document_id_E[index])
+        return Example(document_id, self._input_ids[start:stop], self._trainable(start, stop), self.origin(document_id))
+
+    @property
+    def length_E(self) -> np.ndarray:
+        """Tokens of each document, before the fill."""
+        return np.diff(self._offset_E1)
+
+    @property
+    def file_index_E(self) -> np.ndarray:
+        """Which of the files each document came from."""
+        return self.document_id_E >> LINE_BITS
+
+    def origin(self, document_id: int) -> str:
+        """The "file:line" that a document id names."""
+        return _origin(self.report.files, document_id)
+
+    def response_blocks(self, block_size: int) -> np.ndarray:
+        """int64 [E]: the number of blocks of each document that hold a trainable token."""
+        blocks_E = np.empty(len(self), np.int64)
+        for first in range(0, len(self), ENCODE_BATCH):
+            offset = self._offset_E1[first : first + ENCODE_BATCH + 1]
+            length = np.diff(offset)
+            trained = np.flatnonzero(self._trainable(int(offset[0]), int(offset[-1])))  # tokens of the chunk
+            example = np.repeat(np.arange(len(length)), length)[trained]
+            block = (trained - (offset[example] - offset[0])) // block_size
+            is_new = np.ones(len(trained), bool)
+            is_new[1:] = (np.diff(example) != 0) | (np.diff(block) != 0)
+            blocks_E[first : first + len(length)] = np.bincount(example[is_new], minlength=len(length))
+        return blocks_E
+
+    @functools.cached_property
+    def fingerprint(self) -> int:
+        """A checksum of all documents, their order and their marks: a resumed run must see the same ones."""
+        arrays = (self.document_id_E, self._offset_E1, self._input_ids, self._trainable_bits)
+        return functools.reduce(lambda crc, array: zlib.crc32(array.tobytes(), crc), arrays, 0)
+
+    def _trainable(self, start: int, stop: int) -> np.ndarray:
+        bits = np.unpackbits(self._trainable_bits[start // 8 : (stop + 7) // 8])
+        return bits[start % 8 :][: stop - start].astype(bool)
+
+
+def load_examples(
+    datasets: Sequence[DatasetKeys],
+    encoder: ChatEncoder | None,
+    *,
+    max_length: int,
+    overlong: str,
+    on_bad_row: str,
+    max_bad_fraction: float,
+    block_size: int,
+    eos_id: int,
+    vocab_size: int,
+    mask_id: int | None = None,
+) -> Examples:
+    """Read, tokenise and check every record of the files.
+
+    `encoder` may be None if all records come tokenised. A text ends with EOS, added where it does not, trainable where
+    its last token is. Raises DataError for the first bad row (on_bad_row "error"), for too large a share of them
+    ("skip"), for an unreadable file, and if nothing is left; ConfigError if blocks do not divide max_length.
+    """
+    if max_length % block_size:
+        raise ConfigError(f"block_size {block_size} does not divide max_length {max_length}: use a multiple of it")
+    rules = _Rules(max_length, overlong, eos_id, vocab_size, mask_id)
+    builder = _Builder(DataReport([entry.path for entry in datasets]), on_bad_row, block_size)
+    for file_index, entry in enumerate(datasets):
+        for batch in _batched(read_records(entry.path), ENCODE_BATCH):
+            for (number, record), tokens in zip(batch, _encode(batch, encoder, entry.path), strict=True):
+                builder.add((file_index << LINE_BITS) | number, _apply(rules, record, tokens))
+    return builder.finish(max_bad_fraction)
+
+
+@dataclass(frozen=True)
+class _Rules:
+    max_length: int
+    overlong: str
+    eos_id: int
+    vocab_size: int
+    mask_id: int | None
+
+
+def _encode(batch: list[tuple[int, Record | BadRow]], encoder: ChatEncoder | None, path: str) -> list[Tokens | BadRow]:
+    good = [record for _, record in batch if not isinstance(record, BadRow)]
+    if encoder is None:
+        for number, record in batch:
+            if not isinstance(record, (TokenIds, BadRow)):
+                raise ConfigError(f"{path}:{number} holds text but the model directory has no tokenizer: give one")
+    try:
+        encoded = iter(encoder.encode_records(good) if encoder else map(token_ids, good))
+    except Exception as problem:
+        problem.add_note(f"while encoding {path}:{batch[0][0]} to {path}:{batch[-1][0]}")
+        raise
+    return [record if isinstance(record, BadRow) else next(encoded) for _, record in batch]
+
+
+def _apply(rules: _Rules, record: Record | BadRow, tokens: Tokens | BadRow) -> tuple[Tokens, bool] | BadRow:
+    """End with EOS, check, cut: (tokens, whether they were cut)."""
+    if isinstance(tokens, BadRow):
+        return tokens
+    ids, trainable = tokens
+    if not trainable.any():
+        return BadRow(Fault.NO_ANSWER, "no token is trainable: the record needs an answer")
+    if wrong := _wrong_id(rules, ids):
+        return wrong
+    if not isinstance(record, TokenIds) and ids[-1] != rules.eos_id:
+        ids, trainable = np.append(ids, np.int32(rules.eos_id)), np.append(trainable, trainable[-1])
+    limit = rules.max_length
+    if len(ids) <= limit:
+        return (ids, trainable), False
+    if not trainable[:limit].any():
+        prompt = int(trainable.argmax())
+        return BadRow(Fault.PROMPT_TOO_LONG, f"the prompt alone has {prompt} tokens, max_length is {limit}: raise it")
+    if rules.overlong == "truncate":
+        return (ids[:limit], trainable[:limit]), True
+    return BadRow(
+        Fault.TOO_LONG,
+        f"the document has {len(ids)} tokens, max_length is {limit}: raise max_length or set overlong: truncate",
+    )
+
+
+def _wrong_id(rules: _Rules, ids: np.ndarray) -> BadRow | None:
+    if ids.max() >= rules.vocab_size:
+        where = int(ids.argmax())
+        return BadRow(
+            Fault.VOCABULARY, f"input_ids[{where}] is {ids[where]}: the vocabulary has {rules.vocab_size} tokens"
+        )
+    if rules.mask_id is not None and (ids == rules.mask_id).any():
+        where = int((ids == rules.mask_id).argmax())
+        return BadRow(
+            Fault.SPECIAL_TOKEN, f"input_ids[{where}] is the mask {rules.mask_id}: only noise may put it there"
+        )
+    return None
+
+
+class _Builder:
+    """Gathers documents, counts bad rows."""
+
+    def __init__(self, report: DataReport, on_bad_row: str, block_size: int):
+        self.report, self.on_bad_row, self.block_size = report, on_bad_row, block_size
+        self.document_ids: list[int] = []
+        self.lengths: list[int] = []
+        self.chunks: list[
+            Tokens
+        ] = []  # joined now and then: a small array for each document would cost more than it holds
+        self.loose: list[Tokens] = []
+
+    def add(self, document_id: int, outcome: tuple[Tokens, bool] | BadRow) -> None:
+        if isinstance(outcome, BadRow):
+            return self._refuse(_origin(self.report.files, document_id), outcome)
+        tokens, was_cut = outcome
+        length = len(tokens[0])
+        self.document_ids.append(document_id)
+        self.lengths.append(length)
+        self.loose.append(tokens)
+        if len(self.loose) >= ENCODE_BATCH:
+            self.chunks, self.loose = [*self.chunks, _concatenate(self.loose)], []
+        report = self.report
+        report.kept += 1
+        report.truncated += was_cut
+        report.tokens += length
+        report.trainable_tokens += int(tokens[1].sum())
+        report.aligned_tokens += length + -length % self.block_size
+        report.longest = max(report.longest, length)
+
+    def _refuse(self, origin: str, bad: BadRow) -> None:
+        if self.on_bad_row == "error":
+            raise DataError(f"{origin}: {bad}; or set on_bad_row: skip to go on without such rows") from bad
+        refused = self.report.refused.setdefault(bad.fault, Refused())
+        refused.count += 1
+        if len(refused.first) < SHOWN_ORIGINS:
+            refused.first.append(f"{origin}: {bad}")
+
+    def finish(self, max_bad_fraction: float) -> Examples:
+        report, files = self.report, ", ".join(self.report.files)
+        if not report.kept:
+            raise DataError(f"no record of {files} can be trained on:\n{report}")
+        share = report.num_refused / (report.kept + report.num_refused)
+        if share > max_bad_fraction:
+            raise DataError(
+                f"{share:.2%} of the rows of {files} are unusable, max_bad_fraction is {max_bad_fraction:g}: "
+                f"fix them or raise it\n{report}"
+            )
+        input_ids, trainable = _concatenate([*self.chunks, *self.loose])
+        offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        return Examples(report, np.array(self.document_ids, np.int64), offsets, input_ids, trainable)
+
+
+def _origin(files: list[str], document_id: int) -> str:
+    return f"{files[document_id >> LINE_BITS]}:{document_id & ((1 << LINE_BITS) - 1)}"
+
+
+def _concatenate(parts: list[Tokens]) -> Tokens:
+    return np.concatenate([ids for ids, _ in parts]), np.concatenate([trainable for _, trainable in parts])
+
+
+def _batched(items: Iterator, size: int) -> Iterator[list]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch

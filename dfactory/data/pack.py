@@ -1,0 +1,188 @@
+"""Documents -> rows: fill to whole blocks, pack, and write `[clean | view 1 | ... | view K]` (METHOD section 2).
+
+Packing looks at costs only, never at tokens, so that the number of rows of a run can be computed beforehand. It keeps a
+buffer of up to LOOKAHEAD documents: a row starts with the oldest one, so that none waits forever, and then takes the
+largest that still fits.
+"""
+
+import bisect
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dfactory.types import PADDING, Example, View, ViewBatch
+
+LOOKAHEAD = 256
+
+
+class PackedDocument(NamedTuple):
+    """One document of a row, aligned to blocks, with its views."""
+
+    document_id: int
+    input_ids_T: np.ndarray  # int32, whole blocks
+    trainable_T: np.ndarray  # bool
+    views: Sequence[View]
+
+
+def align(example: Example, block_size: int, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fill with EOS up to the next multiple of `block_size`: (input_ids_T int32, trainable_T bool).
+
+    The fill is trainable where the last token is: a decoder has to produce it. Block size 4, EOS = 0:
+
+        ids        5 6 7 8 9  ->  5 6 7 8 9 0 0 0
+        trainable  0 0 1 1 1  ->  0 0 1 1 1 1 1 1
+    """
+    fill = -len(example) % block_size
+    input_ids_T = np.concatenate([example.input_ids_T, np.full(fill, eos_id, np.int32)])
+    trainable_T = np.concatenate([example.trainable_T, np.full(fill, fill and example.trainable_T[-1], bool)])
+    return input_ids_T, trainable_T
+
+
+class Packer:
+    """Greedy best-fit packing of a stream with bounded look-ahead. `waiting` (oldest first) is all of its state."""
+
+    def __init__(self, row_length: int, packing: bool = True, lookahead: int = LOOKAHEAD):
+        self.row_length = row_length
+        self.packing = packing
+        self.lookahead = lookahead if packing else 1
+        self._arrivals = 0
+        self._by_cost: list[tuple[int, int]] = []  # (cost, -arrival), ascending: among equals the oldest comes last
+        self._by_arrival: dict[int, tuple[int, Any]] = {}
+
+    @property
+    def waiting(self) -> list[Any]:
+        return [document for _, document in self._by_arrival.values()]
+
+    @property
+    def full(self) -> bool:
+        return len(self._by_arrival) >= self.lookahead
+
+    def add(self, cost: int, document: Any) -> None:
+        """Take one document of `cost` positions into the buffer. Raises ValueError if no row can hold it."""
+        if cost > self.row_length:
+            raise ValueError(f"a document of {cost} positions does not fit a row of {self.row_length}")
+        self._by_arrival[self._arrivals] = (cost, document)
+        bisect.insort(self._by_cost, (cost, -self._arrivals))
+        self._arrivals += 1
+
+    def next_row(self) -> list[Any]:
+        """The documents of the next row, none if the buffer is empty. Fill the buffer up before every call."""
+        if not self._by_arrival:
+            return []
+        row = [self._take(next(iter(self._by_arrival)))]
+        room = self.row_length - row[0][0]
+        while self.packing and (index := bisect.bisect_right(self._by_cost, (room, 0))):
+            row.append(self._take(-self._by_cost[index - 1][1]))
+            room -= row[-1][0]
+        return [document for _, document in row]
+
+    def _take(self, arrival: int) -> tuple[int, Any]:
+        cost, document = self._by_arrival.pop(arrival)
+        self._by_cost.pop(bisect.bisect_left(self._by_cost, (cost, -arrival)))
+        return cost, document
+
+
+def pack_rows(
+    costs: Iterable[int], row_length: int, packing: bool = True, lookahead: int = LOOKAHEAD
+) -> Iterator[list[int]]:
+    """Pack a stream of costs (positions a document) into rows: lists of indices into the stream.
+
+    `packing=False` gives one document a row. Raises ValueError for a document that no row can hold.
+    """
+    packer = Packer(row_length, packing, lookahead)
+    stream = enumerate(costs)
+    while True:
+        while not packer.full and (entry := next(stream, None)):
+            packer.add(entry[1], entry[0])
+        row = packer.next_row()
+        if not row:
+            return
+        yield row
+
+
+def collate(
+    rows: Sequence[Sequence[PackedDocument]],
+    block_size: int,
+    *,
+    pad_to: int | None = None,
+    device: torch.device | str | None = None,
+) -> ViewBatch:
+    """Write rows as one ViewBatch [R, S]; S is `pad_to`, or else the longest row, at least one block.
+
+    Each document stands as `[clean | view 1 | ... | view K]`, its number counting over the whole batch; targets run in
+    row order. A row without documents is all padding. Raises ValueError if a row is longer than `pad_to`.
+    """
+    lengths = [sum(_cost(document) for document in row) for row in rows]
+    width = max([block_size, *lengths]) if pad_to is None else pad_to
+    if max(lengths, default=0) > width:
+        raise ValueError(f"a row of {max(lengths)} positions is longer than pad_to {width}")
+    writer = _Writer(len(rows), width, block_size)
+    for r, row in enumerate(rows):
+        writer.start_row(r)
+        for document in row:
+            writer.write(document)
+    batch = writer.finish()
+    return batch if device is None else batch.to(device)
+
+
+def _cost(document: PackedDocument) -> int:
+    return len(document.input_ids_T) + sum(len(view.position_P) for view in document.views)
+
+
+class _Writer:
+    """Fills flat arrays of R * S positions from left to right."""
+
+    def __init__(self, num_rows: int, width: int, block_size: int):
+        self.shape, self.block_size, self.cursor = (num_rows, width), block_size, 0
+        size = num_rows * width
+        self.input_ids, self.position, self.view, self.block = (np.zeros(size, np.int64) for _ in range(4))
+        self.document = np.full(size, PADDING, np.int64)
+        self.targets: list[tuple[np.ndarray, ...]] = []  # (index, ids, t, elbo_weight) a view
+        self.per_document: list[tuple[int, int, int]] = []  # (id, response length, number of views)
+
+    def start_row(self, row: int) -> None:
+        self.cursor = row * self.shape[1]
+
+    def write(self, document: PackedDocument) -> None:
+        self._write_stream(0, np.arange(len(document.input_ids_T)), document.input_ids_T)
+        for number, view in enumerate(document.views, start=1):
+            index = self.cursor + np.flatnonzero(view.target_P)
+            ids = document.input_ids_T[view.position_P[view.target_P]]
+            self.targets.append((index, ids, view.t_P[view.target_P], view.elbo_weight_P[view.target_P]))
+            self._write_stream(number, view.position_P, view.input_ids_P)
+        self.per_document.append((document.document_id, int(document.trainable_T.sum()), len(document.views)))
+
+    def _write_stream(self, view: int, position_P: np.ndarray, input_ids_P: np.ndarray) -> None:
+        span = slice(self.cursor, self.cursor + len(position_P))
+        self.input_ids[span] = input_ids_P
+        self.position[span] = position_P
+        self.document[span] = len(self.per_document)
+        self.view[span] = view
+        self.block[span] = position_P // self.block_size
+        self.cursor = span.stop
+
+    def finish(self) -> ViewBatch:
+        def grid(flat: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(flat.reshape(self.shape))
+
+        def targets(column: int, dtype) -> torch.Tensor:
+            parts = [part[column] for part in self.targets]
+            return torch.from_numpy(np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype))
+
+        ids, responses, views = torch.tensor(self.per_document, dtype=torch.int64).reshape(-1, 3).unbind(1)
+        return ViewBatch(
+            input_ids_RS=grid(self.input_ids),
+            position_ids_RS=grid(self.position),
+            document_RS=grid(self.document),
+            view_RS=grid(self.view),
+            block_RS=grid(self.block),
+            target_index_N=targets(0, np.int64),
+            target_ids_N=targets(1, np.int64),
+            t_N=targets(2, np.float32),
+            elbo_weight_N=targets(3, np.float32),
+            document_id_D=ids.contiguous(),
+            response_length_D=responses.contiguous(),
+            num_views_D=views.contiguous(),
+        )

@@ -1,0 +1,223 @@
+"""Documents -> windows of micro-batches: the order, the packing, the share of each rank, and where to resume.
+
+There is one global stream of rows. Its order is a pure function of (seed, epoch), it runs across epoch edges, and it does
+not know about ranks: a window is the next world_size * accumulation * micro_batch_rows rows, dealt out like cards. Every
+rank packs the whole stream (by lengths, which is cheap) and builds views for its own rows only.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dfactory.data.examples import Examples
+from dfactory.data.pack import PackedDocument, Packer, align, collate
+from dfactory.errors import CheckpointError, ConfigError
+from dfactory.types import View, ViewBatch
+
+MakeViews = Callable[[np.ndarray, np.ndarray, int, int], Sequence[View]]
+"""(input_ids_T, trainable_T, document_id, visit) -> the views of an aligned document. `visit` counts from 0 how often the
+document has been seen; at weight 1 it is the epoch."""
+
+ORDER, DRAW = 0, 1  # what a random stream of an epoch is for
+
+
+class RecordSource:
+    """Windows of micro-batches from tokenised records.
+
+    `weights` gives one weight a file: an epoch sees each of its records floor(weight) times, and once more with the
+    probability of the fraction. `num_views` is what `make_views` returns for a document; each may cover the blocks that
+    hold a trainable token. `max_epochs` may be fractional; None never ends.
+    Raises ConfigError if a row cannot hold the longest document with its views.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        weights: Sequence[float],
+        make_views: MakeViews,
+        *,
+        num_views: int,
+        block_size: int,
+        eos_id: int,
+        row_length: int,
+        packing: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batch_rows: int = 1,
+        accumulation: int = 1,
+        max_epochs: float | None = None,
+    ):
+        self.examples, self.make_views = examples, make_views
+        self.block_size, self.eos_id, self.row_length, self.packing = block_size, eos_id, row_length, packing
+        self.rank, self.world_size = rank, world_size
+        self.micro_batch_rows, self.accumulation = micro_batch_rows, accumulation
+        self.max_epochs = max_epochs
+        self._identity = {"data": examples.fingerprint, "seed": seed, "weights": [float(w) for w in weights]}
+        self._order = EpochOrder(np.asarray(weights, np.float64)[examples.file_index_E], seed)
+        self._cost_E = self._costs(num_views)
+        self._stream = self._new_stream()
+        self._windows = 0
+
+    @property
+    def rows_per_window(self) -> int:
+        return self.world_size * self.accumulation * self.micro_batch_rows
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far, with the fraction of the current one."""
+        return self._stream.progress
+
+    @functools.cached_property
+    def num_windows(self) -> int | None:
+        """Windows of the whole run, found by packing it without tokens; None if it never ends."""
+        if self.max_epochs is None:
+            return None
+        stream, rows = self._new_stream(), 0
+        while stream.next_row():
+            rows += 1
+        return math.ceil(rows / self.rows_per_window)
+
+    def next_window(self) -> list[ViewBatch] | None:
+        """This rank's `accumulation` micro-batches of the next window; None when the run is over.
+
+        The last window is filled up with empty rows, so that all ranks run the same number of forwards.
+        """
+        rows = [self._stream.next_row() for _ in range(self.rows_per_window)]
+        if not rows[0]:
+            return None
+        self._windows += 1
+        mine = rows[self.rank :: self.world_size]
+        micro_batches = (mine[i : i + self.micro_batch_rows] for i in range(0, len(mine), self.micro_batch_rows))
+        return [self._build(batch) for batch in micro_batches]
+
+    def state_dict(self) -> dict[str, Any]:
+        """A cursor for JSON; it holds for any number of ranks."""
+        return {**self._identity, "windows": self._windows, **self._stream.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken. Raises CheckpointError if records, seed or weights are others."""
+        for name, value in self._identity.items():
+            if state[name] != value:
+                raise CheckpointError(
+                    f"the checkpoint's {name} {state[name]} is now {value}: resume with the same datasets, records, "
+                    "weights and seed, or start a new run"
+                )
+        self._stream = self._new_stream()
+        self._stream.load_state_dict(state)
+        self._windows = state["windows"]
+
+    def _new_stream(self) -> "RowStream":
+        return RowStream(self._order, self._cost_E, self.row_length, self.packing, self.max_epochs)
+
+    def _costs(self, num_views: int) -> np.ndarray:
+        """Row positions that each document takes: the aligned document, and its response blocks in every view."""
+        blocks_E = -(-self.examples.length_E // self.block_size)
+        cost_E = self.block_size * (blocks_E + num_views * self.examples.response_blocks(self.block_size))
+        longest = int(cost_E.argmax())
+        if cost_E[longest] > self.row_length:
+            raise ConfigError(
+                f"row_length {self.row_length} cannot hold {self.examples[longest].origin}, which takes "
+                f"{cost_E[longest]} positions with {num_views} view(s): raise row_length or lower max_length"
+            )
+        return cost_E
+
+    def _build(self, rows: list[list[tuple[int, int]]]) -> ViewBatch:
+        packed = [[self._document(index, visit) for index, visit in row] for row in rows]
+        return collate(packed, self.block_size, pad_to=self.row_length if self.packing else None)
+
+    def _document(self, index: int, visit: int) -> PackedDocument:
+        example = self.examples[index]
+        input_ids_T, trainable_T = align(example, self.block_size, self.eos_id)
+        views = self.make_views(input_ids_T, trainable_T, example.document_id, visit)
+        return PackedDocument(example.document_id, input_ids_T, trainable_T, views)
+
+
+class EpochOrder:
+    """Which documents an epoch visits, in which order: a pure function of (weights, seed, epoch)."""
+
+    def __init__(self, weight_E: np.ndarray, seed: int):
+        self._floor_E = np.floor(weight_E).astype(np.int64)
+        self._fraction_E = weight_E - self._floor_E
+        self._seed = seed
+        self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def visits(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(index_V, visit_V) of an epoch: which document, and how often it had been seen before."""
+        if self._cached is None or self._cached[0] != epoch:
+            self._cached = (epoch, *self._draw_order(epoch))
+        return self._cached[1:]
+
+    def _draw_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        times_E = self._times(epoch)
+        index_V = np.repeat(np.arange(len(times_E)), times_E)
+        first_V = np.repeat(np.cumsum(times_E) - times_E, times_E)
+        visit_V = self._seen_before(epoch)[index_V] + np.arange(len(index_V)) - first_V
+        order_V = np.argsort(self._raw(epoch, ORDER, len(index_V)), kind="stable")
+        return index_V[order_V], visit_V[order_V]
+
+    def _times(self, epoch: int) -> np.ndarray:
+        if not self._fraction_E.any():
+            return self._floor_E
+        uniform_E = (self._raw(epoch, DRAW, len(self._floor_E)) >> np.uint64(11)) * 2.0**-53
+        return self._floor_E + (uniform_E < self._fraction_E)
+
+    def _seen_before(self, epoch: int) -> np.ndarray:
+        if not self._fraction_E.any():
+            return epoch * self._floor_E
+        return sum((self._times(earlier) for earlier in range(epoch)), np.zeros_like(self._floor_E))
+
+    def _raw(self, epoch: int, purpose: int, size: int) -> np.ndarray:
+        """uint64: raw bits, because the methods of numpy's Generator may change between its versions."""
+        key = np.array([self._seed, epoch << 8 | purpose], np.uint64)
+        return np.random.Philox(key=key).random_raw(size)
+
+
+class RowStream:
+    """The global rows, each a list of (index of the document, visit), independent of ranks and of tokens."""
+
+    def __init__(self, order: EpochOrder, cost_E: np.ndarray, row_length: int, packing: bool, max_epochs: float | None):
+        self._order, self._cost_E, self._max_epochs = order, cost_E, max_epochs
+        self._epoch, self._offset = 0, 0
+        self._packer = Packer(row_length, packing)
+
+    def next_row(self) -> list[tuple[int, int]]:
+        """The next row; empty when the run is over."""
+        while not self._packer.full and (visit := self._next_visit()):
+            self._packer.add(int(self._cost_E[visit[0]]), visit)
+        return self._packer.next_row()
+
+    @property
+    def progress(self) -> float:
+        """Epochs whose documents are in rows: those that wait in the packer are not."""
+        length = max(len(self._order.visits(self._epoch)[0]), 1)
+        return self._epoch + (self._offset - len(self._packer.waiting)) / length
+
+    def state_dict(self) -> dict[str, Any]:
+        waiting = [list(visit) for visit in self._packer.waiting]
+        return {"epoch": self._epoch, "offset": self._offset, "waiting": waiting}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Only for a new stream."""
+        self._epoch, self._offset = state["epoch"], state["offset"]
+        for index, visit in state["waiting"]:
+            self._packer.add(int(self._cost_E[index]), (index, visit))
+
+    def _next_visit(self) -> tuple[int, int] | None:
+        while self._offset >= self._length(self._epoch):
+            if self._max_epochs is not None and self._epoch + 1 >= self._max_epochs:
+                return None
+            self._epoch, self._offset = self._epoch + 1, 0
+        index_V, visit_V = self._order.visits(self._epoch)
+        self._offset += 1
+        return int(index_V[self._offset - 1]), int(visit_V[self._offset - 1])
+
+    def _length(self, epoch: int) -> int:
+        """Visits of an epoch that the run makes: the last one may be cut short."""
+        length = len(self._order.visits(epoch)[0])
+        if self._max_epochs is None or epoch + 1 <= self._max_epochs:
+            return length
+        return math.ceil((self._max_epochs - epoch) * length - 1e-9)
