@@ -97,7 +97,7 @@ class SegmentPlan:
             for c in chunks:
                 q = query[c.row : c.row + 1, :, c.queries]
                 if c.keys is None:
-                    parts.append(q * 0)  # padding sees nothing
+                    parts.append(torch.zeros_like(q))  # padding sees nothing
                     continue
                 k, v = key[c.row : c.row + 1, :, c.keys], value[c.row : c.row + 1, :, c.keys]
                 parts.append(_attention(q, k, v, c.mask, scaling))

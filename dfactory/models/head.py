@@ -42,7 +42,7 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, target_ids_N):
         count = len(target_ids_N)
-        logprob_N, entropy_N, log_sum_N = hidden_NH.new_empty((3, count), dtype=torch.float32)
+        logprob_N, entropy_N, log_sum_N = (hidden_NH.new_empty(count, dtype=torch.float32) for _ in range(3))
         hit_N = torch.empty(count, dtype=torch.bool, device=hidden_NH.device)
         for part in _chunks(count, len(weight_VH)):
             logits = (hidden_NH[part] @ weight_VH.T).float()

@@ -2,11 +2,14 @@
 
 The checkpoint of the LLaDA2 family differs from Glm4Moe in names only, so a family here is a config class that reads the
 original keys and a conversion mapping that transformers applies while it loads, and inverts while we save. Checkpoints
-hold their experts one by one (`llada2_moe`, `llada21_moe`) or stacked (`llada2_moe_veomni`); either layout is read under
-any of the three names, and a model is saved in the layout of its own.
+hold their experts one by one (`llada2_moe`, `llada21_moe`) or stacked (`llada2_moe_veomni`). Either layout is read under
+any of the three names and saved as it was read; a model with drawn weights is saved in the layout of its name.
 """
 
-from typing import Any, ClassVar
+import copy
+import re
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedConfig
@@ -25,11 +28,26 @@ from dfactory.errors import CheckpointError
 _RENAMED_KEYS = {
     "num_experts": "n_routed_experts",
     "num_shared_experts": "n_shared_experts",
-    "use_bias": "attention_bias",
 }
 
 # Original keys with the only value that the Glm4Moe modules compute; another one would silently be another model.
-_FIXED_KEYS = {"use_qkv_bias": False, "use_sliding_window": False, "norm_head": False, "router_dtype": "fp32"}
+_FIXED_KEYS = {
+    "use_bias": False,
+    "use_qkv_bias": False,
+    "use_sliding_window": False,
+    "norm_head": False,
+    "norm_softmax": False,
+    "router_dtype": "fp32",
+    "score_function": "sigmoid",
+    "rope_scaling": None,
+    "embedding_dropout": 0.0,
+    "output_dropout": 0.0,
+}
+
+# What the family's configuration means where config.json is silent and Glm4Moe's own default differs.
+_DEFAULTS = {"rope_theta": 600000.0, "partial_rotary_factor": 0.5, "use_qk_norm": True, "norm_topk_prob": True}
+
+_STACKED_NAME = re.compile(r"\.mlp\.experts\.gate_proj$")  # a tensor name that only the stacked layout has
 
 
 class LLaDA2MoeConfig(Glm4MoeConfig):
@@ -41,18 +59,11 @@ class LLaDA2MoeConfig(Glm4MoeConfig):
         for name, value in _FIXED_KEYS.items():
             if keys.get(name, value) != value:
                 raise CheckpointError(f"config.json: {name} {keys[name]!r} is not supported, only {value!r} is")
+        keys = _DEFAULTS | keys
         translated = {_RENAMED_KEYS.get(name, name): value for name, value in keys.items()}
-        if translated.get("rope_parameters") is None and "rope_theta" in keys:
-            if keys.get("rope_scaling"):
-                raise CheckpointError(
-                    f"config.json: rope_scaling {keys['rope_scaling']!r} is not supported, only null is"
-                )
-            translated["rope_parameters"] = {
-                "rope_type": "default",
-                "rope_theta": float(translated.pop("rope_theta")),
-                "partial_rotary_factor": translated.pop("partial_rotary_factor", 1.0),
-            }
-        translated.setdefault("use_qk_norm", True)
+        rotary = {name: float(translated.pop(name)) for name in ("rope_theta", "partial_rotary_factor")}
+        if translated.get("rope_parameters") is None:
+            translated["rope_parameters"] = {"rope_type": "default", **rotary}
         translated["num_nextn_predict_layers"] = 0
         super().__init__(**translated)
 
@@ -72,8 +83,16 @@ class LLaDA2MoeModelLM(Glm4MoeForCausalLM):
 
     config_class = LLaDA2MoeConfig
     config: LLaDA2MoeConfig
-    # Glm4Moe skips the tensors of some layers by number (its MTP heads); here an unknown tensor is always an error.
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str] | None] = None
+
+    def __init__(self, config: LLaDA2MoeConfig):
+        super().__init__(config)
+        self.save_as(stacked_experts=config.model_type.endswith("veomni"))
+        # Glm4Moe skips the tensors of some layers by number (its MTP heads); here an unknown tensor is an error.
+        self._keys_to_ignore_on_load_unexpected = set()
+
+    def save_as(self, stacked_experts: bool) -> None:
+        """Choose the expert layout of the tensors that are saved. Reading a checkpoint chooses that of the checkpoint."""
+        self._weight_conversions = _conversions(_STACKED if stacked_experts else _ONE_BY_ONE)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -109,23 +128,24 @@ class SplitHeads(ConversionOps):
         return Concatenate(dim=0)
 
 
-def _conversions(stacked_experts: bool) -> list[WeightConverter | WeightRenaming]:
-    """Original names -> Glm4Moe names. Both expert layouts are read; the first one listed is the one that is saved."""
-    one_by_one = [
-        WeightConverter(
-            ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
-            "mlp.experts.gate_up_proj",
-            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
-        ),
-        WeightConverter("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj", operations=[MergeModulelist(dim=0)]),
-    ]
-    stacked = [
-        WeightConverter(
-            ["mlp.experts.gate_proj", "mlp.experts.up_proj"],
-            "mlp.experts.gate_up_proj",
-            operations=[Concatenate(dim=1)],
-        )
-    ]
+# The two layouts of the experts, each -> gate_up_proj [E, 2I, H] and down_proj [E, H, I]. Stacked down_proj needs nothing.
+_ONE_BY_ONE = (
+    WeightConverter(
+        ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+        "mlp.experts.gate_up_proj",
+        operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+    ),
+    WeightConverter("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj", operations=[MergeModulelist(dim=0)]),
+)
+_STACKED = (
+    WeightConverter(
+        ["mlp.experts.gate_proj", "mlp.experts.up_proj"], "mlp.experts.gate_up_proj", operations=[Concatenate(dim=1)]
+    ),
+)
+
+
+def _conversions(experts: tuple[WeightConverter, ...]) -> list[WeightConverter | WeightRenaming]:
+    """Original names -> Glm4Moe names, with these layouts of the experts."""
     return [
         WeightRenaming(r"^model\.word_embeddings\.", "model.embed_tokens."),
         WeightRenaming(r"\.attention\.", ".self_attn."),
@@ -138,8 +158,13 @@ def _conversions(stacked_experts: bool) -> list[WeightConverter | WeightRenaming
             ["q_proj.weight", "k_proj.weight", "v_proj.weight"],
             operations=[SplitHeads()],
         ),
-        *(stacked + one_by_one if stacked_experts else one_by_one + stacked),
+        *copy.deepcopy(experts),
     ]
+
+
+def has_stacked_experts(names: Iterable[str]) -> bool:
+    """Whether tensors of these names hold the experts of a layer in one tensor."""
+    return any(_STACKED_NAME.search(name) for name in names)
 
 
 def register() -> None:
@@ -152,4 +177,4 @@ def register() -> None:
         name = config_class.model_type
         AutoConfig.register(name, config_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-        register_checkpoint_conversion_mapping(name, _conversions(name.endswith("veomni")), overwrite=True)
+        register_checkpoint_conversion_mapping(name, _conversions(_ONE_BY_ONE + _STACKED), overwrite=True)

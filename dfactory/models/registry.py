@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.models import attention, llada2
+from dfactory.models.headers import check_shapes, read_shapes
 from dfactory.models.policy import Policy
 from dfactory.models.tiny import TINY_DIR
 
@@ -59,7 +60,10 @@ def read_config(model_dir: Path) -> PreTrainedConfig:
     file = model_dir / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{model_dir} holds no config.json: it is not a model directory")
-    model_type = json.loads(file.read_text()).get("model_type")
+    try:
+        model_type = json.loads(file.read_text()).get("model_type")
+    except (ValueError, AttributeError) as problem:
+        raise CheckpointError(f"{file} is not a JSON object: {problem}") from problem
     if model_type not in FAMILIES:
         raise ConfigError(
             f"model_type {model_type!r} in {file} is not a known family: {', '.join(FAMILIES)}; "
@@ -70,6 +74,8 @@ def read_config(model_dir: Path) -> PreTrainedConfig:
         raise ConfigError(
             f"use_sliding_window in {file}: block diffusion attends to the whole clean past; set it to false"
         )
+    if getattr(config, "attention_dropout", 0):
+        raise ConfigError(f"attention_dropout {config.attention_dropout} in {file} is not supported: set it to 0")
     return config
 
 
@@ -115,10 +121,7 @@ def _draw(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrained
 
 
 def _read(model_dir: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    if not any(model_dir.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{model_dir} holds no *.safetensors: to start from random weights set init_weights=random"
-        )
+    _check_tensors(model_dir, config)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             model_dir,
@@ -126,20 +129,34 @@ def _read(model_dir: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreT
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are reported below, by name
             **_options(dtype),
         )
     except OSError as problem:
         raise CheckpointError(f"{model_dir}: {problem}") from problem
+    # The headers fitted, so a difference now means that a family's name map and transformers disagree.
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    problems = [f"missing tensor {name}" for name in sorted(set(loading["missing_keys"]) - tied)] + [
-        f"unexpected tensor {name}" for name in sorted(loading["unexpected_keys"])
-    ]
-    problems += [f"tensor of another shape {entry}" for entry in sorted(map(str, loading["mismatched_keys"]))]
-    problems += [str(message) for message in loading["error_msgs"]]
-    if problems:
-        raise CheckpointError(f"{model_dir} does not fit its config.json: {'; '.join(problems)}")
+    left = (set(loading["missing_keys"]) - tied) | set(loading["unexpected_keys"]) | set(loading["mismatched_keys"])
+    if left or loading["error_msgs"]:
+        raise CheckpointError(f"{model_dir}: not read: {', '.join(sorted(map(str, left)))} {loading['error_msgs']}")
     return model
+
+
+def _check_tensors(model_dir: Path, config: PreTrainedConfig) -> None:
+    found = read_shapes(model_dir)
+    if not found:
+        raise CheckpointError(
+            f"{model_dir} holds no *.safetensors: to start from random weights set init_weights=random"
+        )
+    model = meta_model(config)
+    if isinstance(model, llada2.LLaDA2MoeModelLM):
+        model.save_as(stacked_experts=llada2.has_stacked_experts(found))
+    check_shapes(model_dir, found, model)
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without weights: names and shapes on the meta device, at no cost in memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **_options(torch.bfloat16))
 
 
 def _load_adapters(adapter_dir: Path, dtype: torch.dtype, device, attn_implementation: str) -> Policy:

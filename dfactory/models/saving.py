@@ -20,7 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from dfactory.models.policy import Policy
 
 WEIGHTS = "model.safetensors"
-_NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".index.json")
+_NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]
 
