@@ -25,12 +25,16 @@ from reasoning_gym.data import read_data_file
 TRAIN_RECORDS = 5600
 HELDOUT_RECORDS = 210
 
-WORD_BANK = (
-    "apple bread cheese grape lemon melon onion peach rice soup bear cat dog fish fox goat horse lion mouse owl sheep "
-    "wolf black blue brown green orange pink red white yellow bell boat book chair clock door key lamp piano road "
-    "table train window cloud hill island lake moon rain river sand snow star stone sun tree wind"
-).split()
-WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+# fmt: off
+WORD_BANK = [
+    "apple", "bread", "cheese", "grape", "lemon", "melon", "onion", "peach", "rice", "soup", "bear", "cat", "dog",
+    "fish", "fox", "goat", "horse", "lion", "mouse", "owl", "sheep", "wolf", "black", "blue", "brown", "green",
+    "orange", "pink", "red", "white", "yellow", "bell", "boat", "book", "chair", "clock", "door", "key", "lamp",
+    "piano", "road", "table", "train", "window", "cloud", "hill", "island", "lake", "moon", "rain", "river", "sand",
+    "snow", "star", "stone", "sun", "tree", "wind",
+]
+# fmt: on
+WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
 Problem = tuple[dict[str, object], str]  # the fields of the instruction, and the answer
 
@@ -83,7 +87,12 @@ def count_problems(rng: random.Random) -> Iterator[Problem]:
     """reasoning-gym's letter_counting on one word. Most letters occur once, so three quarters of those are left out."""
     for entry in gym("letter_counting", rng, min_words=1, max_words=1):
         word, letter = entry["metadata"]["span"][0], entry["metadata"]["target_letter"]
-        if word.isalpha() and word.islower() and 3 <= len(word) <= 10 and (entry["answer"] != "1" or rng.random() < 0.25):
+        if (
+            word.isalpha()
+            and word.islower()
+            and 3 <= len(word) <= 10
+            and (entry["answer"] != "1" or rng.random() < 0.25)
+        ):
             yield {"letters": spaced(word), "letter": letter}, entry["answer"]
 
 
@@ -253,7 +262,11 @@ TASKS = (
     Task(
         "weekday",
         0.5,
-        ("Which day is {span} {side} {day}?", "What day comes {span} {side} {day}?", "Name the day {span} {side} {day}."),
+        (
+            "Which day is {span} {side} {day}?",
+            "What day comes {span} {side} {day}?",
+            "Name the day {span} {side} {day}.",
+        ),
         weekday_problems,
     ),
     Task(

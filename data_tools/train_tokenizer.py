@@ -59,7 +59,9 @@ def train(records: Path, vocab_size: int) -> Tokenizer:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for tokenizer.json")
-    parser.add_argument("--records", type=Path, default=RECORDS, help="JSONL with `messages` (default: the bundled one)")
+    parser.add_argument(
+        "--records", type=Path, default=RECORDS, help="JSONL with `messages` (default: the bundled one)"
+    )
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="special tokens included")
     options = parser.parse_args(arguments)
 

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Train with one process per GPU of this machine (one process where there is none):
+#
+#     launch/local.sh RECIPE [key=value ...]
+#
+# For several machines run it on each, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set; NPROC_PER_NODE overrides
+# the number of processes. Uses .venv in the repository root if it is there, else the python on PATH. A single process
+# keeps the exit status of `dfactory train`; among several, any failure is status 1.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
+set -euo pipefail
+
+if [ $# -eq 0 ]; then
+    echo "usage: $0 RECIPE [key=value ...]" >&2
+    exit 2
+fi
+
+REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=python
+[ ! -x "$REPO/.venv/bin/python" ] || python="$REPO/.venv/bin/python"
+
+probe='
+import socket, torch
+listener = socket.socket()
+listener.bind(("127.0.0.1", 0))
+print(max(torch.cuda.device_count(), 1), listener.getsockname()[1])
+'
+found=$("$python" -c "$probe")
+read -r devices free_port <<<"$found"
+
+nodes=${NNODES:-1}
+processes=${NPROC_PER_NODE:-$devices}
+if [ "$nodes" -gt 1 ]; then
+    : "${NODE_RANK:?NNODES is $nodes, so each machine needs its own NODE_RANK, from 0}"
+    : "${MASTER_ADDR:?NNODES is $nodes, so MASTER_ADDR must name the machine with NODE_RANK 0}"
+    free_port=29500 # the machines have to agree on one
+fi
+
+if [ -z "${OMP_NUM_THREADS:-}" ]; then
+    threads=$(($(nproc) / processes))
+    export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+fi
+
+if [ "$nodes" -eq 1 ] && [ "$processes" -eq 1 ]; then
+    exec "$python" -m dfactory.cli train "$@"
+fi
+exec "$python" -m torch.distributed.run \
+    --nnodes "$nodes" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$processes" \
+    --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-$free_port}" \
+    -m dfactory.cli train "$@"

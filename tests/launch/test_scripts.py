@@ -1,0 +1,176 @@
+"""The launch scripts parse, run under sh and from any directory, and pass on the failure of what they start.
+
+`local.sh` runs for real. The others would install for minutes, so they run in a copy of the repository's launch folder,
+in which a stub of install.sh and a stub `dfactory` take the places of what was tested elsewhere.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LAUNCH = REPOSITORY / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), REPOSITORY / ".ci" / "run"])
+needs_cli = pytest.mark.skipif(find_spec("dfactory.cli") is None, reason="dfactory.cli is not there yet")
+
+
+def run(*command, cwd, **variables):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **variables}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_parses(script):
+    assert run("bash", "-n", str(script), cwd="/").returncode == 0
+
+
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.name != "install.sh"], ids=lambda path: path.name)
+def test_script_starts_strictly_and_under_bash(script):
+    text = script.read_text(encoding="utf-8")
+    assert text.startswith("#!/usr/bin/env bash\n")
+    assert '[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"\nset -euo pipefail\n' in text
+    assert "| tee" not in text
+
+
+def test_constraints_pin_torch_first_and_everything_exactly():
+    lines = (LAUNCH / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert pins[0] == "torch==2.13.0"
+    assert all(line.count("==") == 1 and "+" not in line and "@" not in line for line in pins)
+
+
+# --- local.sh
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+def test_local_without_a_recipe_is_a_usage_error(shell, tmp_path):
+    result = run(shell, str(LAUNCH / "local.sh"), cwd=tmp_path)
+    assert result.returncode == 2
+    assert "usage" in result.stderr
+
+
+@needs_cli
+def test_local_keeps_the_exit_status_of_a_wrong_recipe(tmp_path):
+    result = run("sh", str(LAUNCH / "local.sh"), "absent.yaml", cwd=tmp_path, NPROC_PER_NODE="1")
+    assert result.returncode == 2
+    assert "absent.yaml" in result.stderr
+
+
+@needs_cli
+@pytest.mark.slow
+def test_local_with_two_processes_fails_when_they_do(tmp_path):
+    result = run("sh", str(LAUNCH / "local.sh"), "absent.yaml", cwd=tmp_path, NPROC_PER_NODE="2")
+    assert result.returncode != 0
+    assert "absent.yaml" in result.stderr
+
+
+def test_local_on_several_machines_wants_to_know_which_one_this_is(tmp_path):
+    result = run("bash", str(LAUNCH / "local.sh"), "absent.yaml", cwd=tmp_path, NNODES="2")
+    assert result.returncode != 0
+    assert "NODE_RANK" in result.stderr
+
+
+def test_slurm_script_outside_a_job(tmp_path):
+    result = run("sh", str(LAUNCH / "slurm.sbatch"), "absent.yaml", cwd=tmp_path, SLURM_JOB_ID="")
+    assert result.returncode == 2
+    assert "sbatch" in result.stderr
+
+
+# --- scripts that install, on stubs
+
+FAKE_DFACTORY = """#!/usr/bin/env bash
+# Stands for dfactory: notes its arguments, writes what the quickstart reads, fails at the step that FAIL_AT names.
+set -eu
+echo "$*" >>"$CALLS"
+[ "${FAIL_AT:-}" != "$1" ] || exit 3
+for word in "$@"; do
+    case $word in output_dir=*) run=${word#output_dir=} ;; esac
+done
+if [ "$1" = train ]; then
+    mkdir -p "$run"
+    echo "block_size: 8" >"$run/config.yaml"
+    echo checkpoint-20 >"$run/LATEST"
+    echo '{"step": 1, "loss": 2.0}' >"$run/metrics.jsonl"
+else
+    while [ "$1" != --output ]; do shift; done
+    echo '{"text": "a", "answer": "a", "task": "t", "output_ids": [1], "forwards": 1}' >"$2"
+fi
+"""
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A copy of the parts of the repository that quickstart.sh and test.sh touch, with nothing to install."""
+    root = tmp_path / "a house"
+    shutil.copytree(LAUNCH, root / "launch")
+    shutil.copytree(REPOSITORY / "data_tools", root / "data_tools")
+    shutil.copytree(REPOSITORY / "recipes" / "quickstart" / "data", root / "recipes" / "quickstart" / "data")
+    (root / "recipes" / "quickstart" / "sft.yaml").write_text("stage: sft\n", encoding="utf-8")
+    (root / "tests").mkdir()
+    stub = 'REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)\nPATH="$REPO/bin:$PATH"\n'
+    (root / "launch" / "install.sh").write_text(stub, encoding="utf-8")
+    (root / "bin").mkdir()
+    program = root / "bin" / "dfactory"
+    program.write_text(FAKE_DFACTORY, encoding="utf-8")
+    program.chmod(0o755)
+    return root
+
+
+def quickstart(house, *arguments, **variables):
+    calls = house / "calls"
+    calls.unlink(missing_ok=True)
+    script = str(house / "launch" / "quickstart.sh")
+    result = run("sh", script, *arguments, cwd=house.parent, CALLS=str(calls), **variables)
+    return result, calls.read_text().splitlines() if calls.exists() else []
+
+
+def test_quickstart_trains_once_and_then_reuses_the_run(house):
+    result, calls = quickstart(house, "max_steps=20", "output_dir=my run")
+    run_folder = house.parent / "my run"
+    assert result.returncode == 0, result.stderr
+    assert calls[0] == f"train recipes/quickstart/sft.yaml max_steps=20 output_dir=my run output_dir={run_folder}"
+    assert calls[1].startswith("generate --model tiny ")
+    assert calls[2].startswith(f"generate --model {run_folder}/checkpoint-20 ")
+    assert "decode.block_size=8" in calls[2]
+    assert "100.0%" in result.stdout
+
+    result, calls = quickstart(house, "max_steps=20", "output_dir=my run")
+    assert (result.returncode, calls) == (0, [])
+    assert "100.0%" in result.stdout
+
+
+def test_quickstart_does_not_pass_off_another_run_as_its_own(house):
+    assert quickstart(house, "max_steps=20")[0].returncode == 0
+    result, calls = quickstart(house, "max_steps=30")
+    assert (result.returncode, calls) == (2, [])
+    assert "output_dir=DIR" in result.stderr
+
+
+@pytest.mark.parametrize("step", ["train", "generate"])
+def test_quickstart_fails_with_its_step_and_goes_on_from_there(house, step):
+    result, _ = quickstart(house, FAIL_AT=step)
+    assert result.returncode == 3
+    result, calls = quickstart(house)
+    assert result.returncode == 0, result.stderr
+    assert any(call.startswith("train") for call in calls) == (step == "train")
+
+
+def test_quickstart_resumes_an_interrupted_run(house):
+    run_folder = house / "runs" / "quickstart"
+    run_folder.mkdir(parents=True)
+    (run_folder / "LATEST").write_text("checkpoint-10\n")
+    result, calls = quickstart(house)
+    assert result.returncode == 0, result.stderr
+    assert calls[0].endswith(f"output_dir={run_folder} resume_from_checkpoint=true")
+
+
+@pytest.mark.parametrize("assertion, status", [("assert True", 0), ("assert False", 1)])
+def test_test_script_has_the_status_of_pytest(house, assertion, status):
+    (house / "tests" / "test_one.py").write_text(f"def test_one():\n    {assertion}\n", encoding="utf-8")
+    result = run("sh", str(house / "launch" / "test.sh"), "tests", "-p", "no:cacheprovider", cwd=house.parent)
+    assert result.returncode == status, result.stdout + result.stderr

@@ -1,0 +1,218 @@
+"""The embedded model's files and the quickstart's records: do they fit each other, and do their scripts remake them?"""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+
+import pytest
+from transformers import AutoTokenizer
+
+from data_tools import make_quickstart_data, quickstart_table, train_tokenizer
+from dfactory.models.tiny import TINY_DIR, embedded_config, tiny_config, write_tiny_config
+
+DATA = train_tokenizer.RECORDS.parent
+GOLDEN_CONFIG = train_tokenizer.REPOSITORY / "tests" / "golden" / "llada2_tiny" / "config.json"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY_DIR, local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def records():
+    return {
+        name: [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in ("train", "heldout")
+    }
+
+
+def prompts(rows):
+    return [row["messages"][0]["content"] for row in rows]
+
+
+# --- configuration
+
+
+def test_config_has_the_keys_of_the_original(tokenizer):
+    config = embedded_config()
+    assert set(config) == set(json.loads(GOLDEN_CONFIG.read_text()))
+    assert config["model_type"] == "llada2_moe"
+    assert config["vocab_size"] % 64 == 0
+    assert 0 <= config["vocab_size"] - len(tokenizer) < 64
+    assert config["pad_token_id"] == tokenizer.pad_token_id
+    assert config["max_position_embeddings"] == tokenizer.model_max_length
+
+
+def test_tiny_config_refuses_a_key_that_llada2_does_not_have():
+    assert tiny_config(num_experts=4)["num_experts"] == 4
+    with pytest.raises(TypeError, match="num_expert;"):
+        tiny_config(num_expert=4)
+
+
+def test_write_tiny_config(tmp_path):
+    directory = write_tiny_config(tmp_path / "model", hidden_size=32)
+    assert json.loads((directory / "config.json").read_text()) == tiny_config(hidden_size=32)
+
+
+# --- tokenizer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Reverse the letters: s t o n e",
+        "  spaces  before\tand\n\nbehind  ",
+        "naïve café, Größe, 日本語, العربية, 🦊👩‍🚀, e\u0301",
+        "don't 1,234.56 \u0000\u200b\ufeff x",
+        "",
+    ],
+)
+def test_any_text_survives(tokenizer, text):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_special_tokens_are_single_and_last(tokenizer):
+    ids = [tokenizer.encode(token, add_special_tokens=False) for token in train_tokenizer.SPECIAL_TOKENS]
+    assert ids == [[len(tokenizer) - 6 + index] for index in range(6)]
+    assert set(tokenizer.all_special_tokens) == set(train_tokenizer.SPECIAL_TOKENS)
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
+    assert tokenizer.mask_token == "<|mask|>"
+    assert tokenizer.encode("a") == tokenizer.encode("a", add_special_tokens=False)
+
+
+def test_a_special_token_spelled_by_a_user_can_stay_text(tokenizer):
+    text = "say <|mask|> and </role>"
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    assert max(ids) < tokenizer.convert_tokens_to_ids("<|startoftext|>")
+    assert tokenizer.decode(ids) == text
+
+
+def test_letters_and_digits_are_single_tokens(tokenizer):
+    for text in ("s t o n e", "S T O N E", "1234567890"):
+        symbols = text.replace(" ", "")
+        assert len(tokenizer.tokenize(text)) == len(symbols)
+        assert tokenizer.tokenize(text)[0] == symbols[0]
+    assert tokenizer.tokenize("12, 3") == ["1", "2", ",", "Ġ3"]
+
+
+def test_spaced_letters_stay_letters_in_every_record(tokenizer, records):
+    lettered = {"reverse_letters", "sort_letters", "capital_letters", "replace_letter"}
+    answers = [row["answer"] for rows in records.values() for row in rows if row["task"] in lettered]
+    assert answers
+    assert all(len(tokenizer.tokenize(answer)) == len(answer.split()) for answer in answers)
+
+
+# --- chat template
+
+
+def test_chat_template_marks_every_assistant_turn(tokenizer):
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a b"},
+        {"role": "user", "content": "r"},
+        {"role": "assistant", "content": "c"},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text == (
+        "<role>SYSTEM</role>s<|role_end|><role>HUMAN</role>q<|role_end|><role>ASSISTANT</role>a b<|role_end|>"
+        "<role>HUMAN</role>r<|role_end|><role>ASSISTANT</role>c<|role_end|>"
+    )
+    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    marked = [token for token, trainable in pairs if trainable]
+    assert tokenizer.convert_ids_to_tokens(marked) == ["a", "Ġb", "<|role_end|>", "c", "<|role_end|>"]
+
+
+def test_generation_prompt_is_what_training_puts_before_an_answer(tokenizer):
+    asked = [{"role": "user", "content": "q"}]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert prompt == "<role>HUMAN</role>q<|role_end|><role>ASSISTANT</role>"
+    whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": "a"}], tokenize=False)
+    assert whole == prompt + "a<|role_end|>"
+
+
+def test_chat_template_refuses_an_unknown_role(tokenizer):
+    with pytest.raises(Exception, match="role narrator is unknown"):
+        tokenizer.apply_chat_template([{"role": "narrator", "content": "x"}], tokenize=False)
+
+
+# --- records
+
+
+def test_records_have_one_shape_and_are_short(tokenizer, records):
+    for row in records["train"] + records["heldout"]:
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+        assert row["messages"][1]["content"] == row["answer"] != ""
+        assert set(row) == {"messages", "answer", "task"}
+    lengths = [len(tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in records["train"]]
+    assert max(lengths) <= 64
+
+
+def test_heldout_prompts_are_not_trained_on(records):
+    assert not set(prompts(records["train"])) & set(prompts(records["heldout"]))
+    assert max(Counter(prompts(records["train"])).values()) == 1
+    assert max(Counter(prompts(records["heldout"])).values()) == 1
+    assert {row["task"] for row in records["train"]} == {row["task"] for row in records["heldout"]}
+
+
+def test_a_heldout_problem_is_not_trained_on_in_another_wording():
+    """Every wording is replaced by a bare list of its fields, so that the problem itself is what is compared."""
+    for task in make_quickstart_data.TASKS:
+        fields = re.findall(r"{\w+}", task.wordings[0])
+        bare = dataclasses.replace(task, wordings=(" | ".join(sorted(fields)),) * len(task.wordings))
+        trained, kept = make_quickstart_data.records_of(bare, 100, 20, seed=1)
+        assert len(kept) == 20
+        assert not set(prompts(trained)) & set(prompts(kept))
+
+
+# --- the scripts
+
+
+def test_records_are_remade_byte_for_byte(tmp_path):
+    assert make_quickstart_data.main(["--output", str(tmp_path)]) == 0
+    for name in ("train.jsonl", "heldout.jsonl"):
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
+
+
+def test_another_seed_gives_other_records(tmp_path):
+    for seed in ("1", "2"):
+        counts = ["--train", "28", "--heldout", "14"]
+        make_quickstart_data.main(["--output", str(tmp_path / seed), "--seed", seed, *counts])
+    assert (tmp_path / "1" / "train.jsonl").read_bytes() != (tmp_path / "2" / "train.jsonl").read_bytes()
+    assert len((tmp_path / "1" / "train.jsonl").read_text().splitlines()) == 28
+
+
+def test_more_records_than_problems_is_an_error(tmp_path):
+    with pytest.raises(SystemExit, match="ask for fewer"):
+        make_quickstart_data.main(["--output", str(tmp_path), "--train", "100000"])
+
+
+def test_tokenizer_is_remade_byte_for_byte(tmp_path):
+    assert train_tokenizer.main(["--output", str(tmp_path)]) == 0
+    assert (tmp_path / "tokenizer.json").read_bytes() == (TINY_DIR / "tokenizer.json").read_bytes()
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_quickstart_table(tmp_path, capsys):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 4.0}, {"step": 1, "eval_loss": 3.0}])
+    answer = {"answer": "b a", "task": "reverse_letters", "output_ids": [1, 2, 3], "forwards": 2}
+    write_lines(tmp_path / "before.jsonl", [answer | {"text": "?"}])
+    write_lines(tmp_path / "after.jsonl", [answer | {"text": " b a\n"}])
+    assert quickstart_table.main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "0.0%" in shown
+    assert "100.0%" in shown
+    assert "1.50" in shown
+    assert str(tmp_path / "report") in shown
+
+
+def test_quickstart_table_names_a_missing_file(tmp_path):
+    with pytest.raises(SystemExit, match=r"before\.jsonl does not exist"):
+        quickstart_table.main([str(tmp_path)])
