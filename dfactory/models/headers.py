@@ -4,6 +4,7 @@ Read from the headers of the safetensors files, before any weight is: a director
 and the message names the tensors as their author wrote them, not as transformers renames and merges them.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -13,15 +14,38 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from dfactory.errors import CheckpointError
 
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+
 SHOWN = 8  # problems that a message spells out
 
 Shapes = dict[str, tuple[int, ...]]
 
 
+def weight_files(model_dir: Path) -> list[Path]:
+    """model.safetensors, or the shards that its index names. Raises CheckpointError if there is neither, or a gap."""
+    whole, index = model_dir / WEIGHTS, model_dir / INDEX
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise CheckpointError(
+            f"{model_dir} holds neither {WEIGHTS} nor {INDEX}: weights are read from safetensors only; "
+            "to start from random weights set init_weights=random"
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise CheckpointError(f"{index} is not an index of safetensors files: {problem!r}") from problem
+    absent = [name for name in names if not (model_dir / name).is_file()]
+    if absent:
+        raise CheckpointError(f"{model_dir} lacks {', '.join(absent)}, which {INDEX} names")
+    return [model_dir / name for name in names]
+
+
 def read_shapes(model_dir: Path) -> Shapes:
-    """Name -> shape of every tensor in the directory's *.safetensors. Raises CheckpointError that names a broken file."""
+    """Name -> shape of every tensor in the weight files. Raises CheckpointError that names a broken file."""
     shapes: Shapes = {}
-    for file in sorted(model_dir.glob("*.safetensors")):
+    for file in weight_files(model_dir):
         try:
             with safe_open(file, framework="pt") as tensors:
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118

@@ -143,10 +143,6 @@ def _read(model_dir: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreT
 
 def _check_tensors(model_dir: Path, config: PreTrainedConfig) -> None:
     found = read_shapes(model_dir)
-    if not found:
-        raise CheckpointError(
-            f"{model_dir} holds no *.safetensors: to start from random weights set init_weights=random"
-        )
     model = meta_model(config)
     if isinstance(model, llada2.LLaDA2MoeModelLM):
         model.save_as(stacked_experts=llada2.has_stacked_experts(found))

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from dfactory.models.headers import INDEX, WEIGHTS
 from dfactory.models.policy import Policy
 
-WEIGHTS = "model.safetensors"
 _NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]
@@ -100,7 +100,7 @@ class _Shards:
             (self.directory / f"part-{number}").rename(self.directory / file)
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.directory / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_config(model: PreTrainedModel, directory: Path) -> None:

@@ -1,0 +1,247 @@
+"""Slow, obvious versions of what dFactory computes quickly. The fast code must equal them; nothing here is shared with it.
+
+    reference_model(dir)     LLaDA2-MoE in plain torch from the ORIGINAL tensor names, expert by expert. That it reads an
+                             exported directory is the proof that the original layout was kept.
+    step_mask, one_view_nll  one noisy ++ clean training step: 2L tokens, float mask from the table in METHOD section 2,
+                             all logits, fp32 cross-entropy. K views are K such passes.
+    dense_table              the same table for the rows of a ViewBatch
+    plain_scores             log-probability, entropy and hit of full logits
+    reference_losses         AdamW on whole windows of ViewBatches, the division done once
+
+Everything is fp32 on the CPU. Letters as in dfactory.types.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+HIDDEN_FROM = torch.finfo(torch.float32).min  # what a float mask adds where nothing may be seen
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(model_dir: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of model.safetensors or its shards, by its name in the file."""
+    tensors = {}
+    for file in sorted(Path(model_dir).glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as part:
+            tensors |= {name: part.get_tensor(name) for name in part.keys()}  # noqa: SIM118
+    return tensors
+
+
+class ReferenceModel:
+    """Callable: ids, positions [R, S] and a float mask [R, 1, S, S] that is added to the scores -> logits [R, S, V]."""
+
+    def __init__(self, config: dict, tensors: dict[str, torch.Tensor]):
+        self.config = config
+        self.tensors = {name: tensor.float() for name, tensor in tensors.items()}
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """What is trained: every tensor but the expert biases, which are set by hand in the original."""
+        return {name: tensor for name, tensor in self.tensors.items() if not name.endswith("expert_bias")}
+
+    def __call__(self, ids_RS, position_RS, mask_R1SS):
+        h = self.tensors["model.word_embeddings.weight"][ids_RS]
+        for layer in range(self.config["num_hidden_layers"]):
+            at = f"model.layers.{layer}."
+            h = h + self.attention(at + "attention.", self.norm(h, at + "input_layernorm"), position_RS, mask_R1SS)
+            x = self.norm(h, at + "post_attention_layernorm")
+            if layer < self.config["first_k_dense_replace"]:
+                h = h + self.feed_forward(at + "mlp.", x)
+            else:
+                h = h + self.experts(at + "mlp.", x)
+        return self.norm(h, "model.norm") @ self.tensors["lm_head.weight"].T
+
+    def norm(self, x, name):
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"])
+        return x * scale * self.tensors[f"{name}.weight"]
+
+    def feed_forward(self, at, x):
+        gate, up, down = (self.tensors[f"{at}{part}_proj.weight"] for part in ("gate", "up", "down"))
+        return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    def attention(self, at, x, position_RS, mask_R1SS):
+        c = self.config
+        R, S, _ = x.shape
+        heads, kv_heads, d = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
+        stacked = x @ self.tensors[f"{at}query_key_value.weight"].T
+        q, k, v = stacked.split([heads * d, kv_heads * d, kv_heads * d], dim=-1)
+        q = self.norm(q.view(R, S, heads, d), f"{at}query_layernorm")
+        k = self.norm(k.view(R, S, kv_heads, d), f"{at}key_layernorm")
+        q, k = self.rotate(q, position_RS), self.rotate(k, position_RS)
+        k = k.repeat_interleave(heads // kv_heads, dim=2)
+        v = v.view(R, S, kv_heads, d).repeat_interleave(heads // kv_heads, dim=2)
+        scores = torch.einsum("rqhd,rkhd->rhqk", q, k) / math.sqrt(d) + mask_R1SS
+        mixed = torch.einsum("rhqk,rkhd->rqhd", scores.softmax(-1), v)
+        return mixed.reshape(R, S, heads * d) @ self.tensors[f"{at}dense.weight"].T
+
+    def rotate(self, x_RShd, position_RS):
+        """Turn the pairs (i, i + half) of the first `partial_rotary_factor` of a head; the rest passes."""
+        turned = int(x_RShd.shape[-1] * self.config["partial_rotary_factor"])
+        half = turned // 2
+        frequency = self.config["rope_theta"] ** (-torch.arange(half) / half)
+        angle = (position_RS[..., None] * frequency)[:, :, None]
+        a, b, rest = x_RShd[..., :half], x_RShd[..., half:turned], x_RShd[..., turned:]
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+    def experts(self, at, x):
+        """Token by token in groups of one expert: route, weigh, add the shared expert unscaled."""
+        flat = x.flatten(0, 1)
+        chosen, weight = self.route(at, flat)
+        mixed = torch.zeros_like(flat)
+        for expert in range(self.config["num_experts"]):
+            token, slot = (chosen == expert).nonzero(as_tuple=True)
+            out = self.expert(at, expert, flat[token]) * weight[token, slot, None]
+            mixed = mixed.index_add(0, token, out)
+        return mixed.view_as(x) + self.feed_forward(f"{at}shared_experts.", x)
+
+    def expert(self, at, number, x):
+        if f"{at}experts.gate_proj" in self.tensors:  # the stacked layout
+            gate, up, down = (self.tensors[f"{at}experts.{part}_proj"][number] for part in ("gate", "up", "down"))
+            return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+        return self.feed_forward(f"{at}experts.{number}.", x)
+
+    def route(self, at, x):
+        c = self.config
+        score = torch.sigmoid(x @ self.tensors[f"{at}gate.weight"].T)
+        biased = score + self.tensors[f"{at}gate.expert_bias"]
+        groups = biased.view(len(x), c["n_group"], -1)
+        best = groups.topk(2, dim=-1).values.sum(-1).topk(c["topk_group"], dim=-1).indices
+        kept = torch.full_like(groups, -math.inf)
+        kept.scatter_(1, best[..., None].expand(-1, -1, groups.shape[-1]), 0.0)
+        chosen = (groups + kept).view_as(biased).topk(c["num_experts_per_tok"], dim=-1).indices
+        weight = score.gather(1, chosen)
+        weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+        return chosen, weight * c["routed_scaling_factor"]
+
+
+def reference_model(model_dir: Path) -> ReferenceModel:
+    """Read config.json and the original tensors of a directory."""
+    return ReferenceModel(json.loads((Path(model_dir) / "config.json").read_text()), read_tensors(model_dir))
+
+
+# --- one view, as 2L tokens ------------------------------------------------------------------------------------------
+
+
+def as_float_mask(seen_RSS: torch.Tensor) -> torch.Tensor:
+    return torch.where(seen_RSS, 0.0, HIDDEN_FROM)[:, None]
+
+
+def block_causal_mask(length: int, block_size: int) -> torch.Tensor:
+    """A clean document alone: block b sees blocks <= b. [1, 1, L, L]"""
+    block = torch.arange(length) // block_size
+    return as_float_mask((block[:, None] >= block[None, :])[None])
+
+
+def step_mask(length: int, block_size: int) -> torch.Tensor:
+    """noisy ++ clean of one document, quadrant by quadrant from the table. [1, 1, 2L, 2L]"""
+    block = torch.arange(length) // block_size
+    q, k = block[:, None], block[None, :]
+    seen = torch.zeros(2 * length, 2 * length, dtype=torch.bool)
+    seen[:length, :length] = q == k  # a view token sees its own block of its view
+    seen[:length, length:] = k < q  # and the clean blocks before it
+    seen[length:, length:] = k <= q  # a clean token sees clean blocks up to its own; never a view
+    return as_float_mask(seen[None])
+
+
+def one_view_nll(model, clean_RL, noisy_RL, target_RL, block_size: int) -> torch.Tensor:
+    """-log p(clean | view) at the targets, in row order, of one noisy ++ clean pass. `model` as ReferenceModel."""
+    rows, length = clean_RL.shape
+    position = torch.arange(length).repeat(2).expand(rows, -1)
+    logits = model(torch.cat([noisy_RL, clean_RL], dim=1), position, step_mask(length, block_size))
+    return F.cross_entropy(logits[:, :length][target_RL].float(), clean_RL[target_RL], reduction="none")
+
+
+# --- rows of a ViewBatch ---------------------------------------------------------------------------------------------
+
+
+def dense_table(document_RS, view_RS, block_RS) -> torch.Tensor:
+    """The table of METHOD section 2, case by case, for whole rows. [R, S, S], True where query may see key."""
+    rows, length = document_RS.shape
+    seen = torch.zeros(rows, length, length, dtype=torch.bool)
+    for r in range(rows):
+        d, v, b = document_RS[r].tolist(), view_RS[r].tolist(), block_RS[r].tolist()
+        for i in range(length):
+            for j in range(length):
+                if d[i] != d[j] or d[i] < 0:
+                    continue
+                if v[i] == 0:
+                    seen[r, i, j] = v[j] == 0 and b[j] <= b[i]
+                elif v[j] == 0:
+                    seen[r, i, j] = b[j] < b[i]
+                else:
+                    seen[r, i, j] = v[j] == v[i] and b[j] == b[i]
+    return seen
+
+
+class Scores(NamedTuple):
+    logprob: torch.Tensor
+    entropy: torch.Tensor
+    hit: torch.Tensor
+
+
+def plain_scores(logits_NV, target_N) -> Scores:
+    """Log-probability of the target, entropy in nats, argmax == target, from whole logits."""
+    log_p = F.log_softmax(logits_NV.float(), dim=-1)
+    chosen = log_p.gather(1, target_N[:, None])[:, 0]
+    return Scores(chosen, -(log_p.exp() * log_p).sum(-1), log_p.argmax(-1) == target_N)
+
+
+def batch_scores(model: ReferenceModel, batch) -> Scores:
+    """The scores of a ViewBatch's targets, through the dense mask and all logits. Padding sees itself, for a finite sum."""
+    seen = dense_table(batch.document_RS, batch.view_RS, batch.block_RS)
+    padding = batch.document_RS < 0
+    seen = seen | (torch.eye(seen.shape[1], dtype=torch.bool) & padding[:, :, None])
+    logits = model(batch.input_ids_RS, batch.position_ids_RS, as_float_mask(seen))
+    return plain_scores(logits.flatten(0, 1)[batch.target_index_N], batch.target_ids_N)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def reference_losses(
+    model_dir: Path,
+    windows: list,
+    lr: float | list[float],
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    loss_weight: str = "uniform",
+    model: ReferenceModel | None = None,
+) -> list[float]:
+    """The loss before each optimiser step of SFT, one step a window (a list of ViewBatches), by AdamW in plain torch.
+
+    uniform: sum of -log p over the window / its number of targets. elbo: sum of -log p / t over the window / the response
+    tokens of its documents. `lr` is one number, or one for each step. Gradients are clipped by their global norm; 0 is
+    off. Give `model` to keep its trained tensors.
+    """
+    model = model or reference_model(model_dir)
+    parameters = list(model.parameters().values())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimiser = torch.optim.AdamW(parameters, lr=1.0, betas=betas, eps=eps, weight_decay=weight_decay)
+    losses = []
+    for step, window in enumerate(windows):
+        optimiser.param_groups[0]["lr"] = lr[step] if isinstance(lr, list) else lr
+        total, count = torch.zeros(()), 0
+        for batch in window:
+            nll = -batch_scores(model, batch).logprob
+            total = total + (nll / batch.t_N if loss_weight == "elbo" else nll).sum()
+            count += int(batch.response_length_D.sum()) if loss_weight == "elbo" else batch.num_targets
+        loss = total / count
+        optimiser.zero_grad()
+        loss.backward()
+        if max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
