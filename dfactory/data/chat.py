@@ -29,6 +29,7 @@ from dfactory.errors import ConfigError
 MASK_LITERALS = ("<|mask|>", "[MASK]", "<|MASK|>", "<|mdm_mask|>", "<mask>")
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # stand-ins for special-token literals while the template runs
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PROBE_TURN = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 Tokens = tuple[np.ndarray, np.ndarray]  # input_ids_T int32, trainable_T bool
 
@@ -73,7 +74,7 @@ def special_ids(
     unnamed = set(range(size)).difference(tokenizer.get_vocab().values())
     special = {index for index in special_literals(tokenizer).values() if index < size}
     produced = _end_of_turn_ids(tokenizer, chat_template)
-    return SpecialIds(mask, eos, tuple(sorted((special | unnamed | {mask}) - ({eos} | (produced - {mask})))))
+    return SpecialIds(mask, eos, tuple(sorted((special | unnamed) - produced - {eos} | {mask})))
 
 
 def special_literals(tokenizer: PreTrainedTokenizerBase, also: Iterable[int] = ()) -> dict[str, int]:
@@ -100,8 +101,10 @@ def _end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
     """Special ids inside an assistant turn, found by encoding a small conversation."""
     if chat_template is None and not tokenizer.chat_template:
         return set()
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    input_ids_T, trainable_T = ChatEncoder(tokenizer, chat_template).encode_messages(probe)
+    try:
+        input_ids_T, trainable_T = ChatEncoder(tokenizer, chat_template).encode_messages(PROBE_TURN)
+    except BadRow:  # this template wants other conversations, or cannot tell where answers are: records will say so
+        return set()
     return set(input_ids_T[trainable_T].tolist()) & set(special_literals(tokenizer).values())
 
 
@@ -362,7 +365,8 @@ def _require_prefix(before: str, text: str) -> None:
 @functools.lru_cache(maxsize=16)
 def _training_template(template: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """The template itself if its assistant turns can be located, else trl's training version of it if there is one."""
-    if tokenizer is None or GENERATION_MARKER.search(template) or _keeps_prefixes(template, tokenizer):
+    is_own = tokenizer is not None and tokenizer.chat_template == template
+    if not is_own or GENERATION_MARKER.search(template) or _keeps_prefixes(template, tokenizer):
         return template
     try:
         from trl.chat_template_utils import get_training_chat_template
@@ -375,23 +379,24 @@ def _training_template(template: str, tokenizer: PreTrainedTokenizerBase | None)
 
 
 def _keeps_prefixes(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    texts = [_render_probe(template, tokenizer, turns)[0] for turns in (1, 2)]
-    return texts[1].startswith(texts[0])
+    stages = [_probe(template, tokenizer, PROBE_TURN[:1], add_generation_prompt=True)[0]]
+    stages += [_probe(template, tokenizer, PROBE_TURN * count)[0] for count in (1, 2)]
+    return all(longer.startswith(shorter) for shorter, longer in itertools.pairwise(stages))
 
 
 @functools.lru_cache(maxsize=16)
 def _rest_of_turn(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """What the template writes behind the generation markers of the last answer: it belongs to the turn as well."""
-    text, spans = _render_probe(template, tokenizer, turns=1)
+    text, spans = _probe(template, tokenizer, PROBE_TURN, return_assistant_tokens_mask=True)
     return text[spans[-1][1] :] if spans else ""
 
 
-def _render_probe(template: str, tokenizer: PreTrainedTokenizerBase, turns: int) -> tuple[str, list[tuple[int, int]]]:
-    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+def _probe(template: str, tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options):
+    """Render a small conversation: the text, and the spans of its answers if asked for."""
     try:
         texts, indices = render_jinja_template(
-            [turn * turns], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+            [messages], chat_template=template, **options, **tokenizer.special_tokens_map
         )
     except (jinja2.TemplateError, TypeError):
         return "", []  # the template wants something else; a record that it refuses says so itself
-    return texts[0], indices[0]
+    return texts[0], indices[0] if indices else []

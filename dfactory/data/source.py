@@ -171,8 +171,9 @@ class EpochOrder:
         return sum((self._times(earlier) for earlier in range(epoch)), np.zeros_like(self._floor_E))
 
     def _raw(self, epoch: int, purpose: int, size: int) -> np.ndarray:
-        """uint64: raw bits, because the methods of numpy's Generator may change between its versions."""
-        key = np.array([self._seed, epoch << 8 | purpose], np.uint64)
+        """uint64: raw bits, because the methods of numpy's Generator may change between its versions. The top bit keeps
+        the key apart from those of the noise, which are (seed, document id)."""
+        key = np.array([self._seed, 1 << 63 | epoch << 8 | purpose], np.uint64)
         return np.random.Philox(key=key).random_raw(size)
 
 

@@ -53,7 +53,7 @@ def chat_template(request):
 def show(tokenizer):
     """Token ids with their marks as text: what is trainable stands in [brackets]."""
 
-    def text(input_ids_T, trainable_T):
+    def text(input_ids_T, trainable_T, tokenizer=tokenizer):
         shown, open_bracket = "", False
         for token, trainable in zip(input_ids_T, trainable_T, strict=True):
             if trainable != open_bracket:

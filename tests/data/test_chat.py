@@ -161,6 +161,30 @@ def test_a_template_that_rewrites_the_past_needs_markers(tokenizer):
         encoder.encode_messages([user("a"), assistant("b")])
 
 
+@pytest.mark.slow
+def test_trl_mends_a_template_that_rewrites_the_past(tokenizer, show):
+    """Qwen3 drops the empty reasoning of earlier turns; trl's training version of its template keeps it."""
+    templates = pytest.importorskip("trl.chat_template_utils")
+    qwen = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        chat_template=templates.qwen3_chat_template,
+    )
+    qwen.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    shown = show(*ChatEncoder(qwen).encode_messages([user("a"), assistant("b"), user("c"), assistant("d")]), qwen)
+    assert shown == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[<think>\n\n</think>\n\nb<|im_end|>]\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[<think>\n\n</think>\n\nd<|im_end|>]"
+    )
+    assert qwen.decode(ChatEncoder(qwen).encode_prompt([user("a")])) == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_special_ids_of_a_template_that_cannot_be_probed(tokenizer):
+    refusing = "{{- raise_exception('no') }}"
+    assert special_ids(tokenizer, chat_template=refusing).suppressed == (0, 2, 3, 4, 5)
+
+
 def test_no_template(tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     encoder = ChatEncoder(bare)

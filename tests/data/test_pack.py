@@ -1,0 +1,173 @@
+"""Fill, packing and the layout of a row, on rows that a person can read; packing density on realistic lengths."""
+
+import numpy as np
+import pytest
+import torch
+
+from dfactory.data.pack import PackedDocument, Packer, align, collate, pack_rows
+from dfactory.types import Example, View
+from dfactory.visibility import dense_mask
+
+EOS, MASK = 0, 9
+
+
+def example(ids, trainable, document_id=1):
+    return Example(document_id, np.array(ids, np.int32), np.array(trainable, bool))
+
+
+@pytest.mark.parametrize(
+    "ids, trainable, aligned, marks",
+    [
+        ([5, 6, 7, 8, 1], [0, 0, 1, 1, 1], [5, 6, 7, 8, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1]),
+        ([5, 6, 7, 8, 1], [0, 1, 1, 1, 0], [5, 6, 7, 8, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0, 0, 0]),
+        ([5, 6, 7, 0], [0, 0, 1, 1], [5, 6, 7, 0], [0, 0, 1, 1]),
+        ([5], [1], [5, 0, 0, 0], [1, 1, 1, 1]),
+    ],
+)
+def test_align_fills_to_whole_blocks(ids, trainable, aligned, marks):
+    input_ids_T, trainable_T = align(example(ids, trainable), block_size=4, eos_id=EOS)
+    assert input_ids_T.tolist() == aligned
+    assert trainable_T.astype(int).tolist() == marks
+    assert (input_ids_T.dtype, trainable_T.dtype) == (np.int32, bool)
+
+
+def test_a_row_takes_the_oldest_and_then_the_largest_that_fits():
+    #         0  1  2  3  4  5
+    costs = [4, 3, 6, 2, 6, 8]
+    assert list(pack_rows(costs, row_length=10)) == [[0, 2], [1, 4], [3, 5]]
+
+
+def test_among_equals_the_oldest_goes_first():
+    assert list(pack_rows([2, 2, 2, 2, 2], row_length=4)) == [[0, 1], [2, 3], [4]]
+
+
+def test_look_ahead_is_bounded():
+    assert list(pack_rows([6, 6, 4], row_length=10, lookahead=2)) == [[0], [1, 2]]
+    assert list(pack_rows([6, 6, 4], row_length=10, lookahead=3)) == [[0, 2], [1]]
+
+
+def test_without_packing_each_document_has_its_row():
+    assert list(pack_rows([1, 2, 3], row_length=10, packing=False)) == [[0], [1], [2]]
+
+
+def test_a_document_that_fits_no_row():
+    with pytest.raises(ValueError, match="11 positions does not fit a row of 10"):
+        list(pack_rows([3, 11], row_length=10))
+
+
+def test_instruction_like_lengths_fill_rows_to_95_percent():
+    """Log-normal lengths around 200 tokens, block 32, two views of the answer, as in instruction data."""
+    rng = np.random.default_rng(0)
+    length = np.clip(rng.lognormal(5.3, 0.8, 512), 16, 2048).astype(int)
+    answer = np.maximum(1, (length * rng.uniform(0.2, 0.9, 512)).astype(int))
+    blocks = -(-length // 32)
+    costs = 32 * (blocks + 2 * (blocks - (length - answer) // 32))
+    rows = list(pack_rows(costs.tolist(), row_length=6144))
+    assert sorted(index for row in rows for index in row) == list(range(512))
+    assert all(costs[row].sum() <= 6144 for row in rows)
+    assert costs.sum() / (len(rows) * 6144) >= 0.95
+
+
+def test_a_packer_goes_on_from_what_was_waiting():
+    rng = np.random.default_rng(1)
+    costs = rng.integers(1, 60, 100).tolist()
+    packer = Packer(100, lookahead=100)
+    for index, cost in enumerate(costs):
+        packer.add(cost, index)
+    for _ in range(7):
+        packer.next_row()
+    again = Packer(100, lookahead=100)
+    for index in packer.waiting:
+        again.add(costs[index], index)
+    rest = [packer.next_row() for _ in range(10)]
+    assert rest[0]
+    assert [again.next_row() for _ in range(10)] == rest
+
+
+# --- collate ---------------------------------------------------------------------------------------------------------
+
+
+def view(position, ids, target, t=0.5):
+    size = len(position)
+    weight = np.full(size, 1 / t, np.float32)
+    return View(
+        np.array(position, np.int32),
+        np.array(ids, np.int32),
+        np.array(target, bool),
+        np.full(size, t, np.float32),
+        weight,
+    )
+
+
+def document(document_id, ids, trainable, *views):
+    return PackedDocument(document_id, np.array(ids, np.int32), np.array(trainable, bool), views)
+
+
+FIRST = document(
+    70, [1, 2, 3, 4], [0, 0, 1, 1], view([2, 3], [MASK, 4], [1, 0]), view([2, 3], [3, MASK], [0, 1], t=0.25)
+)
+SECOND = document(80, [5, 6], [0, 1], view([0, 1], [5, MASK], [0, 1]))
+
+
+def test_two_documents_in_a_row():
+    batch = collate([[FIRST, SECOND]], block_size=2, pad_to=14)
+    #                                  clean       view 1   view 2   clean view 1  padding
+    assert batch.input_ids_RS.tolist() == [[1, 2, 3, 4, MASK, 4, 3, MASK, 5, 6, 5, MASK, 0, 0]]
+    assert batch.position_ids_RS.tolist() == [[0, 1, 2, 3, 2, 3, 2, 3, 0, 1, 0, 1, 0, 0]]
+    assert batch.document_RS.tolist() == [[0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, -1, -1]]
+    assert batch.view_RS.tolist() == [[0, 0, 0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 0, 0]]
+    assert batch.block_RS.tolist() == [[0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0]]
+    assert batch.target_index_N.tolist() == [4, 7, 11]
+    assert batch.target_ids_N.tolist() == [3, 4, 6]
+    assert batch.t_N.tolist() == [0.5, 0.25, 0.5]
+    assert batch.elbo_weight_N.tolist() == [2.0, 4.0, 2.0]
+    assert batch.document_id_D.tolist() == [70, 80]
+    assert batch.response_length_D.tolist() == [2, 1]
+    assert batch.num_views_D.tolist() == [2, 1]
+    assert batch.document_N.tolist() == [0, 0, 1]
+    assert batch.view_N.tolist() == [1, 2, 1]
+    assert batch.num_tokens == 12
+
+
+def test_documents_are_numbered_over_all_rows():
+    batch = collate([[FIRST], [], [SECOND, SECOND]], block_size=2)
+    assert batch.input_ids_RS.shape == (3, 8)
+    assert batch.document_RS[0].tolist() == [0] * 8
+    assert batch.document_RS[1].tolist() == [-1] * 8
+    assert batch.document_RS[2].tolist() == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert batch.target_index_N.tolist() == [4, 7, 19, 23]
+    assert batch.document_N.tolist() == [0, 0, 1, 2]
+
+
+def test_a_view_sees_the_clean_past_and_itself():
+    place = collate([[FIRST]], block_size=2).place_RS.at(0)
+    assert dense_mask(place).int().tolist() == [
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0, 0, 1, 1],
+        [1, 1, 0, 0, 0, 0, 1, 1],
+    ]
+
+
+def test_rows_without_documents_are_padding():
+    batch = collate([[], []], block_size=2, pad_to=4)
+    assert batch.document_RS.tolist() == [[-1] * 4] * 2
+    assert (batch.num_targets, batch.num_tokens) == (0, 0)
+    assert batch.document_id_D.shape == batch.num_views_D.shape == (0,)
+    assert collate([[]], block_size=2).input_ids_RS.shape == (1, 2)
+
+
+def test_types():
+    batch = collate([[FIRST], []], block_size=2)
+    floats = {"t_N", "elbo_weight_N"}
+    for name, value in vars(batch).items():
+        assert value.dtype == (torch.float32 if name in floats else torch.int64), name
+
+
+def test_a_row_that_does_not_fit():
+    with pytest.raises(ValueError, match="12 positions is longer than pad_to 8"):
+        collate([[FIRST, SECOND]], block_size=2, pad_to=8)

@@ -1,0 +1,248 @@
+"""The global stream of rows: its order, its independence of ranks, its end, and resuming it."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from dfactory.config.data import DatasetKeys
+from dfactory.data.examples import load_examples
+from dfactory.data.source import RecordSource
+from dfactory.errors import CheckpointError, ConfigError
+from dfactory.types import PADDING, View
+
+BLOCK, EOS, MASK = 4, 1, 2
+
+
+def one_view(input_ids_T, trainable_T, document_id, visit):
+    """Masks the whole response; t tells the visit, so that tests can read it off a batch."""
+    blocks = np.repeat(trainable_T.reshape(-1, BLOCK).any(axis=1), BLOCK)
+    position_P = np.flatnonzero(blocks).astype(np.int32)
+    target_P = trainable_T[position_P]
+    ids_P = np.where(target_P, MASK, input_ids_T[position_P]).astype(np.int32)
+    t_P = np.full(len(position_P), visit, np.float32)
+    return [View(position_P, ids_P, target_P, t_P, t_P)]
+
+
+@pytest.fixture
+def examples(write):
+    """37 documents of file "a" and 5 of file "b", of 3 to 20 tokens, the first third of each a prompt."""
+
+    def rows(count):
+        return [{"input_ids": [30] * (3 + i * 7 % 18), "prompt_lengths": 1 + i * 7 % 18 // 3} for i in range(count)]
+
+    paths = [write(*rows(37), name="a.jsonl"), write(*rows(5), name="b.jsonl")]
+    return load_examples(
+        [DatasetKeys(path) for path in paths], None, max_length=20, overlong="refuse", on_bad_row="error",
+        max_bad_fraction=0.0, block_size=BLOCK, eos_id=EOS, vocab_size=64,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def source(examples):
+    def make(weights=(1, 1), **changes):
+        options = {"num_views": 1, "block_size": BLOCK, "eos_id": EOS, "row_length": 48, "seed": 3, "max_epochs": 2}
+        return RecordSource(examples, weights, one_view, **{**options, **changes})
+
+    return make
+
+
+def rows_of(batches):
+    """[(document id, visit), ...] of each row of some micro-batches, in order."""
+    rows = []
+    for batch in batches:
+        visit = {d: int(t) for d, t in zip(batch.document_N.tolist(), batch.t_N.tolist(), strict=True)}
+        for document_S in batch.document_RS.tolist():
+            numbers = [d for d in dict.fromkeys(document_S) if d != PADDING]
+            rows.append([(int(batch.document_id_D[d]), visit[d]) for d in numbers])
+    return rows
+
+
+def all_windows(source):
+    windows = []
+    while (window := source.next_window()) is not None:
+        windows.append(window)
+    return windows
+
+
+def visits_of(windows):
+    return Counter(visit for window in windows for row in rows_of(window) for visit in row)
+
+
+def test_an_epoch_sees_every_document_once(source, examples):
+    expected = {(int(d), visit): 1 for d in examples.document_id_E for visit in (0, 1)}
+    assert visits_of(all_windows(source())) == expected
+    assert visits_of(all_windows(source(packing=False))) == expected
+
+
+def test_epochs_and_seeds_differ_in_order(source):
+    def order(**changes):
+        return [row[0] for window in all_windows(source(packing=False, **changes)) for row in rows_of(window)]
+
+    both = order()
+    assert [d for d, _ in both[:42]] != [d for d, _ in both[42:]]
+    assert [visit for _, visit in both] == [0] * 42 + [1] * 42
+    assert order() == both
+    assert order(seed=4) != both
+
+
+def test_rows_are_full_and_padded_to_the_row_length(source):
+    windows = all_windows(source(max_epochs=40, row_length=200))
+    assert {tuple(batch.input_ids_RS.shape) for window in windows for batch in window} == {(1, 200)}
+    filled = sum(batch.num_tokens for window in windows for batch in window)
+    assert filled / (200 * len(windows)) > 0.95
+
+
+def test_without_packing_a_row_is_as_long_as_its_document(source):
+    widths = {batch.input_ids_RS.shape[1] for window in all_windows(source(packing=False)) for batch in window}
+    assert len(widths) > 3
+    assert max(widths) < 48
+
+
+SPLITS = [(1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 1, 8), (4, 1, 2)]
+
+
+@pytest.mark.parametrize("world_size, accumulation, micro_batch_rows", SPLITS)
+def test_a_window_holds_the_same_rows_however_it_is_split(source, world_size, accumulation, micro_batch_rows):
+    expected = [rows_of(window) for window in all_windows(source(accumulation=8))]
+    split = {"world_size": world_size, "accumulation": accumulation, "micro_batch_rows": micro_batch_rows}
+    ranks = [all_windows(source(rank=rank, **split)) for rank in range(world_size)]
+    assert all(len(window) == accumulation for windows in ranks for window in windows)
+    assert len({len(windows) for windows in ranks}) == 1
+    for number, rows in enumerate(expected):
+        dealt = [row for windows in ranks for row in rows_of(windows[number])]
+        assert sorted(dealt) == sorted(rows)
+
+
+def test_the_last_window_is_filled_up_with_empty_rows(source):
+    split = {"world_size": 8, "accumulation": 2}
+    ranks = [all_windows(source(rank=rank, **split)) for rank in range(8)]
+    last = [row for windows in ranks for row in rows_of(windows[-1])]
+    assert len(last) == 16
+    assert [] in last
+    assert [] not in [row for windows in ranks for window in windows[:-1] for row in rows_of(window)]
+    assert visits_of(window for windows in ranks for window in windows).total() == 84
+
+
+@pytest.mark.parametrize("max_epochs", [0.25, 1, 2.5])
+@pytest.mark.parametrize("packing", [True, False])
+def test_num_windows_is_exact(source, max_epochs, packing):
+    options = {"max_epochs": max_epochs, "packing": packing, "accumulation": 3, "weights": (0.7, 2.5)}
+    run = source(**options)
+    expected = run.num_windows
+    assert len(all_windows(run)) == expected > 0
+    assert source(max_epochs=None).num_windows is None
+
+
+def test_a_fraction_of_an_epoch(source):
+    assert visits_of(all_windows(source(max_epochs=0.5))).total() == 21
+    assert visits_of(all_windows(source(max_epochs=1.5))).total() == 63
+
+
+def test_weights(source, examples):
+    """File a at 1/4, file b at 2: over 40 epochs each record of a is drawn about 10 times, each of b 80 times."""
+    times = Counter(
+        document for document, _ in visits_of(all_windows(source(weights=(0.25, 2), max_epochs=40))).elements()
+    )
+    in_a = [times[d] for d in examples.document_id_E[:37].tolist()]
+    in_b = [times[d] for d in examples.document_id_E[37:].tolist()]
+    assert in_b == [80] * 5
+    assert abs(sum(in_a) - 370) < 60
+    assert len(set(in_a)) > 1
+
+
+def test_visits_count_up_without_gaps(source):
+    """Whatever the weights, the n-th time that a document comes is visit n: no two get the same noise."""
+    seen = visits_of(all_windows(source(weights=(0.4, 2.5), max_epochs=6)))
+    assert set(seen.values()) == {1}
+    for document in {document for document, _ in seen}:
+        visits = sorted(visit for d, visit in seen if d == document)
+        assert visits == list(range(len(visits)))
+
+
+def test_epoch_counts_documents_in_rows(source):
+    run = source(packing=False, accumulation=6)
+    assert run.epoch == 0
+    progress = []
+    while run.next_window() is not None:
+        progress.append(run.epoch)
+    assert progress[:7] == pytest.approx([6 / 42, 12 / 42, 18 / 42, 24 / 42, 30 / 42, 36 / 42, 1.0])
+    assert progress[-1] == 2.0
+    packed = source()
+    packed.next_window()
+    assert 0 < packed.epoch < 0.2
+    all_windows(packed)
+    assert packed.epoch == 2.0
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("weights", [(1, 1), (0.6, 1.5)])
+def test_resuming_goes_on_bit_for_bit(source, packing, weights):
+    """At every window, so at the epoch's edge as well (42 documents, 6 rows a window, one a row without packing)."""
+    options = {"packing": packing, "weights": weights, "accumulation": 6, "max_epochs": 3}
+    run, states, windows = source(**options), [], []
+    while (window := run.next_window()) is not None:
+        windows.append(window)
+        states.append(json.loads(json.dumps(run.state_dict())))
+    for number, state in enumerate(states):
+        resumed = source(**options)
+        resumed.load_state_dict(state)
+        assert resumed.epoch <= 3
+        rest = all_windows(resumed)
+        assert len(rest) == len(windows) - number - 1
+        for window, expected in zip(rest, windows[number + 1 :], strict=True):
+            for batch, other in zip(window, expected, strict=True):
+                for name, value in vars(batch).items():
+                    assert value.equal(getattr(other, name)), name
+
+
+def test_resuming_on_another_number_of_ranks(source):
+    one = source(accumulation=8)
+    one.next_window()
+    state = one.state_dict()
+    expected = [rows_of(window) for window in all_windows(one)]
+    ranks = [source(world_size=4, rank=rank, accumulation=2) for rank in range(4)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+    windows = [all_windows(rank) for rank in ranks]
+    for number, rows in enumerate(expected):
+        assert sorted(row for share in windows for row in rows_of(share[number])) == sorted(rows)
+
+
+def test_a_resumed_source_still_knows_the_whole_run(source):
+    run = source(accumulation=3)
+    whole = run.num_windows
+    run.next_window()
+    resumed = source(accumulation=3)
+    resumed.load_state_dict(run.state_dict())
+    assert resumed.num_windows == whole
+    assert resumed.state_dict() == run.state_dict()
+
+
+@pytest.mark.parametrize("changes", [{"seed": 4}, {"weights": (1, 2)}])
+def test_a_cursor_of_another_run_is_refused(source, changes):
+    state = source().state_dict()
+    with pytest.raises(CheckpointError, match="is now"):
+        source(**changes).load_state_dict(state)
+
+
+def test_a_row_that_cannot_hold_a_document(source):
+    with pytest.raises(ConfigError, match=r"row_length 32 cannot hold .*a\.jsonl:\d+, which takes 36"):
+        source(row_length=32)
+
+
+def test_views_are_built_for_this_rank_only(examples):
+    built = []
+
+    def counting(input_ids_T, trainable_T, document_id, visit):
+        built.append(document_id)
+        return one_view(input_ids_T, trainable_T, document_id, visit)
+
+    run = RecordSource(
+        examples, [1, 1], counting, num_views=1, block_size=BLOCK, eos_id=EOS, row_length=48, world_size=4, rank=2
+    )
+    assert built == []
+    assert run.num_windows is None
+    rows = rows_of(run.next_window())
+    assert built == [document for document, _ in rows[0]]
