@@ -1,0 +1,162 @@
+"""The block K/V cache and the attention over it (METHOD section 9, the last points).
+
+A slot holds the keys and values of one document, each at its own position. A forward runs over a *span* of every slot:
+the clean blocks that are not in the cache yet, then the block that is being denoised.
+
+    slot 0   [ cached ............ | clean b | masked b+1 ]     a finished block is written by the next one's first pass
+    slot 1   [ cached .. | masked b ]                           a later pass of its block
+    slot 2   [ clean 0 | clean 1 | clean 2 | masked 3 ]         a prompt that has just come in
+
+All spans lie one behind the other in a single row, so ragged slots cost nothing outside attention. Every pass writes the
+keys of its whole span. Those of a masked block are overwritten by the block's next pass, and at last by one over its
+clean tokens; as that one sees clean tokens only, its keys are exact and never need a refresh.
+
+Letters: N tokens of a forward, R spans, Q blocks of a span, K blocks of a slot, B block size; d size of a head.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import Cache
+
+from dfactory.types import PADDING, Place
+from dfactory.visibility import visible
+
+
+class Span(NamedTuple):
+    """Neighbouring blocks of one slot, which a forward runs over."""
+
+    slot: int
+    first: int  # block, counted from the start of the document
+    stop: int  # the block behind the last one
+    denoises: bool  # the last block is being denoised; all others are clean
+
+    @property
+    def blocks(self) -> int:
+        return self.stop - self.first
+
+
+class BlockCache(Cache):
+    """Keys and values of `slots` documents of up to `capacity` tokens; a transformers Cache that is never cropped.
+
+    Per layer two tensors [slots, kv heads, capacity, d], made when the layer is first reached.
+    """
+
+    def __init__(self, slots: int, capacity: int):
+        super().__init__(layers=[])
+        self.slots, self.capacity = slots, capacity
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self._slot_N = self._position_N = None
+
+    def expect(self, slot_N: torch.Tensor, position_N: torch.Tensor) -> None:
+        """Say where the tokens of the coming forward belong."""
+        self._slot_N, self._position_N = slot_N, position_N
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Write keys and values [1, kv heads, N, d] of a layer to their slots; return those of all slots, uncropped."""
+        if layer_idx == len(self.keys):
+            _, heads, _, width = key_states.shape
+            for stored in (self.keys, self.values):
+                stored.append(key_states.new_zeros((self.slots, heads, self.capacity, width)))
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys[self._slot_N, :, self._position_N] = key_states[0].transpose(0, 1)
+        values[self._slot_N, :, self._position_N] = value_states[0].transpose(0, 1)
+        return keys, values
+
+    def copy_prefix(self, source: int, target: int, tokens: int) -> None:
+        """Give slot `target` the first `tokens` keys and values of slot `source`."""
+        for stored in (*self.keys, *self.values):
+            stored[target, :, :tokens] = stored[source, :, :tokens]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """transformers asks this to number positions that it is not given; ours always are."""
+        return 0
+
+
+def span_places(spans: list[Span]) -> tuple[Place, Place]:
+    """The places of the spans' blocks [R, Q], and of all blocks of their slots [R, K], numpy, with padding."""
+    slot_R, first_R, stop_R, denoises_R = np.array(spans, dtype=np.int64).T
+    denoised_R = np.where(denoises_R == 1, stop_R - 1, -1)
+
+    def places(block_RX):
+        document_RX = np.where(block_RX < stop_R[:, None], slot_R[:, None], PADDING)
+        return Place(document_RX, (block_RX == denoised_R[:, None]).astype(np.int64), block_RX)
+
+    queries = first_R[:, None] + np.arange((stop_R - first_R).max())
+    keys = np.arange(stop_R.max())[None].repeat(len(spans), axis=0)
+    return places(queries), places(keys)
+
+
+def _seen_RQK(spans: list[Span]) -> np.ndarray:
+    query_RQ, key_RK = span_places(spans)
+    return visible(Place(*(f[:, :, None] for f in query_RQ)), Place(*(f[:, None, :] for f in key_RK)))
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockwiseAttention:
+    """Every block attends to exactly the keys that it sees, without a mask or a copy; where calls are cheap (CPU)."""
+
+    blocks: list[tuple[int, slice, int]]  # slot, the block's tokens in the row, how many keys of the slot it sees
+
+    @classmethod
+    def of(cls, spans: list[Span], block_size: int, device: torch.device) -> "BlockwiseAttention":
+        blocks, start = [], 0
+        keys_RQ = _seen_RQK(spans).sum(axis=-1) * block_size  # what a block sees is the beginning of its slot
+        for span, keys_Q in zip(spans, keys_RQ.tolist(), strict=True):
+            for keys in keys_Q[: span.blocks]:
+                blocks.append((span.slot, slice(start, start + block_size), keys))
+                start += block_size
+        return cls(blocks)
+
+    def attend(self, query, key, value, scaling):
+        """query [1, heads, N, d], key and value [slots, kv heads, capacity, d] -> [1, N, heads, d]."""
+        parts = []
+        for slot, tokens, keys in self.blocks:
+            k, v = key[slot : slot + 1, :, :keys], value[slot : slot + 1, :, :keys]
+            parts.append(scaled_dot_product_attention(query[:, :, tokens], k, v, scale=scaling, enable_gqa=True))
+        return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class PaddedAttention:
+    """One masked call for all slots, padded to the longest span and the longest slot; where calls are dear (GPU)."""
+
+    slot_R: torch.Tensor
+    token_RS: torch.Tensor  # which token of the row stands where; 0 where there is none
+    place_N: torch.Tensor  # where each token of the row stands in the flattened [R, S]
+    mask_R1SS: torch.Tensor  # query, key
+
+    @classmethod
+    def of(cls, spans: list[Span], block_size: int, device: torch.device) -> "PaddedAttention":
+        seen_RQK = _seen_RQK(spans)
+        mask_RSS = seen_RQK.repeat(block_size, axis=1).repeat(block_size, axis=2)
+        length_R1 = np.array([[span.blocks * block_size] for span in spans])
+        real_RS = np.arange(mask_RSS.shape[1]) < length_R1
+        token_RS = np.where(real_RS, real_RS.cumsum().reshape(real_RS.shape) - 1, 0)
+        slots = [span.slot for span in spans]
+        return cls(
+            torch.tensor(slots, device=device),
+            torch.from_numpy(token_RS).to(device),
+            torch.from_numpy(np.flatnonzero(real_RS)).to(device),
+            torch.from_numpy(mask_RSS[:, None]).to(device),
+        )
+
+    def attend(self, query, key, value, scaling):
+        """query [1, heads, N, d], key and value [slots, kv heads, capacity, d] -> [1, N, heads, d]."""
+        longest = self.mask_R1SS.shape[-1]
+        key, value = (stored[:, :, :longest].index_select(0, self.slot_R) for stored in (key, value))
+        query = query[0][:, self.token_RS].transpose(0, 1)
+        attended_RHSd = scaled_dot_product_attention(
+            query, key, value, attn_mask=self.mask_R1SS, scale=scaling, enable_gqa=True
+        )
+        return attended_RHSd.transpose(1, 2).flatten(0, 1)[self.place_N][None]
+
+
+def attend_spans(spans: list[Span], block_size: int, device: torch.device):
+    """The attention plan of a forward over `spans`."""
+    form = PaddedAttention if device.type == "cuda" else BlockwiseAttention
+    return form.of(spans, block_size, device)

@@ -1,0 +1,212 @@
+"""The block decoder: ragged prompts in slots, every slot at its own block, an exact cache (METHOD section 9).
+
+One forward serves all slots (see cache.py for what it runs over). The tokens live on the host; a forward takes the ids
+and gives back three numbers for each open position, in one transfer. A finished
+response frees its slot for the next prompt at once.
+
+What a response draws is a pure function of (rules.seed, its prompt's noise id, its own forward): it depends neither on
+the other prompts of the batch nor on the slot.
+
+Letters: R responses in slots, B block size, N tokens of a forward or positions that are scored, T document length.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from dfactory.decoding.cache import BlockCache, Span, attend_spans
+from dfactory.decoding.response import Response, document_length
+from dfactory.decoding.rules import DecodeRules, Proposal
+from dfactory.errors import ConfigError, DataError
+from dfactory.types import Rollout
+
+CLEAN_TOKENS = 4096  # clean tokens that one forward takes beside the blocks being denoised; bounds a prefill's memory
+LOGITS_BYTES = 128 * 2**20  # float32 logits that are held at once
+
+
+class Decodable(Protocol):
+    """What the decoder needs of a policy."""
+
+    device: torch.device
+    config: object  # with `vocab_size`
+
+    def hidden(self, input_ids_RS, position_ids_RS, visibility, cache) -> torch.Tensor: ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+class Progress(NamedTuple):
+    """What a callback hears after every forward, once for each response that took part."""
+
+    prompt: int  # index into prompt_ids
+    forwards: int
+    token_ids: list[int]  # the response to the end of its current block, masks included
+    rollout: Rollout | None  # when this forward finished it
+
+
+@torch.inference_mode()
+def decode(
+    policy: Decodable,
+    prompt_ids: Sequence[Sequence[int]],
+    rules: DecodeRules,
+    *,
+    noise_ids: Sequence[int] | None = None,
+    on_step: Callable[[Progress], None] | None = None,
+) -> list[Rollout]:
+    """Decode a response to every prompt; rollouts come back in the order of the prompts.
+
+    `noise_ids` names the random numbers of each prompt (default: its index), so that a prompt draws the same in any
+    batch. An empty prompt is allowed: the response then starts from nothing. Raises DataError for a prompt that holds
+    the mask or an id outside the vocabulary, ConfigError for a mask or EOS outside of it.
+    """
+    _check(prompt_ids, rules, policy.config.vocab_size)
+    return _Decoder(policy, rules, on_step).run(prompt_ids, range(len(prompt_ids)) if noise_ids is None else noise_ids)
+
+
+def _check(prompt_ids: Sequence[Sequence[int]], rules: DecodeRules, vocabulary: int) -> None:
+    for name, token in (("mask_token_id", rules.mask_token_id), ("eos_token_id", rules.eos_token_id)):
+        if not 0 <= token < vocabulary:
+            raise ConfigError(f"{name} {token} is outside the model's vocabulary of {vocabulary}")
+    for index, prompt in enumerate(prompt_ids):
+        if rules.mask_token_id in prompt:
+            raise DataError(
+                f"prompt {index} holds the mask token {rules.mask_token_id} at position "
+                f"{list(prompt).index(rules.mask_token_id)}: a prompt is clean text; escape or drop it"
+            )
+        if len(prompt) and not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise DataError(
+                f"prompt {index} holds ids outside the model's vocabulary of {vocabulary}: wrong tokenizer?"
+            )
+
+
+class _Decoder:
+    """The loop over forwards."""
+
+    def __init__(self, policy: Decodable, rules: DecodeRules, on_step: Callable[[Progress], None] | None):
+        self.policy, self.rules, self.on_step = policy, rules, on_step
+        self.live: list[Response] = []
+
+    def run(self, prompt_ids: Sequence[Sequence[int]], noise_ids: Sequence[int]) -> list[Rollout]:
+        if not prompt_ids:
+            return []
+        slots = min(self.rules.batch_size, len(prompt_ids))
+        self.cache = BlockCache(slots, max(document_length(len(prompt), self.rules) for prompt in prompt_ids))
+        waiting = deque(zip(range(len(prompt_ids)), prompt_ids, noise_ids, strict=True))
+        free = list(reversed(range(slots)))
+        rollouts: list[Rollout | None] = [None] * len(prompt_ids)
+        while waiting or self.live:
+            if waiting and free:
+                while waiting and free:
+                    self.live.append(Response(*waiting.popleft(), free.pop(), self.rules))
+                self._prefill()
+            for response, rollout in self._step():
+                rollouts[response.index] = rollout
+                self.live.remove(response)
+                free.append(response.slot)
+        return rollouts
+
+    def _prefill(self) -> None:
+        """Compute the clean blocks of new prompts as far as the next step's forward cannot take them along."""
+        self._share_prompts()
+        most = max(CLEAN_TOKENS // self.rules.block_size, len(self.live))
+        while sum(response.pending for response in self.live) > most:
+            self._forward_clean(self.live, most)
+
+    def _share_prompts(self) -> None:
+        """Let responses to one prompt compute its whole blocks once: a group of rollouts costs one prefill."""
+        groups = defaultdict(list)
+        for response in self.live:
+            groups[response.prompt_blocks].append(response)
+        for prompt, group in groups.items():
+            blocks = len(prompt) // (8 * self.rules.block_size)
+            donor = max(group, key=lambda response: response.cached)
+            others = [response for response in group if response.cached < blocks and response is not donor]
+            if not others:
+                continue
+            while donor.cached < blocks:
+                self._forward_clean([donor], CLEAN_TOKENS // self.rules.block_size)
+            for response in others:
+                self.cache.copy_prefix(donor.slot, response.slot, blocks * self.rules.block_size)
+                response.cached = blocks
+
+    def _forward_clean(self, responses: list[Response], most: int) -> None:
+        """One forward over the next clean blocks of `responses` that are not cached, `most` blocks at most."""
+        spans, taken = [], []
+        for response in responses:
+            stop = min(response.cached + most, response.block)
+            if stop > response.cached:
+                spans.append(Span(response.slot, response.cached, stop, False))
+                taken.append(response)
+                most -= stop - response.cached
+        self._forward(taken, spans)
+        for response, span in zip(taken, spans, strict=True):
+            response.cached = span.stop
+
+    def _step(self) -> list[tuple[Response, Rollout]]:
+        """One denoising forward of every live response; returns those that it finished."""
+        spans = [response.span for response in self.live]
+        hidden_NH = self._forward(self.live, spans)
+        proposal_RB, commit_RB, edit_RB = self._decide(hidden_NH, spans)
+        finished = []
+        for row, response in enumerate(self.live):
+            stop = response.here.stop
+            goes_on = response.apply(
+                proposal_RB.token[row].numpy(), proposal_RB.logprob[row].numpy(), commit_RB[row], edit_RB[row]
+            )
+            rollout = None if goes_on else response.rollout()
+            if rollout is not None:
+                finished.append((response, rollout))
+            if self.on_step is not None:
+                token_ids = response.tokens_T[response.start : stop].tolist()
+                self.on_step(Progress(response.index, response.forwards, token_ids, rollout))
+        return finished
+
+    def _forward(self, responses: list[Response], spans: list[Span]) -> torch.Tensor:
+        """Hidden states [N, H] of the spans, one behind the other; their keys go to the cache."""
+        size, device = self.rules.block_size, self.policy.device
+        parts = [slice(span.first * size, span.stop * size) for span in spans]
+        ids_N = np.concatenate([response.tokens_T[part] for response, part in zip(responses, parts, strict=True)])
+        position_N = np.concatenate([np.arange(part.start, part.stop) for part in parts])
+        slot_N = np.repeat([span.slot for span in spans], [span.blocks * size for span in spans])
+        ids_N, position_N, slot_N = torch.from_numpy(np.stack([ids_N, position_N, slot_N])).to(device)
+        self.cache.expect(slot_N, position_N)
+        plan = attend_spans(spans, size, device)
+        return self.policy.hidden(ids_N[None], position_N[None], plan, self.cache)[0]
+
+    def _decide(self, hidden_NH: torch.Tensor, spans: list[Span]) -> tuple[Proposal, np.ndarray, np.ndarray]:
+        """What the rules make of the blocks being denoised: proposal, commits, edits, each [R, B] on the host."""
+        rules, size = self.rules, self.rules.block_size
+        tokens_RB = torch.from_numpy(np.stack([response.tokens_B for response in self.live]))
+        masked_RB = torch.from_numpy(np.stack([response.masked_B for response in self.live]))
+        open_RB = masked_RB
+        if rules.editing is not None:
+            open_RB = torch.from_numpy(np.stack([response.is_response_B for response in self.live]))
+        end_R = torch.tensor([span.blocks * size for span in spans]).cumsum(0)
+        index_N = (end_R[:, None] - size + torch.arange(size))[open_RB]
+        uniform_N = None
+        if not rules.distribution.is_greedy:
+            uniform_N = torch.from_numpy(np.stack([response.uniform_B() for response in self.live]))[open_RB]
+
+        proposal_RB = Proposal(*(torch.zeros(open_RB.shape, dtype=t) for t in (torch.long, torch.float, torch.float)))
+        for field_RB, field_N in zip(proposal_RB, self._propose(hidden_NH, index_N, uniform_N), strict=True):
+            field_RB[open_RB] = field_N.to(field_RB.dtype)
+        commit_RB = rules.commit.commit(proposal_RB, masked_RB)
+        edit_RB = torch.zeros_like(commit_RB)
+        if rules.editing is not None:
+            edit_RB = rules.editing.edit(proposal_RB, tokens_RB, open_RB & ~masked_RB)
+        return proposal_RB, commit_RB.numpy(), edit_RB.numpy()
+
+    def _propose(self, hidden_NH: torch.Tensor, index_N: torch.Tensor, uniform_N: torch.Tensor | None) -> torch.Tensor:
+        """Proposals of the tokens at `index_N`: float64 [3, N] on the host, the one transfer of a forward."""
+        device = hidden_NH.device
+        rows = max(1, LOGITS_BYTES // (4 * self.policy.config.vocab_size))
+        parts = []
+        for start in range(0, len(index_N), rows):
+            part = slice(start, start + rows)
+            logits_NV = self.policy.logits(hidden_NH[index_N[part].to(device)])
+            uniform = None if uniform_N is None else uniform_N[part].to(device)
+            parts.append(torch.stack([f.double() for f in self.rules.distribution.propose(logits_NV, uniform)]))
+        return torch.cat(parts, dim=1).cpu()

@@ -1,0 +1,133 @@
+"""One response while it is being decoded: its document so far, its trace, its rules' bookkeeping (METHOD section 9).
+
+    document    p p p p | p p . . | . . . . | . . . .        block size 4, prompt of 6, at most 9 new tokens
+    block       0         1         2         3              10 positions are decoded, 9 are the answer at most
+
+Blocks are counted from the start of the document, so the first one may begin with prompt tokens; those are never masked,
+edited or scored. A response ends behind the first block that holds EOS with no mask before it.
+
+Letters: B block size, T document length. Everything lives on the host, in numpy.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dfactory.decoding.cache import Span
+from dfactory.decoding.rules import DecodeRules, uniform_numbers
+from dfactory.types import Edit, FinishReason, Rollout
+
+
+def document_length(prompt_length: int, rules: DecodeRules) -> int:
+    """Tokens of the longest document: prompt and max_new_tokens, rounded up to the block."""
+    return -(-(prompt_length + rules.max_new_tokens) // rules.block_size) * rules.block_size
+
+
+class Response:
+    """A response in its slot: the document so far, its trace, and where its cache stands."""
+
+    def __init__(self, index: int, prompt: Sequence[int], noise_id: int, slot: int, rules: DecodeRules):
+        self.index, self.noise_id, self.slot, self.rules = index, noise_id, slot, rules
+        self.start = len(prompt)  # position of the first response token
+        self.tokens_T = np.full(document_length(self.start, rules), rules.mask_token_id, dtype=np.int64)
+        self.tokens_T[: self.start] = prompt
+        self.step_T = np.full(len(self.tokens_T), -1)
+        self.logprob_T = np.zeros(len(self.tokens_T))
+        self.edits: list[Edit] = []
+        self.forwards = 0
+        self.cached = 0  # blocks whose clean keys are in the cache
+        self.mask_steps = self.post_steps = 0  # forwards of this block with masks, and without
+        self._enter(self.start // rules.block_size)
+
+    def _enter(self, block: int) -> None:
+        size = self.rules.block_size
+        self.block = block
+        self.here = slice(block * size, (block + 1) * size)
+        self.is_response_B = np.arange(self.here.start, self.here.stop) >= self.start
+        self.mask_steps = self.post_steps = 0
+
+    @property
+    def tokens_B(self) -> np.ndarray:
+        return self.tokens_T[self.here]
+
+    @property
+    def masked_B(self) -> np.ndarray:
+        return (self.tokens_B == self.rules.mask_token_id) & self.is_response_B
+
+    @property
+    def pending(self) -> int:
+        """Clean blocks that are not in the cache yet."""
+        return self.block - self.cached
+
+    @property
+    def prompt_blocks(self) -> bytes:
+        """The blocks that hold nothing but prompt, as a key."""
+        size = self.rules.block_size
+        return self.tokens_T[: self.start // size * size].tobytes()
+
+    @property
+    def span(self) -> Span:
+        return Span(self.slot, self.cached, self.block + 1, True)
+
+    def uniform_B(self) -> np.ndarray:
+        return uniform_numbers(self.rules.seed, self.noise_id, self.forwards, self.rules.block_size)
+
+    def apply(self, token_B: np.ndarray, logprob_B: np.ndarray, commit_B: np.ndarray, edit_B: np.ndarray) -> bool:
+        """Write what a forward decided, and enter the next block if this one is finished. False: the response is."""
+        had_masks = self.masked_B.any()
+        old_B = self.tokens_B.copy()
+        for offset in np.flatnonzero(edit_B):
+            index = self.here.start + int(offset) - self.start
+            self.edits.append(Edit(index, self.forwards, int(old_B[offset]), int(token_B[offset])))
+        written_B = commit_B | edit_B
+        self.tokens_B[written_B] = token_B[written_B]
+        self.step_T[self.here][written_B] = self.forwards
+        self.logprob_T[self.here][written_B] = logprob_B[written_B]
+        self.forwards += 1
+        self.mask_steps += had_masks
+        self.post_steps += not had_masks
+
+        changed = (self.tokens_B != old_B).any()
+        self.cached = self.block
+        if not self._block_is_finished(bool(had_masks), bool(changed)):
+            return True
+        if not changed:
+            self.cached += 1  # this pass ran over the block's final tokens: the keys that it wrote are the clean ones
+        if self.here.stop == len(self.tokens_T) or self._eos() is not None:
+            return False
+        self._enter(self.block + 1)
+        return True
+
+    def _block_is_finished(self, had_masks: bool, changed: bool) -> bool:
+        if self.masked_B.any():
+            # Binds only if the mask itself may be "committed": LLaDA2's own code then runs out of steps as well.
+            return self.mask_steps >= self.rules.commit.most_steps(self.rules.block_size)
+        editing = self.rules.editing
+        if editing is None or self.post_steps >= editing.max_post_steps:
+            return True
+        return not had_masks and not changed
+
+    def _eos(self) -> int | None:
+        """Offset of the first EOS of the response, if no mask stands before it."""
+        response = self.tokens_T[self.start : self.here.stop]
+        ends = np.flatnonzero((response == self.rules.eos_token_id) | (response == self.rules.mask_token_id))
+        if len(ends) and response[ends[0]] == self.rules.eos_token_id:
+            return int(ends[0])
+        return None
+
+    def rollout(self) -> Rollout:
+        response = slice(self.start, self.here.stop)
+        token_ids = self.tokens_T[response].tolist()
+        eos = self._eos()
+        ended = eos is not None and eos < self.rules.max_new_tokens
+        left_masked = self.tokens_T == self.rules.mask_token_id
+        return Rollout(
+            prompt_ids=self.tokens_T[: self.start].tolist(),
+            token_ids=token_ids,
+            commit_step=np.where(left_masked, -1, self.step_T)[response].tolist(),
+            commit_logprob=np.where(left_masked, 0.0, self.logprob_T)[response].tolist(),
+            edits=self.edits,
+            output_ids=token_ids[: eos + 1] if ended else token_ids[: self.rules.max_new_tokens],
+            forwards=self.forwards,
+            finish_reason=FinishReason.EOS if ended else FinishReason.LENGTH,
+        )

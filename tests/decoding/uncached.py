@@ -1,0 +1,140 @@
+"""Block decoding the obvious way: one prompt, no cache, every forward over the whole prefix (METHOD section 9).
+
+What the decoder must equal, token for token. It shares nothing with `dfactory.decoding`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+
+from dfactory.models.attention import MaskPlan
+from dfactory.types import Place
+from dfactory.visibility import dense_mask
+
+
+@dataclasses.dataclass
+class Settings:
+    """The knobs, under the names of the decode keys."""
+
+    block_size: int
+    max_new_tokens: int
+    mask_token_id: int
+    eos_token_id: int
+    threshold: float = 0.95
+    min_commit: int = 1
+    editing_threshold: float | None = None
+    max_post_steps: int = 16
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    acceptance: str = "sampled"
+    suppressed_ids: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass
+class Outcome:
+    token_ids: list[int]
+    output_ids: list[int]
+    commit_step: list[int]
+    commit_logprob: list[float]
+    edits: list[tuple[int, int, int, int]]
+    forwards: int
+
+
+def block_causal_logits(policy, ids_S: torch.Tensor, block_size: int) -> torch.Tensor:
+    """[S] -> [S, V], the whole sequence as one clean stream."""
+    position_S = torch.arange(len(ids_S))
+    zero_S = torch.zeros_like(position_S)
+    mask_SS = dense_mask(Place(zero_S, zero_S, position_S // block_size))
+    return policy.logits(policy.hidden(ids_S[None], position_S[None], MaskPlan(mask_SS[None])))[0]
+
+
+def processed(logits_V: torch.Tensor, s: Settings) -> torch.Tensor:
+    """Logits of one position -> the distribution that confidence, sample and log-probability come from."""
+    logits_V = logits_V.float().clone()
+    logits_V[list(s.suppressed_ids)] = -math.inf
+    if s.temperature == 0:
+        return torch.softmax(logits_V, dim=0)
+    logits_V = logits_V / s.temperature
+    if s.top_k is not None and s.top_k < len(logits_V):
+        logits_V[logits_V < torch.topk(logits_V, s.top_k).values[-1]] = -math.inf
+    if s.top_p is not None:
+        p_V, order_V = torch.softmax(logits_V, dim=0).sort(descending=True, stable=True)
+        mass = 0.0
+        for p, token in zip(p_V.tolist(), order_V.tolist(), strict=True):
+            if mass >= s.top_p and mass > 0:
+                logits_V[token] = -math.inf
+            mass += p
+    return torch.softmax(logits_V, dim=0)
+
+
+def draw(p_V: torch.Tensor, uniform: float, s: Settings) -> int:
+    if s.temperature == 0:
+        return int(p_V.argmax())
+    cumulative_V = p_V.double().cumsum(0)
+    return int((cumulative_V <= uniform * cumulative_V[-1]).sum())
+
+
+@torch.inference_mode()
+def uncached(policy, prompt: list[int], s: Settings, uniform: Callable[[int], list[float]] | None = None) -> Outcome:
+    """`uniform(step)` gives the block_size numbers in [0, 1) that the draws of that forward use."""
+    n, B, mask, eos = len(prompt), s.block_size, s.mask_token_id, s.eos_token_id
+    blocks = math.ceil((n + s.max_new_tokens) / B)
+    x = torch.tensor(prompt + [mask] * (blocks * B - n))
+    step_of, logprob_of, edits, forwards = {}, {}, [], 0
+    end = blocks * B
+
+    for block in range(n // B, blocks):
+        post_steps, mask_steps = 0, 0
+        while True:
+            places = [i for i in range(block * B, (block + 1) * B) if i >= n]
+            masked = [i for i in places if x[i] == mask]
+            if masked and mask_steps == math.ceil(B / s.min_commit):
+                break
+            if not masked and (s.editing_threshold is None or post_steps == s.max_post_steps):
+                break
+            mask_steps += bool(masked)
+            post_steps += not masked
+
+            logits = block_causal_logits(policy, x[: (block + 1) * B], B)
+            numbers = uniform(forwards) if uniform else [0.0] * B
+            token, confidence, logprob = {}, {}, {}
+            for i in places:
+                p_V = processed(logits[i], s)
+                token[i] = draw(p_V, numbers[i - block * B], s)
+                logprob[i] = math.log(p_V[token[i]])
+                confidence[i] = float(p_V.max() if s.acceptance == "top" else p_V[token[i]])
+
+            commit = [i for i in masked if confidence[i] > s.threshold]
+            if len(commit) < s.min_commit:
+                commit = sorted(masked, key=lambda i: -confidence[i])[: s.min_commit]
+            change = []
+            if s.editing_threshold is not None:
+                visible = [i for i in places if i not in masked]
+                change = [i for i in visible if token[i] != x[i] and confidence[i] > s.editing_threshold]
+                edits += [(i - n, forwards, int(x[i]), token[i]) for i in change]
+            for i in commit + change:
+                x[i], step_of[i], logprob_of[i] = token[i], forwards, logprob[i]
+            forwards += 1
+            if not masked and not change:
+                break
+
+        response = x[n : (block + 1) * B].tolist()
+        if eos in response and mask not in response[: response.index(eos)]:
+            end = (block + 1) * B
+            break
+
+    token_ids = x[n:end].tolist()
+    output_ids = token_ids[: s.max_new_tokens]
+    if eos in output_ids and mask not in output_ids[: output_ids.index(eos)]:
+        output_ids = output_ids[: output_ids.index(eos) + 1]
+    return Outcome(
+        token_ids,
+        output_ids,
+        [-1 if x[i] == mask else step_of[i] for i in range(n, end)],
+        [0.0 if x[i] == mask else logprob_of[i] for i in range(n, end)],
+        edits,
+        forwards,
+    )
