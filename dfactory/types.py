@@ -189,3 +189,9 @@ class TrainState:
     source: dict[str, Any] = dataclasses.field(default_factory=dict)  # the batch source's cursor
     tokens: int = 0  # row positions with a token that were trained on
     targets: int = 0
+
+    def advance(self, metrics: dict[str, float]) -> None:
+        """Count one finished optimiser step."""
+        self.step += 1
+        self.tokens += int(metrics["tokens"])
+        self.targets += int(metrics["targets"])

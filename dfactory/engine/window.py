@@ -46,23 +46,29 @@ class MeanTracker:
         self.totals: dict[str, torch.Tensor] = {}
         self.counts: dict[str, float] = {}
 
-    def add(self, terms: LossTerms) -> None:
-        for name, mean in {**terms.loss, **terms.metrics}.items():
-            self.add_mean(name, mean)
-
-    def add_mean(self, name: str, mean: Mean) -> None:
-        total = mean.total.detach().double()
-        self.totals[name] = self.totals[name] + total if name in self.totals else total
-        self.counts[name] = self.counts.get(name, 0.0) + mean.count
+    def add(self, means: dict[str, Mean]) -> None:
+        for name, mean in means.items():
+            total = mean.total.detach().double()
+            self.totals[name] = self.totals[name] + total if name in self.totals else total
+            self.counts[name] = self.counts.get(name, 0.0) + mean.count
 
     def reduce(self, all_reduce) -> dict[str, float]:
-        """The means over all ranks, by name; every rank has to have met the same names. Uncounted ones are left out."""
+        """Sum over the ranks, then total / count by name. Every rank has to have met the same names; what none counted
+        is left out."""
         names = sorted(self.totals)
-        table = torch.stack(
-            [
-                torch.stack([self.totals[name].cpu() for name in names]),
-                torch.tensor([float(self.counts[name]) for name in names], dtype=torch.float64),
-            ]
-        )
+        totals = torch.stack([self.totals[name].cpu() for name in names])
+        counts = torch.tensor([float(self.counts[name]) for name in names], dtype=torch.float64)
+        table = torch.stack([totals, counts])
         all_reduce(table)
         return {n: total / count for n, total, count in zip(names, *table.tolist(), strict=True) if count > 0}
+
+
+def means_by_t(scores: TokenScores, t_N: torch.Tensor, levels: list[float]) -> dict[str, Mean]:
+    """Loss and hit rate of targets, over all of them and at each of the mask ratios `levels`."""
+    parts = {"": torch.ones_like(scores.hit_N)}
+    parts |= {f"_t{level:.2f}": (t_N - level).abs() < 1e-4 for level in levels}
+    means = {}
+    for suffix, here in parts.items():
+        means[f"loss{suffix}"] = Mean(-scores.logprob_N[here].sum(), int(here.sum()))
+        means[f"hit_rate{suffix}"] = Mean(scores.hit_N[here].sum(), int(here.sum()))
+    return means

@@ -9,7 +9,14 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from dfactory.errors import CheckpointError, ConfigError
@@ -77,6 +84,13 @@ def read_config(model_dir: Path) -> PreTrainedConfig:
     if getattr(config, "attention_dropout", 0):
         raise ConfigError(f"attention_dropout {config.attention_dropout} in {file} is not supported: set it to 0")
     return config
+
+
+def read_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase | None:
+    """The directory's tokenizer, or None where it has none (then records come tokenised)."""
+    if not any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
 
 
 def family_of(policy: Policy) -> Family:

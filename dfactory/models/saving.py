@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -33,12 +34,15 @@ def save_policy(
     write: bool = True,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write the weights, config.json and the carried files of a policy without adapters.
+    """Write the weights, config.json and the carried files of a policy; of one with LoRA adapters, the adapters only.
 
     `gathered` makes sharded parameters whole within its context; every rank has to call this then, and only the one with
     `write` touches the disk.
     """
     model = policy.model
+    if isinstance(model, PeftModel):
+        _save_adapters(model, directory, gathered, write)
+        return
     shards = _Shards(directory, max_shard_bytes) if write else None
     for group in _groups(model):
         parameters = [tensor for _, tensor in group if isinstance(tensor, nn.Parameter)]
@@ -50,6 +54,16 @@ def save_policy(
         shards.close()
         _write_config(model, directory)
         carry_files(model.source_dir, directory)
+
+
+def _save_adapters(model: PeftModel, directory: Path, gathered: Gather, write: bool) -> None:
+    trainable = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    with gathered(list(trainable.values())):
+        if write:
+            whole = {name: tensor.detach().to("cpu", copy=True) for name, tensor in trainable.items()}
+            model.save_pretrained(directory, state_dict=whole, save_embedding_layers=False)
+            carry_files(model.get_base_model().source_dir, directory)
+            (directory / "config.json").unlink(missing_ok=True)  # with it, transformers would look for whole weights
 
 
 def _groups(model: PreTrainedModel) -> Iterator[list[tuple[str, torch.Tensor]]]:

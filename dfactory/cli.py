@@ -1,0 +1,134 @@
+"""`dfactory VERB ...`: parses words, calls one function, turns expected failures into a message and an exit status.
+
+Exit status: 0 done, 1 failed, 2 wrong recipe or usage, 75 preempted after a saved checkpoint. Every verb imports what it
+needs when it is called, so that --help answers at once.
+"""
+
+import argparse
+import sys
+
+from dfactory.errors import DFactoryError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    overrides = _overrides(parser, arguments, rest)
+    try:
+        return arguments.run(arguments, overrides) or 0
+    except DFactoryError as failure:
+        print(f"dfactory {arguments.verb}: {failure}", file=sys.stderr)
+        return failure.exit_status
+    except KeyboardInterrupt:
+        return 130
+
+
+def _overrides(parser: argparse.ArgumentParser, arguments: argparse.Namespace, rest: list[str]) -> list[str]:
+    """key=value words, wherever they stand; any other word that no verb asked for is a usage error (status 2)."""
+    stray = [word for word in rest if "=" not in word]
+    if stray or (rest and not arguments.takes_overrides):
+        parser.error(f"{arguments.verb} does not know {' '.join(stray or rest)}")
+    return rest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dfactory", description="Post-training of block-diffusion language models.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run, summary: str, overrides: str = "") -> argparse.ArgumentParser:
+        usage_tail = f" [{overrides} ...]" if overrides else ""
+        sub = verbs.add_parser(name, help=summary, description=summary)
+        sub.usage = None
+        sub.set_defaults(run=run, takes_overrides=bool(overrides))
+        sub.epilog = f"further words:{usage_tail}" if overrides else None
+        return sub
+
+    train = verb("train", _train, "train by a recipe", "key=value")
+    train.add_argument("recipe", help="YAML file")
+
+    check = verb("check", _check, "dry run of a recipe: keys, data, template, steps, memory", "key=value")
+    check.add_argument("recipe", help="YAML file")
+    check.add_argument(
+        "--gpus", type=int, default=None, help="ranks of the memory forecast (default: 1, 8, 16 ... 128)"
+    )
+
+    generate = verb("generate", _generate, "answer the prompts of a JSONL file", "decode.key=value")
+    _model_arguments(generate)
+    generate.add_argument("--input", required=True, help="JSONL: messages, prompt or prompt_ids in each line")
+    generate.add_argument("--output", required=True, help="JSONL: each input line with its response")
+
+    evaluate = verb(
+        "eval", _eval, "exact match and tokens per forward on a JSONL file with answers", "decode.key=value"
+    )
+    _model_arguments(evaluate)
+    evaluate.add_argument(
+        "--data", required=True, help="JSONL: messages, prompt or prompt_ids, and answer in each line"
+    )
+    evaluate.add_argument("--output", help="also write the responses, as `generate` does")
+
+    export = verb("export", _export, "write a checkpoint as a plain model directory; merges LoRA adapters")
+    export.add_argument("--model", required=True, help="run folder or checkpoint")
+    export.add_argument("--output", required=True, help="new directory")
+
+    report = verb("report", _report, "draw the curves of finished or running runs")
+    report.add_argument("runs", nargs="+", help="run folders")
+    return parser
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="model directory, run folder, or `tiny`")
+    parser.add_argument("--init-weights", default="pretrained", choices=("pretrained", "random"))
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+
+
+def _train(arguments, overrides) -> int:
+    from dfactory.config.load import load_recipe
+
+    recipe = load_recipe(arguments.recipe, overrides)  # before the heavy imports: a wrong key is told at once
+    from dfactory.train import train
+
+    return train(recipe)
+
+
+def _check(arguments, overrides) -> int:
+    from dfactory.config.load import load_recipe
+
+    recipe = load_recipe(arguments.recipe, overrides)
+    from dfactory.commands.check import check
+
+    return check(recipe, arguments.gpus)
+
+
+def _generate(arguments, overrides) -> int:
+    from dfactory.config.load import load_decode_keys
+
+    keys = load_decode_keys(overrides)
+    from dfactory.commands.generate import generate
+
+    return generate(arguments, keys)
+
+
+def _eval(arguments, overrides) -> int:
+    from dfactory.config.load import load_decode_keys
+
+    keys = load_decode_keys(overrides)
+    from dfactory.commands.evaluate import evaluate
+
+    return evaluate(arguments, keys)
+
+
+def _export(arguments, overrides) -> int:
+    from dfactory.commands.export import export
+
+    return export(arguments.model, arguments.output)
+
+
+def _report(arguments, overrides) -> int:
+    from dfactory.commands.report import report
+
+    return report(arguments.runs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Training checkpoints: the model directory, DeepSpeed's engine state beside it, and the run's own state.
+
+A checkpoint is written into a hidden partial directory, synced, renamed, and only then named by LATEST. Resuming on as
+many ranks as before restores DeepSpeed's shards as they are; on another number they go through its universal format.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch.distributed as dist
+
+from dfactory.engine.runfolder import STATE, RunFolder, replace_text
+from dfactory.engine.trainer import Trainer
+from dfactory.errors import CheckpointError
+from dfactory.models.saving import save_policy
+from dfactory.types import TrainState
+
+ENGINE = "engine"  # the folder of what only a resumed run reads
+SHARDS, UNIVERSAL = "shards", "universal"  # DeepSpeed's tags in it
+
+
+def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | None) -> Path:
+    """Write checkpoint-N of the step in `state`; every rank has to call this. Returns its path."""
+    partial = folder.path / f".checkpoint-{state.step}.partial"
+    if trainer.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    save_policy(trainer.policy, partial, gathered=_gatherer(trainer), write=trainer.rank == 0)
+    trainer.engine.save_checkpoint(str(partial / ENGINE), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True)
+    dist.barrier()
+    if trainer.rank == 0:
+        shape = {"world_size": trainer.world_size, "zero_stage": trainer.zero_stage}
+        replace_text(partial / STATE, json.dumps(dataclasses.asdict(state) | shape, indent=2) + "\n")
+        folder.publish(partial, state.step, keep)
+    dist.barrier()
+    return folder.checkpoint(state.step)
+
+
+def read_state(checkpoint: Path) -> TrainState:
+    raw = json.loads((checkpoint / STATE).read_text())
+    return TrainState(**{field.name: raw[field.name] for field in dataclasses.fields(TrainState)})
+
+
+def needs_universal(checkpoint: Path, recipe_stage: int, world_size: int) -> bool:
+    """Whether this many ranks, or this ZeRO stage, cannot read the shards as they lie."""
+    raw = json.loads((checkpoint / STATE).read_text())
+    if raw["zero_stage"] != recipe_stage:
+        raise CheckpointError(
+            f"{checkpoint} was written with ZeRO {raw['zero_stage']}, the recipe has {recipe_stage}: resume with the former"
+        )
+    return recipe_stage > 0 and raw["world_size"] != world_size
+
+
+def _make_universal(checkpoint: Path) -> None:
+    """Convert DeepSpeed's shards beside themselves. Raises CheckpointError with the converter's last words."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    command += ["--input_folder", str(checkpoint / ENGINE / SHARDS)]
+    command += ["--output_folder", str(checkpoint / ENGINE / UNIVERSAL)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        raise CheckpointError(f"{checkpoint}: DeepSpeed could not convert its shards for another rank count: {last}")
+
+
+def load(trainer: Trainer, checkpoint: Path, *, universal: bool) -> None:
+    """Restore weights, optimiser, schedule and counters into a fresh Trainer; every rank has to call this."""
+    if universal:
+        if trainer.rank == 0:
+            _make_universal(checkpoint)
+        dist.barrier()
+    hyperparameters = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in trainer.engine.basic_optimizer.param_groups
+    ]
+    tag = UNIVERSAL if universal else SHARDS
+    path, _ = trainer.engine.load_checkpoint(
+        str(checkpoint / ENGINE), tag=tag, load_module_strict=not trainer.recipe.use_peft
+    )
+    if path is None:
+        raise CheckpointError(f"{checkpoint}: DeepSpeed found no state under {ENGINE}/{tag}/")
+    if universal:
+        _repair_universal(trainer, hyperparameters)
+
+
+def _repair_universal(trainer: Trainer, hyperparameters: list[dict]) -> None:
+    """Undo two faults of DeepSpeed 0.19's universal loader under ZeRO-3: it gives every parameter group the first
+    group's weight decay, and all of them one shared step counter, which then runs too fast."""
+    optimizer = trainer.engine.basic_optimizer
+    for group, own in zip(optimizer.param_groups, hyperparameters, strict=True):
+        group.update({name: value for name, value in own.items() if name not in ("lr", "initial_lr")})
+    for state in optimizer.state.values():
+        if hasattr(state.get("step"), "clone"):
+            state["step"] = state["step"].clone()
+
+
+def _gatherer(trainer: Trainer):
+    if trainer.zero_stage < 3:
+        return lambda parameters: contextlib.nullcontext()
+    return lambda parameters: deepspeed.zero.GatheredParameters(parameters)

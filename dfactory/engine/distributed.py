@@ -1,0 +1,47 @@
+"""The process group: one rank by itself, or many under torchrun, slurm or Ray."""
+
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+
+
+def start() -> tuple[int, int]:
+    """Join the process group (once) and return (rank, world size). Without a launcher: a group of one, on loopback."""
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+            os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> None:
+    """Sum over the ranks, in place, wherever the tensor lies."""
+    if dist.get_world_size() == 1:
+        return
+    moved = tensor.to(device())
+    dist.all_reduce(moved)
+    tensor.copy_(moved)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` holds on any rank; all ranks get the same answer."""
+    votes = torch.tensor([float(flag)])
+    all_reduce_sum(votes)
+    return bool(votes.item())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,60 @@
+"""Where metrics go: metrics.jsonl (the truth), one console line a step, and trackers when asked."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dfactory.config.recipe import Recipe
+from dfactory.engine.runfolder import RunFolder
+
+
+class MetricsLog:
+    """Used on the first rank only. A context manager, so that the progress bar and the tracker are always closed."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, num_steps: int, first_step: int):
+        self.recipe, self.folder, self.num_steps = recipe, folder, num_steps
+        self.console = Console(highlight=False)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.progress.add_task("", total=num_steps, completed=first_step)
+        self.wandb = None
+
+    def __enter__(self) -> "MetricsLog":
+        if "wandb" in self.recipe.report_to:
+            import wandb
+
+            name = self.recipe.run_name or self.folder.path.name
+            self.wandb = wandb.init(project="dfactory", name=name, dir=str(self.folder.path), resume="allow")
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.progress.stop()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def step(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
+        self._write({"step": step, "epoch": round(epoch, 4), **metrics})
+        self.progress.update(self.task, completed=step, description=f"loss {metrics['loss']:.4f}")
+        if step % self.recipe.logging_steps == 0 or step == self.num_steps:
+            self.console.print(
+                f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {metrics['loss']:.4f}  "
+                f"hit {metrics['hit_rate']:.3f}  grad {metrics['grad_norm']:.3f}  lr {metrics['learning_rate']:.2e}  "
+                f"{metrics['tokens_per_second']:,.0f} tok/s"
+            )
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        self._write({"step": step, **{f"eval/{name}": value for name, value in metrics.items()}})
+        by_t = "  ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in metrics.items() if n.startswith("loss_t"))
+        self.console.print(
+            f"evaluation at step {step}: loss {metrics['loss']:.4f}  hit {metrics['hit_rate']:.3f}  ({by_t})"
+        )
+
+    def say(self, text: str) -> None:
+        self.console.print(text)
+
+    def _write(self, metrics: dict[str, Any]) -> None:
+        self.folder.append_metrics(metrics)
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=metrics["step"])

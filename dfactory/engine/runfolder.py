@@ -1,0 +1,104 @@
+"""The run folder: what `dfactory train` writes, and where.
+
+output_dir/config.yaml      the recipe as it was resolved
+output_dir/metrics.jsonl    one object a step, and one an evaluation ("eval/...")
+output_dir/checkpoint-N/    a model directory that transformers loads, with the engine's state in engine/
+output_dir/LATEST           the newest whole checkpoint's name; written last
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dfactory.config.recipe import Recipe
+from dfactory.errors import CheckpointError
+
+STATE = "engine/state.json"  # written last into a checkpoint: one without it is not whole
+
+
+class RunFolder:
+    """One rank, the first, writes; the others only read paths."""
+
+    def __init__(self, output_dir: str | Path):
+        self.path = Path(output_dir)
+        self.metrics_file = self.path / "metrics.jsonl"
+
+    def start(self, recipe: Recipe, resume_step: int | None) -> None:
+        """Create the folder. Metrics of steps behind the resumed one are dropped, so that none appears twice."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        replace_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+        kept = []
+        if resume_step is not None and self.metrics_file.is_file():
+            lines = self.metrics_file.read_text().splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resume_step]
+        replace_text(self.metrics_file, "".join(f"{line}\n" for line in kept))
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step}"
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        found = [path.parent.parent for path in self.path.glob(f"checkpoint-*/{STATE}")]
+        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+    def publish(self, partial: Path, step: int, keep: int | None) -> Path:
+        """Turn a finished partial directory into checkpoint-N, point LATEST to it, and remove the oldest ones."""
+        final = self.checkpoint(step)
+        if final.exists():
+            shutil.rmtree(final)
+        sync_tree(partial)
+        partial.rename(final)
+        _sync(self.path)
+        replace_text(self.path / "LATEST", final.name + "\n")
+        if keep is not None:
+            for old in self.checkpoints()[:-keep]:
+                shutil.rmtree(old)
+        return final
+
+    def find_resume(self, wanted: Any) -> Path | None:
+        """The checkpoint that `resume_from_checkpoint` asks for. Raises CheckpointError if there is none."""
+        if wanted is None or wanted is False:
+            return None
+        if wanted is True:
+            whole = self.checkpoints()
+            if not whole:
+                raise CheckpointError(
+                    f"resume_from_checkpoint true, but {self.path} holds no whole checkpoint-N: "
+                    "check output_dir, or set resume_from_checkpoint=false to start anew"
+                )
+            return whole[-1]
+        path = Path(str(wanted))
+        if not (path / STATE).is_file():
+            raise CheckpointError(f"resume_from_checkpoint {path} is not a whole checkpoint: it holds no {STATE}")
+        return path
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new text, never a part."""
+    partial = file.with_name(file.name + ".partial")
+    with partial.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+
+
+def sync_tree(directory: Path) -> None:
+    for path in (*directory.rglob("*"), directory):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,193 @@
+"""One optimiser step on DeepSpeed: forward to scores, objective to sums, one division, backward, step.
+
+DeepSpeed owns sharding, precision, clipping, the optimiser and its schedule. What is computed is not its business: it
+gets a scalar a micro-batch, already divided by the window's counts (see window.py).
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import set_z3_leaf_modules
+from torch import nn
+from transformers import get_scheduler
+from transformers.integrations import HfDeepSpeedConfig
+
+from dfactory.config.recipe import Recipe
+from dfactory.engine import distributed
+from dfactory.engine.window import MeanTracker, Objective, means_by_t, micro_loss, window_counts
+from dfactory.errors import ConfigError
+from dfactory.models.policy import Policy
+from dfactory.models.registry import family_of
+from dfactory.types import Mean, ViewBatch
+
+
+def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's DeepSpeed file with what the recipe itself decides. Raises ConfigError where the two disagree."""
+    config: dict[str, Any] = {}
+    if recipe.deepspeed is not None:
+        file = Path(recipe.deepspeed)
+        if not file.is_file():
+            raise ConfigError(f"deepspeed {file} does not exist: give a JSON file such as recipes/deepspeed/zero3.json")
+        try:
+            config = json.loads(file.read_text())
+        except json.JSONDecodeError as problem:
+            raise ConfigError(f"deepspeed {file}:{problem.lineno} is not JSON: {problem.msg}") from problem
+    config = _merge(config, recipe.deepspeed_overrides)
+    optimizer = {
+        "lr": recipe.learning_rate,
+        "betas": [recipe.adam_beta1, recipe.adam_beta2],
+        "eps": recipe.adam_epsilon,
+        "weight_decay": recipe.weight_decay,
+    }
+    if not torch.cuda.is_available():
+        optimizer["torch_adam"] = True  # the fused one is a CUDA extension
+    owned = {
+        "train_micro_batch_size_per_gpu": recipe.per_device_train_batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        "gradient_clipping": recipe.max_grad_norm,
+        "bf16": {"enabled": recipe.dtype == "bfloat16"},
+        "optimizer": {"type": "AdamW", "params": optimizer},
+    }
+    _refuse_conflicts(config, owned, recipe.deepspeed)
+    config = _merge(config, owned)
+    config.setdefault("steps_per_print", 10**9)  # metrics.jsonl has every step
+    return config
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in over.items():
+        inner = merged.get(name)
+        merged[name] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _refuse_conflicts(config: dict[str, Any], owned: dict[str, Any], file: str | None, prefix: str = "") -> None:
+    for name, value in owned.items():
+        if name not in config or config[name] in ("auto", value):
+            continue
+        if isinstance(value, dict) and isinstance(config[name], dict):
+            _refuse_conflicts(config[name], value, file, f"{prefix}{name}.")
+            continue
+        raise ConfigError(
+            f"{prefix}{name} {config[name]!r} in {file} against {value!r} by the recipe: leave it out there, or say auto"
+        )
+
+
+class Trainer:
+    """A Policy under DeepSpeed. All ranks call the same methods in the same order."""
+
+    def __init__(self, recipe: Recipe, policy: Policy, num_steps: int, *, load_universal: bool = False):
+        self.recipe, self.policy = recipe, policy
+        self.rank, self.world_size = distributed.start()
+        self.device = distributed.device()
+        config = deepspeed_config(recipe)
+        if load_universal:
+            config["checkpoint"] = {"load_universal": True}
+        if recipe.gradient_checkpointing:
+            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            policy.model.enable_input_require_grads()
+        blocks = _modules_named(policy, family_of(policy).moe_blocks)
+        if blocks:
+            set_z3_leaf_modules(policy, sorted(blocks, key=str))
+        self.engine, *_ = deepspeed.initialize(
+            model=policy.train(),
+            model_parameters=_parameter_groups(policy, recipe.weight_decay),
+            config=config,
+            lr_scheduler=lambda optimizer: learning_rate_schedule(recipe, optimizer, num_steps),
+        )
+
+    @property
+    def zero_stage(self) -> int:
+        return self.engine.zero_optimization_stage()
+
+    @property
+    def learning_rate(self) -> float:
+        return self.engine.get_lr()[0]
+
+    def train_window(self, micro_batches: list[ViewBatch], objective: Objective) -> dict[str, float]:
+        """One optimiser step over this rank's share of a window -> the window's means over all ranks."""
+        started = time.perf_counter()
+        learning_rate = self.learning_rate
+        counts = window_counts(objective, micro_batches, distributed.all_reduce_sum)
+        means = MeanTracker()
+        for batch in micro_batches:
+            moved = batch.to(self.device)
+            terms = objective(moved, self.engine(moved))
+            loss = micro_loss(terms, counts, self.world_size)
+            self.engine.backward(loss, scale_wrt_gas=False)
+            grad_norm = self._plain_grad_norm()
+            self.engine.step()
+            share = len(micro_batches) * self.world_size  # the loss is divided already: its counts add up to 1
+            means.add({**terms.loss, **terms.metrics, "loss": Mean(loss / self.world_size, 1 / share)})
+        sizes = torch.tensor([[batch.num_tokens, batch.num_targets] for batch in micro_batches]).sum(dim=0)
+        distributed.all_reduce_sum(sizes)
+        tokens, targets = sizes.tolist()
+        metrics = means.reduce(distributed.all_reduce_sum)
+        seconds = time.perf_counter() - started
+        return metrics | {
+            "grad_norm": float(self.engine.get_global_grad_norm() or grad_norm),
+            "learning_rate": learning_rate,
+            "tokens": tokens,
+            "targets": targets,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+
+    def _plain_grad_norm(self) -> torch.Tensor | float:
+        """DeepSpeed tells the norm of sharded gradients only; plain ones are averaged over the ranks by now."""
+        if self.zero_stage > 0 or not self.engine.is_gradient_accumulation_boundary():
+            return 0.0
+        return torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
+
+    @torch.no_grad()
+    def evaluate(self, source, levels: list[float]) -> dict[str, float]:
+        """Loss and hit rate over all targets of a finite source, and for each mask ratio t of its grid."""
+        self.engine.eval()
+        means = MeanTracker()
+        while (window := source.next_window()) is not None:
+            for batch in window:
+                moved = batch.to(self.device)
+                means.add(means_by_t(self.engine(moved), moved.t_N, levels))
+        self.engine.train()
+        return means.reduce(distributed.all_reduce_sum)
+
+
+def learning_rate_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, num_steps: int):
+    """Warmup from 0, then transformers' cosine, linear or constant; cosine and linear end at lr_min."""
+    name, options = {
+        "cosine": ("cosine_with_min_lr", {"min_lr": recipe.lr_min}),
+        "linear": ("polynomial", {"lr_end": recipe.lr_min, "power": 1.0}),
+        "constant": ("constant_with_warmup", {}),
+    }[recipe.lr_scheduler_type]
+    return get_scheduler(name, optimizer, recipe.warmup_steps, num_steps, scheduler_specific_kwargs=options)
+
+
+def keep_zero3_config(recipe: Recipe) -> HfDeepSpeedConfig | None:
+    """While the returned object lives, transformers loads checkpoints straight into ZeRO-3 shards.
+
+    Only for checkpoints: random weights are drawn whole, so that every stage starts from the same ones.
+    """
+    sharded = zero_stage(recipe) == 3 and recipe.init_weights == "pretrained"
+    return HfDeepSpeedConfig(deepspeed_config(recipe)) if sharded else None
+
+
+def zero_stage(recipe: Recipe) -> int:
+    return deepspeed_config(recipe).get("zero_optimization", {}).get("stage", 0)
+
+
+def _modules_named(policy: nn.Module, class_names: tuple[str, ...]) -> set[type]:
+    return {type(module) for module in policy.modules() if type(module).__name__ in class_names}
+
+
+def _parameter_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms and other vectors do not. A ZeRO-3 shard knows its whole shape as `ds_shape`."""
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,202 @@
+"""READ FIRST: a recipe becomes a source, an objective and an engine, and then there is one loop.
+
+    records -> Examples -> RecordSource --(window of ViewBatches)--> Trainer --(TokenScores)--> Objective
+                               ^ views/ adds the noise                  ^ models/ has the model     ^ sums and counts
+
+The loop at the bottom is the whole of training. Another objective changes `make_objective`, another origin of batches
+changes `make_source`; nothing else knows which one it is.
+"""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+from dfactory.config.recipe import Recipe
+from dfactory.data.chat import ChatEncoder, SpecialIds, special_ids
+from dfactory.data.examples import Examples, load_examples
+from dfactory.data.source import RecordSource
+from dfactory.engine import checkpoint, distributed
+from dfactory.engine.metrics import MetricsLog
+from dfactory.engine.preemption import EXIT_PREEMPTED, Preemption
+from dfactory.engine.runfolder import RunFolder
+from dfactory.engine.trainer import Trainer, keep_zero3_config, zero_stage
+from dfactory.engine.window import Objective
+from dfactory.errors import ConfigError
+from dfactory.models.policy import Policy
+from dfactory.models.registry import add_adapters, load_policy, read_config, read_tokenizer, resolve_model_dir
+from dfactory.objectives.sft import SFT
+from dfactory.types import TrainState
+from dfactory.views import GridMask, RandomMask
+
+
+def train(recipe: Recipe) -> int:
+    """Run a recipe to its end. Returns the exit status: 0 done, 75 preempted after a saved checkpoint."""
+    preemption = Preemption()
+    rank, world_size = distributed.start()
+    folder = RunFolder(recipe.output_dir)
+    resumed = folder.find_resume(recipe.resume_from_checkpoint)
+
+    inputs = read_inputs(recipe)
+    source = make_source(recipe, inputs, rank, world_size)
+    objective = make_objective(recipe)
+    num_steps = recipe.max_steps or source.num_windows
+    universal = resumed is not None and checkpoint.needs_universal(resumed, zero_stage(recipe), world_size)
+    trainer = Trainer(recipe, make_policy(recipe), num_steps, load_universal=universal)
+
+    state = TrainState()
+    if resumed is not None:
+        checkpoint.load(trainer, resumed, universal=universal)
+        state = checkpoint.read_state(resumed)
+        source.load_state_dict(state.source)
+    if rank == 0:
+        folder.start(recipe, resume_step=state.step if resumed is not None else None)
+
+    with MetricsLog(recipe, folder, num_steps, state.step) if rank == 0 else contextlib.nullcontext() as log:
+        if log:
+            log.say(f"{inputs.train.report}")
+            log.say(f"{num_steps} steps of {source.rows_per_window} rows from step {state.step}, into {folder.path}")
+        while state.step < num_steps and (window := source.next_window()) is not None:
+            metrics = trainer.train_window(window, objective)
+            state.advance(metrics)
+            if log:
+                log.step(state.step, source.epoch, metrics)
+            last = state.step == num_steps
+            if inputs.held_out is not None and (last or is_due(recipe.eval_steps, state.step)):
+                results = trainer.evaluate(make_eval_source(recipe, inputs, rank, world_size), recipe.eval_noise_levels)
+                if log:
+                    log.evaluation(state.step, results)
+            preempted = distributed.any_rank(preemption.requested)
+            if preempted or last or is_due(recipe.save_steps, state.step):
+                state.source = source.state_dict()
+                saved = checkpoint.save(trainer, folder, state, recipe.save_total_limit)
+                if log:
+                    log.say(f"saved {saved}")
+            if preempted and not last:
+                return EXIT_PREEMPTED
+    return 0
+
+
+def is_due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What is read before anything is built: the special ids, the encoder, and the documents."""
+
+    special: SpecialIds
+    encoder: ChatEncoder | None
+    train: Examples
+    held_out: Examples | None
+
+
+def read_inputs(recipe: Recipe) -> Inputs:
+    """Tokenizer and records of a recipe. Raises ConfigError or DataError; no weights are touched."""
+    model_dir = resolve_model_dir(recipe.model_name_or_path)
+    vocab_size = read_config(model_dir).vocab_size
+    tokenizer = read_tokenizer(model_dir)
+    template = read_chat_template(recipe.chat_template_path)
+    special = special_ids(tokenizer, recipe.mask_token_id, recipe.eos_token_id, vocab_size, template)
+    encoder = ChatEncoder(tokenizer, template, special) if tokenizer is not None else None
+
+    def load(datasets):
+        return load_examples(
+            datasets,
+            encoder,
+            max_length=recipe.max_length,
+            overlong=recipe.overlong,
+            on_bad_row=recipe.on_bad_row,
+            max_bad_fraction=recipe.max_bad_fraction,
+            block_size=recipe.block_size,
+            eos_id=special.eos,
+            vocab_size=vocab_size,
+            mask_id=special.mask,
+        )
+
+    held_out = load(recipe.eval_datasets) if recipe.eval_datasets else None
+    return Inputs(special, encoder, load(recipe.datasets), held_out)
+
+
+def read_chat_template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise ConfigError(
+            f"chat_template_path {path} does not exist: give a Jinja file, or null for the tokenizer's own"
+        )
+    return Path(path).read_text()
+
+
+def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> RecordSource:
+    views = RandomMask(
+        mask_id=inputs.special.mask,
+        block_size=recipe.block_size,
+        seed=recipe.seed,
+        low=recipe.noise_range_low,
+        high=recipe.noise_range_high,
+        per_block=recipe.noise_level == "block",
+        num_views=recipe.num_views,
+        complementary=recipe.complementary,
+        stratified=recipe.stratified,
+    )
+    return RecordSource(
+        inputs.train,
+        [entry.weight for entry in recipe.datasets],
+        views,
+        num_views=recipe.views_per_document,
+        block_size=recipe.block_size,
+        eos_id=inputs.special.eos,
+        row_length=recipe.row_length or recipe.max_length * (1 + recipe.views_per_document),
+        packing=recipe.packing,
+        seed=recipe.seed,
+        rank=rank,
+        world_size=world_size,
+        micro_batch_rows=recipe.per_device_train_batch_size,
+        accumulation=recipe.gradient_accumulation_steps,
+        max_epochs=recipe.num_train_epochs if recipe.max_steps is None else None,
+    )
+
+
+def make_eval_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> RecordSource:
+    """The held-out documents once, each with one view at every mask ratio of the grid: the same at every evaluation."""
+    levels = tuple(recipe.eval_noise_levels)
+    return RecordSource(
+        inputs.held_out,
+        [1.0 for _ in recipe.eval_datasets],
+        GridMask(inputs.special.mask, recipe.block_size, recipe.seed, levels),
+        num_views=len(levels),
+        block_size=recipe.block_size,
+        eos_id=inputs.special.eos,
+        row_length=recipe.max_length * (1 + len(levels)),
+        packing=recipe.packing,
+        seed=recipe.seed,
+        rank=rank,
+        world_size=world_size,
+        micro_batch_rows=recipe.per_device_eval_batch_size,
+        max_epochs=1,
+    )
+
+
+def make_objective(recipe: Recipe) -> Objective:
+    return {"sft": lambda: SFT(recipe.loss_weight)}[recipe.stage]()
+
+
+def make_policy(recipe: Recipe) -> Policy:
+    zero3 = keep_zero3_config(recipe)  # has to outlive the loading
+    policy = load_policy(
+        recipe.model_name_or_path,
+        dtype=recipe.dtype,
+        init_weights=recipe.init_weights,
+        seed=recipe.seed,
+        attn_implementation=recipe.attn_implementation,
+    )
+    del zero3
+    if recipe.use_peft:
+        add_adapters(
+            policy,
+            r=recipe.lora_r,
+            alpha=recipe.lora_alpha,
+            dropout=recipe.lora_dropout,
+            target_modules=recipe.lora_target_modules,
+        )
+    return policy
