@@ -32,7 +32,13 @@ def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | Non
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    save_policy(trainer.policy, partial, gathered=_gatherer(trainer), write=trainer.rank == 0)
+    save_policy(
+        trainer.policy,
+        partial,
+        gathered=_gatherer(trainer),
+        write=trainer.rank == 0,
+        block_size=trainer.recipe.block_size,
+    )
     trainer.engine.save_checkpoint(str(partial / ENGINE), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True)
     dist.barrier()
     if trainer.rank == 0:

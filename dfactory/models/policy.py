@@ -1,5 +1,7 @@
 """The model as everybody here uses it: a ViewBatch in, TokenScores out."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,9 +18,10 @@ class Policy(nn.Module):
     it whole. `hidden` and `logits` are the two halves, for the decoder.
     """
 
-    def __init__(self, model: PreTrainedModel, attn_implementation: str = "auto"):
+    def __init__(self, model: PreTrainedModel, attn_implementation: str = "auto", source_dir: Path | None = None):
         super().__init__()
         self.model = model
+        self.source_dir = source_dir  # where `saving` finds the files to carry along
         self.attn_implementation = attn_implementation
         VocabularyHead.adopt(self._causal_lm.lm_head)
 

@@ -23,8 +23,10 @@ from dfactory.errors import CheckpointError, ConfigError
 from dfactory.models import attention, llada2
 from dfactory.models.headers import check_shapes, read_shapes
 from dfactory.models.policy import Policy
+from dfactory.models.saving import GENERATION_CONFIG
 from dfactory.models.tiny import TINY_DIR
 
+LLADA2_BLOCK_SIZE = 32
 ADAPTER_CONFIG = "adapter_config.json"  # peft's mark of a directory that holds adapters only
 
 
@@ -93,6 +95,13 @@ def read_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase | None:
     return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
 
 
+def trained_block_size(model_dir: Path) -> int:
+    """The block size that a checkpoint of ours was trained with (see `saving`), or LLaDA2's."""
+    file = model_dir / GENERATION_CONFIG
+    recorded = json.loads(file.read_text()).get("block_size") if file.is_file() else None
+    return recorded or LLADA2_BLOCK_SIZE
+
+
 def family_of(policy: Policy) -> Family:
     return FAMILIES[policy.config.model_type]
 
@@ -120,8 +129,7 @@ def load_policy(
         model = _draw(config, dtype, seed)
     else:
         model = _read(model_dir, config, dtype)
-    model.source_dir = model_dir  # where `saving` finds the files to carry along
-    return Policy(model.eval(), attn_implementation).to(device)
+    return Policy(model.eval(), attn_implementation, source_dir=model_dir).to(device)
 
 
 def _options(dtype: torch.dtype) -> dict:
@@ -189,5 +197,5 @@ def add_adapters(policy: Policy, *, r: int, alpha: int, dropout: float, target_m
         policy.model = get_peft_model(policy.model, config)
     except ValueError as problem:
         raise ConfigError(f"lora_target_modules {target_modules}: {problem}") from problem
-    config.base_model_name_or_path = str(policy.model.get_base_model().source_dir)
+    config.base_model_name_or_path = str(policy.source_dir)
     return policy

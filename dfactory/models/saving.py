@@ -21,6 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from dfactory.models.headers import INDEX, WEIGHTS
 from dfactory.models.policy import Policy
 
+GENERATION_CONFIG = "generation_config.json"
 _NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]
@@ -32,16 +33,19 @@ def save_policy(
     *,
     gathered: Gather = contextlib.nullcontext,
     write: bool = True,
+    block_size: int | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write the weights, config.json and the carried files of a policy; of one with LoRA adapters, the adapters only.
 
-    `gathered` makes sharded parameters whole within its context; every rank has to call this then, and only the one with
-    `write` touches the disk.
+    `block_size` is recorded as the decoder's default. `gathered` makes sharded parameters whole within its context; every
+    rank has to call this then, and only the one with `write` touches the disk.
     """
     model = policy.model
+    if write and block_size is not None:
+        _write_block_size(policy.source_dir, directory, block_size)
     if isinstance(model, PeftModel):
-        _save_adapters(model, directory, gathered, write)
+        _save_adapters(policy, directory, gathered, write)
         return
     shards = _Shards(directory, max_shard_bytes) if write else None
     for group in _groups(model):
@@ -52,17 +56,18 @@ def save_policy(
                 shards.add(revert_weight_conversion(model, whole))
     if write:
         shards.close()
-        _write_config(model, directory)
-        carry_files(model.source_dir, directory)
+        _write_config(policy, directory)
+        carry_files(policy.source_dir, directory)
 
 
-def _save_adapters(model: PeftModel, directory: Path, gathered: Gather, write: bool) -> None:
+def _save_adapters(policy: Policy, directory: Path, gathered: Gather, write: bool) -> None:
+    model = policy.model
     trainable = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     with gathered(list(trainable.values())):
         if write:
             whole = {name: tensor.detach().to("cpu", copy=True) for name, tensor in trainable.items()}
             model.save_pretrained(directory, state_dict=whole, save_embedding_layers=False)
-            carry_files(model.get_base_model().source_dir, directory)
+            carry_files(policy.source_dir, directory)
             (directory / "config.json").unlink(missing_ok=True)  # with it, transformers would look for whole weights
 
 
@@ -117,12 +122,19 @@ class _Shards:
         (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(model: PreTrainedModel, directory: Path) -> None:
+def _write_config(policy: Policy, directory: Path) -> None:
     """The source's own config.json with the precision of these weights; keys that only the original code reads stay."""
-    config = json.loads((model.source_dir / "config.json").read_text())
-    config["torch_dtype"] = str(model.dtype).removeprefix("torch.")
+    config = json.loads((policy.source_dir / "config.json").read_text())
+    config["torch_dtype"] = str(policy.model.dtype).removeprefix("torch.")
     config.pop("dtype", None)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_block_size(source_dir: Path, directory: Path, block_size: int) -> None:
+    """generation_config.json is where a decoder looks for defaults; the source's other keys stay."""
+    source = source_dir / GENERATION_CONFIG
+    keys = json.loads(source.read_text()) if source.is_file() else {}
+    (directory / GENERATION_CONFIG).write_text(json.dumps(keys | {"block_size": block_size}, indent=2) + "\n")
 
 
 def carry_files(source_dir: Path, directory: Path) -> None:

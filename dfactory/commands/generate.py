@@ -1,0 +1,142 @@
+"""`dfactory generate`: a JSONL of prompts in, the same lines with their responses out.
+
+An input line has `messages` (through the chat template), `prompt` (plain text) or `prompt_ids`. Every line is checked
+before the first one is decoded, and the output file appears when it is complete.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from dfactory.config.decode import DecodeKeys
+from dfactory.data.chat import ChatEncoder, SpecialIds, special_ids
+from dfactory.data.records import BadRow, check_messages
+from dfactory.decoding import DecodeRules, decode
+from dfactory.errors import DataError
+from dfactory.models.policy import Policy
+from dfactory.models.registry import load_policy, read_tokenizer, resolve_model_dir, trained_block_size
+from dfactory.types import Rollout
+
+PROMPTS_AT_ONCE = 512  # prompts handed to the decoder together; slots are refilled among these
+
+
+class Answerer:
+    """A loaded model that answers rows; what `generate` and `eval` share."""
+
+    def __init__(self, arguments: argparse.Namespace, keys: DecodeKeys):
+        model_dir = resolve_model_dir(arguments.model)
+        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.policy: Policy = load_policy(
+            model_dir, dtype=arguments.dtype, device=device, init_weights=arguments.init_weights
+        )
+        self.tokenizer = read_tokenizer(model_dir)
+        vocab_size = self.policy.config.vocab_size
+        self.special: SpecialIds = special_ids(self.tokenizer, keys.mask_token_id, keys.eos_token_id, vocab_size)
+        self.encoder = ChatEncoder(self.tokenizer, special=self.special) if self.tokenizer is not None else None
+        self.rules = DecodeRules.of(
+            dataclasses.replace(keys, block_size=keys.block_size or trained_block_size(model_dir)),
+            mask_token_id=self.special.mask,
+            eos_token_id=self.special.eos,
+            special_ids=self.special.suppressed,
+        )
+
+    def answer(self, rows: list["Row"], console: Console) -> Iterator[tuple["Row", Rollout]]:
+        prompts = [self._prompt_ids(row) for row in rows]
+        starts = range(0, len(rows), PROMPTS_AT_ONCE)
+        for start in track(starts, "decoding", console=console, disable=not console.is_terminal):
+            part = slice(start, start + PROMPTS_AT_ONCE)
+            numbers = range(start, start + len(prompts[part]))
+            yield from zip(rows[part], decode(self.policy, prompts[part], self.rules, noise_ids=numbers), strict=True)
+
+    def output(self, row: "Row", rollout: Rollout) -> dict[str, Any]:
+        """The input line with what ARCHITECTURE promises of an output line."""
+        end = -1 if rollout.output_ids and rollout.output_ids[-1] == self.special.eos else None
+        text = None
+        if self.tokenizer is not None:
+            text = self.tokenizer.decode(rollout.output_ids[:end], skip_special_tokens=True)
+        return row.fields | {
+            "output_ids": rollout.output_ids,
+            "text": text,
+            "forwards": rollout.forwards,
+            "tokens_per_forward": rollout.tokens_per_forward,
+            "finish_reason": rollout.finish_reason.value,
+        }
+
+    def _prompt_ids(self, row: "Row") -> list[int]:
+        fields = row.fields
+        try:
+            if isinstance(fields.get("prompt_ids"), list):
+                return _ids(fields["prompt_ids"])
+            if self.encoder is None:
+                raise DataError("the model directory has no tokenizer: give prompt_ids")
+            if "messages" in fields:
+                messages = check_messages(fields["messages"])
+                while messages and messages[-1]["role"] == "assistant":
+                    messages = messages[:-1]  # a training record: answer its last question anew
+                return self.encoder.encode_prompt(messages, fields.get("tools"))
+            if isinstance(fields.get("prompt"), str):
+                return self.encoder.encode_text(fields["prompt"])
+        except (BadRow, DataError) as problem:
+            raise DataError(f"{row.origin}: {problem}") from problem
+        raise DataError(f"{row.origin} has none of messages, prompt (text), prompt_ids (list of ids)")
+
+
+class Row(NamedTuple):
+    origin: str  # file:line
+    fields: dict[str, Any]
+
+
+def read_rows(path: str) -> list[Row]:
+    """The objects of a JSONL file. Raises DataError with file:line."""
+    if not Path(path).is_file():
+        raise DataError(f"{path} does not exist: give a JSONL file of prompts")
+    rows = []
+    with Path(path).open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            origin = f"{path}:{number}"
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError as problem:
+                raise DataError(f"{origin} is not JSON: {problem}") from problem
+            if not isinstance(fields, dict):
+                raise DataError(f"{origin} is not an object: a line is {{...}} with messages, prompt or prompt_ids")
+            rows.append(Row(origin, fields))
+    if not rows:
+        raise DataError(f"{path} is empty: give at least one prompt")
+    return rows
+
+
+def _ids(value: list) -> list[int]:
+    if not all(type(token) is int for token in value):
+        raise DataError("prompt_ids must be a list of integers")
+    return value
+
+
+def generate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
+    console = Console(stderr=True, highlight=False)
+    rows = read_rows(arguments.input)
+    answerer = Answerer(arguments, keys)
+    outputs = [answerer.output(row, rollout) for row, rollout in answerer.answer(rows, console)]
+    write_outputs(Path(arguments.output), outputs)
+    forwards = sum(output["forwards"] for output in outputs)
+    tokens = sum(len(output["output_ids"]) for output in outputs)
+    console.print(
+        f"{len(outputs)} responses, {tokens} tokens, {tokens / max(forwards, 1):.2f} per forward: {arguments.output}"
+    )
+    return 0
+
+
+def write_outputs(path: Path, outputs: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(output, ensure_ascii=False) + "\n" for output in outputs), encoding="utf-8")
+    partial.replace(path)
