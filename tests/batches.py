@@ -1,0 +1,78 @@
+"""ViewBatches put together by hand for tests, without dfactory.data and without noise."""
+
+import dataclasses
+
+import torch
+
+from dfactory.types import PADDING, ViewBatch
+
+
+@dataclasses.dataclass
+class Document:
+    """A clean document in whole blocks and its views: (tokens after noise, where to score) over all its positions.
+
+    Of a view only the blocks from `first_block` on are put into the row.
+    """
+
+    ids: torch.Tensor
+    views: list[tuple[torch.Tensor, torch.Tensor]]
+    block_size: int
+    first_block: int = 0
+
+
+def make_batch(rows: list[list[Document]], row_length: int | None = None, pad_id: int = 0) -> ViewBatch:
+    """Rows of documents, each [clean | view 1 | ... | view K], padded on the right to one length."""
+    columns = [[[], [], [], [], []] for _ in rows]  # ids, positions, document, view, block
+    targets, ids, document_ids, responses, views = [], [], [], [], []
+    for r, row in enumerate(rows):
+        for document in row:
+            number = len(document_ids)
+            document_ids.append(number)
+            views.append(len(document.views))
+            scored = torch.zeros(len(document.ids), dtype=torch.bool)
+            position = torch.arange(len(document.ids))
+            _extend(columns[r], document.ids, position, number, 0, document.block_size)
+            for k, (noisy, target) in enumerate(document.views, start=1):
+                start = len(columns[r][0])
+                kept = position >= document.first_block * document.block_size
+                _extend(columns[r], noisy[kept], position[kept], number, k, document.block_size)
+                targets += [(r, start + i) for i in target[kept].nonzero()[:, 0].tolist()]
+                ids += document.ids[target & kept].tolist()
+                scored |= target
+            responses.append(int(scored.sum()))
+    length = row_length or max(len(row[0]) for row in columns)
+    fill = (pad_id, 0, PADDING, 0, 0)
+    fields = [
+        torch.tensor([row[f] + [fill[f]] * (length - len(row[f])) for row in columns], dtype=torch.int64)
+        for f in range(5)
+    ]
+    weight = torch.full((len(targets),), 0.5)
+    return ViewBatch(
+        *fields,
+        target_index_N=torch.tensor([r * length + i for r, i in targets], dtype=torch.int64),
+        target_ids_N=torch.tensor(ids, dtype=torch.int64),
+        t_N=weight,
+        elbo_weight_N=1 / weight,
+        document_id_D=torch.tensor(document_ids),
+        response_length_D=torch.tensor(responses),
+        num_views_D=torch.tensor(views),
+    )
+
+
+def _extend(columns, ids, position, document, view, block_size):
+    count = len(ids)
+    columns[0] += ids.tolist()
+    columns[1] += position.tolist()
+    columns[2] += [document] * count
+    columns[3] += [view] * count
+    columns[4] += (position // block_size).tolist()
+
+
+def random_document(generator, length: int, block_size: int, views: int, vocabulary: int, prompt: int) -> Document:
+    """A document of `length` tokens whose positions from `prompt` on are masked at random, by the last id."""
+    ids = torch.randint(0, vocabulary - 1, (length,), generator=generator)
+    noised = []
+    for _ in range(views):
+        masked = (torch.rand(length, generator=generator) < 0.5) & (torch.arange(length) >= prompt)
+        noised.append((torch.where(masked, vocabulary - 1, ids), masked))
+    return Document(ids, noised, block_size, first_block=prompt // block_size)

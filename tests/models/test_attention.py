@@ -1,0 +1,124 @@
+"""Segments, the dense mask and flex_attention are one function; padding stays finite; long dense masks are refused."""
+
+import pytest
+import torch
+
+from dfactory.errors import ConfigError
+from dfactory.models import attention as attention_module
+from dfactory.models.attention import FlexPlan, MaskPlan, SegmentPlan, plan_attention
+from dfactory.types import PADDING, Place
+from dfactory.visibility import dense_mask
+from tests.batches import make_batch, random_document
+from tests.reference import as_float_mask, dense_table
+
+HEADS, KV_HEADS, DIM, SCALING = 4, 2, 8, 0.3
+
+
+def rows_of_every_kind(length: int | None = None):
+    """Three rows: two documents with two and one views, one document without views, one long document; then padding."""
+    g = torch.Generator().manual_seed(3)
+    return make_batch(
+        [
+            [random_document(g, 12, 4, 2, 50, prompt=5), random_document(g, 8, 4, 1, 50, prompt=2)],
+            [random_document(g, 16, 4, 0, 50, prompt=8)],
+            [random_document(g, 20, 4, 3, 50, prompt=4)],
+        ],
+        length,
+    ).place_RS
+
+
+def inputs(length: int, rows: int = 3, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(rows, heads, length, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    return [torch.randn(shape, generator=g, requires_grad=True) for shape in shapes]
+
+
+def outcome(plan, place, length):
+    """What is attended and its gradients, over the positions that hold a token."""
+    tensors = inputs(length)
+    out = plan.attend(*tensors, SCALING)
+    token = place.document != PADDING
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+    gradients = torch.autograd.grad((out * upstream)[token].sum(), tensors)
+    return out, [out[token].detach(), *gradients]
+
+
+def plain(place, length):
+    """softmax(q k) v by the table, key heads repeated; nothing of the package in it."""
+    tensors = q, k, v = inputs(length)
+    token = place.document != PADDING
+    seen = dense_table(*place) | (torch.eye(length, dtype=torch.bool) & ~token[:, :, None])
+    k, v = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
+    out = (((q @ k.transpose(2, 3)) * SCALING + as_float_mask(seen)).softmax(-1) @ v).transpose(1, 2)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+    gradients = torch.autograd.grad((out * upstream)[token].sum(), tensors)
+    return [out[token].detach(), *gradients]
+
+
+@pytest.mark.parametrize("padding", [0, 7])
+@pytest.mark.parametrize("chunk", [1, 4, 10, 64, 1000], ids=lambda chunk: f"chunk {chunk}")
+def test_segments_are_the_plain_softmax(chunk, padding):
+    place = rows_of_every_kind(68 + padding)
+    length = place.document.shape[1]
+    out, got = outcome(SegmentPlan.of(place, chunk), place, length)
+    assert out.shape == (3, length, HEADS, DIM)
+    torch.testing.assert_close(got, plain(place, length), atol=1e-5, rtol=1e-5)
+    assert out[place.document == PADDING].eq(0).all()
+
+
+def test_the_dense_plan_is_the_plain_softmax():
+    place = rows_of_every_kind(75)
+    out, got = outcome(MaskPlan(dense_mask(place)), place, 75)
+    torch.testing.assert_close(got, plain(place, 75), atol=1e-5, rtol=1e-5)
+    assert out.isfinite().all()
+
+
+def test_flex_attention_is_the_plain_softmax_uncompiled(monkeypatch):
+    """The arithmetic of the GPU's plan on a CPU: the same mask and call, without the compiler."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(attention_module, "_compiled", flex_attention)
+    place = rows_of_every_kind(75)
+    out = FlexPlan.of(place).attend(*(tensor.detach() for tensor in inputs(75)), SCALING)  # no backward on CPUs
+    token = place.document != PADDING
+    torch.testing.assert_close(out[token], plain(place, 75)[0], atol=1e-5, rtol=1e-5)
+    assert out[~token].eq(0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled flex_attention needs a CUDA device")
+def test_flex_attention_is_segments_on_a_gpu():
+    place = rows_of_every_kind(700)
+    on_gpu = Place(*(field.cuda() for field in place))
+    expected, _ = outcome(SegmentPlan.of(place), place, 700)
+    tensors = [tensor.detach().cuda().requires_grad_() for tensor in inputs(700)]
+    out = FlexPlan.of(on_gpu).attend(*tensors, SCALING)
+    token = place.document != PADDING
+    torch.testing.assert_close(out.cpu()[token], expected[token], atol=1e-3, rtol=1e-3)
+    out[token.cuda()].sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in tensors)
+
+
+def test_segments_compute_little_of_a_long_row():
+    """A row of 16 documents of 64 tokens with a view each: chunks of 64 hold far fewer pairs than 2048 x 2048."""
+    g = torch.Generator().manual_seed(0)
+    place = make_batch([[random_document(g, 64, 8, 1, 50, prompt=0) for _ in range(16)]]).place_RS
+    (chunks,) = SegmentPlan.of(place, 64).chunks_by_row
+    pairs = sum((c.queries.stop - c.queries.start) * _key_count(c.keys) for c in chunks)
+    assert pairs <= 16 * (64 * 64 + 64 * 128)
+    seen = dense_mask(place).sum().item()
+    assert seen <= pairs < 0.06 * 2048**2
+
+
+def _key_count(keys):
+    return keys.stop - keys.start if isinstance(keys, slice) else len(keys)
+
+
+def test_how_a_plan_is_chosen():
+    short, long = rows_of_every_kind(100), rows_of_every_kind(600)
+    assert isinstance(plan_attention(short), MaskPlan)  # one masked call beats many small ones
+    assert isinstance(plan_attention(long), SegmentPlan)
+    assert isinstance(plan_attention(long, "dense"), MaskPlan)
+    assert isinstance(plan_attention(rows_of_every_kind(4100), "segments"), SegmentPlan)
+    with pytest.raises(ConfigError, match=r"attn_implementation dense with rows of 4100.*use segments or flex"):
+        plan_attention(rows_of_every_kind(4100), "dense")

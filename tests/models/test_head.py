@@ -1,0 +1,122 @@
+"""The chunked head against whole logits and autograd, and what it keeps in memory."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dfactory.models import head as head_module
+from dfactory.models.head import VocabularyHead
+from tests.reference import plain_scores
+
+N, H, V = 37, 24, 101
+
+
+def problem(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    head = VocabularyHead.adopt(nn.Linear(H, V, bias=False))
+    head.weight.data = torch.randn(V, H, generator=generator).to(dtype)
+    hidden = torch.randn(N, H, generator=generator).to(dtype).requires_grad_()
+    target = torch.randint(0, V, (N,), generator=generator)
+    upstream = torch.randn(2, N, generator=generator)
+    return head, hidden, target, upstream
+
+
+def run(head, hidden, target, upstream, plain: bool):
+    """Scores, and the gradients of a random mix of log-probabilities and entropies."""
+    if plain:
+        logprob, entropy, hit = plain_scores(hidden @ head.weight.T, target)
+    else:
+        logprob, entropy, hit = head(hidden, target)
+    grads = torch.autograd.grad((upstream[0] * logprob + upstream[1] * entropy).sum(), (hidden, head.weight))
+    return (logprob.detach(), entropy.detach(), hit), grads
+
+
+@pytest.mark.parametrize("rows", [1, 5, 36, 1000], ids=lambda rows: f"{rows} rows a chunk")
+def test_scores_and_gradients_of_whole_logits(monkeypatch, rows):
+    monkeypatch.setattr(head_module, "CHUNK_BYTES", 4 * V * rows)
+    expected_scores, expected_grads = run(*problem(), plain=True)
+    scores, grads = run(*problem(), plain=False)
+    torch.testing.assert_close(scores, expected_scores, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grads, expected_grads, atol=3e-5, rtol=1e-4)  # entries reach 30
+
+
+def test_by_hand():
+    """Logits ln 1, ln 2, ln 5: p = 1/8, 2/8, 5/8. The second row's argmax is its target."""
+    head = VocabularyHead.adopt(nn.Linear(1, 3, bias=False))
+    head.weight.data = torch.tensor([[1.0], [2.0], [5.0]]).log()
+    logprob, entropy, hit = head(torch.ones(2, 1), torch.tensor([1, 2]))
+    assert logprob.exp().tolist() == pytest.approx([2 / 8, 5 / 8])
+    assert entropy.tolist() == pytest.approx([0.9003, 0.9003], abs=1e-4)  # -sum p ln p
+    assert hit.tolist() == [False, True]
+
+
+def test_bfloat16_gradients_within_its_rounding():
+    """Against fp32 arithmetic on the same rounded inputs: relative error of whole gradients below 2 percent."""
+    head, hidden, target, upstream = problem(torch.bfloat16)
+    _, grads = run(head, hidden, target, upstream, plain=False)
+    exact_head, exact_hidden, _, _ = problem()
+    exact_head.weight.data = head.weight.data.float()
+    exact_hidden = hidden.detach().float().requires_grad_()
+    (expected_logprob, _, _), expected = run(exact_head, exact_hidden, target, upstream, plain=True)
+    logprob = head(hidden, target).logprob_N
+    assert logprob.dtype == torch.float32
+    torch.testing.assert_close(logprob, expected_logprob, atol=0.15, rtol=0)
+    for got, want in zip(grads, expected, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got.float() - want).norm() / want.norm() < 0.02
+
+
+def test_gradients_do_not_depend_on_the_chunk_in_bfloat16(monkeypatch):
+    """Chunks of the weight gradient add up in fp32."""
+    _, (_, whole) = run(*problem(torch.bfloat16), plain=False)
+    monkeypatch.setattr(head_module, "CHUNK_BYTES", 4 * V * 2)
+    _, (_, chunked) = run(*problem(torch.bfloat16), plain=False)
+    assert (chunked.float() - whole.float()).norm() / whole.float().norm() < 4e-3
+
+
+def test_a_frozen_head_gets_no_gradient_and_no_targets_no_trouble():
+    head, hidden, target, _ = problem()
+    head.weight.requires_grad_(False)
+    head(hidden, target).logprob_N.sum().backward()
+    assert head.weight.grad is None
+    assert hidden.grad.abs().sum() > 0
+
+    head.weight.requires_grad_(True)
+    empty = head(hidden[:0], target[:0])
+    assert empty.logprob_N.shape == (0,)
+    empty.logprob_N.sum().backward()
+    assert head.weight.grad.abs().sum() == 0
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any one operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_no_tensor_of_targets_times_vocabulary_is_ever_made(monkeypatch):
+    """LLaDA2's vocabulary, 1024 targets: whole fp32 logits would be 644 MB; no tensor may exceed one chunk of 8 MiB."""
+    targets, vocabulary, hidden_size = 1024, 157_184, 8
+    monkeypatch.setattr(head_module, "CHUNK_BYTES", 8 * 2**20)
+    chunk = 13 * vocabulary  # the rows whose logits fit 8 MiB
+    head = VocabularyHead.adopt(nn.Linear(hidden_size, vocabulary, bias=False))
+    hidden = torch.randn(targets, hidden_size, requires_grad=True)
+    target = torch.randint(0, vocabulary, (targets,))
+    with LargestTensor() as forward:
+        logprob, entropy, _ = head(hidden, target)
+    saved = logprob.grad_fn.saved_tensors
+    with LargestTensor() as backward:
+        (logprob.sum() + entropy.sum()).backward()
+    assert forward.elements == backward.elements == chunk
+    assert max(tensor.numel() for tensor in saved) == vocabulary * hidden_size  # the weight itself, no logits
+    assert hidden.grad.isfinite().all()
