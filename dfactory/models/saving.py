@@ -48,7 +48,7 @@ def save_policy(
         _save_adapters(policy, directory, gathered, write)
         return
     shards = _Shards(directory, max_shard_bytes) if write else None
-    for group in _groups(model):
+    for group in layer_groups(model):
         parameters = [tensor for _, tensor in group if isinstance(tensor, nn.Parameter)]
         with gathered(parameters):
             if write:
@@ -71,7 +71,7 @@ def _save_adapters(policy: Policy, directory: Path, gathered: Gather, write: boo
             (directory / "config.json").unlink(missing_ok=True)  # with it, transformers would look for whole weights
 
 
-def _groups(model: PreTrainedModel) -> Iterator[list[tuple[str, torch.Tensor]]]:
+def layer_groups(model: PreTrainedModel) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """The saved tensors, a decoder layer at a time, then what lies outside the layers. Tied weights come once."""
     persistent = set(model.state_dict(keep_vars=True))
     seen: set[int] = set()
