@@ -222,16 +222,21 @@ def reference_losses(
 
     uniform: sum of -log p over the window / its number of targets. elbo: sum of -log p / t over the window / the response
     tokens of its documents. `lr` is one number, or one for each step. Gradients are clipped by their global norm; 0 is
-    off. Give `model` to keep its trained tensors.
+    off. Norms and other vectors do not decay. Give `model` to keep its trained tensors.
     """
     model = model or reference_model(model_dir)
     parameters = list(model.parameters().values())
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimiser = torch.optim.AdamW(parameters, lr=1.0, betas=betas, eps=eps, weight_decay=weight_decay)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=eps)
     losses = []
     for step, window in enumerate(windows):
-        optimiser.param_groups[0]["lr"] = lr[step] if isinstance(lr, list) else lr
+        for group in optimiser.param_groups:
+            group["lr"] = lr[step] if isinstance(lr, list) else lr
         total, count = torch.zeros(()), 0
         for batch in window:
             nll = -batch_scores(model, batch).logprob

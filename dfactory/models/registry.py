@@ -172,9 +172,12 @@ def _check_tensors(model_dir: Path, config: PreTrainedConfig) -> None:
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without weights: names and shapes on the meta device, at no cost in memory."""
+    """The model without weights: names and shapes on the meta device, at no cost in memory.
+
+    Made by its class and not by from_config, which would shard it where ZeRO-3 is on.
+    """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **_options(torch.bfloat16))
+        return AutoModelForCausalLM._model_mapping[type(config)](config)
 
 
 def _load_adapters(adapter_dir: Path, dtype: torch.dtype, device, attn_implementation: str) -> Policy:

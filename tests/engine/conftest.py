@@ -1,0 +1,78 @@
+"""A tiny recipe on tokenised records, and a way to run jobs on one or two real processes."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests/golden/llada2_tiny"
+BLOCK, MASK, EOS = 8, 158, 156
+
+
+def write_records(path: Path, count: int, seed: int) -> Path:
+    """Tokenised documents of 10 to 40 tokens, their first third being the prompt."""
+    rng = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(count):
+            length = rng.randint(10, 40)
+            row = {"input_ids": [rng.randrange(150) for _ in range(length)], "prompt_lengths": length // 3}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def recipe_file(tmp_path_factory) -> Path:
+    """20 steps of 8 rows on the golden checkpoint, in fp32; the data lasts for a bit more than two steps an epoch."""
+    folder = tmp_path_factory.mktemp("recipe")
+    keys = {
+        "model_name_or_path": str(GOLDEN),
+        "dtype": "float32",
+        "mask_token_id": MASK,
+        "eos_token_id": EOS,
+        "datasets": [{"path": str(write_records(folder / "train.jsonl", 40, seed=1))}],
+        "eval_datasets": [{"path": str(write_records(folder / "held_out.jsonl", 12, seed=2))}],
+        "block_size": BLOCK,
+        "max_length": 40,
+        "row_length": 240,
+        "max_steps": 20,
+        "learning_rate": 1e-3,
+        "warmup_steps": 3,
+        "weight_decay": 0.1,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 2,
+        "output_dir": str(folder / "unused"),
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(keys))
+    return file
+
+
+@pytest.fixture(scope="session")
+def run_jobs(tmp_path_factory):
+    """run_jobs(processes, [(recipe, overrides), ...]) trains one after another and asserts success."""
+
+    def run(processes: int, jobs: list[tuple[Path, list[str]]], expect: int = 0) -> str:
+        file = tmp_path_factory.mktemp("jobs") / "jobs.json"
+        file.write_text(json.dumps([{"recipe": str(recipe), "overrides": keys} for recipe, keys in jobs]))
+        worker = [str(ROOT / "tests/engine/worker.py"), str(file)]
+        command = [sys.executable, *worker]
+        if processes > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            command = [sys.executable, *launcher, *worker]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540, check=False)
+        assert (done.returncode == 0) == (expect == 0), f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        return done.stdout + done.stderr
+
+    return run
+
+
+def read_metrics(run: Path, name: str = "loss") -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if name in row]
