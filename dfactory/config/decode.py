@@ -15,6 +15,8 @@ class DecodeKeys:
     editing_threshold: Optional[float] = key(
         None,
         "replace a visible response token when another exceeds this; null: off; 0.0: at any other argmax",
+        low=0.0,
+        high=1.0,
     )
     max_post_steps: int = key(16, "forwards that a block without masks may go on editing", low=0)
     temperature: float = key(0.0, "0: greedy", low=0.0)

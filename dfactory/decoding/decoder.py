@@ -59,8 +59,8 @@ def decode(
     """Decode a response to every prompt; rollouts come back in the order of the prompts.
 
     `noise_ids` names the random numbers of each prompt (default: its index), so that a prompt draws the same in any
-    batch. An empty prompt is allowed: the response then starts from nothing. Raises DataError for a prompt that holds
-    the mask or an id outside the vocabulary, ConfigError for a mask or EOS outside of it.
+    batch. Raises DataError for a prompt that is empty, holds the mask or an id outside the vocabulary; ConfigError for
+    a mask or EOS outside of it.
     """
     _check(prompt_ids, rules, policy.config.vocab_size)
     return _Decoder(policy, rules, on_step).run(prompt_ids, range(len(prompt_ids)) if noise_ids is None else noise_ids)
@@ -71,12 +71,17 @@ def _check(prompt_ids: Sequence[Sequence[int]], rules: DecodeRules, vocabulary: 
         if not 0 <= token < vocabulary:
             raise ConfigError(f"{name} {token} is outside the model's vocabulary of {vocabulary}")
     for index, prompt in enumerate(prompt_ids):
+        if len(prompt) == 0:
+            raise DataError(
+                f"prompt {index} is empty: masks alone look the same at every position, so that rounding would choose "
+                "where a response begins; start it with at least one token"
+            )
         if rules.mask_token_id in prompt:
             raise DataError(
                 f"prompt {index} holds the mask token {rules.mask_token_id} at position "
                 f"{list(prompt).index(rules.mask_token_id)}: a prompt is clean text; escape or drop it"
             )
-        if len(prompt) and not 0 <= min(prompt) <= max(prompt) < vocabulary:
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
             raise DataError(
                 f"prompt {index} holds ids outside the model's vocabulary of {vocabulary}: wrong tokenizer?"
             )

@@ -188,8 +188,10 @@ class DecodeRules:
 
         `special_ids` are never emitted unless they are EOS or `suppress_special` is false; the mask is one of them
         without being named. Leave out the special tokens that responses are trained to hold, as the one that ends a
-        turn. Raises ConfigError where neither the keys nor the caller know the mask or EOS.
+        turn. Raises ConfigError without a block size, and where neither keys nor caller know the mask or EOS.
         """
+        if keys.block_size is None:
+            raise ConfigError("decode.block_size is null and the model does not tell it: set decode.block_size")
         mask = mask_token_id if keys.mask_token_id is None else keys.mask_token_id
         eos = eos_token_id if keys.eos_token_id is None else keys.eos_token_id
         for name, value in (("mask_token_id", mask), ("eos_token_id", eos)):

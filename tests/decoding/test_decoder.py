@@ -1,0 +1,409 @@
+"""The batched, cached decoder against the obvious uncached loop, and its promises one by one."""
+
+import collections
+import dataclasses
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+
+import dfactory.decoding.decoder as decoder_module
+from dfactory.config.decode import DecodeKeys
+from dfactory.decoding import DecodeRules, decode
+from dfactory.decoding.rules import uniform_numbers
+from dfactory.errors import ConfigError, DataError
+from dfactory.models.registry import load_policy
+from dfactory.types import FinishReason
+from tests.decoding.conftest import EOS, MASK, Scripted, log_odds, same_rollouts, sharpen
+from tests.decoding.uncached import Settings, block_causal_logits, processed, uncached
+from tests.models.conftest import CONFIGS
+
+SUPPRESSED = (MASK, 150, 151, 157)
+
+
+def make_rules(**keys) -> DecodeRules:
+    keys = {"block_size": 8, "max_new_tokens": 24, "threshold": 0.5} | keys
+    return DecodeRules.of(DecodeKeys(**keys), mask_token_id=MASK, eos_token_id=EOS, special_ids=SUPPRESSED)
+
+
+def settings_of(rules: DecodeRules) -> Settings:
+    return Settings(
+        block_size=rules.block_size,
+        max_new_tokens=rules.max_new_tokens,
+        mask_token_id=rules.mask_token_id,
+        eos_token_id=rules.eos_token_id,
+        threshold=rules.commit.threshold,
+        min_commit=rules.commit.min_commit,
+        editing_threshold=rules.editing and rules.editing.threshold,
+        max_post_steps=rules.editing.max_post_steps if rules.editing else 16,
+        temperature=rules.distribution.temperature,
+        top_k=rules.distribution.top_k,
+        top_p=rules.distribution.top_p,
+        acceptance=rules.commit.acceptance,
+        suppressed_ids=rules.distribution.suppressed_ids,
+    )
+
+
+def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 150, (length,), generator=generator).tolist() for length in lengths]
+
+
+def equals_uncached(policy, prompts, rules):
+    """Decode the prompts together; the obvious loop, one by one, has to say the same. Returns the rollouts."""
+    rollouts = decode(policy, prompts, rules)
+    for index, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True)):
+
+        def noise(step, index=index):
+            return uniform_numbers(rules.seed, index, step, rules.block_size)
+
+        expected = uncached(policy, prompt, settings_of(rules), noise)
+        assert rollout.prompt_ids == prompt
+        assert rollout.token_ids == expected.token_ids
+        assert rollout.output_ids == expected.output_ids
+        assert rollout.commit_step == expected.commit_step
+        assert rollout.edits == expected.edits
+        assert rollout.forwards == expected.forwards
+        assert rollout.commit_logprob == pytest.approx(expected.commit_logprob, abs=1e-4)
+    return rollouts
+
+
+LENGTHS = (3, 8, 13, 24)  # within a block, one block, ragged, three blocks
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"threshold": 0.95},
+        {"threshold": 0.5},
+        {"threshold": 0.3, "block_size": 16},
+        {"threshold": 0.5, "block_size": 4, "min_commit": 3},
+        {"threshold": 0.5, "block_size": 1},
+        {"threshold": 0.4, "max_new_tokens": 5},
+        {"threshold": 0.7, "editing_threshold": 0.5},
+        {"threshold": 0.5, "editing_threshold": 0.0, "max_post_steps": 3},
+        {"threshold": 0.5, "editing_threshold": 0.4, "max_post_steps": 0},
+        {"threshold": 0.7, "temperature": 1.0},
+        {"threshold": 0.7, "temperature": 0.7, "acceptance": "top", "top_k": 20},
+        {"threshold": 0.6, "temperature": 1.3, "acceptance": "top", "top_p": 0.8},
+        {"threshold": 0.6, "temperature": 1.0, "editing_threshold": 0.5, "top_k": 30, "top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_equals_the_uncached_loop(policy, keys):
+    rules = make_rules(**keys)
+    rollouts = equals_uncached(policy, random_prompts(*LENGTHS), rules)
+    if rules.editing is not None:
+        assert sum(len(rollout.edits) for rollout in rollouts) > 10
+    elif rules.block_size > 1:  # the case means something: some forwards commit one token, some several
+        assert any(r.forwards < len(r.token_ids) for r in rollouts)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_other_families(tmp_path, family):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[family]))
+    policy = sharpen(load_policy(tmp_path, dtype="float32", init_weights="random"))
+    keys = DecodeKeys(block_size=4, max_new_tokens=10, threshold=0.5, mask_token_id=95, eos_token_id=94)
+    prompts = [[token % 90 for token in prompt] for prompt in random_prompts(2, 9)]
+    equals_uncached(policy, prompts, DecodeRules.of(keys))
+
+
+@pytest.mark.parametrize("keys", [{}, {"temperature": 1.0}, {"editing_threshold": 0.4, "max_post_steps": 2}], ids=str)
+def test_32_ragged_prompts_equal_32_single_ones(policy, keys):
+    rules = make_rules(max_new_tokens=20, **keys)
+    lengths = random.Random(0)
+    prompts = random_prompts(*(lengths.randint(1, 40) for _ in range(32)))
+    fused = decode(policy, prompts, rules)
+    same_rollouts(fused, [decode(policy, [p], rules, noise_ids=[i])[0] for i, p in enumerate(prompts)])
+
+
+def test_finished_responses_give_their_slot_to_the_next_prompt(policy):
+    rules = make_rules(temperature=1.0, threshold=0.4)
+    prompts = random_prompts(5, 30, 8, 1, 17, 16, 2, 40, 9, 11)
+    wide = decode(policy, prompts, rules)
+    seen = []
+    narrow = decode(
+        policy, prompts, dataclasses.replace(rules, batch_size=4), on_step=lambda progress: seen.append(progress.prompt)
+    )
+    same_rollouts(narrow, wide)
+    assert list(dict.fromkeys(seen)) == list(range(10))
+    last_heard = {prompt: step for step, prompt in enumerate(seen)}
+    assert seen.index(4) < max(last_heard[prompt] for prompt in range(4))  # others are still at work
+
+
+def test_long_prompts_are_prefilled_in_chunks(policy, monkeypatch):
+    rules = make_rules(block_size=4, max_new_tokens=8)
+    prompts = random_prompts(41, 60, 3, 25)
+    whole = decode(policy, prompts, rules)
+    monkeypatch.setattr(decoder_module, "CLEAN_TOKENS", 16)
+    monkeypatch.setattr(decoder_module, "LOGITS_BYTES", 1)
+    longest = []
+    hidden = policy.hidden
+    monkeypatch.setattr(policy, "hidden", lambda ids, *rest: longest.append(ids.shape[1]) or hidden(ids, *rest))
+    same_rollouts(decode(policy, prompts, rules), whole)
+    assert max(longest) <= 16 + 4 * 4
+
+
+def test_a_group_computes_its_prompt_once(policy, monkeypatch):
+    rules = make_rules(temperature=1.0, batch_size=4)
+    prompts = random_prompts(43) * 6 + random_prompts(16, seed=5) * 2
+    single = [decode(policy, [p], rules, noise_ids=[i])[0] for i, p in enumerate(prompts)]
+    positions = []
+    hidden = policy.hidden
+    monkeypatch.setattr(
+        policy, "hidden", lambda ids, at, *rest: positions.extend(at[0].tolist()) or hidden(ids, at, *rest)
+    )
+    same_rollouts(decode(policy, prompts, rules), single)
+    assert positions.count(3) == 2  # once a group
+
+
+def test_a_list_without_prompts(policy):
+    assert decode(policy, [], make_rules()) == []
+
+
+def test_threshold_one_commits_one_token_a_forward(policy):
+    for rollout in decode(policy, random_prompts(*LENGTHS), make_rules(threshold=1.0)):
+        assert sorted(rollout.commit_step) == list(range(len(rollout.token_ids)))
+        assert rollout.forwards == len(rollout.token_ids)
+
+
+def test_never_stalls_and_never_emits_special_tokens(make_policy):
+    """Even where the model would rather say mask or another special token than anything else."""
+    policy = make_policy(seed=3)
+    with torch.no_grad():
+        policy.model.lm_head.weight[list(SUPPRESSED)] *= 20
+    for keys in ({"threshold": 1.0}, {"temperature": 2.0}, {"editing_threshold": 0.0, "max_post_steps": 4}):
+        rules = make_rules(**keys)
+        for rollout in decode(policy, random_prompts(*LENGTHS), rules):
+            assert not set(SUPPRESSED) & set(rollout.token_ids)
+            assert rollout.forwards <= len(rollout.token_ids) + 4 * 5
+            assert min(rollout.commit_step) >= 0
+
+
+def test_log_probabilities_are_those_of_the_processed_distribution(policy):
+    """Replay: at every step the recorded number is what the one-pass model says of that token in that state."""
+    rules = make_rules(temperature=0.8, top_k=40, top_p=0.95, acceptance="top", threshold=0.4)
+    (prompt,) = random_prompts(13)
+    (rollout,) = decode(policy, [prompt], rules)
+    steps = torch.tensor([-1] * len(prompt) + rollout.commit_step)
+    final = torch.tensor(prompt + rollout.token_ids)
+    settings = settings_of(rules)
+    with torch.inference_mode():
+        for step in range(rollout.forwards):
+            taken = (steps == step).nonzero()[:, 0].tolist()
+            end = (taken[0] // rules.block_size + 1) * rules.block_size
+            state = final.where(steps < step, torch.tensor(MASK))[:end]
+            logits = block_causal_logits(policy, state, rules.block_size)
+            for i in taken:
+                expected = processed(logits[i], settings)[final[i]].log().item()
+                assert rollout.commit_logprob[i - len(prompt)] == pytest.approx(expected, abs=1e-4)
+
+
+def script_of(table: dict[int, dict], vocab_size: int = 160, otherwise: dict | None = None):
+    """A scripted policy: at position i the token probabilities table[i]."""
+    return Scripted(vocab_size, lambda i, _: log_odds(vocab_size, **table.get(i, otherwise or {"t1": 0.99})))
+
+
+def test_the_prompt_is_never_masked_edited_or_scored():
+    """A model that wants other tokens everywhere, and a prompt that ends inside a block."""
+    policy = script_of({}, otherwise={"t1": 0.99})
+    (rollout,) = decode(policy, [[7, 8, 9, 10, 11]], make_rules(block_size=4, max_new_tokens=6, editing_threshold=0.0))
+    assert rollout.prompt_ids == [7, 8, 9, 10, 11]
+    assert rollout.token_ids == [1] * 7
+    assert rollout.output_ids == [1] * 6
+    assert rollout.edits == []
+    for ids, positions in policy.seen:
+        assert all(token == 7 + i for token, i in zip(ids, positions, strict=True) if i < 5)
+
+
+def test_the_finished_block_is_written_by_the_next_ones_first_pass():
+    policy = script_of({i: {"t1": 0.6} for i in range(4, 8)})
+    (rollout,) = decode(policy, [[7] * 8], make_rules(block_size=4, max_new_tokens=8, threshold=0.9))
+    assert [positions for _, positions in policy.seen] == [list(range(12)), list(range(8, 16))]
+    assert rollout.forwards == 2
+
+
+def test_with_editing_the_last_pass_of_a_block_has_written_it():
+    """It changes nothing, so its keys are those of the clean block."""
+    policy = script_of({})
+    (rollout,) = decode(
+        policy, [[7] * 4], make_rules(block_size=4, max_new_tokens=8, threshold=0.9, editing_threshold=0.5)
+    )
+    first, second = list(range(4, 8)), list(range(8, 12))
+    assert [p for _, p in policy.seen] == [list(range(8)), first, second, second]
+    assert rollout.forwards == 4
+
+
+def test_eos_ends_the_response_behind_its_block():
+    policy = script_of({6: {f"t{EOS}": 0.99}})
+    (rollout,) = decode(policy, [[7] * 3], make_rules(block_size=4, max_new_tokens=16))
+    assert rollout.token_ids == [1, 1, 1, EOS, 1]
+    assert rollout.output_ids == [1, 1, 1, EOS]
+    assert rollout.finish_reason == FinishReason.EOS
+
+
+def test_eos_waits_for_the_masks_before_it():
+    policy = script_of({4: {"t1": 0.3}, 5: {"t1": 0.4}, 6: {f"t{EOS}": 0.99}, 7: {"t1": 0.2}})
+    (rollout,) = decode(policy, [[7] * 4], make_rules(block_size=4, max_new_tokens=16, threshold=0.9))
+    assert rollout.token_ids == [1, 1, EOS, 1]
+    assert rollout.commit_step == [2, 1, 0, 3]
+
+
+def test_eos_in_the_prompt_does_not_end_anything():
+    (rollout,) = decode(script_of({}), [[EOS, 7, EOS]], make_rules(block_size=4, max_new_tokens=4))
+    assert rollout.output_ids == [1] * 4
+    assert rollout.finish_reason == FinishReason.LENGTH
+
+
+def test_eos_beyond_the_longest_answer_is_no_end():
+    """3 + 6 tokens fill three blocks of four; EOS stands at the eighth of nine decoded tokens."""
+    policy = script_of({10: {f"t{EOS}": 0.99}})
+    (rollout,) = decode(policy, [[7] * 3], make_rules(block_size=4, max_new_tokens=6))
+    assert rollout.token_ids == [1] * 7 + [EOS, 1]
+    assert rollout.output_ids == [1] * 6
+    assert rollout.finish_reason == FinishReason.LENGTH
+
+
+def test_editing_replaces_until_nothing_changes():
+    """Position 3 says 1 for two forwards and 2 from then on: one edit, and one more forward that finds nothing."""
+    policy = Scripted(160, lambda i, step: log_odds(160, t2=0.9) if i == 3 and step >= 2 else log_odds(160, t1=0.9))
+    keys = {"block_size": 2, "max_new_tokens": 2, "threshold": 1.0, "max_post_steps": 5}
+    (rollout,) = decode(policy, [[7, 7]], make_rules(editing_threshold=0.5, **keys))
+    assert rollout.token_ids == [1, 2]
+    assert rollout.edits == [(1, 2, 1, 2)]
+    assert rollout.commit_step == [0, 2]
+    assert rollout.commit_logprob[1] == pytest.approx(math.log(0.9 / (1 - 4 * 0.1 / 159)), abs=1e-5)
+    assert rollout.forwards == 4
+
+    policy.seen.clear()
+    (off,) = decode(policy, [[7, 7]], make_rules(editing_threshold=None, **keys))
+    assert (off.token_ids, off.forwards) == ([1, 1], 2)
+    policy.seen.clear()
+    (unsure,) = decode(policy, [[7, 7]], make_rules(editing_threshold=0.95, **keys))
+    assert (unsure.token_ids, unsure.forwards) == ([1, 1], 3)
+
+
+def test_post_steps_are_bounded():
+    """A model that never agrees with itself."""
+    policy = Scripted(160, lambda i, step: log_odds(160, **{f"t{step % 2}": 0.9}))
+    rules = make_rules(block_size=2, max_new_tokens=4, editing_threshold=0.0, max_post_steps=3)
+    (rollout,) = decode(policy, [[7, 7]], rules)
+    assert rollout.forwards == 2 * (1 + 3)
+    assert len(rollout.edits) == 2 * 2 * 3
+
+
+def test_top_acceptance_keeps_the_distribution_and_sampled_starves_rare_tokens():
+    """32 positions with p = (0.75, 0.25), threshold 0.7, whatever stands around them."""
+    policy = Scripted(160, lambda i, step: log_odds(160, t1=0.7499, t2=0.2499))
+    share = {}
+    for acceptance in ("top", "sampled"):
+        rules = make_rules(block_size=32, max_new_tokens=32, threshold=0.7, temperature=1.0, acceptance=acceptance)
+        tokens = [token for rollout in decode(policy, [[7] * 32] * 40, rules) for token in rollout.token_ids]
+        share[acceptance] = tokens.count(2) / len(tokens)
+        policy.seen.clear()
+    assert share["top"] == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 1280))
+    assert share["sampled"] < 0.1
+
+
+def test_top_acceptance_equals_the_enumerated_model(make_policy):
+    """All 27 responses of three tokens over a vocabulary of three: frequencies against the model's own product."""
+    policy = make_policy(head=10.0, vocab_size=5, pad_token_id=3)
+    keys = DecodeKeys(
+        block_size=3,
+        max_new_tokens=3,
+        threshold=0.5,
+        temperature=1.0,
+        acceptance="top",
+        batch_size=500,
+        mask_token_id=4,
+        eos_token_id=3,
+    )
+    rules = DecodeRules.of(keys, special_ids=[3])
+    rules = dataclasses.replace(rules, distribution=dataclasses.replace(rules.distribution, suppressed_ids=(3, 4)))
+    settings, prompt = settings_of(rules), [0, 1, 2]
+    exact = collections.Counter()
+
+    def enumerate_from(state, weight):
+        masked = [i for i in range(3) if state[i] == 4]
+        if not masked:
+            exact[tuple(state)] += weight
+            return
+        p = [processed(z, settings) for z in block_causal_logits(policy, torch.tensor(prompt + state), 3)[3:]]
+        commit = [i for i in masked if p[i].max() > 0.5] or [max(masked, key=lambda i: p[i].max())]
+        for tokens in itertools.product(range(3), repeat=len(commit)):
+            after, chance = list(state), weight
+            for i, token in zip(commit, tokens, strict=True):
+                after[i], chance = token, chance * p[i][token].item()
+            enumerate_from(after, chance)
+
+    with torch.inference_mode():
+        enumerate_from([4, 4, 4], 1.0)
+    count = 4000
+    seen = collections.Counter(tuple(r.token_ids) for r in decode(policy, [prompt] * count, rules))
+    assert sum(exact.values()) == pytest.approx(1, abs=1e-5)
+    chi_square = sum((seen[y] - count * p) ** 2 / (count * p) for y, p in exact.items())
+    assert chi_square < 55  # 26 degrees of freedom: exceeded once in a thousand
+
+
+def test_seeds(policy):
+    prompts = random_prompts(9, 9)[:1] * 2
+    rules = make_rules(temperature=1.0)
+    first, second = decode(policy, prompts, rules)
+    assert first.token_ids != second.token_ids
+    assert decode(policy, prompts, rules) == [first, second]
+    assert decode(policy, prompts[:1], rules, noise_ids=[1])[0].token_ids == second.token_ids
+    assert decode(policy, prompts, dataclasses.replace(rules, seed=1))[0].token_ids != first.token_ids
+
+
+def test_no_global_random_state_is_read(policy):
+    rules = make_rules(temperature=1.0)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    once = decode(policy, random_prompts(5), rules)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert decode(policy, random_prompts(5), rules) == once
+
+
+def test_callback_hears_every_forward(policy):
+    heard = collections.defaultdict(list)
+    rollouts = decode(policy, random_prompts(5, 12), make_rules(), on_step=lambda p: heard[p.prompt].append(p))
+    for index, rollout in enumerate(rollouts):
+        progress = heard[index]
+        assert [p.forwards for p in progress] == list(range(1, rollout.forwards + 1))
+        assert [p.rollout for p in progress] == [None] * (rollout.forwards - 1) + [rollout]
+        assert progress[-1].token_ids == rollout.token_ids
+        masks = [p.token_ids.count(MASK) for p in progress]
+        assert masks[0] > 0
+        assert masks[-1] == 0
+
+
+def test_one_transfer_from_the_device_a_forward(policy, monkeypatch):
+    calls = collections.Counter()
+    to_host, hidden = torch.Tensor.cpu, policy.hidden
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: calls.update(cpu=1) or to_host(tensor))
+    monkeypatch.setattr(policy, "hidden", lambda *args: calls.update(forward=1) or hidden(*args))
+    decode(policy, random_prompts(5, 12), make_rules(temperature=1.0))
+    assert calls["cpu"] == calls["forward"]
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ([5, MASK, 6], r"prompt 1 holds the mask token 159 at position 1"),
+        ([5, 160], "prompt 1 holds ids outside the model's vocabulary of 160"),
+        ([-1], "outside"),
+        ([], "prompt 1 is empty"),
+    ],
+)
+def test_prompts_that_cannot_be(policy, prompt, message):
+    with pytest.raises(DataError, match=message):
+        decode(policy, [[1, 2], prompt], make_rules())
+
+
+def test_ids_outside_the_vocabulary(policy):
+    with pytest.raises(ConfigError, match="mask_token_id 160 is outside the model's vocabulary of 160"):
+        decode(policy, [[1]], dataclasses.replace(make_rules(), mask_token_id=160))
