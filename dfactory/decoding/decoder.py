@@ -1,13 +1,13 @@
 """The block decoder: ragged prompts in slots, every slot at its own block, an exact cache (METHOD section 9).
 
 One forward serves all slots (see cache.py for what it runs over). The tokens live on the host; a forward takes the ids
-and gives back three numbers for each open position, in one transfer. A finished
-response frees its slot for the next prompt at once.
+and gives back three numbers for each open position, in one transfer. Open are the masked positions; with editing, all
+positions of the response. A finished response frees its slot for the next prompt at once.
 
 What a response draws is a pure function of (rules.seed, its prompt's noise id, its own forward): it depends neither on
 the other prompts of the batch nor on the slot.
 
-Letters: R responses in slots, B block size, N tokens of a forward or positions that are scored, T document length.
+Letters: R responses in slots, B block size, N tokens of a forward or open positions, T document length.
 """
 
 from collections import defaultdict, deque
@@ -24,7 +24,7 @@ from dfactory.errors import ConfigError, DataError
 from dfactory.types import Rollout
 
 CLEAN_TOKENS = 4096  # clean tokens that one forward takes beside the blocks being denoised; bounds a prefill's memory
-LOGITS_BYTES = 128 * 2**20  # float32 logits that are held at once
+LOGITS_BYTES = 128 * 2**20  # float32 logits of one chunk of open positions
 
 
 class Decodable(Protocol):
@@ -113,26 +113,28 @@ class _Decoder:
                 free.append(response.slot)
         return rollouts
 
+    @property
+    def _most_clean(self) -> int:
+        """Clean blocks that one forward may take; every response can always bring its finished block."""
+        return max(CLEAN_TOKENS // self.rules.block_size, len(self.live))
+
     def _prefill(self) -> None:
         """Compute the clean blocks of new prompts as far as the next step's forward cannot take them along."""
         self._share_prompts()
-        most = max(CLEAN_TOKENS // self.rules.block_size, len(self.live))
-        while sum(response.pending for response in self.live) > most:
-            self._forward_clean(self.live, most)
+        while sum(response.pending for response in self.live) > self._most_clean:
+            self._forward_clean(self.live, self._most_clean)
 
     def _share_prompts(self) -> None:
         """Let responses to one prompt compute its whole blocks once: a group of rollouts costs one prefill."""
         groups = defaultdict(list)
         for response in self.live:
-            groups[response.prompt_blocks].append(response)
-        for prompt, group in groups.items():
-            blocks = len(prompt) // (8 * self.rules.block_size)
+            groups[response.prompt_key].append(response)
+        for group in groups.values():
+            blocks = group[0].prompt_blocks
             donor = max(group, key=lambda response: response.cached)
             others = [response for response in group if response.cached < blocks and response is not donor]
-            if not others:
-                continue
-            while donor.cached < blocks:
-                self._forward_clean([donor], CLEAN_TOKENS // self.rules.block_size)
+            while others and donor.cached < blocks:
+                self._forward_clean([donor], self._most_clean)
             for response in others:
                 self.cache.copy_prefix(donor.slot, response.slot, blocks * self.rules.block_size)
                 response.cached = blocks

@@ -37,7 +37,7 @@ class Response:
         self.forwards = 0
         self.cached = 0  # blocks whose clean keys are in the cache
         self.mask_steps = self.post_steps = 0  # forwards of this block with masks, and without
-        self._enter(self.start // rules.block_size)
+        self._enter(self.prompt_blocks)
 
     def _enter(self, block: int) -> None:
         size = self.rules.block_size
@@ -60,10 +60,14 @@ class Response:
         return self.block - self.cached
 
     @property
-    def prompt_blocks(self) -> bytes:
-        """The blocks that hold nothing but prompt, as a key."""
-        size = self.rules.block_size
-        return self.tokens_T[: self.start // size * size].tobytes()
+    def prompt_blocks(self) -> int:
+        """Blocks that hold nothing but prompt."""
+        return self.start // self.rules.block_size
+
+    @property
+    def prompt_key(self) -> bytes:
+        """Equal for two responses whose `prompt_blocks` are the same tokens."""
+        return self.tokens_T[: self.prompt_blocks * self.rules.block_size].tobytes()
 
     @property
     def span(self) -> Span:

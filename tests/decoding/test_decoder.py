@@ -147,6 +147,11 @@ def test_long_prompts_are_prefilled_in_chunks(policy, monkeypatch):
     assert max(longest) <= 16 + 4 * 4
 
 
+def test_blocks_longer_than_a_chunk(policy, monkeypatch):
+    monkeypatch.setattr(decoder_module, "CLEAN_TOKENS", 4)
+    equals_uncached(policy, random_prompts(20) * 2, make_rules(max_new_tokens=8))
+
+
 def test_a_group_computes_its_prompt_once(policy, monkeypatch):
     rules = make_rules(temperature=1.0, batch_size=4)
     prompts = random_prompts(43) * 6 + random_prompts(16, seed=5) * 2
@@ -370,14 +375,15 @@ def test_no_global_random_state_is_read(policy):
 
 def test_callback_hears_every_forward(policy):
     heard = collections.defaultdict(list)
-    rollouts = decode(policy, random_prompts(5, 12), make_rules(), on_step=lambda p: heard[p.prompt].append(p))
+    rules = make_rules(threshold=1.0)
+    rollouts = decode(policy, random_prompts(5, 12), rules, on_step=lambda p: heard[p.prompt].append(p))
     for index, rollout in enumerate(rollouts):
         progress = heard[index]
         assert [p.forwards for p in progress] == list(range(1, rollout.forwards + 1))
         assert [p.rollout for p in progress] == [None] * (rollout.forwards - 1) + [rollout]
         assert progress[-1].token_ids == rollout.token_ids
         masks = [p.token_ids.count(MASK) for p in progress]
-        assert masks[0] > 0
+        assert masks[0] == (2 if index == 0 else 3)  # 8 - 5 and 8 - 4 positions, one of them committed
         assert masks[-1] == 0
 
 
