@@ -143,7 +143,7 @@ def _draw(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrained
 
 
 def _read(model_dir: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    _check_tensors(model_dir, config)
+    check_tensors(model_dir, config)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             model_dir,
@@ -163,7 +163,8 @@ def _read(model_dir: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreT
     return model
 
 
-def _check_tensors(model_dir: Path, config: PreTrainedConfig) -> None:
+def check_tensors(model_dir: Path, config: PreTrainedConfig) -> None:
+    """Compare the weight files' headers with what config.json asks for; no weight is read. Raises CheckpointError."""
     found = read_shapes(model_dir)
     model = meta_model(config)
     if isinstance(model, llada2.LLaDA2MoeModelLM):
