@@ -24,8 +24,16 @@ RECORDS = REPOSITORY / "recipes" / "quickstart" / "data" / "train.jsonl"
 VOCAB_SIZE = 2048
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>", "<role>", "</role>", "<|role_end|>", "<|mask|>")
 ROLES = ("SYSTEM", "HUMAN", "ASSISTANT", "TOOL")
-# letters with their apostrophe endings, one digit, other signs, spaces; each of the first three takes one space along
-PIECES = r" ?\p{L}+(?:'(?:s|t|d|m|ll|re|ve)\b)?| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# How text is cut into pieces; merges stay inside a piece. In this order: a role name; a capital letter beside another, or
+# a digit, alone; letters with their apostrophe ending; other signs, with the space behind them where something follows.
+# Letters take the space before them along, unless a sign has it already: "BAD, 12" is B A D ,_ 1 2.
+PIECES = (
+    rf"(?:{'|'.join(ROLES)})\b"
+    r"|\p{Lu}(?=\p{Lu})|(?<=\p{Lu})\p{Lu}|\p{N}"
+    r"| ?\p{L}+(?:'(?:s|t|d|m|ll|re|ve)\b)?"
+    r"| ?[^\s\p{L}\p{N}]+(?: (?=\S))?"
+    r"|\s+(?=\s\p{L})|\s+"
+)
 
 
 def corpus(records: Path) -> list[str]:

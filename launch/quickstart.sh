@@ -39,15 +39,19 @@ elif [ "$(cat "$run/quickstart.done")" != "$wanted" ]; then
 fi
 
 # 2. Answer the held-out prompts, with the untrained and with the trained model
-block_size=$(sed -n 's/^block_size: *//p' "$run/config.yaml")
-answer() { # model, file
-    [ ! -s "$2" ] || return 0
-    dfactory generate --model "$1" --input recipes/quickstart/data/heldout.jsonl --output "$2.partial" \
-        "decode.block_size=$block_size" decode.max_new_tokens=32 decode.threshold=0.9
-    mv "$2.partial" "$2"
+recipe_value() { sed -n "s/^$1: *//p" "$run/config.yaml"; }
+answer() { # file, then what names the model
+    local output=$1
+    shift
+    [ ! -s "$output" ] || return 0
+    dfactory generate "$@" --dtype "$(recipe_value dtype)" \
+        --input recipes/quickstart/data/heldout.jsonl --output "$output.partial" \
+        "decode.block_size=$(recipe_value block_size)" decode.max_new_tokens=32 decode.threshold=0.9
+    mv "$output.partial" "$output"
 }
-answer tiny "$run/before.jsonl"
-answer "$run/$(cat "$run/LATEST")" "$run/after.jsonl"
+answer "$run/before.jsonl" --model tiny --init-weights random
+answer "$run/after.jsonl" --model "$run"
 
-# 3. What changed
+# 3. Draw the curves and say what changed
+dfactory report "$run"
 python -m data_tools.quickstart_table "$run"

@@ -20,7 +20,8 @@ needs_cli = pytest.mark.skipif(find_spec("dfactory.cli") is None, reason="dfacto
 
 
 def run(*command, cwd, **variables):
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **variables}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY), **variables}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -93,10 +94,10 @@ for word in "$@"; do
 done
 if [ "$1" = train ]; then
     mkdir -p "$run"
-    echo "block_size: 8" >"$run/config.yaml"
+    printf 'block_size: 8\\ndtype: float32\\n' >"$run/config.yaml"
     echo checkpoint-20 >"$run/LATEST"
     echo '{"step": 1, "loss": 2.0}' >"$run/metrics.jsonl"
-else
+elif [ "$1" = generate ]; then
     while [ "$1" != --output ]; do shift; done
     echo '{"text": "a", "answer": "a", "task": "t", "output_ids": [1], "forwards": 1}' >"$2"
 fi
@@ -134,13 +135,14 @@ def test_quickstart_trains_once_and_then_reuses_the_run(house):
     run_folder = house.parent / "my run"
     assert result.returncode == 0, result.stderr
     assert calls[0] == f"train recipes/quickstart/sft.yaml max_steps=20 output_dir=my run output_dir={run_folder}"
-    assert calls[1].startswith("generate --model tiny ")
-    assert calls[2].startswith(f"generate --model {run_folder}/checkpoint-20 ")
-    assert "decode.block_size=8" in calls[2]
+    assert calls[1].startswith("generate --model tiny --init-weights random --dtype float32 ")
+    assert calls[2].startswith(f"generate --model {run_folder} --dtype float32 ")
+    assert all("decode.block_size=8" in call for call in calls[1:3])
+    assert calls[3] == f"report {run_folder}"
     assert "100.0%" in result.stdout
 
     result, calls = quickstart(house, "max_steps=20", "output_dir=my run")
-    assert (result.returncode, calls) == (0, [])
+    assert (result.returncode, calls) == (0, [f"report {run_folder}"])
     assert "100.0%" in result.stdout
 
 
@@ -151,7 +153,7 @@ def test_quickstart_does_not_pass_off_another_run_as_its_own(house):
     assert "output_dir=DIR" in result.stderr
 
 
-@pytest.mark.parametrize("step", ["train", "generate"])
+@pytest.mark.parametrize("step", ["train", "generate", "report"])
 def test_quickstart_fails_with_its_step_and_goes_on_from_there(house, step):
     result, _ = quickstart(house, FAIL_AT=step)
     assert result.returncode == 3
