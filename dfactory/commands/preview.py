@@ -1,0 +1,81 @@
+"""One document and one of its views as a person reads them: what is prompt, what is trained, what noise took away.
+
+Each kind has a colour and a mark of its own, so that a log file without colours says the same:
+
+    <role>HUMAN</role>hi<|role_end|><role>ASSISTANT</role>⟦yo<|role_end|><|endoftext|>⟧⟨fill 3⟩
+    ██<|role_end|>█⟨fill 3⟩
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from dfactory.types import Example, View
+
+SHOWN_TOKENS = 400  # of a long document
+SHOWN_BEFORE = 160  # prompt tokens before the first trained one, if the document is long
+PROMPT, TRAINED, FILL, MASKED = "prompt", "trained", "fill", "masked"
+STYLES = {PROMPT: "cyan", TRAINED: "bold green", FILL: "yellow", MASKED: "bold magenta"}
+BLOCK_CHARACTER = "█"
+
+Decode = Callable[[np.ndarray], str]
+
+
+def decoder_of(tokenizer: PreTrainedTokenizerBase | None) -> Decode:
+    """ids -> text, special tokens included; the ids themselves where there is no tokenizer."""
+    if tokenizer is None:
+        return lambda ids: "".join(f"{index} " for index in ids)
+    return lambda ids: tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def legend() -> Text:
+    trained, fill = Text("⟦trained⟧", STYLES[TRAINED]), Text("⟨EOS fill⟩", STYLES[FILL])
+    return Text("  ").join([Text(PROMPT, STYLES[PROMPT]), trained, fill, Text("█ masked", STYLES[MASKED])])
+
+
+def document_text(example: Example, input_ids_T: np.ndarray, trainable_T: np.ndarray, decode: Decode) -> Text:
+    """An aligned document. A long one is shown around its first trained token."""
+    length = len(input_ids_T)
+    start = max(0, int(trainable_T.argmax()) - SHOWN_BEFORE) if length > SHOWN_TOKENS else 0
+    stop = min(length, start + SHOWN_TOKENS)
+    text = Text(f"... {start} tokens ... " if start else "")
+    for kind, first, last in _runs(start, stop, trainable_T, len(example)):
+        text.append_text(_piece(kind, decode(input_ids_T[first:last]), last - first))
+    return text.append(f" ... {length - stop} tokens" if stop < length else "")
+
+
+def view_text(view: View, trainable_T: np.ndarray, filled_from: int, decode: Decode) -> Text:
+    """What the model is given to predict the masked tokens from, beside the clean blocks before: a character a mask."""
+    position, text = view.position_P[:SHOWN_TOKENS], Text()
+    kinds = [
+        MASKED if masked else FILL if p >= filled_from else TRAINED if trainable_T[p] else PROMPT
+        for p, masked in zip(position.tolist(), view.target_P.tolist(), strict=False)
+    ]
+    for kind, run in itertools.groupby(range(len(position)), key=kinds.__getitem__):
+        index = list(run)
+        text.append_text(_piece(kind, decode(view.input_ids_P[index]), len(index), marked=False))
+    return text.append(" ..." if len(view.position_P) > SHOWN_TOKENS else "")
+
+
+def _runs(start: int, stop: int, trainable_T: np.ndarray, filled_from: int) -> Iterator[tuple[str, int, int]]:
+    """(kind, first, last + 1) of stretches of one kind."""
+
+    def kind(position: int) -> str:
+        return FILL if position >= filled_from else TRAINED if trainable_T[position] else PROMPT
+
+    for name, run in itertools.groupby(range(start, stop), key=kind):
+        positions = list(run)
+        yield name, positions[0], positions[-1] + 1
+
+
+def _piece(kind: str, decoded: str, count: int, marked: bool = True) -> Text:
+    if kind == MASKED:
+        decoded = BLOCK_CHARACTER * count
+    elif kind == FILL:
+        decoded = f"⟨fill {count}⟩"
+    elif kind == TRAINED and marked:
+        decoded = f"⟦{decoded}⟧"
+    return Text(decoded, STYLES[kind])
