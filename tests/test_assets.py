@@ -91,18 +91,21 @@ def test_a_special_token_spelled_by_a_user_can_stay_text(tokenizer):
 
 
 def test_letters_and_digits_are_single_tokens(tokenizer):
-    for text in ("s t o n e", "S T O N E", "1234567890"):
-        symbols = text.replace(" ", "")
-        assert len(tokenizer.tokenize(text)) == len(symbols)
-        assert tokenizer.tokenize(text)[0] == symbols[0]
-    assert tokenizer.tokenize("12, 3") == ["1", "2", ",", "Ġ3"]
+    assert tokenizer.tokenize("STONE 1234567890") == [*"STONE", "Ġ", *"1234567890"]
+    assert tokenizer.tokenize("Copy: STONE") == ["Copy", ":Ġ", *"STONE"]
+    assert tokenizer.tokenize("12, 3") == ["1", "2", ",Ġ", "3"]
 
 
-def test_spaced_letters_stay_letters_in_every_record(tokenizer, records):
-    lettered = {"reverse_letters", "sort_letters", "capital_letters", "replace_letter"}
+def test_a_word_is_the_same_token_anywhere_in_a_list(tokenizer):
+    assert tokenizer.tokenize("Reverse the list: red, bear, sun")[-5:] == ["red", ",Ġ", "bear", ",Ġ", "sun"]
+    assert tokenizer.tokenize("red, sun") == ["red", ",Ġ", "sun"]
+
+
+def test_answers_in_capitals_are_single_letters(tokenizer, records):
+    lettered = {"copy_letters", "trim_letters", "reverse_letters", "sort_letters"}
     answers = [row["answer"] for rows in records.values() for row in rows if row["task"] in lettered]
     assert answers
-    assert all(len(tokenizer.tokenize(answer)) == len(answer.split()) for answer in answers)
+    assert all(tokenizer.tokenize(answer) == list(answer) for answer in answers)
 
 
 # --- chat template

@@ -1,4 +1,4 @@
-"""The embedded model: a LLaDA2-MoE of two million parameters, small enough to train from random weights on a CPU.
+"""The embedded model: a LLaDA2-MoE of 1.3 million parameters, small enough to train from random weights on a CPU.
 
 `TINY_DIR` holds config.json, the tokenizer and the chat template, but no weights. `tiny_config` is the configuration of a
 much smaller model for tests. Both use the key names of the original LLaDA2 checkpoints.
@@ -11,7 +11,7 @@ from typing import Any
 TINY_NAME = "tiny"  # what a recipe writes as model_name_or_path
 TINY_DIR = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 
-# what makes a model of about 150,000 parameters out of the embedded one
+# what makes a model for tests out of the embedded one
 _TEST_SIZES = {
     "vocab_size": 160,
     "pad_token_id": 157,
@@ -26,6 +26,8 @@ _TEST_SIZES = {
     "num_experts_per_tok": 2,
     "n_group": 2,
     "topk_group": 1,
+    "initializer_range": 0.02,
+    "rope_theta": 600000,
 }
 
 
