@@ -1,0 +1,29 @@
+"""dFactory: post-training of block-diffusion language models.
+
+    policy = dfactory.load_policy("runs/mine", dtype="float32")
+    scores = policy.score(batch)                                  # ViewBatch -> TokenScores
+    rollouts = dfactory.decode(policy, [prompt_ids], rules)       # list[Rollout]
+
+`dfactory.views` and `dfactory.data.pack.collate` build a ViewBatch, also from masks of one's own. Nothing heavy is
+imported before it is asked for.
+"""
+
+import importlib
+
+_WHERE = {
+    "load_policy": "dfactory.models.registry",
+    "Policy": "dfactory.models.policy",
+    "decode": "dfactory.decoding",
+    "DecodeRules": "dfactory.decoding",
+    "views": None,
+}
+
+__all__ = ["DecodeRules", "Policy", "decode", "load_policy", "views"]
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'dfactory' has no attribute {name!r}")
+    if _WHERE[name] is None:
+        return importlib.import_module(f"dfactory.{name}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -28,7 +28,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
         raise ConfigError(f"{path} holds no keys: a recipe is a mapping of key: value lines")
     _resolve_paths(file_layer, path.parent)
     recipe = _merge(Recipe, [(str(path), file_layer), ("the command line", _parse_overrides(overrides))])
-    _check_recipe(recipe, str(path))
+    _check_recipe(recipe, f"{path} and the command line" if overrides else str(path))
     return recipe
 
 
@@ -78,7 +78,7 @@ def _merge(schema: type, layers: list[tuple[str, DictConfig]]) -> Any:
         except OmegaConfBaseException as problem:
             name = getattr(problem, "full_key", None) or "a key"
             raise ConfigError(f"{name} in {origin}: {str(problem).splitlines()[0]}") from problem
-    origins = " and ".join(origin for origin, _ in layers)
+    origins = " and ".join(origin for origin, layer in layers if layer)
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise ConfigError(f"{', '.join(missing)} missing in {origins}: the key is required")
@@ -162,6 +162,10 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
             recipe.row_length >= need,
             f"row_length {recipe.row_length} cannot hold a document of max_length with its views: raise it to {need}",
         )
+    rule(
+        not (recipe.use_peft and recipe.init_weights == "random"),
+        "init_weights random with use_peft: the base that the adapters belong to would be lost; train it first",
+    )
     rule(bool(recipe.datasets), "datasets is empty: name at least one file")
     rule(all(entry.weight > 0 for entry in recipe.datasets), "datasets.weight 0: leave the file out instead")
     rule(
