@@ -371,9 +371,8 @@ def _memory(page: Page, recipe: Recipe, model: Model, ranks: tuple[int, ...]) ->
     own = setup_of(recipe, deepspeed, ranks[0]).zero_stage
     table = Table("ranks", box=None, padding=(0, 1))
     for stage in range(4):
-        table.add_column(
-            f"ZeRO {stage}" + (" (recipe)" if stage == own else ""), style="bold" if stage == own else None
-        )
+        mine = {"header": f"> ZeRO {stage} <", "style": "bold"} if stage == own else {"header": f"ZeRO {stage}"}
+        table.add_column(**mine, no_wrap=True)
     for column in table.columns:
         column.justify = "right"
     forecasts = {}
@@ -472,7 +471,8 @@ def _checkpoint_size(page: Page, recipe: Recipe, model: Model, parent: Path) -> 
 
 
 def _bytes(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+    unit, size = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
+    return f"{count / size:,.{0 if count >= 100 * size else 1}f} {unit}"
 
 
 def _count(number: int) -> str:

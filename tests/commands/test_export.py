@@ -1,0 +1,192 @@
+"""Exports of real checkpoints: read back by plain transformers, proved against their source, refused without a trace."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dfactory.commands import export as exporting
+from dfactory.commands.export import export, probe_batch, stored_dtype
+from dfactory.errors import CheckpointError, ConfigError
+from dfactory.models.registry import add_adapters, load_policy
+from dfactory.models.saving import save_policy
+from tests.commands.conftest import GOLDEN, save_plain
+
+# Loads a directory as a stranger would, and prints its logits for fixed ids; with a second argument, under peft.
+STRANGER = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+model, loading = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not loading["missing_keys"] and not loading["unexpected_keys"], loading
+if len(sys.argv) > 2:
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(model, sys.argv[2])
+assert not any(name.startswith("dfactory") for name in sys.modules)
+with torch.no_grad():
+    logits = model.eval()(torch.arange(16)[None]).logits[0].double()
+tied = model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+print(json.dumps({"logits": logits.tolist(), "tied": tied, "dtype": str(next(model.parameters()).dtype)}))
+"""
+
+
+def read_as_stranger(*directories: Path) -> dict:
+    command = [sys.executable, "-c", STRANGER, *map(str, directories)]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def tensor_names(directory: Path) -> set[str]:
+    with safe_open(directory / "model.safetensors", framework="pt") as file:
+        return set(file.keys())
+
+
+def adapted_policy(base: Path, scale: float, dtype: str):
+    """A policy with adapters whose second factor, zero when untrained, has random entries of this scale."""
+    policy = add_adapters(
+        load_policy(base, dtype=dtype), r=4, alpha=8, dropout=0.0, target_modules=["q_proj", "v_proj", "down_proj"]
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def test_golden_llada2_keeps_names_config_and_files(golden_run, tmp_path, capsys):
+    assert export(str(golden_run), str(tmp_path / "new" / "out")) == 0
+    out = tmp_path / "new" / "out"
+    assert tensor_names(out) == tensor_names(GOLDEN)
+    assert (out / "modeling_x.py").read_text() == (golden_run.parent / "model" / "modeling_x.py").read_text()
+    assert (out / "NOTICE").read_text() == "carry me"
+    assert not (out / "engine").exists()
+    assert json.loads((out / "config.json").read_text()) == json.loads((GOLDEN / "config.json").read_text())
+    trained = load_file(golden_run / "checkpoint-3" / "model.safetensors")
+    exported, before = load_file(out / "model.safetensors"), load_file(GOLDEN / "model.safetensors")
+    assert all(torch.equal(trained[name], exported[name]) for name in trained)
+    assert any(not torch.equal(before[name], exported[name]) for name in before)
+    assert "bit by bit" in capsys.readouterr().out
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_an_earlier_checkpoint_can_be_named(llama_run, tmp_path):
+    assert export(str(llama_run / "checkpoint-1"), str(tmp_path / "out")) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_llama_loads_in_plain_transformers(llama_run, tmp_path):
+    export(str(llama_run), str(tmp_path / "out"))
+    seen = read_as_stranger(tmp_path / "out")
+    assert seen["tied"] is False
+    assert seen["logits"] != read_as_stranger(llama_run.parent / "base")["logits"]
+
+
+def test_merged_lora_loads_in_plain_transformers(lora_run, tmp_path, capsys):
+    """Plain transformers with plain peft on base and adapters, and plain transformers on the export, agree."""
+    export(str(lora_run), str(tmp_path / "out"))
+    told = capsys.readouterr().out
+    assert "8 tensors changed" in told  # q, k, v, o of two layers
+    assert "model.layers." in told
+    base = lora_run.parent / "base"
+    merged = read_as_stranger(tmp_path / "out")
+    adapted = read_as_stranger(base, lora_run / "checkpoint-2")
+    assert merged["tied"] is True
+    torch.testing.assert_close(torch.tensor(merged["logits"]), torch.tensor(adapted["logits"]), atol=1e-5, rtol=1e-5)
+    moved = torch.tensor(merged["logits"]) - torch.tensor(read_as_stranger(base)["logits"])
+    assert moved.abs().max() > 1e-3
+    assert (tmp_path / "out" / "NOTICE").read_text() == "carry me"
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        *("NOTICE", "config.json", "generation_config.json", "model.safetensors")
+    }
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["block_size"] == 8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merging_keeps_the_precision_of_the_base(tmp_path, dtype, capsys):
+    base = save_plain(tmp_path / "base", "qwen3", tied=False, dtype=getattr(torch, dtype))
+    save_policy(adapted_policy(base, 0.05, dtype), directory := tmp_path / "adapters")
+    export(str(directory), str(tmp_path / "out"))
+    assert stored_dtype(tmp_path / "out") == getattr(torch, dtype)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == dtype
+    assert "6 tensors changed" in capsys.readouterr().out
+
+
+def refuse(model: Path, output: Path, message: str, error=CheckpointError):
+    """The export fails with this message, and the output's folder holds what it held before."""
+    before = sorted(output.parent.rglob("*"))
+    with pytest.raises(error, match=message):
+        export(str(model), str(output))
+    assert sorted(output.parent.rglob("*")) == before
+
+
+def test_untrained_adapters_are_refused(tmp_path):
+    base = save_plain(tmp_path / "base", "qwen3", tied=True)
+    save_policy(adapted_policy(base, 0.0, "float32"), tmp_path / "adapters")
+    refuse(tmp_path / "adapters", tmp_path / "out", "equals its base .* untrained")
+
+
+def test_adapters_that_are_not_a_number_are_refused(tmp_path):
+    base = save_plain(tmp_path / "base", "qwen3", tied=True)
+    save_policy(adapted_policy(base, float("nan"), "float32"), tmp_path / "adapters")
+    refuse(tmp_path / "adapters", tmp_path / "out", "adapters cannot be merged")
+
+
+def test_other_scores_than_base_and_adapters_are_refused(tmp_path, monkeypatch):
+    """A merge that scales the adapters wrongly."""
+    base = save_plain(tmp_path / "base", "qwen3", tied=True)
+    save_policy(adapted_policy(base, 0.3, "float32"), tmp_path / "adapters")
+    write = exporting._write_merged
+
+    def merge_twice_as_strong(adapted, source, partial):
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.data *= 2
+        write(adapted, source, partial)
+
+    monkeypatch.setattr(exporting, "_write_merged", merge_twice_as_strong)
+    refuse(
+        tmp_path / "adapters", tmp_path / "out", r"away from those of base and adapters, in float32 0.0001 is allowed"
+    )
+
+
+def test_a_missing_base_is_named(tmp_path):
+    base = save_plain(tmp_path / "base", "qwen3", tied=True)
+    save_policy(adapted_policy(base, 0.1, "float32"), tmp_path / "adapters")
+    shutil.rmtree(base)
+    refuse(tmp_path / "adapters", tmp_path / "out", f"base_model_name_or_path {base}")
+
+
+def test_a_damaged_checkpoint_is_refused_by_tensor(llama_run, tmp_path):
+    damaged = shutil.copytree(llama_run / "checkpoint-1", tmp_path / "damaged")
+    tensors = load_file(damaged / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    refuse(damaged, tmp_path / "out", "missing tensor model.norm.weight")
+
+
+def test_an_occupied_output_is_refused_and_an_empty_one_filled(llama_run, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("keep")
+    refuse(llama_run, tmp_path / "full", "exists and is not an empty directory", ConfigError)
+    refuse(llama_run, tmp_path / "full" / "mine", "exists and is not an empty directory", ConfigError)
+    (tmp_path / "empty").mkdir()
+    assert export(str(llama_run), str(tmp_path / "empty")) == 0
+    assert (tmp_path / "empty" / "config.json").is_file()
+
+
+def test_no_model_is_refused(tmp_path):
+    refuse(tmp_path / "nowhere", tmp_path / "out", "nowhere is not a directory")
+    refuse(Path("tiny"), tmp_path / "out", "holds neither model.safetensors")
+
+
+def test_the_probe_is_the_same_every_time():
+    first, second = probe_batch(96), probe_batch(96)
+    assert torch.equal(first.input_ids_RS, second.input_ids_RS)
+    assert 0 < first.num_targets < 32
