@@ -239,7 +239,9 @@ def _passing_lines(counts: ParameterCounts, full: bool, config: PreTrainedConfig
             Line("gathered head", b * head, f"{b} x V H", Phase.HEAD),
         ]
     if stage == 3 and full:
-        lines.append(Line("gradients of a block", b * block, f"{b} x largest block", Phase.LAYER))
+        lines.append(
+            Line("gradients of a block", 2 * b * block, f"2 x {b} x largest block (with a flat copy)", Phase.LAYER)
+        )
     if stage >= 1 and full and setup.world_size > 1:
         lines.append(Line("reduce buckets", 2 * b * setup.reduce_bucket, f"2 x {b} x reduce bucket"))
     chunk = setup.logits_bytes

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.models import attention, llada2
-from dfactory.models.headers import check_shapes, read_shapes
+from dfactory.models.headers import Shapes, check_shapes, read_shapes
 from dfactory.models.policy import Policy
 from dfactory.models.saving import GENERATION_CONFIG
 from dfactory.models.tiny import TINY_DIR
@@ -143,7 +143,7 @@ def _draw(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrained
 
 
 def _read(model_dir: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    check_tensors(model_dir, config)
+    shapes = check_tensors(model_dir, config)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             model_dir,
@@ -160,16 +160,22 @@ def _read(model_dir: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreT
     left = (set(loading["missing_keys"]) - tied) | set(loading["unexpected_keys"]) | set(loading["mismatched_keys"])
     if left or loading["error_msgs"]:
         raise CheckpointError(f"{model_dir}: not read: {', '.join(sorted(map(str, left)))} {loading['error_msgs']}")
+    _save_as_read(model, shapes)  # under ZeRO-3 transformers would remember both expert layouts
     return model
 
 
-def check_tensors(model_dir: Path, config: PreTrainedConfig) -> None:
+def check_tensors(model_dir: Path, config: PreTrainedConfig) -> Shapes:
     """Compare the weight files' headers with what config.json asks for; no weight is read. Raises CheckpointError."""
-    found = read_shapes(model_dir)
+    shapes = read_shapes(model_dir)
     model = meta_model(config)
+    _save_as_read(model, shapes)
+    check_shapes(model_dir, shapes, model)
+    return shapes
+
+
+def _save_as_read(model: PreTrainedModel, shapes: Shapes) -> None:
     if isinstance(model, llada2.LLaDA2MoeModelLM):
-        model.save_as(stacked_experts=llada2.has_stacked_experts(found))
-    check_shapes(model_dir, found, model)
+        model.save_as(stacked_experts=llada2.has_stacked_experts(shapes))
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:

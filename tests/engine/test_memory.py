@@ -193,3 +193,19 @@ def test_a_setup_from_a_recipe(tmp_path):
         lora_target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
         reduce_bucket=1000,
     )
+
+
+@pytest.mark.parametrize("name, ranks", [("mini", (8, 16)), ("flash", (16, 32))])
+def test_the_recipes_state_their_forecast(name, ranks):
+    """The head of each YAML says what is forecast for it; and it fits GPUs of 80 GB with a tenth to spare."""
+    from dfactory.engine.trainer import deepspeed_config
+
+    path = RECIPES / f"llada2_{name}" / "sft.yaml"
+    header = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    recipe = load_recipe(path)
+    for world_size in ranks:
+        found = forecast(Path(recipe.model_name_or_path), setup_of(recipe, deepspeed_config(recipe), world_size))
+        assert f"{found.device_bytes / 1e9:.0f} GB" in header
+        assert found.device_bytes < 72e9
+        if found.host_bytes:
+            assert f"{8 * found.host_bytes / 1e9:.0f} GB" in header  # of a machine with 8 GPUs

@@ -1,8 +1,12 @@
 """Reading and writing model directories: original names in both layouts, refusals that name the tensor, carried files."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +173,32 @@ def test_an_export_in_bfloat16_says_so(golden, tmp_path):
         exact = name.endswith("expert_bias")  # routing compares sums of it: it stays in fp32
         assert tensor.dtype == (torch.float32 if exact else torch.bfloat16), name
         assert torch.equal(tensor, original[name] if exact else original[name].bfloat16()), name
+
+
+@pytest.mark.slow
+def test_weights_read_into_zero3_shards_are_saved_as_they_were(write_model, random_policy, tmp_path):
+    """Two processes, each with half of every parameter: both LLaDA2 layouts, and a family whose experts are merged."""
+    moe = tmp_path / "moe"
+    resaved(random_policy("qwen3_moe"), moe)
+    sources = [
+        GOLDEN_DIR / "llada2_tiny",
+        write_model(stacked(golden_tensors()), model_type="llada2_moe_veomni"),
+        moe,
+    ]
+    pairs = [(source, tmp_path / f"out{n}") for n, source in enumerate(sources)]
+    script = Path(__file__).with_name("zero3_copy.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    done = subprocess.run(
+        [str(part) for part in [*command, *(path for pair in pairs for path in pair)]],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for source, target in pairs:
+        assert_identical(read_tensors(target), read_tensors(source))
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
