@@ -63,6 +63,7 @@ def _fails(capsys, tmp_path, words: list[str], status: int, *expected: str) -> N
         ("loss_weight=elbo noise_range_low=0", ("divides by zero",)),
         ("deepspeed=nowhere.json", ("deepspeed nowhere.json does not exist",)),
         ("deepspeed_overrides.gradient_clipping=7", ("gradient_clipping 7", "the recipe")),
+        ("dtype=bfloat16 deepspeed_overrides.zero_optimization.stage=0", ("stage 0", "use stage 1")),
         ("lora_target_modules=[nothing] use_peft=true", ("lora_target_modules", "nothing")),
         ("init_weights=random use_peft=true", ("init_weights random", "use_peft")),
     ],

@@ -31,6 +31,6 @@ class ModelKeys:
         ["q_proj", "k_proj", "v_proj", "o_proj"], "module names (suffixes) that get adapters"
     )
     deepspeed: Optional[str] = key(
-        None, "DeepSpeed JSON, by path (relative to the recipe); null: ZeRO 0, that is plain data parallelism"
+        None, "DeepSpeed JSON, by path (relative to the recipe); null: ZeRO 1 in bfloat16, ZeRO 0 in float32"
     )
     deepspeed_overrides: dict[str, Any] = key({}, "DeepSpeed keys laid over that file")

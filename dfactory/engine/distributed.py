@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ def start() -> tuple[int, int]:
         if "RANK" not in os.environ:
             alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
             os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's old names
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)

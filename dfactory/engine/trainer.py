@@ -54,6 +54,12 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     }
     _refuse_conflicts(config, owned, recipe.deepspeed)
     config = _merge(config, owned)
+    zero = config.setdefault("zero_optimization", {"stage": 1 if recipe.dtype == "bfloat16" else 0})
+    if recipe.dtype == "bfloat16" and zero.get("stage", 0) == 0:
+        raise ConfigError(
+            f"zero_optimization.stage 0 in {recipe.deepspeed} with dtype bfloat16 keeps no fp32 weights to add small steps "
+            "to: use stage 1, or dtype float32"
+        )
     config.setdefault("steps_per_print", 10**9)  # metrics.jsonl has every step
     return config
 
@@ -177,7 +183,7 @@ def keep_zero3_config(recipe: Recipe) -> HfDeepSpeedConfig | None:
 
 
 def zero_stage(recipe: Recipe) -> int:
-    return deepspeed_config(recipe).get("zero_optimization", {}).get("stage", 0)
+    return deepspeed_config(recipe)["zero_optimization"].get("stage", 0)
 
 
 def _modules_named(policy: nn.Module, class_names: tuple[str, ...]) -> set[type]:

@@ -1,0 +1,62 @@
+"""SFT by hand, on four targets of one document with two views."""
+
+import pytest
+import torch
+
+from dfactory.objectives.sft import SFT
+from dfactory.types import TokenScores, ViewBatch
+
+
+def batch() -> ViewBatch:
+    """One document with 4 response tokens and two views (a pair at t = 0.5 and 0.5): targets 0, 1 and 2, 3."""
+    index = torch.arange(4)
+    zeros = torch.zeros(1, 12, dtype=torch.long)
+    return ViewBatch(
+        input_ids_RS=zeros,
+        position_ids_RS=zeros,
+        document_RS=zeros,
+        view_RS=torch.tensor([[0] * 4 + [1] * 4 + [2] * 4]),
+        block_RS=zeros,
+        target_index_N=torch.tensor([4, 5, 10, 11]),
+        target_ids_N=index,
+        t_N=torch.full((4,), 0.5),
+        elbo_weight_N=torch.full((4,), 2.0),
+        document_id_D=torch.tensor([17]),
+        response_length_D=torch.tensor([4]),
+        num_views_D=torch.tensor([2]),
+    )
+
+
+SCORES = TokenScores(
+    logprob_N=torch.tensor([-1.0, -2.0, -3.0, -4.0], requires_grad=True),
+    entropy_N=torch.tensor([0.5, 0.5, 1.0, 1.0]),
+    hit_N=torch.tensor([True, False, False, False]),
+)
+
+
+def test_uniform():
+    terms = SFT("uniform")(batch(), SCORES)
+    assert terms.loss["nll"].total.item() == 10.0
+    assert terms.loss["nll"].count == 4  # targets
+
+
+def test_elbo_counts_response_tokens_once_a_view():
+    terms = SFT("elbo")(batch(), SCORES)
+    assert terms.loss["nll"].total.item() == 20.0  # each weighs 1 / 0.5
+    assert terms.loss["nll"].count == 8  # 4 response tokens x 2 views
+
+
+@pytest.mark.parametrize("weight", ["uniform", "elbo"])
+def test_counts_are_known_before_the_forward(weight):
+    objective = SFT(weight)
+    assert objective.counts(batch()) == {"nll": objective(batch(), SCORES).loss["nll"].count}
+
+
+def test_metrics_carry_no_gradient():
+    metrics = SFT()(batch(), SCORES).metrics
+    assert {name: (mean.total.item(), mean.count) for name, mean in metrics.items()} == {
+        "token_nll": (10.0, 4),
+        "hit_rate": (1, 4),
+        "entropy": (3.0, 4),
+    }
+    assert not any(mean.total.requires_grad for mean in metrics.values())
