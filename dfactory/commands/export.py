@@ -115,6 +115,8 @@ def _merge_adapters(source: Path, partial: Path) -> list[str]:
     adapted = load_policy(source, dtype=dtype)
     probe = probe_batch(adapted.config.vocab_size)
     wanted = _score(adapted, probe)
+    with adapted.model.disable_adapter():
+        moved = float((_score(adapted, probe).logprob_N - wanted.logprob_N).abs().max())
     _write_merged(adapted, source, partial)
     del adapted  # one model in memory at a time
     change = _require_changed(base_dir, partial)
@@ -123,7 +125,7 @@ def _merge_adapters(source: Path, partial: Path) -> list[str]:
         f"merged {source} into {base_dir}: {change.tensors} tensors changed, most of all {change.name}, by up to "
         f"{change.largest:.3g}",
         f"loaded again ({dtype_name(dtype)}): log-probabilities of {probe.num_targets} targets equal those of base and "
-        f"adapters within {difference:.2g} (allowed: {TOLERANCE[dtype]:g})",
+        f"adapters within {difference:.2g} (allowed: {TOLERANCE[dtype]:g}); the adapters move them by up to {moved:.2g}",
     ]
 
 

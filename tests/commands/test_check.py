@@ -1,0 +1,249 @@
+"""Dry runs: what a good recipe is told, and for each bad one the message and the status."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dfactory.cli import main
+from dfactory.config.load import load_recipe
+from dfactory.engine.memory import count_parameters
+from dfactory.models.tiny import TINY_DIR
+from dfactory.train import make_source, read_inputs
+from tests.commands.conftest import GOLDEN, ROOT, save_plain, write_recipe
+
+
+def conversation(question: str = "Which day follows Monday?", answer: str = "Tuesday") -> str:
+    return json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Write a recipe over the embedded model with these lines of data and keys; the training file is train.jsonl."""
+
+    def write(lines: list[str] | None = None, **keys) -> Path:
+        (tmp_path / "train.jsonl").write_text("\n".join(lines or [conversation()] * 30) + "\n")
+        base = {
+            "model_name_or_path": "tiny",
+            "init_weights": "random",
+            "dtype": "float32",
+            "output_dir": str(tmp_path / "run"),
+            "datasets": [{"path": "train.jsonl"}],
+            "block_size": 16,
+            "max_length": 64,
+            "learning_rate": 1e-3,
+        }
+        file = tmp_path / "recipe.yaml"
+        file.write_text(json.dumps(base | keys))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def check(capsys):
+    """Run `dfactory check`: (status, everything that was printed, in one line)."""
+
+    def run(*words: object) -> tuple[int, str]:
+        status = main(["check", *map(str, words)])
+        printed = capsys.readouterr()
+        return status, " ".join((printed.out + printed.err).split())
+
+    return run
+
+
+# --- recipes that would start -----------------------------------------------------------------------------------------
+
+
+def test_a_good_recipe(recipe, check, tmp_path):
+    status, told = check(recipe(), "--gpus", 2)
+    assert status == 0
+    assert "training would start" in told
+    assert f"{count_parameters(TINY_DIR).total / 1e6:.2f}M, of which" in told
+    assert "<|mask|>, " in told
+    assert "<|endoftext|> never decoded" in told
+    assert "with generation markers" in told
+    assert "30 documents" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_example_is_readable_without_colours(recipe, check):
+    _, told = check(recipe([conversation("Which day follows <|mask|>?")]))  # what a user wrote is no mask
+    document = "Whichdayfollows<|mask|>?<|role_end|><role>ASSISTANT</role>⟦Tuesday<|role_end|><|endoftext|>⟧"
+    assert document in told.replace(" ", "")
+    view = told.partition("view 1 of 2")[2].partition("its mask ratio")[0]
+    assert "█" in view
+    targets = int(told.partition(", by block; ")[2].split()[0])
+    assert view.count("█") == targets
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_steps_are_those_of_training(recipe, check, ranks):
+    file = recipe(num_train_epochs=2.5, per_device_train_batch_size=2)
+    _, told = check(file, "--gpus", ranks)
+    loaded = load_recipe(file)
+    steps = make_source(loaded, read_inputs(loaded), rank=0, world_size=ranks).num_windows
+    row = told.partition("steps an epoch steps epochs ")[2].split()
+    assert row[:2] == [str(ranks), str(2 * ranks)]
+    assert int(row[4]) == steps
+
+
+def test_tokenised_records_need_no_tokenizer(check, tmp_path):
+    file = write_recipe(tmp_path, GOLDEN, vocabulary=150, mask=158, eos=156)
+    status, told = check(file)
+    assert status == 0
+    assert "every tensor has the name and shape" in told
+    assert "tokenizer none" in told
+    assert "⟦" in told
+
+
+@pytest.mark.parametrize("name, total, active", [("mini", "16.26B", "1.43B"), ("flash", "102.89B", "6.15B")])
+def test_real_models_without_weights(check, name, total, active):
+    """Model and memory are told from config.json; what is missing is told too."""
+    status, told = check(ROOT / f"recipes/llada2_{name}/sft.yaml", "--gpus", 8)
+    assert status == 1
+    assert f"{total}, of which {active} active" in told
+    assert "> ZeRO 3 <" in told
+    assert "2 x P / n" in told
+    assert "holds neither model.safetensors" in told
+    assert "jsonl:1 holds text but the model directory has no tokenizer" in told
+
+
+def test_lora_trains_few_parameters(check, tmp_path):
+    base = save_plain(tmp_path / "base", "qwen3", tied=True)
+    file = write_recipe(tmp_path, base, 90, 95, 94, use_peft=True, lora_r=8, lora_target_modules=["q_proj"])
+    status, told = check(file)
+    assert status == 0
+    assert f"T trained {2 * 8 * (32 + 4 * 8):,}, " in told  # two layers, r, inputs and outputs of q_proj
+
+
+# --- warnings ---------------------------------------------------------------------------------------------------------
+
+
+def test_warnings(recipe, check):
+    status, told = check(recipe(warmup_steps=500, max_length=512, learning_rate=0.5, save_steps=1000))
+    assert status == 0
+    assert "warmup_steps 500, but the run has" in told
+    assert "times the longest document; max_length=" in told
+    assert "learning_rate 0.5 is unusual for random weights" in told
+    assert "save_steps 1000 is more than" in told
+    assert "eval_datasets is empty" in told
+
+
+def test_a_quiet_recipe_has_no_warnings(check, tmp_path):
+    (tmp_path / "held_out.jsonl").write_text('{"input_ids": [1, 2, 3, 4, 5, 6], "prompt_lengths": 4}\n')
+    quiet = {"block_size": 32, "learning_rate": 1e-5, "eval_datasets": [{"path": "held_out.jsonl"}], "row_length": 384}
+    status, told = check(write_recipe(tmp_path, GOLDEN, vocabulary=150, mask=158, eos=156, **quiet))
+    assert status == 0
+    assert "warning" not in told
+
+
+def test_a_leak_is_told(recipe, check):
+    _, told = check(recipe(eval_datasets=[{"path": "train.jsonl"}]))
+    assert "1 held-out documents are also training documents" in told
+
+
+def test_a_template_without_markers_is_told(recipe, check, tmp_path):
+    text = (ROOT / "dfactory/assets/tiny/chat_template.jinja").read_text()
+    bare = text.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    assert bare != text
+    (tmp_path / "bare.jinja").write_text(bare)
+    status, told = check(recipe(chat_template_path="bare.jinja"))
+    assert status == 0
+    assert "without generation markers" in told
+    assert "no {% generation %} markers" in told
+
+
+def test_a_used_output_folder_is_told(check, golden_run):
+    file = golden_run.parent / "recipe.yaml"
+    status, told = check(file)
+    assert status == 0
+    assert "holds 1 checkpoint(s) up to checkpoint-3, and resume_from_checkpoint is false" in told
+    status, told = check(file, "resume_from_checkpoint=true")
+    assert status == 0
+    assert f"resumes {golden_run}/checkpoint-3" in told.replace("run/ checkpoint", "run/checkpoint")
+
+
+# --- recipes that would not -------------------------------------------------------------------------------------------
+
+
+def test_missing_model_directory(recipe, check, tmp_path):
+    status, told = check(recipe(model_name_or_path=str(tmp_path / "nowhere")))
+    assert status == 1
+    assert f"model {tmp_path}/nowhere is not a directory" in told
+    assert "1 error: training would not start" in told
+
+
+def test_weights_that_do_not_fit(check, tmp_path):
+    model = shutil.copytree(GOLDEN, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 16}))
+    status, told = check(write_recipe(tmp_path, model, vocabulary=150, mask=158, eos=156))
+    assert status == 1
+    assert "tensor model.layers.1.mlp.experts.0.down_proj.weight has shape [64, 32], not [64, 16]" in told
+    assert "GPU of a rank" in told  # the rest is told all the same
+
+
+def test_missing_data_file(recipe, check, tmp_path):
+    status, told = check(recipe(datasets=[{"path": "absent.jsonl"}]))
+    assert status == 1
+    assert f"{tmp_path}/absent.jsonl" in told
+    assert "GPU of a rank" in told
+
+
+def test_bad_row(recipe, check, tmp_path):
+    lines = [conversation(), conversation(), '{"messages": "oops"}', conversation(), "{"]
+    status, told = check(recipe(lines))
+    assert status == 1
+    assert f"error: {tmp_path}/train.jsonl:3: " in told
+    assert f"first {tmp_path}/train.jsonl:5" in told  # the other one is counted too
+    assert "3 documents" in told
+    status, told = check(recipe(lines, on_bad_row="skip", max_bad_fraction=0.5))
+    assert status == 0
+    assert f"first {tmp_path}/train.jsonl:3" in told
+
+
+def test_mask_outside_the_vocabulary(recipe, check):
+    status, told = check(recipe(mask_token_id=2048))
+    assert status == 2
+    assert "mask_token_id 2048 is no token of the model: it must be below the model's vocabulary size 2048" in told
+
+
+def test_prompt_longer_than_max_length(recipe, check, tmp_path):
+    status, told = check(recipe([conversation(), conversation("Why? " * 100)]))
+    assert status == 1
+    assert f"{tmp_path}/train.jsonl:2: " in told
+    assert "max_length is 64" in told
+
+
+def test_block_size_that_does_not_divide(recipe, check):
+    status, told = check(recipe(block_size=24))
+    assert status == 2
+    assert "block_size 24 does not divide max_length 64" in told
+
+
+def test_nothing_to_resume_from(recipe, check, tmp_path):
+    status, told = check(recipe(resume_from_checkpoint=True))
+    assert status == 1
+    assert f"resume_from_checkpoint true, but {tmp_path}/run holds no whole checkpoint-N" in told
+
+
+def test_broken_deepspeed_file(recipe, check, tmp_path):
+    (tmp_path / "ds.json").write_text("{\n  oops\n}")
+    status, told = check(recipe(deepspeed="ds.json"))
+    assert status == 2
+    assert f"deepspeed {tmp_path}/ds.json:2 is not JSON" in told
+
+
+def test_output_that_cannot_be_written(recipe, check, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, told = check(recipe(output_dir=str(tmp_path / "file" / "run")))
+    assert status == 2
+    assert "output_dir" in told
+
+
+def test_no_ranks(recipe, check):
+    status, told = check(recipe(), "--gpus", 0)
+    assert status == 2
+    assert "--gpus 0" in told

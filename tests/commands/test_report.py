@@ -1,0 +1,102 @@
+"""Reports of a real run and of written metrics: pictures that are pictures, a page that needs nothing beside it."""
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dfactory.cli import main
+from dfactory.commands.report import _read_run as read_run
+from dfactory.commands.report import final_numbers, smooth, write_report
+from dfactory.errors import DataError
+
+PICTURES = {"loss.png", "loss_by_t.png", "hit_rate.png", "optimiser.png", "speed.png"}
+
+
+def write_run(folder: Path, rows: list[dict], config: str = "learning_rate: 0.1\n") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(config)
+    return folder
+
+
+def test_a_real_run(golden_run, capsys):
+    assert main(["report", str(golden_run)]) == 0
+    page = (golden_run / "report" / "report.html").read_text()
+    assert {file.name for file in (golden_run / "report").glob("*.png")} == PICTURES
+    assert "report.html and 5 pictures" in capsys.readouterr().out
+    pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+    assert [data[:8] for data in pictures] == [b"\x89PNG\r\n\x1a\n"] * 5
+    assert "http" not in page.replace(str(golden_run), "")  # nothing is fetched
+    assert "learning_rate: 0.01" in page
+    assert "<td>steps</td><td>3</td>" in page
+    last = json.loads((golden_run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"<td>held-out loss</td><td>{last['eval/loss']:.4f}</td>" in page
+
+
+def test_several_runs_go_into_the_first(tmp_path):
+    runs = [write_run(tmp_path / name, [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]) for name in ("a", "b")]
+    page = write_report(runs).read_text()
+    assert "<th>a</th><th>b</th>" in page
+    assert not (tmp_path / "b" / "report").exists()
+    assert [file.name for file in (tmp_path / "a" / "report").glob("*.png")] == [
+        "loss.png"
+    ]  # nothing else was measured
+
+
+def test_runs_of_one_name_are_told_apart_by_path(tmp_path):
+    runs = [write_run(tmp_path / name / "run", [{"step": 1, "loss": 2.0}]) for name in ("a", "b")]
+    assert f"<th>{runs[1]}</th>" in write_report(runs).read_text()
+
+
+def test_a_recipe_cannot_inject_markup(tmp_path):
+    run = write_run(tmp_path / "run", [{"step": 1, "loss": 2.0}], config="name: <script>x</script>\n")
+    page = write_report([run]).read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_final_numbers(tmp_path):
+    """Means of the last tenth for training, the last evaluation, sums of what adds up."""
+    rows = [
+        {"step": s, "loss": float(s), "tokens": 100, "seconds": 2.0, "tokens_per_second": 50.0} for s in range(1, 21)
+    ]
+    rows.append({"step": 20, "eval/loss": 7.5, "eval/loss_t0.10": 3.0})
+    numbers = final_numbers(read_run(write_run(tmp_path / "run", rows), "run"))
+    assert numbers == {
+        "steps": "20",
+        "training loss": "19.5000",
+        "held-out loss": "7.5000",
+        "tokens": "2,000",
+        "seconds": "40",
+        "tokens per second (median)": "50",
+    }
+
+
+def test_smoothing_keeps_constants_and_ends():
+    assert smooth(np.ones(10)) is None
+    np.testing.assert_allclose(smooth(np.ones(400)), 1.0)
+    line = np.arange(400.0)
+    np.testing.assert_allclose(smooth(line)[10:-10], line[10:-10])
+
+
+def test_a_line_that_is_being_written_is_ignored(tmp_path):
+    run = write_run(tmp_path / "run", [{"step": 1, "loss": 2.0}])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert "<td>steps</td><td>1</td>" in write_report([run]).read_text()
+
+
+def test_missing_empty_and_broken_metrics(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 1
+    assert f"{tmp_path}/metrics.jsonl does not exist" in capsys.readouterr().err
+    with pytest.raises(DataError, match="holds no step yet"):
+        write_report([write_run(tmp_path / "empty", [])])
+    broken = write_run(tmp_path / "broken", [])
+    (broken / "metrics.jsonl").write_text('{"step": 1}\n{"step":\n{"step": 3}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2 is not JSON"):
+        write_report([broken])
+    assert not (broken / "report").exists()
