@@ -83,12 +83,6 @@ def letter_problems(change: Callable[[str], str]) -> Callable[[random.Random], I
     return problems
 
 
-def trim_problems(rng: random.Random) -> Iterator[Problem]:
-    for letters in letter_strings(rng):
-        end, rest = rng.choice([("first", letters[1:]), ("last", letters[:-1])])
-        yield {"end": end, "letters": letters}, rest
-
-
 def word_lists(rng: random.Random, shortest: int, longest: int) -> Iterator[list[str]]:
     while True:
         yield rng.sample(WORD_BANK, rng.randint(shortest, longest))
@@ -157,18 +151,6 @@ def parity_problems(rng: random.Random) -> Iterator[Problem]:
 
 TASKS = (
     Task(
-        "copy_letters",
-        0.7,
-        ("Repeat the letters: {letters}", "Copy: {letters}"),
-        letter_problems(lambda letters: letters),
-    ),
-    Task(
-        "trim_letters",
-        1.0,
-        ("Drop the {end} letter: {letters}", "Leave out the {end} letter of {letters}"),
-        trim_problems,
-    ),
-    Task(
         "reverse_letters",
         1.5,
         ("Reverse the letters: {letters}", "Write backwards: {letters}", "Spell from the end: {letters}"),
@@ -206,13 +188,13 @@ TASKS = (
     ),
     Task(
         "small_sum",
-        0.4,
+        0.3,
         ("What is {left} + {right}?", "Add {left} and {right}.", "{left} + {right} ="),
         sum_problems,
     ),
     Task(
         "weekday",
-        0.3,
+        0.25,
         (
             "Which day is {span} {side} {day}?",
             "What day comes {span} {side} {day}?",

@@ -92,7 +92,7 @@ def test_a_special_token_spelled_by_a_user_can_stay_text(tokenizer):
 
 def test_letters_and_digits_are_single_tokens(tokenizer):
     assert tokenizer.tokenize("STONE 1234567890") == [*"STONE", "Ġ", *"1234567890"]
-    assert tokenizer.tokenize("Copy: STONE") == ["Copy", ":Ġ", *"STONE"]
+    assert tokenizer.tokenize("Reverse the letters: STONE")[-6:] == [":Ġ", *"STONE"]
     assert tokenizer.tokenize("12, 3") == ["1", "2", ",Ġ", "3"]
 
 
@@ -102,7 +102,7 @@ def test_a_word_is_the_same_token_anywhere_in_a_list(tokenizer):
 
 
 def test_answers_in_capitals_are_single_letters(tokenizer, records):
-    lettered = {"copy_letters", "trim_letters", "reverse_letters", "sort_letters"}
+    lettered = {"reverse_letters", "sort_letters"}
     answers = [row["answer"] for rows in records.values() for row in rows if row["task"] in lettered]
     assert answers
     assert all(tokenizer.tokenize(answer) == list(answer) for answer in answers)
