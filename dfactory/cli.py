@@ -5,7 +5,9 @@ needs when it is called, so that --help answers at once.
 """
 
 import argparse
+import os
 import sys
+from pathlib import Path
 
 from dfactory.errors import DFactoryError
 
@@ -86,9 +88,13 @@ def _train(arguments, overrides) -> int:
     from dfactory.config.load import load_recipe
 
     recipe = load_recipe(arguments.recipe, overrides)  # before the heavy imports: a wrong key is told at once
+    from dfactory.commands.report import write_report
     from dfactory.train import train
 
-    return train(recipe)
+    status = train(recipe)
+    if status == 0 and os.environ.get("RANK", "0") == "0":
+        print(f"report: {write_report([Path(recipe.output_dir)])}")
+    return status
 
 
 def _check(arguments, overrides) -> int:

@@ -60,6 +60,8 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
             f"zero_optimization.stage 0 in {recipe.deepspeed} with dtype bfloat16 keeps no fp32 weights to add small steps "
             "to: use stage 1, or dtype float32"
         )
+    if recipe.dtype == "bfloat16":  # else a gradient would depend on how a batch is cut into micro-batches
+        config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     config.setdefault("steps_per_print", 10**9)  # metrics.jsonl has every step
     return config
 
