@@ -221,7 +221,7 @@ def reference_losses(
     """The loss before each optimiser step of SFT, one step a window (a list of ViewBatches), by AdamW in plain torch.
 
     uniform: sum of -log p over the window / its number of targets. elbo: sum of -log p / t over the window / the response
-    tokens of its documents. `lr` is one number, or one for each step. Gradients are clipped by their global norm; 0 is
+    tokens of its documents, once a view. `lr` is one number, or one for each step. Gradients are clipped by their global norm; 0 is
     off. Norms and other vectors do not decay. Give `model` to keep its trained tensors.
     """
     model = model or reference_model(model_dir)
@@ -241,7 +241,8 @@ def reference_losses(
         for batch in window:
             nll = -batch_scores(model, batch).logprob
             total = total + (nll / batch.t_N if loss_weight == "elbo" else nll).sum()
-            count += int(batch.response_length_D.sum()) if loss_weight == "elbo" else batch.num_targets
+            responses = int((batch.response_length_D * batch.num_views_D).sum())
+            count += responses if loss_weight == "elbo" else batch.num_targets
         loss = total / count
         optimiser.zero_grad()
         loss.backward()
