@@ -52,6 +52,5 @@ answer() { # file, then what names the model
 answer "$run/before.jsonl" --model tiny --init-weights random
 answer "$run/after.jsonl" --model "$run"
 
-# 3. Draw the curves and say what changed
-dfactory report "$run"
+# 3. Say what changed
 python -m data_tools.quickstart_table "$run"
