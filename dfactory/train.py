@@ -9,10 +9,9 @@ changes `make_source`; nothing else knows which one it is.
 
 import contextlib
 import dataclasses
-from pathlib import Path
 
 from dfactory.config.recipe import Recipe
-from dfactory.data.chat import ChatEncoder, SpecialIds, special_ids
+from dfactory.data.chat import ChatEncoder, SpecialIds, read_chat_template, special_ids
 from dfactory.data.examples import Examples, load_examples
 from dfactory.data.source import RecordSource
 from dfactory.engine import checkpoint, distributed
@@ -21,7 +20,6 @@ from dfactory.engine.preemption import EXIT_PREEMPTED, Preemption
 from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.trainer import Trainer, keep_zero3_config, zero_stage
 from dfactory.engine.window import Objective
-from dfactory.errors import ConfigError
 from dfactory.models.policy import Policy
 from dfactory.models.registry import add_adapters, load_policy, read_config, read_tokenizer, resolve_model_dir
 from dfactory.objectives.sft import SFT
@@ -115,16 +113,6 @@ def read_inputs(recipe: Recipe) -> Inputs:
 
     held_out = load(recipe.eval_datasets) if recipe.eval_datasets else None
     return Inputs(special, encoder, load(recipe.datasets), held_out)
-
-
-def read_chat_template(path: str | None) -> str | None:
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise ConfigError(
-            f"chat_template_path {path} does not exist: give a Jinja file, or null for the tokenizer's own"
-        )
-    return Path(path).read_text()
 
 
 def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> RecordSource:

@@ -65,6 +65,7 @@ def _fails(capsys, tmp_path, words: list[str], status: int, *expected: str) -> N
         ("deepspeed_overrides.gradient_clipping=7", ("gradient_clipping 7", "the recipe")),
         ("dtype=bfloat16 deepspeed_overrides.zero_optimization.stage=0", ("stage 0", "use stage 1")),
         ("lora_target_modules=[nothing] use_peft=true", ("lora_target_modules", "nothing")),
+        ("lora_target_modules=[lm_head] use_peft=true", ("lm_head", "leave it out")),
         ("init_weights=random use_peft=true", ("init_weights random", "use_peft")),
     ],
 )
@@ -112,7 +113,7 @@ def test_missing_and_empty_data(recipe, tmp_path, capsys):
 
 
 def test_missing_model(recipe, tmp_path, capsys):
-    _fails(capsys, tmp_path, ["train", recipe(model_name_or_path="nowhere")], 1, "nowhere is not a directory")
+    _fails(capsys, tmp_path, ["train", recipe(model_name_or_path="nowhere")], 1, "model_name_or_path nowhere is not a directory")
 
 
 def test_generate_names_the_line(tmp_path, capsys):

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dfactory.commands import preview
 from dfactory.config.recipe import Recipe
-from dfactory.data.chat import GENERATION_MARKER, PROBE_TURN, ChatEncoder, SpecialIds, special_ids
+from dfactory.data.chat import GENERATION_MARKER, PROBE_TURN, ChatEncoder, SpecialIds, read_chat_template, special_ids
 from dfactory.data.examples import DataReport, Examples
 from dfactory.data.pack import align
 from dfactory.data.records import BadRow
@@ -39,7 +39,7 @@ from dfactory.engine.trainer import deepspeed_config
 from dfactory.errors import ConfigError, DataError, DFactoryError
 from dfactory.models.headers import weight_files
 from dfactory.models.registry import check_tensors, read_config, read_tokenizer, resolve_model_dir, trained_block_size
-from dfactory.train import Inputs, make_source, read_chat_template, read_inputs
+from dfactory.train import Inputs, make_source, read_inputs
 
 RANK_COUNTS = (1, 8, 16, 32, 64, 128)
 MEASURED_ROWS = 64  # rows that are really built, to measure how full they are

@@ -16,6 +16,7 @@ import functools
 import itertools
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
@@ -75,6 +76,17 @@ def special_ids(
     special = {index for index in special_literals(tokenizer).values() if index < size}
     produced = _end_of_turn_ids(tokenizer, chat_template)
     return SpecialIds(mask, eos, tuple(sorted((special | unnamed) - produced - {eos} | {mask})))
+
+
+def read_chat_template(path: str | None) -> str | None:
+    """The recipe's own template, or None. Raises ConfigError if there is no such file."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise ConfigError(
+            f"chat_template_path {path} does not exist: give a Jinja file, or null for the tokenizer's own"
+        )
+    return Path(path).read_text()
 
 
 def special_literals(tokenizer: PreTrainedTokenizerBase, also: Iterable[int] = ()) -> dict[str, int]:

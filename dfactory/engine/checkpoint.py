@@ -15,6 +15,7 @@ from pathlib import Path
 import deepspeed
 import torch.distributed as dist
 
+from dfactory.data.chat import read_chat_template
 from dfactory.engine.runfolder import STATE, RunFolder, replace_text
 from dfactory.engine.trainer import Trainer
 from dfactory.errors import CheckpointError
@@ -38,6 +39,7 @@ def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | Non
         gathered=_gatherer(trainer),
         write=trainer.rank == 0,
         block_size=trainer.recipe.block_size,
+        chat_template=read_chat_template(trainer.recipe.chat_template_path),
     )
     trainer.engine.save_checkpoint(str(partial / ENGINE), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True)
     dist.barrier()

@@ -58,7 +58,7 @@ def resolve_model_dir(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if not path.is_dir():
         raise CheckpointError(
-            f"model {path} is not a directory: give one with config.json and *.safetensors, or `tiny`"
+            f"model_name_or_path {path} is not a directory: give one with config.json and *.safetensors, or `tiny`"
         )
     latest = path / "LATEST"
     return path / latest.read_text().strip() if latest.is_file() else path
@@ -68,6 +68,10 @@ def read_config(model_dir: Path) -> PreTrainedConfig:
     """config.json -> a transformers config of a known family. Raises CheckpointError or ConfigError."""
     file = model_dir / "config.json"
     if not file.is_file():
+        if (model_dir / ADAPTER_CONFIG).is_file():
+            raise CheckpointError(
+                f"{model_dir} holds LoRA adapters only: `dfactory export` merges them into their base"
+            )
         raise CheckpointError(f"{model_dir} holds no config.json: it is not a model directory")
     try:
         model_type = json.loads(file.read_text()).get("model_type")
@@ -200,6 +204,10 @@ def add_adapters(policy: Policy, *, r: int, alpha: int, dropout: float, target_m
     """Freeze the policy and give it LoRA adapters, in place. Raises ConfigError when no module has such a name."""
     from peft import LoraConfig, get_peft_model
 
+    if any(name.endswith("lm_head") for name in target_modules):
+        raise ConfigError(
+            "lora_target_modules lm_head: the head is scored in chunks and takes no adapter; leave it out"
+        )
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
     )

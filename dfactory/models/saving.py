@@ -22,6 +22,7 @@ from dfactory.models.headers import INDEX, WEIGHTS
 from dfactory.models.policy import Policy
 
 GENERATION_CONFIG = "generation_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"  # transformers prefers it to the template inside tokenizer_config.json
 _NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]
@@ -34,16 +35,20 @@ def save_policy(
     gathered: Gather = contextlib.nullcontext,
     write: bool = True,
     block_size: int | None = None,
+    chat_template: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write the weights, config.json and the carried files of a policy; of one with LoRA adapters, the adapters only.
 
-    `block_size` is recorded as the decoder's default. `gathered` makes sharded parameters whole within its context; every
+    `block_size` and `chat_template` are what it was trained with where that is not the source's own; the decoder then
+    takes them from there. `gathered` makes sharded parameters whole within its context; every
     rank has to call this then, and only the one with `write` touches the disk.
     """
     model = policy.model
     if write and block_size is not None:
         _write_block_size(policy.source_dir, directory, block_size)
+    if write and chat_template is not None:
+        (directory / CHAT_TEMPLATE).write_text(chat_template)
     if isinstance(model, PeftModel):
         _save_adapters(policy, directory, gathered, write)
         return

@@ -171,7 +171,7 @@ def test_a_used_output_folder_is_told(check, golden_run):
 def test_missing_model_directory(recipe, check, tmp_path):
     status, told = check(recipe(model_name_or_path=str(tmp_path / "nowhere")))
     assert status == 1
-    assert f"model {tmp_path}/nowhere is not a directory" in told
+    assert f"model_name_or_path {tmp_path}/nowhere is not a directory" in told
     assert "1 error: training would not start" in told
 
 
