@@ -38,7 +38,9 @@ def train(recipe: Recipe) -> int:
     source = make_source(recipe, inputs, rank, world_size)
     objective = make_objective(recipe)
     num_steps = recipe.max_steps or source.num_windows
-    universal = resumed is not None and checkpoint.needs_universal(resumed, zero_stage(recipe), world_size)
+    universal = resumed is not None and checkpoint.needs_universal(
+        resumed, zero_stage(recipe), world_size, recipe.expert_parallel_size
+    )
     trainer = Trainer(recipe, make_policy(recipe), num_steps, load_universal=universal)
 
     state = TrainState()

@@ -30,6 +30,9 @@ class ModelKeys:
     lora_target_modules: list[str] = key(
         ["q_proj", "k_proj", "v_proj", "o_proj"], "module names (suffixes) that get adapters"
     )
+    expert_parallel_size: int = key(
+        1, "ranks that share the experts of a layer (DeepSpeed's AutoEP); divides both ranks and experts", low=1
+    )
     deepspeed: Optional[str] = key(
         None, "DeepSpeed JSON, by path (relative to the recipe); null: ZeRO 1 in bfloat16, ZeRO 0 in float32"
     )

@@ -16,6 +16,7 @@ import deepspeed
 import torch.distributed as dist
 
 from dfactory.data.chat import read_chat_template
+from dfactory.engine.expert_parallel import WholeLayers
 from dfactory.engine.runfolder import STATE, RunFolder, replace_text
 from dfactory.engine.trainer import Trainer
 from dfactory.errors import CheckpointError
@@ -37,6 +38,7 @@ def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | Non
         trainer.policy,
         partial,
         gathered=_gatherer(trainer),
+        whole_layer=WholeLayers(trainer.policy, keep=trainer.rank == 0),
         write=trainer.rank == 0,
         block_size=trainer.recipe.block_size,
         chat_template=read_chat_template(trainer.recipe.chat_template_path),
@@ -44,7 +46,11 @@ def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | Non
     trainer.engine.save_checkpoint(str(partial / ENGINE), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True)
     dist.barrier()
     if trainer.rank == 0:
-        shape = {"world_size": trainer.world_size, "zero_stage": trainer.zero_stage}
+        shape = {
+            "world_size": trainer.world_size,
+            "zero_stage": trainer.zero_stage,
+            "expert_parallel_size": trainer.recipe.expert_parallel_size,
+        }
         replace_text(partial / STATE, json.dumps(dataclasses.asdict(state) | shape, indent=2) + "\n")
         folder.publish(partial, state.step, keep)
     dist.barrier()
@@ -56,12 +62,23 @@ def read_state(checkpoint: Path) -> TrainState:
     return TrainState(**{field.name: raw[field.name] for field in dataclasses.fields(TrainState)})
 
 
-def needs_universal(checkpoint: Path, recipe_stage: int, world_size: int) -> bool:
-    """Whether this many ranks, or this ZeRO stage, cannot read the shards as they lie."""
+def needs_universal(checkpoint: Path, recipe_stage: int, world_size: int, expert_parallel_size: int) -> bool:
+    """Whether this many ranks cannot read the shards as they lie. Raises CheckpointError where nothing reads them."""
     raw = json.loads((checkpoint / STATE).read_text())
     if raw["zero_stage"] != recipe_stage:
         raise CheckpointError(
             f"{checkpoint} was written with ZeRO {raw['zero_stage']}, the recipe has {recipe_stage}: resume with the former"
+        )
+    if raw["expert_parallel_size"] != expert_parallel_size:
+        raise CheckpointError(
+            f"{checkpoint} was written with expert_parallel_size {raw['expert_parallel_size']}, the recipe has "
+            f"{expert_parallel_size}: resume with the former, or start anew from its weights by model_name_or_path"
+        )
+    if expert_parallel_size > 1 and raw["world_size"] != world_size:
+        raise CheckpointError(
+            f"{checkpoint} was written on {raw['world_size']} ranks, there are {world_size} now, and with "
+            f"expert_parallel_size {expert_parallel_size} their number has to stay: resume on as many, or start anew "
+            "from its weights by model_name_or_path"
         )
     return recipe_stage > 0 and raw["world_size"] != world_size
 

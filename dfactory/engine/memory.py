@@ -2,12 +2,14 @@
 
 Letters in the formulas: P parameters, T those that are trained, n ranks, b bytes of a weight (2 in bfloat16), g bytes of
 an accumulated gradient, L layers, t row positions of a micro-batch, and the sizes of the model: H hidden, A all query
-heads, C all key (or value) heads, I an expert, D a dense feed-forward, k experts a token, E experts, V vocabulary.
+heads, C all key (or value) heads, I an expert, D a dense feed-forward, k experts a token, E experts, V vocabulary. With
+expert parallelism also X parameters of routed experts, and m ranks that share those of a layer.
 
 What is forecast is the peak of what the program asks for, in two phases that do not coincide: a decoder layer's backward
 and the head's. Assumed: AdamW; MoE blocks are ZeRO-3 leaf modules, gathered whole; flex_attention (no score matrix is
 kept). Activations count the tensors that autograd keeps for a decoder layer (tests/engine/test_memory.py measures them).
 Not counted: the CUDA context, NCCL's own buffers, and what the allocator loses to fragments; leave 10 percent for them.
+With expert parallelism a rank is taken to receive as many tokens as it sends; where routing is uneven it gets more.
 """
 
 import dataclasses
@@ -35,6 +37,7 @@ class ParameterCounts:
     vocabulary: int  # embedding and head; once if they are tied
     experts: int  # routed experts
     largest_block: int  # of one module that ZeRO-3 gathers whole: a MoE block, or the largest single matrix
+    block_experts: int = 0  # of these, in routed experts
 
     @property
     def other(self) -> int:
@@ -48,6 +51,7 @@ class Setup:
 
     world_size: int
     zero_stage: int = 0
+    expert_parallel_size: int = 1
     dtype: str = "bfloat16"
     gradient_dtype: str | None = None  # in which gradients are accumulated; None: as the weights
     offload_optimizer: bool = False
@@ -107,19 +111,25 @@ def count_parameters(model_dir: Path) -> ParameterCounts:
     experts = {name: p for name, p in model.named_parameters() if ".experts." in name}  # [E, ...] each
     routed = sum(p.numel() for p in experts.values())
     chosen = sum(p.numel() // len(p) * config.num_experts_per_tok for p in experts.values())
+    largest_block, block_experts = _largest_block(model, FAMILIES[config.model_type].moe_blocks)
     return ParameterCounts(
         total=total,
         active=total - routed + chosen,
         vocabulary=sum(ends.values()),
         experts=routed,
-        largest_block=_largest_block(model, FAMILIES[config.model_type].moe_blocks),
+        largest_block=largest_block,
+        block_experts=block_experts,
     )
 
 
-def _largest_block(model: nn.Module, block_classes: tuple[str, ...]) -> int:
+def _largest_block(model: nn.Module, block_classes: tuple[str, ...]) -> tuple[int, int]:
+    """Its parameters, and those of them in routed experts."""
     blocks = [m for m in model.modules() if type(m).__name__ in block_classes]
-    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    return max(sizes or [p.numel() for p in model.parameters()])
+    sizes = [
+        (sum(p.numel() for p in block.parameters()), sum(p.numel() for p in block.experts.parameters()))
+        for block in blocks
+    ]
+    return max(sizes or [(p.numel(), 0) for p in model.parameters()])
 
 
 def count_adapters(model_dir: Path, r: int, target_modules: tuple[str, ...]) -> int:
@@ -140,6 +150,7 @@ def setup_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Setu
     return Setup(
         world_size=world_size,
         zero_stage=zero.get("stage", 0),
+        expert_parallel_size=recipe.expert_parallel_size,
         dtype=recipe.dtype,
         gradient_dtype={"fp32": "float32", "bf16": "bfloat16"}.get(gradient_dtype, gradient_dtype),
         offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
@@ -163,7 +174,7 @@ def forecast(model_dir: Path, setup: Setup) -> MemoryForecast:
     weights = counts.total + (0 if full else trained)
     return MemoryForecast(
         [
-            *_state_lines(weights, trained, setup),
+            *_state_lines(weights, trained, counts.experts, setup),
             *_activation_lines(config, setup),
             *_passing_lines(counts, full, config, setup),
         ]
@@ -174,17 +185,23 @@ def _bytes(dtype: str) -> int:
     return {"bfloat16": 2, "float32": 4}[dtype]
 
 
-def _state_lines(weights: int, trained: int, setup: Setup) -> list[Line]:
-    """Weights, gradients and optimiser state, each whole or divided over the ranks (ZeRO, arXiv 1910.02054)."""
-    n, stage, b = setup.world_size, setup.zero_stage, _bytes(setup.dtype)
+def _state_lines(weights: int, trained: int, experts: int, setup: Setup) -> list[Line]:
+    """Weights, gradients and optimiser state, each whole or divided over the ranks (ZeRO, arXiv 1910.02054).
+
+    With m ranks to the experts of a layer, each holds X / m of them, which ZeRO divides over n / m ranks: what ZeRO
+    divides comes to the same as without, what it keeps whole is less.
+    """
+    n, m, stage, b = setup.world_size, setup.expert_parallel_size, setup.zero_stage, _bytes(setup.dtype)
     g = _bytes(setup.gradient_dtype or setup.dtype)
     states = 12 if setup.dtype == "bfloat16" or stage else 8  # DeepSpeed's shards keep an fp32 copy of fp32 weights too
     parts = {12: "fp32 copy 4 + Adam's two moments 8", 8: "Adam's two moments 8"}[states]
     on_host = Phase.HOST if setup.offload_optimizer else Phase.ALWAYS
 
     def line(name: str, per: int, symbol: str, count: int, divided: bool, phase: Phase, note: str = "") -> Line:
-        formula = f"{per} x {symbol}" + (" / n" if divided else "") + note
-        return Line(name, per * count // (n if divided else 1), formula, phase)
+        if divided or m == 1:
+            formula = f"{per} x {symbol}" + (" / n" if divided else "") + note
+            return Line(name, per * count // (n if divided else 1), formula, phase)
+        return Line(name, per * (count - experts + experts // m), f"{per} x ({symbol} - X + X / m){note}", phase)
 
     return [
         line("weights", b, "P", weights, stage == 3, Phase.HOST if setup.offload_param else Phase.ALWAYS),
@@ -229,19 +246,19 @@ def _activation_lines(config: PreTrainedConfig, setup: Setup) -> list[Line]:
 
 def _passing_lines(counts: ParameterCounts, full: bool, config: PreTrainedConfig, setup: Setup) -> list[Line]:
     """Gathered weights, gradients before they are divided, buckets, and the head's logits."""
-    b, stage, block = _bytes(setup.dtype), setup.zero_stage, counts.largest_block
+    b, stage, m = _bytes(setup.dtype), setup.zero_stage, setup.expert_parallel_size
+    block = counts.largest_block - counts.block_experts + counts.block_experts // m
+    size = "largest block" if m == 1 else "largest block with 1 / m of its experts"
     head = config.vocab_size * config.hidden_size
     lines = []
     if stage == 3:
         gathered = b * (block + setup.prefetch_bucket)
         lines += [
-            Line("gathered block", gathered, f"{b} x (largest block {block:,} + prefetch bucket)", Phase.LAYER),
+            Line("gathered block", gathered, f"{b} x ({size} {block:,} + prefetch bucket)", Phase.LAYER),
             Line("gathered head", b * head, f"{b} x V H", Phase.HEAD),
         ]
     if stage == 3 and full:
-        lines.append(
-            Line("gradients of a block", 2 * b * block, f"2 x {b} x largest block (with a flat copy)", Phase.LAYER)
-        )
+        lines.append(Line("gradients of a block", 2 * b * block, f"2 x {b} x {size} (with a flat copy)", Phase.LAYER))
     if stage >= 1 and full and setup.world_size > 1:
         lines.append(Line("reduce buckets", 2 * b * setup.reduce_bucket, f"2 x {b} x reduce bucket"))
     chunk = setup.logits_bytes

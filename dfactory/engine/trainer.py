@@ -17,7 +17,7 @@ from transformers import get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
 from dfactory.config.recipe import Recipe
-from dfactory.engine import distributed
+from dfactory.engine import distributed, expert_parallel
 from dfactory.engine.window import MeanTracker, Objective, means_by_t, micro_loss, window_counts
 from dfactory.errors import ConfigError
 from dfactory.models.policy import Policy
@@ -52,13 +52,21 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "bf16": {"enabled": recipe.dtype == "bfloat16"},
         "optimizer": {"type": "AdamW", "params": optimizer},
     }
+    if recipe.expert_parallel_size > 1 or "expert_parallel" in config:
+        owned["expert_parallel"] = expert_parallel.autoep_section(recipe)
     _refuse_conflicts(config, owned, recipe.deepspeed)
     config = _merge(config, owned)
-    zero = config.setdefault("zero_optimization", {"stage": 1 if recipe.dtype == "bfloat16" else 0})
+    sharded = recipe.dtype == "bfloat16" or recipe.expert_parallel_size > 1
+    zero = config.setdefault("zero_optimization", {"stage": int(sharded)})
     if recipe.dtype == "bfloat16" and zero.get("stage", 0) == 0:
         raise ConfigError(
             f"zero_optimization.stage 0 in {recipe.deepspeed} with dtype bfloat16 keeps no fp32 weights to add small steps "
             "to: use stage 1, or dtype float32"
+        )
+    if recipe.expert_parallel_size > 1 and zero.get("stage", 0) == 0:
+        raise ConfigError(
+            f"zero_optimization.stage 0 in {recipe.deepspeed} with expert_parallel_size {recipe.expert_parallel_size}: "
+            "use stage 1, 2 or 3"
         )
     if recipe.dtype == "bfloat16":  # else a gradient would depend on how a batch is cut into micro-batches
         config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
@@ -94,20 +102,23 @@ class Trainer:
         self.rank, self.world_size = distributed.start()
         self.device = distributed.device()
         config = deepspeed_config(recipe)
+        expert_parallel.check_ranks(recipe, self.world_size)
         if load_universal:
             config["checkpoint"] = {"load_universal": True}
         if recipe.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             policy.model.enable_input_require_grads()
-        blocks = _modules_named(policy, family_of(policy).moe_blocks)
+        blocks = {n: m for n, m in policy.named_modules() if type(m).__name__ in family_of(policy).moe_blocks}
         if blocks:
-            set_z3_leaf_modules(policy, sorted(blocks, key=str))
+            set_z3_leaf_modules(policy, sorted({type(block) for block in blocks.values()}, key=str))
         self.engine, *_ = deepspeed.initialize(
             model=policy.train(),
             model_parameters=_parameter_groups(policy, recipe.weight_decay),
             config=config,
             lr_scheduler=lambda optimizer: learning_rate_schedule(recipe, optimizer, num_steps),
         )
+        if recipe.expert_parallel_size > 1:
+            expert_parallel.finish_layers(policy, list(blocks))
 
     @property
     def zero_stage(self) -> int:
@@ -188,14 +199,13 @@ def zero_stage(recipe: Recipe) -> int:
     return deepspeed_config(recipe)["zero_optimization"].get("stage", 0)
 
 
-def _modules_named(policy: nn.Module, class_names: tuple[str, ...]) -> set[type]:
-    return {type(module) for module in policy.modules() if type(module).__name__ in class_names}
-
-
 def _parameter_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms and other vectors do not. A ZeRO-3 shard knows its whole shape as `ds_shape`."""
     trainable = [p for p in policy.parameters() if p.requires_grad]
     matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
     vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [  # DeepSpeed asks for names where it splits off the experts
+        {"params": matrices, "weight_decay": weight_decay, "name": "matrices"},
+        {"params": vectors, "weight_decay": 0.0, "name": "vectors"},
+    ]
     return [group for group in groups if group["params"]]

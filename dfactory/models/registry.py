@@ -6,7 +6,9 @@ A family is one entry in FAMILIES. Weights come from safetensors only, code from
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -35,12 +37,25 @@ class Family:
     """What has to be known of a model family beyond what transformers knows."""
 
     moe_blocks: tuple[str, ...] = ()  # module classes that ZeRO-3 gathers whole, because routing picks their children
+    autoep: Mapping[str, Any] | None = None  # what DeepSpeed's AutoEP has to know of them; names as in transformers
 
+
+_LLADA2 = Family(
+    moe_blocks=("Glm4MoeMoE",),
+    autoep={
+        "moe_layer_pattern": r"model\.layers\.\d+\.mlp",
+        "score_func": "sigmoid",
+        "score_apply": "post",
+        "num_experts_attr": "n_routed_experts",
+        "has_shared_experts": True,
+        "shared_experts_pattern": "shared_experts",
+    },
+)
 
 FAMILIES: dict[str, Family] = {
-    "llada2_moe": Family(moe_blocks=("Glm4MoeMoE",)),
-    "llada21_moe": Family(moe_blocks=("Glm4MoeMoE",)),
-    "llada2_moe_veomni": Family(moe_blocks=("Glm4MoeMoE",)),
+    "llada2_moe": _LLADA2,
+    "llada21_moe": _LLADA2,
+    "llada2_moe_veomni": _LLADA2,
     "qwen3": Family(),
     "qwen3_moe": Family(moe_blocks=("Qwen3MoeSparseMoeBlock",)),
     "llama": Family(),

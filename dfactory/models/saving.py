@@ -26,6 +26,7 @@ CHAT_TEMPLATE = "chat_template.jinja"  # transformers prefers it to the template
 _NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]
+NamedTensors = list[tuple[str, torch.Tensor]]
 
 
 def save_policy(
@@ -33,6 +34,7 @@ def save_policy(
     directory: Path,
     *,
     gathered: Gather = contextlib.nullcontext,
+    whole_layer: Callable[[NamedTensors], NamedTensors] = list,
     write: bool = True,
     block_size: int | None = None,
     chat_template: str | None = None,
@@ -41,8 +43,9 @@ def save_policy(
     """Write the weights, config.json and the carried files of a policy; of one with LoRA adapters, the adapters only.
 
     `block_size` and `chat_template` are what it was trained with where that is not the source's own; the decoder then
-    takes them from there. `gathered` makes sharded parameters whole within its context; every
-    rank has to call this then, and only the one with `write` touches the disk.
+    takes them from there. `gathered` makes sharded parameters whole within its context, and
+    `whole_layer` what an engine has made of a layer the model's own tensors again; every rank has to call this then, and
+    only the one with `write` touches the disk.
     """
     model = policy.model
     if write and block_size is not None:
@@ -56,8 +59,9 @@ def save_policy(
     for group in layer_groups(model):
         parameters = [tensor for _, tensor in group if isinstance(tensor, nn.Parameter)]
         with gathered(parameters):
+            tensors = whole_layer(group)
             if write:
-                whole = {name: tensor.detach().to("cpu", copy=True) for name, tensor in group}
+                whole = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}
                 shards.add(revert_weight_conversion(model, whole))
     if write:
         shards.close()
@@ -76,11 +80,11 @@ def _save_adapters(policy: Policy, directory: Path, gathered: Gather, write: boo
             (directory / "config.json").unlink(missing_ok=True)  # with it, transformers would look for whole weights
 
 
-def layer_groups(model: PreTrainedModel) -> Iterator[list[tuple[str, torch.Tensor]]]:
+def layer_groups(model: PreTrainedModel) -> Iterator[NamedTensors]:
     """The saved tensors, a decoder layer at a time, then what lies outside the layers. Tied weights come once."""
     persistent = set(model.state_dict(keep_vars=True))
     seen: set[int] = set()
-    groups: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    groups: dict[str, NamedTensors] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in persistent and id(tensor) not in seen:
             seen.add(id(tensor))
