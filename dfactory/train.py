@@ -32,7 +32,7 @@ def train(recipe: Recipe) -> int:
     preemption = Preemption()
     rank, world_size = distributed.start()
     folder = RunFolder(recipe.output_dir)
-    resumed = folder.find_resume(recipe.resume_from_checkpoint)
+    resumed = folder.find_resume(recipe.resume_from_checkpoint, recipe.overwrite_output_dir)
 
     inputs = read_inputs(recipe)
     source = make_source(recipe, inputs, rank, world_size)

@@ -221,8 +221,8 @@ def reference_losses(
     """The loss before each optimiser step of SFT, one step a window (a list of ViewBatches), by AdamW in plain torch.
 
     uniform: sum of -log p over the window / its number of targets. elbo: sum of -log p / t over the window / the response
-    tokens of its documents, once a view. `lr` is one number, or one for each step. Gradients are clipped by their global norm; 0 is
-    off. Norms and other vectors do not decay. Give `model` to keep its trained tensors.
+    tokens of its documents, once a view. `lr` is one number, or one for each step. Gradients are clipped by their global
+    norm; 0 is off. Norms and other vectors do not decay. Give `model` to keep its trained tensors.
     """
     model = model or reference_model(model_dir)
     parameters = list(model.parameters().values())

@@ -113,7 +113,13 @@ def test_missing_and_empty_data(recipe, tmp_path, capsys):
 
 
 def test_missing_model(recipe, tmp_path, capsys):
-    _fails(capsys, tmp_path, ["train", recipe(model_name_or_path="nowhere")], 1, "model_name_or_path nowhere is not a directory")
+    _fails(
+        capsys,
+        tmp_path,
+        ["train", recipe(model_name_or_path="nowhere")],
+        1,
+        "model_name_or_path nowhere is not a directory",
+    )
 
 
 def test_generate_names_the_line(tmp_path, capsys):

@@ -443,14 +443,14 @@ def _output(page: Page, recipe: Recipe, model: Model | None) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"output_dir {folder.path}: {parent} is not a directory that can be written: choose another")
     page.line("output_dir", f"{folder.path}/: config.yaml, metrics.jsonl, LATEST, checkpoint-N/")
-    resumed = folder.find_resume(recipe.resume_from_checkpoint)
+    resumed = folder.find_resume(recipe.resume_from_checkpoint, recipe.overwrite_output_dir)
     whole = folder.checkpoints()
     if resumed is not None:
         page.line("resumes", str(resumed))
     elif whole:
         page.warn(
-            f"{folder.path} holds {len(whole)} checkpoint(s) up to {whole[-1].name}, and resume_from_checkpoint is false: "
-            "metrics.jsonl starts anew and checkpoints of the same step are replaced"
+            f"{folder.path} holds {len(whole)} checkpoint(s) up to {whole[-1].name}, and overwrite_output_dir is true: "
+            "they will be removed"
         )
     often = f"every {recipe.save_steps} steps and at the end" if recipe.save_steps else "at the end"
     kept = "all are kept" if recipe.save_total_limit is None else f"the newest {recipe.save_total_limit} are kept"

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dfactory.config.recipe import Recipe
-from dfactory.errors import CheckpointError
+from dfactory.errors import CheckpointError, ConfigError
 
 STATE = "engine/state.json"  # written last into a checkpoint: one without it is not whole
 
@@ -30,6 +30,10 @@ class RunFolder:
     def start(self, recipe: Recipe, resume_step: int | None) -> None:
         """Create the folder. Metrics of steps behind the resumed one are dropped, so that none appears twice."""
         self.path.mkdir(parents=True, exist_ok=True)
+        if resume_step is None:
+            for old in self.checkpoints():
+                shutil.rmtree(old)
+            (self.path / "LATEST").unlink(missing_ok=True)
         replace_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(recipe)))
         kept = []
         if resume_step is not None and self.metrics_file.is_file():
@@ -63,9 +67,14 @@ class RunFolder:
                 shutil.rmtree(old)
         return final
 
-    def find_resume(self, wanted: Any) -> Path | None:
-        """The checkpoint that `resume_from_checkpoint` asks for. Raises CheckpointError if there is none."""
+    def find_resume(self, wanted: Any, overwrite: bool) -> Path | None:
+        """The checkpoint that `resume_from_checkpoint` asks for; None to start anew.
+
+        Raises CheckpointError if there is no such checkpoint, and ConfigError if a new run would mix its checkpoints with
+        those of another.
+        """
         if wanted is None or wanted is False:
+            self._refuse_mixing_runs(overwrite)
             return None
         if wanted is True:
             whole = self.checkpoints()
@@ -79,6 +88,13 @@ class RunFolder:
         if not (path / STATE).is_file():
             raise CheckpointError(f"resume_from_checkpoint {path} is not a whole checkpoint: it holds no {STATE}")
         return path
+
+    def _refuse_mixing_runs(self, overwrite: bool) -> None:
+        if not overwrite and (old := self.checkpoints()):
+            raise ConfigError(
+                f"output_dir {self.path} holds {old[-1].name} of an earlier run: set resume_from_checkpoint=true to go on, "
+                "overwrite_output_dir=true to remove it and start anew, or another output_dir"
+            )
 
 
 def replace_text(file: Path, text: str) -> None:

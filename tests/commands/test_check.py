@@ -158,8 +158,11 @@ def test_a_template_without_markers_is_told(recipe, check, tmp_path):
 def test_a_used_output_folder_is_told(check, golden_run):
     file = golden_run.parent / "recipe.yaml"
     status, told = check(file)
+    assert status == 2
+    assert "holds checkpoint-3 of an earlier run" in told
+    status, told = check(file, "overwrite_output_dir=true")
     assert status == 0
-    assert "holds 1 checkpoint(s) up to checkpoint-3, and resume_from_checkpoint is false" in told
+    assert "holds 1 checkpoint(s) up to checkpoint-3, and overwrite_output_dir is true: they will be removed" in told
     status, told = check(file, "resume_from_checkpoint=true")
     assert status == 0
     assert f"resumes {golden_run}/checkpoint-3" in told.replace("run/ checkpoint", "run/checkpoint")

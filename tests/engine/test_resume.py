@@ -120,6 +120,16 @@ def test_sigterm_saves_and_exits_75(recipe_file, tmp_path):
     assert step == read_metrics(run, "step")[-1] < 20
 
 
+def test_runs_are_not_mixed(recipe_file, tmp_path, capsys):
+    (tmp_path / "checkpoint-7/engine").mkdir(parents=True)
+    (tmp_path / "checkpoint-7/engine/state.json").write_text("{}")
+    keys = [f"output_dir={tmp_path}", "max_steps=1"]
+    assert main(["train", str(recipe_file), *keys]) == 2
+    assert "holds checkpoint-7 of an earlier run" in capsys.readouterr().err
+    assert main(["train", str(recipe_file), *keys, "overwrite_output_dir=true"]) == 0
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
 def test_resume_without_a_whole_checkpoint_is_refused(recipe_file, tmp_path, capsys):
     (tmp_path / "checkpoint-4").mkdir()
     status = main(["train", str(recipe_file), f"output_dir={tmp_path}", "resume_from_checkpoint=true"])
