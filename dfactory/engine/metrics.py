@@ -38,7 +38,7 @@ class MetricsLog:
         self._write({"step": step, "epoch": round(epoch, 4), **metrics})
         self.progress.update(self.task, completed=step, description=f"loss {metrics['loss']:.4f}")
         if step % self.recipe.logging_steps == 0 or step == self.num_steps:
-            self.console.print(
+            self.say(
                 f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {metrics['loss']:.4f}  "
                 f"hit {metrics['hit_rate']:.3f}  grad {metrics['grad_norm']:.3f}  lr {metrics['learning_rate']:.2e}  "
                 f"{metrics['tokens_per_second']:,.0f} tok/s"
@@ -47,12 +47,12 @@ class MetricsLog:
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._write({"step": step, **{f"eval/{name}": value for name, value in metrics.items()}})
         by_t = "  ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in metrics.items() if n.startswith("loss_t"))
-        self.console.print(
+        self.say(
             f"evaluation at step {step}: loss {metrics['loss']:.4f}  hit {metrics['hit_rate']:.3f}  ({by_t})"
         )
 
     def say(self, text: str) -> None:
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)  # a log file's lines are not the terminal's
 
     def _write(self, metrics: dict[str, Any]) -> None:
         self.folder.append_metrics(metrics)
