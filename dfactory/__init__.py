@@ -1,6 +1,6 @@
 """dFactory: post-training of block-diffusion language models.
 
-    policy = dfactory.load_policy("runs/mine", dtype="float32")
+    policy = dfactory.load_policy("runs/mine")
     scores = policy.score(batch)                                  # ViewBatch -> TokenScores
     rollouts = dfactory.decode(policy, [prompt_ids], rules)       # list[Rollout]
 

@@ -44,8 +44,7 @@ answer() { # file, then what names the model
     local output=$1
     shift
     [ ! -s "$output" ] || return 0
-    dfactory generate "$@" --dtype "$(recipe_value dtype)" \
-        --input recipes/quickstart/data/heldout.jsonl --output "$output.partial" \
+    dfactory generate "$@" --input recipes/quickstart/data/heldout.jsonl --output "$output.partial" \
         "decode.block_size=$(recipe_value block_size)" decode.max_new_tokens=32 decode.threshold=0.9
     mv "$output.partial" "$output"
 }

@@ -128,7 +128,7 @@ def family_of(policy: Policy) -> Family:
 def load_policy(
     name_or_path: str | Path,
     *,
-    dtype: str | torch.dtype = torch.bfloat16,
+    dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     init_weights: str = "pretrained",
     seed: int = 0,
@@ -136,14 +136,17 @@ def load_policy(
 ) -> Policy:
     """Read a Policy, in evaluation mode. A directory with LoRA adapters is read on top of its base model.
 
+    `dtype` auto is the precision that config.json states, or else bfloat16.
     `init_weights="random"` draws the weights from `seed` by the directory's config.json. Raises CheckpointError that
     names every tensor that is missing, unexpected or of another shape.
     """
     model_dir = resolve_model_dir(name_or_path)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if (model_dir / ADAPTER_CONFIG).is_file():
         return _load_adapters(model_dir, dtype, device, attn_implementation)
     config = read_config(model_dir)
+    if dtype == "auto":
+        dtype = config.dtype or torch.bfloat16
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if init_weights == "random":
         model = _draw(config, dtype, seed)
     else:
@@ -206,7 +209,7 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM._model_mapping[type(config)](config)
 
 
-def _load_adapters(adapter_dir: Path, dtype: torch.dtype, device, attn_implementation: str) -> Policy:
+def _load_adapters(adapter_dir: Path, dtype: str | torch.dtype, device, attn_implementation: str) -> Policy:
     from peft import PeftModel
 
     base = json.loads((adapter_dir / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
