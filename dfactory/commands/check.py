@@ -25,6 +25,7 @@ from dfactory.data.examples import DataReport, Examples
 from dfactory.data.pack import align
 from dfactory.data.records import BadRow
 from dfactory.data.source import RecordSource
+from dfactory.engine.expert_parallel import check_ranks
 from dfactory.engine.memory import (
     MemoryForecast,
     ParameterCounts,
@@ -51,7 +52,9 @@ def check(recipe: Recipe, gpus: int | None) -> int:
     """Print the dry run. Returns 0 if the recipe would start, else the exit status of the first error."""
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus {gpus}: give the number of ranks, 1 or more")
-    ranks = RANK_COUNTS if gpus is None else (gpus,)
+    shared = recipe.expert_parallel_size
+    ranks = tuple(n for n in RANK_COUNTS if n % shared == 0) or (shared,) if gpus is None else (gpus,)
+    check_ranks(recipe, ranks[0])
     page = Page()
     model = page.section("model", _model, recipe)
     if model is not None:
@@ -423,6 +426,8 @@ def _letters(recipe: Recipe, model: Model, ranks: int) -> str:
         "C key heads": head * sizes.num_key_value_heads,
         "V vocabulary": sizes.vocab_size,
     }
+    if setup.expert_parallel_size > 1:
+        letters |= {"X routed experts": model.counts.experts, "m sharing a layer": setup.expert_parallel_size}
     if model.counts.experts:
         letters |= {
             "I expert": sizes.moe_intermediate_size,

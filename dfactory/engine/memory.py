@@ -9,7 +9,8 @@ What is forecast is the peak of what the program asks for, in two phases that do
 and the head's. Assumed: AdamW; MoE blocks are ZeRO-3 leaf modules, gathered whole; flex_attention (no score matrix is
 kept). Activations count the tensors that autograd keeps for a decoder layer (tests/engine/test_memory.py measures them).
 Not counted: the CUDA context, NCCL's own buffers, and what the allocator loses to fragments; leave 10 percent for them.
-With expert parallelism a rank is taken to receive as many tokens as it sends; where routing is uneven it gets more.
+With expert parallelism a rank is taken to receive as many tokens as it sends (it then keeps 3 percent more, measured);
+where routing is uneven it gets more.
 """
 
 import dataclasses

@@ -47,9 +47,7 @@ class MetricsLog:
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._write({"step": step, **{f"eval/{name}": value for name, value in metrics.items()}})
         by_t = "  ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in metrics.items() if n.startswith("loss_t"))
-        self.say(
-            f"evaluation at step {step}: loss {metrics['loss']:.4f}  hit {metrics['hit_rate']:.3f}  ({by_t})"
-        )
+        self.say(f"evaluation at step {step}: loss {metrics['loss']:.4f}  hit {metrics['hit_rate']:.3f}  ({by_t})")
 
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)  # a log file's lines are not the terminal's

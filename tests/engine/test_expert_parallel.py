@@ -27,15 +27,15 @@ SHARED = "expert_parallel_size=2"
 def runs(recipe_file, run_jobs, tmp_path_factory):
     """Six steps on two processes, saved at the fourth too; "resumed" ones start from there."""
     folder = tmp_path_factory.mktemp("expert_parallel")
-    exact = ["dtype=bfloat16", ZERO[3], "gradient_checkpointing=true"]
-    options = {"plain": [ZERO[1]], "plain_bf16": exact, "shared_bf16": [*exact, SHARED]}
+    bf16 = ["dtype=bfloat16", ZERO[3], "gradient_checkpointing=true", "max_steps=2", "eval_noise_levels=[0.5]"]
+    options = {"plain": [ZERO[1]], "plain_bf16": bf16, "shared_bf16": [*bf16, SHARED]}
     options |= {f"shared{stage}": [ZERO[stage], SHARED] for stage in STAGES}
     for stage in (1, 3):
         options[f"resumed{stage}"] = [
             *options[f"shared{stage}"],
             f"resume_from_checkpoint={folder}/shared{stage}/checkpoint-4",
         ]
-    base = ["max_steps=6", "save_steps=4", "warmup_steps=0", "max_grad_norm=1.0"]
+    base = ["max_steps=6", "save_steps=4", "warmup_steps=0", "max_grad_norm=1.0", "eval_noise_levels=[0.3,0.7]"]
     base += ["per_device_train_batch_size=2", "gradient_accumulation_steps=2"]
     jobs = [(recipe_file, [*base, f"output_dir={folder / name}", *keys]) for name, keys in options.items()]
     run_jobs(2, jobs)
@@ -64,9 +64,13 @@ def test_the_checkpoint_has_the_original_tensors(runs, stage):
 
 @pytest.mark.slow
 def test_bf16_routes_in_fp32(runs):
+    """AutoEP by itself routes in bf16: then already the first loss is off by 2e-4, and its norm by 4e-3."""
     expected, got = (read_metrics(runs[name]) for name in ("plain_bf16", "shared_bf16"))
-    assert got == pytest.approx(expected, rel=3e-3)
-    weights = load_file(runs["shared_bf16"] / "checkpoint-6/model.safetensors")
+    assert got[0] == pytest.approx(expected[0], abs=1e-5)
+    assert got == pytest.approx(expected, rel=1e-2)
+    norms = [read_metrics(runs[name], "grad_norm")[0] for name in ("plain_bf16", "shared_bf16")]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    weights = load_file(runs["shared_bf16"] / "checkpoint-2/model.safetensors")
     assert weights["model.layers.1.mlp.gate.expert_bias"].dtype == torch.float32
     assert weights["model.layers.1.mlp.experts.0.gate_proj.weight"].dtype == torch.bfloat16
 
