@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="model directory, run folder, or `tiny`")
     parser.add_argument("--init-weights", default="pretrained", choices=("pretrained", "random"))
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: the checkpoint's")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: the checkpoint's"
+    )
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
 
 
