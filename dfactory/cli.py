@@ -72,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--model", required=True, help="run folder or checkpoint")
     export.add_argument("--output", required=True, help="new directory")
 
+    verb("schema", _schema, "every recipe and decode key with its type, default and meaning")
+
     report = verb("report", _report, "draw the curves of finished or running runs")
     report.add_argument("runs", nargs="+", help="run folders")
     return parser
@@ -130,6 +132,12 @@ def _export(arguments, overrides) -> int:
     from dfactory.commands.export import export
 
     return export(arguments.model, arguments.output)
+
+
+def _schema(arguments, overrides) -> int:
+    from dfactory.commands.schema import schema
+
+    return schema()
 
 
 def _report(arguments, overrides) -> int:

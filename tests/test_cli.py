@@ -10,6 +10,9 @@ import yaml
 
 import dfactory
 from dfactory.cli import main
+from dfactory.config.decode import DecodeKeys
+from dfactory.config.load import known_keys
+from dfactory.config.recipe import Recipe
 from tests.engine.conftest import GOLDEN, write_records
 
 TEXT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
@@ -150,6 +153,15 @@ def test_usage_errors_exit_2():
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert ended.value.code == 2
+
+
+def test_schema_names_every_key(capsys):
+    assert main(["schema"]) == 0
+    told = capsys.readouterr().out
+    for schema, prefix in ((Recipe, ""), (DecodeKeys, "decode.")):
+        for name, field in known_keys(schema, prefix).items():
+            assert f"  {name}: " in told, name
+            assert field.metadata["help"], name
 
 
 def test_help_is_answered_without_heavy_imports():

@@ -5,6 +5,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -12,6 +13,7 @@ from dfactory.config.decode import DecodeKeys
 from dfactory.config.recipe import Recipe
 from dfactory.errors import ConfigError
 
+NOT_YAML = (yaml.YAMLError, OmegaConfBaseException, ValueError)  # what OmegaConf raises for text that it cannot read
 PATH_KEYS = ("deepspeed", "chat_template_path")  # paths that a recipe states relative to itself
 
 
@@ -22,7 +24,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
         raise ConfigError(f"recipe {path} does not exist: give a YAML file such as recipes/quickstart/sft.yaml")
     try:
         file_layer = OmegaConf.load(path)
-    except Exception as problem:  # the YAML library's many errors all mean the same to the user
+    except (*NOT_YAML, OSError) as problem:
         raise ConfigError(f"{path} is not valid YAML: {problem}") from problem
     if not isinstance(file_layer, DictConfig):
         raise ConfigError(f"{path} holds no keys: a recipe is a mapping of key: value lines")
@@ -45,7 +47,7 @@ def _parse_overrides(overrides: list[str]) -> DictConfig:
             raise ConfigError(f"override {item!r} is not key=value")
     try:
         return OmegaConf.from_dotlist(items)
-    except Exception as problem:
+    except NOT_YAML as problem:
         raise ConfigError(f"cannot read the overrides {items}: {problem}") from problem
 
 
@@ -78,7 +80,7 @@ def _merge(schema: type, layers: list[tuple[str, DictConfig]]) -> Any:
         except OmegaConfBaseException as problem:
             name = getattr(problem, "full_key", None) or "a key"
             raise ConfigError(f"{name} in {origin}: {str(problem).splitlines()[0]}") from problem
-    origins = " and ".join(origin for origin, layer in layers if layer)
+    origins = " and ".join(origin for i, (origin, layer) in enumerate(layers) if layer or i == 0)
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise ConfigError(f"{', '.join(missing)} missing in {origins}: the key is required")
