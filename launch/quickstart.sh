@@ -44,9 +44,8 @@ answer() { # file, then what names the model
     local output=$1
     shift
     [ ! -s "$output" ] || return 0
-    dfactory generate "$@" --input recipes/quickstart/data/heldout.jsonl --output "$output.partial" \
+    dfactory generate "$@" --input recipes/quickstart/data/heldout.jsonl --output "$output" \
         "decode.block_size=$(recipe_value block_size)" decode.max_new_tokens=32 decode.threshold=0.9
-    mv "$output.partial" "$output"
 }
 answer "$run/before.jsonl" --model tiny --init-weights random
 answer "$run/after.jsonl" --model "$run"
