@@ -160,7 +160,13 @@ class FlexPlan:
 
         rows, length = place_RS.document.shape
         device = place_RS.document.device
-        return cls(create_block_mask(flex_mask_mod(place_RS), rows, None, length, length, device=str(device)))
+        # Compiled, the mask is asked tile by tile; eager, torch would first lay out all of [R, S, S].
+        compiled = device.type == "cuda"
+        return cls(
+            create_block_mask(
+                flex_mask_mod(place_RS), rows, None, length, length, device=str(device), _compile=compiled
+            )
+        )
 
     def attend(self, query, key, value, scaling):
         attended = _compiled_flex_attention()(
