@@ -18,21 +18,13 @@ REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=python
 [ ! -x "$REPO/.venv/bin/python" ] || python="$REPO/.venv/bin/python"
 
-probe='
-import socket, torch
-listener = socket.socket()
-listener.bind(("127.0.0.1", 0))
-print(max(torch.cuda.device_count(), 1), listener.getsockname()[1])
-'
-found=$("$python" -c "$probe")
-read -r devices free_port <<<"$found"
+devices=$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')
 
 nodes=${NNODES:-1}
 processes=${NPROC_PER_NODE:-$devices}
 if [ "$nodes" -gt 1 ]; then
     : "${NODE_RANK:?NNODES is $nodes, so each machine needs its own NODE_RANK, from 0}"
     : "${MASTER_ADDR:?NNODES is $nodes, so MASTER_ADDR must name the machine with NODE_RANK 0}"
-    free_port=29500 # the machines have to agree on one
 fi
 
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
@@ -43,7 +35,9 @@ fi
 if [ "$nodes" -eq 1 ] && [ "$processes" -eq 1 ]; then
     exec "$python" -m dfactory.cli train "$@"
 fi
-exec "$python" -m torch.distributed.run \
-    --nnodes "$nodes" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$processes" \
-    --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-$free_port}" \
+meeting=(--standalone) # torchrun itself finds a free port on this machine
+if [ "$nodes" -gt 1 ]; then
+    meeting=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+fi
+exec "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" "${meeting[@]}" \
     -m dfactory.cli train "$@"

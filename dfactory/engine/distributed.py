@@ -1,7 +1,6 @@
 """The process group: one rank by itself, or many under torchrun, slurm or Ray."""
 
 import os
-import socket
 import warnings
 
 import torch
@@ -9,15 +8,15 @@ import torch.distributed as dist
 
 
 def start() -> tuple[int, int]:
-    """Join the process group (once) and return (rank, world size). Without a launcher: a group of one, on loopback."""
+    """Join the process group (once) and return (rank, world size). Without a launcher: a group of one, without a port."""
     if not dist.is_initialized():
         if "RANK" not in os.environ:
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-            os.environ.update(alone, MASTER_PORT=str(_free_port()))
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+            dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # no port to be taken
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's old names
         import deepspeed
 
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        deepspeed.init_distributed(dist_backend=_backend(), verbose=False)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return dist.get_rank(), dist.get_world_size()
@@ -43,7 +42,5 @@ def any_rank(flag: bool) -> bool:
     return bool(votes.item())
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _backend() -> str:
+    return "nccl" if torch.cuda.is_available() else "gloo"
