@@ -6,6 +6,18 @@ import torch
 
 from dfactory.types import PADDING, ViewBatch
 
+# A dense decoder of about 30,000 parameters, by transformers' config keys.
+TINY_SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+
 
 @dataclasses.dataclass
 class Document:

@@ -9,21 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from dfactory.models.registry import load_policy
+from tests.batches import TINY_SIZES
 
 GOLDEN_DIR = Path(__file__).parents[1] / "golden"
 
 # About 30,000 parameters each; 96 tokens, grouped key/value heads.
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-}
+SIZES = TINY_SIZES | {"tie_word_embeddings": False}
 CONFIGS = {
     "qwen3": SIZES | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
     "qwen3_moe": SIZES
