@@ -68,9 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--output", help="also write the responses, as `generate` does")
 
-    export = verb("export", _export, "write a checkpoint as a plain model directory; merges LoRA adapters")
+    export = verb("export", _export, "write a checkpoint as a plain model directory; merges adapters and checkpoints")
     export.add_argument("--model", required=True, help="run folder or checkpoint")
     export.add_argument("--output", required=True, help="new directory")
+    export.add_argument(
+        "--merge",
+        nargs="+",
+        metavar="key=value",
+        help="topk=K [metric=eval/loss] [mode=min|max]: the mean of the K best checkpoints of a run folder",
+    )
 
     verb("schema", _schema, "every recipe and decode key with its type, default and meaning")
 
@@ -129,6 +135,13 @@ def _eval(arguments, overrides) -> int:
 
 
 def _export(arguments, overrides) -> int:
+    if arguments.merge is not None:
+        from dfactory.config.load import load_merge_keys
+
+        keys = load_merge_keys(arguments.merge)
+        from dfactory.commands.merge import merge
+
+        return merge(arguments.model, arguments.output, keys)
     from dfactory.commands.export import export
 
     return export(arguments.model, arguments.output)

@@ -6,9 +6,9 @@ probe have to be those of base and adapters. The directory appears under its nam
 """
 
 import contextlib
-import json
+import functools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +21,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from dfactory.data.pack import PackedDocument, collate
 from dfactory.engine.runfolder import sync_tree
 from dfactory.errors import CheckpointError, ConfigError
-from dfactory.models.headers import read_shapes, weight_files
+from dfactory.models.headers import dtype_name, open_tensors, stored_dtype, weight_files
 from dfactory.models.policy import Policy
-from dfactory.models.registry import ADAPTER_CONFIG, load_policy, resolve_model_dir
-from dfactory.models.saving import GENERATION_CONFIG, layer_groups, save_policy
+from dfactory.models.registry import ADAPTER_CONFIG, adapter_base, load_policy, resolve_model_dir
+from dfactory.models.saving import CHAT_TEMPLATE, GENERATION_CONFIG, layer_groups, save_policy
 from dfactory.types import TokenScores, ViewBatch
 from dfactory.views import masked_view
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors spells them
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}  # of a log-probability, after merging
 PROBE_BLOCK, PROBE_LENGTH = 8, 64
 
@@ -39,16 +38,23 @@ def export(model: str, output: str) -> int:
     Raises ConfigError if `output` is not free, CheckpointError if the checkpoint cannot be read or a proof fails; then
     nothing is left behind.
     """
-    source, target = resolve_model_dir(model), Path(output)
+    source = resolve_model_dir(model)
+    if not (source / ADAPTER_CONFIG).is_file():
+        return write_proved(Path(output), str(source), lambda partial: _copy_checkpoint(source, partial))
+    read = functools.partial(load_policy, source)
+    return write_proved(Path(output), str(source), lambda partial: merge_adapters(read, source, partial))
+
+
+def write_proved(target: Path, named: str, write: Callable[[Path], list[str]]) -> int:
+    """Let `write` fill a directory, which takes the name `target` when `write` has returned what it proved."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"--output {target} exists and is not an empty directory: give a new one")
     with _appears_whole(target) as partial:
-        is_adapter = (source / ADAPTER_CONFIG).is_file()
-        proofs = _merge_adapters(source, partial) if is_adapter else _copy_checkpoint(source, partial)
+        proofs = write(partial)
     console = Console(highlight=False, soft_wrap=True)
     for proof in proofs:
         console.print(proof)
-    console.print(f"{source} is now {target}: {', '.join(sorted(file.name for file in target.iterdir()))}")
+    console.print(f"{named} is now {target}: {', '.join(sorted(file.name for file in target.iterdir()))}")
     return 0
 
 
@@ -76,9 +82,14 @@ def _copy_checkpoint(source: Path, partial: Path) -> list[str]:
         # weights that the checkpoint does not read (those of another format, or left over) are not part of it
         if file.is_file() and (file.name in weights or file.suffix not in (".safetensors", ".bin", ".pt")):
             shutil.copyfile(file, partial / file.name)
+    return [prove_copy(source, partial)]
+
+
+def prove_copy(source: Path, partial: Path) -> str:
+    """Load what was written; raises CheckpointError unless every tensor is bitwise that of the source."""
     dtype = stored_dtype(source)
-    count = _require_same_tensors(load_policy(partial, dtype=dtype), _open_tensors(source))
-    return [f"copied and loaded again: {count} tensors ({dtype_name(dtype)}) equal the checkpoint's bit by bit"]
+    count = _require_same_tensors(load_policy(partial, dtype=dtype), open_tensors(source))
+    return f"copied and loaded again: {count} tensors ({dtype_name(dtype)}) equal the checkpoint's bit by bit"
 
 
 def _require_same_tensors(policy: Policy, stored: dict[str, safe_open]) -> int:
@@ -102,24 +113,31 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Change(NamedTuple):
-    """How a merged model differs from its base."""
+    """How one model directory differs from another."""
 
-    tensors: int
+    tensors: int  # that differ
     largest: float
     name: str  # of the tensor that holds the largest difference
 
 
-def _merge_adapters(source: Path, partial: Path) -> list[str]:
-    base_dir = _base_of(source)
+def merge_adapters(read: Callable[[torch.dtype], Policy], source: Path, partial: Path) -> list[str]:
+    """Merge the adapters of the policy that `read(dtype=...)` gives into their base, into `partial`; `source` is where
+    they lie. Returns the proofs, raises CheckpointError where one fails."""
+    base_dir = adapter_base(source)
     dtype = stored_dtype(base_dir)
-    adapted = load_policy(source, dtype=dtype)
+    adapted = read(dtype=dtype)
     probe = probe_batch(adapted.config.vocab_size)
     wanted = _score(adapted, probe)
     with adapted.model.disable_adapter():
         moved = float((_score(adapted, probe).logprob_N - wanted.logprob_N).abs().max())
     _write_merged(adapted, source, partial)
     del adapted  # one model in memory at a time
-    change = _require_changed(base_dir, partial)
+    change = compare(base_dir, partial)
+    if not change.tensors:
+        raise CheckpointError(
+            f"the merged model equals its base {base_dir} in every tensor: the adapters are untrained, or too small to "
+            "survive rounding; train them first"
+        )
     difference = _require_same_scores(load_policy(partial, dtype=dtype), probe, wanted, dtype)
     return [
         f"merged {source} into {base_dir}: {change.tensors} tensors changed, most of all {change.name}, by up to "
@@ -129,41 +147,27 @@ def _merge_adapters(source: Path, partial: Path) -> list[str]:
     ]
 
 
-def _base_of(adapter_dir: Path) -> Path:
-    base = json.loads((adapter_dir / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-    if not Path(base).is_dir():
-        raise CheckpointError(
-            f"base_model_name_or_path {base} in {adapter_dir / ADAPTER_CONFIG} is not a directory: adapters are merged "
-            "into their base; put it back, or correct the path there"
-        )
-    return Path(base)
-
-
 def _write_merged(adapted: Policy, source: Path, partial: Path) -> None:
     try:
         merged = adapted.model.merge_and_unload(safe_merge=True)
     except ValueError as problem:  # peft found a NaN
         raise CheckpointError(f"{source} cannot be merged: {problem}") from problem
-    if (source / GENERATION_CONFIG).is_file():  # before the base's own is carried along: this one has the block size
-        shutil.copyfile(source / GENERATION_CONFIG, partial / GENERATION_CONFIG)
+    for name in (GENERATION_CONFIG, CHAT_TEMPLATE):  # before the base's own are carried along: these are as trained
+        if (source / name).is_file():
+            shutil.copyfile(source / name, partial / name)
     save_policy(Policy(merged, source_dir=adapted.source_dir), partial)
 
 
-def _require_changed(base_dir: Path, merged_dir: Path) -> Change:
-    """The written tensors against those of the base, one at a time. Raises CheckpointError if all are the same."""
-    base, merged = _open_tensors(base_dir), _open_tensors(merged_dir)
+def compare(before: Path, after: Path) -> Change:
+    """The tensors that two model directories share, one at a time."""
+    old, new = open_tensors(before), open_tensors(after)
     changed, largest, where = 0, 0.0, ""
-    for name in sorted(set(base) & set(merged)):
-        difference = base[name].get_tensor(name).double() - merged[name].get_tensor(name).double()
+    for name in sorted(set(old) & set(new)):
+        difference = old[name].get_tensor(name).double() - new[name].get_tensor(name).double()
         furthest = float(difference.abs().max())
         changed += furthest > 0
         if furthest > largest:
             largest, where = furthest, name
-    if not changed:
-        raise CheckpointError(
-            f"the merged model equals its base {base_dir} in all {len(merged)} tensors: the adapters are untrained, or "
-            "too small to survive rounding; train them first"
-        )
     return Change(changed, largest, where)
 
 
@@ -191,29 +195,3 @@ def _require_same_scores(policy: Policy, probe: ViewBatch, wanted: TokenScores, 
             f"{dtype_name(dtype)} {TOLERANCE[dtype]:g} is allowed: nothing was exported"
         )
     return difference
-
-
-# --- tensors on disk --------------------------------------------------------------------------------------------------
-
-
-def _open_tensors(model_dir: Path) -> dict[str, safe_open]:
-    """Name -> the open file that holds the tensor; nothing is read yet."""
-    files = [safe_open(file, framework="pt") for file in weight_files(model_dir)]
-    return {name: file for file in files for name in file.keys()}  # noqa: SIM118
-
-
-def stored_dtype(model_dir: Path) -> torch.dtype:
-    """The precision that holds most of the elements of a model directory. Raises CheckpointError for another than
-    float32, bfloat16 and float16."""
-    shapes, sizes = read_shapes(model_dir), {}
-    for name, file in _open_tensors(model_dir).items():
-        spelt = file.get_slice(name).get_dtype()
-        sizes[spelt] = sizes.get(spelt, 0) + int(np.prod(shapes[name]))
-    spelt = max(sizes, key=sizes.get)
-    if spelt not in DTYPES:
-        raise CheckpointError(f"{model_dir} holds {spelt} tensors: export reads {', '.join(DTYPES)}")
-    return DTYPES[spelt]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -6,7 +6,6 @@ line in FIGURES.
 
 import base64
 import html
-import json
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -20,8 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
-from dfactory.engine.runfolder import replace_text
-from dfactory.errors import DataError
+from dfactory.engine.runfolder import RunFolder, replace_text
 
 REPORT, PAGE = "report", "report.html"
 COLOURS = ("#1f5fa8", "#c4531a", "#2e7d4f", "#8a3ea3", "#8c6d1f", "#4d4d4d")  # a run each
@@ -100,19 +98,7 @@ def _labels(run_dirs: list[Path]) -> list[str]:
 
 
 def _read_run(path: Path, label: str) -> Run:
-    file = path / "metrics.jsonl"
-    if not file.is_file():
-        raise DataError(f"{file} does not exist: give run folders, the output_dir of a recipe that was trained")
-    rows, lines = [], file.read_text().splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as problem:
-            if number == len(lines):
-                break  # a run that is being written, or was killed while it wrote
-            raise DataError(f"{file}:{number} is not JSON ({problem.msg}): remove the line") from problem
-    if not rows:
-        raise DataError(f"{file} holds no step yet: wait for the first one")
+    rows = RunFolder(path).metrics()
     config = path / "config.yaml"
     return Run(label, path, rows, config.read_text() if config.is_file() else "")
 

@@ -11,12 +11,14 @@ from rich.markup import escape
 from dfactory.config.data import DatasetKeys
 from dfactory.config.decode import DecodeKeys
 from dfactory.config.load import known_keys
+from dfactory.config.merge import MergeKeys
 from dfactory.config.recipe import Recipe
 
 SECTIONS = {
     "recipe": (Recipe, ""),
     "each entry of datasets and eval_datasets": (DatasetKeys, ""),
     "generate and eval": (DecodeKeys, "decode."),
+    "export --merge": (MergeKeys, ""),
 }
 
 

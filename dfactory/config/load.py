@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dfactory.config.decode import DecodeKeys
+from dfactory.config.merge import MergeKeys
 from dfactory.config.recipe import Recipe
 from dfactory.errors import ConfigError
 
@@ -38,6 +39,11 @@ def load_decode_keys(overrides: list[str]) -> DecodeKeys:
     """`decode.threshold=0.9 ...` -> DecodeKeys; the prefix may be left out."""
     bare = [item.removeprefix("--").removeprefix("decode.") for item in overrides]
     return _merge(DecodeKeys, [("the command line", _parse_overrides(bare))])
+
+
+def load_merge_keys(words: list[str]) -> MergeKeys:
+    """`topk=3 metric=eval/loss` -> MergeKeys."""
+    return _merge(MergeKeys, [("--merge", _parse_overrides(words))])
 
 
 def _parse_overrides(overrides: list[str]) -> DictConfig:

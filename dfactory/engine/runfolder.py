@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dfactory.config.recipe import Recipe
-from dfactory.errors import CheckpointError, ConfigError
+from dfactory.errors import CheckpointError, ConfigError, DataError
 
 STATE = "engine/state.json"  # written last into a checkpoint: one without it is not whole
 
@@ -45,13 +45,30 @@ class RunFolder:
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl. Raises DataError where it is missing, empty or broken."""
+        file = self.metrics_file
+        if not file.is_file():
+            raise DataError(f"{file} does not exist: give run folders, the output_dir of a recipe that was trained")
+        rows, lines = [], file.read_text().splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as problem:
+                if number == len(lines):
+                    break  # a run that is being written, or was killed while it wrote
+                raise DataError(f"{file}:{number} is not JSON ({problem.msg}): remove the line") from problem
+        if not rows:
+            raise DataError(f"{file} holds no step yet: wait for the first one")
+        return rows
+
     def checkpoint(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
         found = [path.parent.parent for path in self.path.glob(f"checkpoint-*/{STATE}")]
-        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+        return sorted(found, key=step_of)
 
     def publish(self, partial: Path, step: int, keep: int | None) -> Path:
         """Turn a finished partial directory into checkpoint-N, point LATEST to it, and remove the oldest ones."""
@@ -95,6 +112,11 @@ class RunFolder:
                 f"output_dir {self.path} holds {old[-1].name} of an earlier run: set resume_from_checkpoint=true to go on, "
                 "overwrite_output_dir=true to remove it and start anew, or another output_dir"
             )
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step of checkpoint-N."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def replace_text(file: Path, text: str) -> None:

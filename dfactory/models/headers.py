@@ -5,9 +5,11 @@ and the message names the tensors as their author wrote them, not as transformer
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -16,6 +18,8 @@ from dfactory.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors spells them
 
 SHOWN = 8  # problems that a message spells out
 
@@ -52,6 +56,29 @@ def read_shapes(model_dir: Path) -> Shapes:
         except (SafetensorError, OSError) as problem:
             raise CheckpointError(f"{file} is not a whole safetensors file: {problem}; copy it anew") from problem
     return shapes
+
+
+def open_tensors(model_dir: Path) -> dict[str, safe_open]:
+    """Name -> the open file that holds the tensor; nothing is read yet."""
+    files = [safe_open(file, framework="pt") for file in weight_files(model_dir)]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118
+
+
+def stored_dtype(model_dir: Path) -> torch.dtype:
+    """The precision that holds most of the elements of a model directory. Raises CheckpointError for another than
+    float32, bfloat16 and float16."""
+    shapes, sizes = read_shapes(model_dir), {}
+    for name, file in open_tensors(model_dir).items():
+        spelt = file.get_slice(name).get_dtype()
+        sizes[spelt] = sizes.get(spelt, 0) + math.prod(shapes[name])
+    spelt = max(sizes, key=sizes.get)
+    if spelt not in DTYPES:
+        raise CheckpointError(f"{model_dir} holds {spelt} tensors: only {', '.join(DTYPES)} can be read")
+    return DTYPES[spelt]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_shapes(model_dir: Path, found: Shapes, model: PreTrainedModel) -> None:

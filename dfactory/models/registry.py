@@ -209,11 +209,21 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM._model_mapping[type(config)](config)
 
 
+def adapter_base(adapter_dir: Path) -> Path:
+    """The model directory that LoRA adapters belong to. Raises CheckpointError if it is gone."""
+    base = json.loads((adapter_dir / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    if not Path(base).is_dir():
+        raise CheckpointError(
+            f"base_model_name_or_path {base} in {adapter_dir / ADAPTER_CONFIG} is not a directory: adapters are nothing "
+            "without their base; put it back, or correct the path there"
+        )
+    return Path(base)
+
+
 def _load_adapters(adapter_dir: Path, dtype: str | torch.dtype, device, attn_implementation: str) -> Policy:
     from peft import PeftModel
 
-    base = json.loads((adapter_dir / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-    policy = load_policy(base, dtype=dtype, attn_implementation=attn_implementation)
+    policy = load_policy(adapter_base(adapter_dir), dtype=dtype, attn_implementation=attn_implementation)
     policy.model = PeftModel.from_pretrained(policy.model, adapter_dir, torch_device="cpu").eval()
     return policy.to(device)
 

@@ -66,24 +66,27 @@ def dfactory(*words: object, status: int = 0) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="session")
 def golden_run(tmp_path_factory) -> Path:
-    """The run folder of three steps, each evaluated, on the golden LLaDA2 checkpoint with foreign files beside it."""
+    """Three steps, each evaluated and saved, on the golden LLaDA2 checkpoint with foreign files beside it."""
     folder = tmp_path_factory.mktemp("golden")
     model = folder / "model"
     shutil.copytree(GOLDEN, model, ignore=shutil.ignore_patterns("forward.safetensors", "expected.json"))
     (model / "modeling_x.py").write_text("raise SystemExit('executed')\n")
     (model / "NOTICE").write_text("carry me")
     held_out = write_records(folder / "held_out.jsonl", 3, 150)
-    extra = {"max_steps": 3, "eval_steps": 1, "eval_datasets": [{"path": str(held_out)}]}
+    extra = {"max_steps": 3, "eval_steps": 1, "save_steps": 1, "eval_datasets": [{"path": str(held_out)}]}
     dfactory("train", write_recipe(folder, model, vocabulary=150, mask=158, eos=156, **extra))
     return folder / "run"
 
 
 @pytest.fixture(scope="session")
 def lora_run(tmp_path_factory) -> Path:
-    """The run folder of two LoRA steps on Qwen3-shaped weights with tied embeddings; the base is `base` beside it."""
+    """The run folder of two LoRA steps, each evaluated and saved, on Qwen3-shaped weights with tied embeddings; the base
+    is `base` beside it."""
     folder = tmp_path_factory.mktemp("lora")
     base = save_plain(folder / "base", "qwen3", tied=True)
-    dfactory("train", write_recipe(folder, base, vocabulary=90, mask=95, eos=94, use_peft=True))
+    held_out = write_records(folder / "held_out.jsonl", 3, 90)
+    extra = {"use_peft": True, "eval_steps": 1, "save_steps": 1, "eval_datasets": [{"path": str(held_out)}]}
+    dfactory("train", write_recipe(folder, base, vocabulary=90, mask=95, eos=94, **extra))
     return folder / "run"
 
 

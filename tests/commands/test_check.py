@@ -162,7 +162,7 @@ def test_a_used_output_folder_is_told(check, golden_run):
     assert "holds checkpoint-3 of an earlier run" in told
     status, told = check(file, "overwrite_output_dir=true")
     assert status == 0
-    assert "holds 1 checkpoint(s) up to checkpoint-3, and overwrite_output_dir is true: they will be removed" in told
+    assert "holds 3 checkpoint(s) up to checkpoint-3, and overwrite_output_dir is true: they will be removed" in told
     status, told = check(file, "resume_from_checkpoint=true")
     assert status == 0
     assert f"resumes {golden_run}/checkpoint-3" in told.replace("run/ checkpoint", "run/checkpoint")

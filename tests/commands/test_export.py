@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dfactory.commands import export as exporting
-from dfactory.commands.export import export, probe_batch, stored_dtype
+from dfactory.commands.export import export, probe_batch
 from dfactory.errors import CheckpointError, ConfigError
+from dfactory.models.headers import stored_dtype
 from dfactory.models.registry import add_adapters, load_policy
 from dfactory.models.saving import save_policy
 from tests.commands.conftest import GOLDEN, save_plain
