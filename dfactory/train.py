@@ -19,9 +19,10 @@ from dfactory.engine.metrics import MetricsLog
 from dfactory.engine.preemption import EXIT_PREEMPTED, Preemption
 from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.trainer import Trainer, keep_zero3_config, zero_stage
-from dfactory.engine.window import Objective
+from dfactory.engine.window import Measure, Objective, means_by_t
 from dfactory.models.policy import Policy
 from dfactory.models.registry import add_adapters, load_policy, read_config, read_tokenizer, resolve_model_dir
+from dfactory.objectives.cap import CAP
 from dfactory.objectives.sft import SFT
 from dfactory.types import TrainState
 from dfactory.views import GridMask, RandomMask
@@ -62,7 +63,7 @@ def train(recipe: Recipe) -> int:
                 log.step(state.step, source.epoch, metrics)
             last = state.step == num_steps
             if inputs.held_out is not None and (last or is_due(recipe.eval_steps, state.step)):
-                results = trainer.evaluate(make_eval_source(recipe, inputs, rank, world_size), recipe.eval_noise_levels)
+                results = trainer.evaluate(make_eval_source(recipe, inputs, rank, world_size), make_measure(recipe))
                 if log:
                     log.evaluation(state.step, results)
             preempted = distributed.any_rank(preemption.requested)
@@ -120,7 +121,6 @@ def read_inputs(recipe: Recipe) -> Inputs:
 def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> RecordSource:
     views = RandomMask(
         mask_id=inputs.special.mask,
-        block_size=recipe.block_size,
         seed=recipe.seed,
         low=recipe.noise_range_low,
         high=recipe.noise_range_high,
@@ -136,7 +136,7 @@ def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> R
         num_views=recipe.views_per_document,
         block_size=recipe.block_size,
         eos_id=inputs.special.eos,
-        row_length=recipe.row_length or recipe.max_length * (1 + recipe.views_per_document),
+        row_length=recipe.row_length or recipe.longest_record,
         packing=recipe.packing,
         seed=recipe.seed,
         rank=rank,
@@ -153,7 +153,7 @@ def make_eval_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int)
     return RecordSource(
         inputs.held_out,
         [1.0 for _ in recipe.eval_datasets],
-        GridMask(inputs.special.mask, recipe.block_size, recipe.seed, levels),
+        GridMask(inputs.special.mask, recipe.seed, levels),
         num_views=len(levels),
         block_size=recipe.block_size,
         eos_id=inputs.special.eos,
@@ -168,7 +168,17 @@ def make_eval_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int)
 
 
 def make_objective(recipe: Recipe) -> Objective:
-    return {"sft": lambda: SFT(recipe.loss_weight)}[recipe.stage]()
+    makers = {
+        "sft": lambda: SFT(recipe.loss_weight),
+        "cpt": lambda: SFT(recipe.loss_weight),
+        "cap": lambda: CAP(recipe.loss_weight, recipe.confidence_beta),
+    }
+    return makers[recipe.stage]()
+
+
+def make_measure(recipe: Recipe) -> Measure:
+    """What an evaluation reports of each micro-batch."""
+    return means_by_t(recipe.eval_noise_levels)
 
 
 def make_policy(recipe: Recipe) -> Policy:

@@ -50,6 +50,20 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class AlignedDocument:
+    """A document filled with EOS to whole blocks: what views are made from."""
+
+    document_id: int
+    input_ids_T: np.ndarray  # int32
+    trainable_T: np.ndarray  # bool, fill included
+    block_size: int
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.input_ids_T) // self.block_size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class View:
     """A noised copy of some whole blocks of one aligned document. Positions without a target are context.
 
@@ -86,6 +100,8 @@ class ViewBatch:
     document_id_D: torch.Tensor  # int64
     response_length_D: torch.Tensor  # int64: response tokens of the document, fill included
     num_views_D: torch.Tensor  # int64: K of the document
+    columns: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    """What a source adds for its objective, by names that end in the letter of their length: `reference_elbo_D`."""
 
     @property
     def place_RS(self) -> Place:
@@ -111,12 +127,23 @@ class ViewBatch:
         return int((self.document_RS != PADDING).sum())
 
     def to(self, device) -> "ViewBatch":
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)}
-        return ViewBatch(**moved)
+        names = [field.name for field in dataclasses.fields(self) if field.name != "columns"]
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        columns = {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
+        return ViewBatch(**moved, columns=columns)
+
+    def with_columns(self, **columns: torch.Tensor) -> "ViewBatch":
+        """The same batch with further columns."""
+        return dataclasses.replace(self, columns={**self.columns, **columns})
+
+    def sum_by_document(self, value_N: torch.Tensor) -> torch.Tensor:
+        """Sums of a number per target over the targets of each document, [D], in float32 and differentiable."""
+        sums_D = torch.zeros(len(self.document_id_D), dtype=torch.float32, device=value_N.device)
+        return sums_D.index_add(0, self.document_N, value_N.float())
 
 
 class TokenScores(NamedTuple):
-    """What the model says about the targets of a ViewBatch: three numbers a target, never logits.
+    """What the model says about the targets of a ViewBatch: four numbers a target, never logits.
 
     A named tuple, because DeepSpeed has to find the tensors in what a module returns.
     """
@@ -124,6 +151,7 @@ class TokenScores(NamedTuple):
     logprob_N: torch.Tensor  # float32, log p(target | view); carries the gradient
     entropy_N: torch.Tensor  # float32, entropy of p(. | view) in nats; carries a gradient too
     hit_N: torch.Tensor  # bool, argmax p == target
+    argmax_N: torch.Tensor  # int64, the most probable token: the model's draft
 
 
 class Mean(NamedTuple):
@@ -137,8 +165,8 @@ class Mean(NamedTuple):
 class LossTerms:
     """What an objective returns for one micro-batch. The engine divides, once, over the window and all ranks.
 
-    `loss[name].total` carries the gradient; `loss[name].count` must equal `objective.counts(batch)[name]`, which the
-    engine needs before the first backward of the window. `metrics` are means that are only logged.
+    `loss[name].total` carries the gradient; `loss[name].count` must equal `objective.counts(batch, scores)[name]`, which
+    the engine needs before the first backward of the window. `metrics` are means that are only logged.
     """
 
     loss: dict[str, Mean]

@@ -290,8 +290,9 @@ def _example(page: Page, recipe: Recipe, inputs: Inputs) -> None:
     index = int((length_E <= preview.SHOWN_TOKENS).argmax())  # the very first if all are longer
     example = inputs.train[index]
     decode = preview.decoder_of(inputs.encoder.tokenizer if inputs.encoder else None)
-    ids_T, trainable_T = align(example, recipe.block_size, inputs.special.eos)
-    views = make_source(recipe, inputs, rank=0, world_size=1).make_views(ids_T, trainable_T, example.document_id, 0)
+    document = align(example, recipe.block_size, inputs.special.eos)
+    ids_T, trainable_T = document.input_ids_T, document.trainable_T
+    views = make_source(recipe, inputs, rank=0, world_size=1).make_views(document, 0)
     page.line("legend", preview.legend())
     page.line("document", preview.document_text(example, ids_T, trainable_T, decode))
     page.line(f"view 1 of {len(views)}", preview.view_text(views[0], trainable_T, len(example), decode))

@@ -25,7 +25,7 @@ from dfactory.models.headers import dtype_name, open_tensors, stored_dtype, weig
 from dfactory.models.policy import Policy
 from dfactory.models.registry import ADAPTER_CONFIG, adapter_base, load_policy, resolve_model_dir
 from dfactory.models.saving import CHAT_TEMPLATE, GENERATION_CONFIG, layer_groups, save_policy
-from dfactory.types import TokenScores, ViewBatch
+from dfactory.types import AlignedDocument, TokenScores, ViewBatch
 from dfactory.views import masked_view
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}  # of a log-probability, after merging
@@ -177,9 +177,10 @@ def probe_batch(vocab_size: int) -> ViewBatch:
     ids_T = rng.integers(0, vocab_size, PROBE_LENGTH, dtype=np.int32)
     position_P = np.arange(PROBE_LENGTH // 2, PROBE_LENGTH, dtype=np.int32)
     masked_P = rng.random(len(position_P)) < 0.5
-    view = masked_view(ids_T, position_P, masked_P, np.full(len(position_P), 0.5), mask_id=vocab_size - 1)
     trainable_T = np.arange(PROBE_LENGTH) >= PROBE_LENGTH // 2
-    return collate([[PackedDocument(0, ids_T, trainable_T, [view])]], PROBE_BLOCK)
+    document = AlignedDocument(0, ids_T, trainable_T, PROBE_BLOCK)
+    view = masked_view(document, position_P, masked_P, np.full(len(position_P), 0.5), mask_id=vocab_size - 1)
+    return collate([[PackedDocument(document, [view])]], PROBE_BLOCK)
 
 
 @torch.no_grad()

@@ -165,10 +165,10 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
         f"use {recipe.max_length // recipe.block_size * recipe.block_size or recipe.block_size}",
     )
     if recipe.row_length is not None:
-        need = recipe.max_length * (1 + recipe.views_per_document)
+        need = recipe.longest_record
         rule(
             recipe.row_length >= need,
-            f"row_length {recipe.row_length} cannot hold a document of max_length with its views: raise it to {need}",
+            f"row_length {recipe.row_length} cannot hold a record of max_length with its views: raise it to {need}",
         )
     rule(
         not (recipe.use_peft and recipe.init_weights == "random"),

@@ -16,8 +16,3 @@ class NoiseKeys:
         True, "each view gets a twin that masks exactly the other response tokens: 2 x num_views views"
     )
     stratified: bool = key(False, "t of the n-th of num_views views falls into the n-th of as many equal slices")
-    loss_weight: str = key(
-        "uniform",
-        "weight of a target: 1 over the number of targets, or 1/t over the number of response tokens (ELBO)",
-        choices=("uniform", "elbo"),
-    )

@@ -5,12 +5,22 @@ from dataclasses import dataclass
 from dfactory.config.data import DataKeys
 from dfactory.config.model import ModelKeys
 from dfactory.config.noise import NoiseKeys
+from dfactory.config.objective import PAIRED_STAGES, ObjectiveKeys
 from dfactory.config.training import TrainingKeys
 
 
 @dataclass
-class Recipe(TrainingKeys, NoiseKeys, DataKeys, ModelKeys):
+class Recipe(TrainingKeys, ObjectiveKeys, NoiseKeys, DataKeys, ModelKeys):
     @property
     def views_per_document(self) -> int:
         """K: the views that a document gets in one row."""
         return self.num_views * (2 if self.complementary else 1)
+
+    @property
+    def documents_per_record(self) -> int:
+        return 2 if self.stage in PAIRED_STAGES else 1
+
+    @property
+    def longest_record(self) -> int:
+        """Row positions that a record of max_length takes at most, its views included."""
+        return self.documents_per_record * self.max_length * (1 + self.views_per_document)

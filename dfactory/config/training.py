@@ -8,7 +8,6 @@ from dfactory.config.keys import REQUIRED, key
 
 @dataclass
 class TrainingKeys:
-    stage: str = key("sft", "what is optimised", choices=("sft",))
     output_dir: str = key(REQUIRED, "run folder")
     overwrite_output_dir: bool = key(False, "start anew in a folder that holds checkpoints, which are removed")
     seed: int = key(42, "of noise, order and random weights", low=0)

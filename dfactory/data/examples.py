@@ -71,8 +71,10 @@ class Examples(Sequence[Example]):
         offset_E1: np.ndarray,
         input_ids: np.ndarray,
         trainable: np.ndarray,
+        unit_size: int = 1,
     ):
         self.report = report
+        self.unit_size = unit_size  # neighbours that belong together: 1, or 2 for chosen and rejected
         self.document_id_E = document_id_E  # int64
         self._offset_E1 = offset_E1  # int64, E + 1 of them
         self._input_ids = input_ids  # int32
@@ -102,9 +104,9 @@ class Examples(Sequence[Example]):
         """The "file:line" that a document id names."""
         return _origin(self.report.files, document_id)
 
-    def response_blocks(self, block_size: int) -> np.ndarray:
-        """int64 [E]: the number of blocks of each document that hold a trainable token."""
-        blocks_E = np.empty(len(self), np.int64)
+    def block_counts(self, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [E] twice: the blocks before a document's last response block, and those that hold a response token."""
+        clean_E, response_E = np.zeros(len(self), np.int64), np.empty(len(self), np.int64)
         for first in range(0, len(self), ENCODE_BATCH):
             offset = self._offset_E1[first : first + ENCODE_BATCH + 1]
             length = np.diff(offset)
@@ -113,8 +115,9 @@ class Examples(Sequence[Example]):
             block = (trained - (offset[example] - offset[0])) // block_size
             is_new = np.ones(len(trained), bool)
             is_new[1:] = (np.diff(example) != 0) | (np.diff(block) != 0)
-            blocks_E[first : first + len(length)] = np.bincount(example[is_new], minlength=len(length))
-        return blocks_E
+            response_E[first : first + len(length)] = np.bincount(example[is_new], minlength=len(length))
+            clean_E[first + example] = block  # the last one of a document stays
+        return clean_E, response_E
 
     @functools.cached_property
     def fingerprint(self) -> int:

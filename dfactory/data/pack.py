@@ -12,22 +12,31 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dfactory.types import PADDING, Example, View, ViewBatch
+from dfactory.types import PADDING, AlignedDocument, Example, View, ViewBatch
 
 LOOKAHEAD = 256
 
 
 class PackedDocument(NamedTuple):
-    """One document of a row, aligned to blocks, with its views."""
+    """One document of a row with its views."""
 
-    document_id: int
-    input_ids_T: np.ndarray  # int32, whole blocks
-    trainable_T: np.ndarray  # bool
+    document: AlignedDocument
     views: Sequence[View]
 
+    @property
+    def clean_length(self) -> int:
+        """Positions of its clean stream: up to the last block that a view holds, whose clean copy nobody would see."""
+        viewed = [int(view.position_P[-1]) for view in self.views if len(view.position_P)]
+        return max(viewed, default=0) // self.document.block_size * self.document.block_size
 
-def align(example: Example, block_size: int, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Fill with EOS up to the next multiple of `block_size`: (input_ids_T int32, trainable_T bool).
+    @property
+    def cost(self) -> int:
+        """Positions that it takes in a row."""
+        return self.clean_length + sum(len(view.position_P) for view in self.views)
+
+
+def align(example: Example, block_size: int, eos_id: int) -> AlignedDocument:
+    """Fill with EOS up to the next multiple of `block_size`.
 
     The fill is trainable where the last token is: a decoder has to produce it. Block size 4, EOS = 0:
 
@@ -37,7 +46,7 @@ def align(example: Example, block_size: int, eos_id: int) -> tuple[np.ndarray, n
     fill = -len(example) % block_size
     input_ids_T = np.concatenate([example.input_ids_T, np.full(fill, eos_id, np.int32)])
     trainable_T = np.concatenate([example.trainable_T, np.full(fill, fill and example.trainable_T[-1], bool)])
-    return input_ids_T, trainable_T
+    return AlignedDocument(example.document_id, input_ids_T, trainable_T, block_size)
 
 
 class Packer:
@@ -112,23 +121,20 @@ def collate(
     """Write rows as one ViewBatch [R, S]; S is `pad_to`, or else the longest row, at least one block.
 
     Each document stands as `[clean | view 1 | ... | view K]`, its number counting over the whole batch; targets run in
-    row order. A row without documents is all padding. Raises ValueError if a row is longer than `pad_to`.
+    row order. The clean stream ends before the last block that a view holds; a document of one block has none. A row
+    without documents is all padding. Raises ValueError if a row is longer than `pad_to`.
     """
-    lengths = [sum(_cost(document) for document in row) for row in rows]
+    lengths = [sum(packed.cost for packed in row) for row in rows]
     width = max([block_size, *lengths]) if pad_to is None else pad_to
     if max(lengths, default=0) > width:
         raise ValueError(f"a row of {max(lengths)} positions is longer than pad_to {width}")
     writer = _Writer(len(rows), width, block_size)
     for r, row in enumerate(rows):
         writer.start_row(r)
-        for document in row:
-            writer.write(document)
+        for packed in row:
+            writer.write(packed)
     batch = writer.finish()
     return batch if device is None else batch.to(device)
-
-
-def _cost(document: PackedDocument) -> int:
-    return len(document.input_ids_T) + sum(len(view.position_P) for view in document.views)
 
 
 class _Writer:
@@ -145,14 +151,15 @@ class _Writer:
     def start_row(self, row: int) -> None:
         self.cursor = row * self.shape[1]
 
-    def write(self, document: PackedDocument) -> None:
-        self._write_stream(0, np.arange(len(document.input_ids_T)), document.input_ids_T)
-        for number, view in enumerate(document.views, start=1):
+    def write(self, packed: PackedDocument) -> None:
+        document, clean = packed.document, packed.clean_length
+        self._write_stream(0, np.arange(clean), document.input_ids_T[:clean])
+        for number, view in enumerate(packed.views, start=1):
             index = self.cursor + np.flatnonzero(view.target_P)
             ids = document.input_ids_T[view.position_P[view.target_P]]
             self.targets.append((index, ids, view.t_P[view.target_P], view.elbo_weight_P[view.target_P]))
             self._write_stream(number, view.position_P, view.input_ids_P)
-        self.per_document.append((document.document_id, int(document.trainable_T.sum()), len(document.views)))
+        self.per_document.append((document.document_id, int(document.trainable_T.sum()), len(packed.views)))
 
     def _write_stream(self, view: int, position_P: np.ndarray, input_ids_P: np.ndarray) -> None:
         span = slice(self.cursor, self.cursor + len(position_P))

@@ -1,8 +1,9 @@
 """Documents -> windows of micro-batches: the order, the packing, the share of each rank, and where to resume.
 
-There is one global stream of rows. Its order is a pure function of (seed, epoch), it runs across epoch edges, and it does
-not know about ranks: a window is the next world_size * accumulation * micro_batch_rows rows, dealt out like cards. Every
-rank packs the whole stream (by lengths, which is cheap) and builds views for its own rows only.
+The unit is a document, or the two sides of a preference pair, which never part. There is one global stream of rows. Its
+order is a pure function of (seed, epoch), it runs across epoch edges, and it does not know about ranks: a window is the
+next world_size * accumulation * micro_batch_rows rows, dealt out like cards. Every rank packs the whole stream (by
+lengths, which is cheap) and builds views for its own rows only.
 """
 
 import functools
@@ -15,11 +16,10 @@ import numpy as np
 from dfactory.data.examples import Examples
 from dfactory.data.pack import PackedDocument, Packer, align, collate
 from dfactory.errors import CheckpointError, ConfigError
-from dfactory.types import View, ViewBatch
+from dfactory.types import AlignedDocument, Example, View, ViewBatch
 
-MakeViews = Callable[[np.ndarray, np.ndarray, int, int], Sequence[View]]
-"""(input_ids_T, trainable_T, document_id, visit) -> the views of an aligned document. `visit` counts from 0 how often the
-document has been seen; at weight 1 it is the epoch."""
+MakeViews = Callable[[AlignedDocument, int], Sequence[View]]
+"""(document, visit) -> its views. `visit` counts from 0 how often the document was seen; at weight 1 it is the epoch."""
 
 ORDER, DRAW = 0, 1  # what a random stream of an epoch is for
 
@@ -57,8 +57,9 @@ class RecordSource:
         self.micro_batch_rows, self.accumulation = micro_batch_rows, accumulation
         self.max_epochs = max_epochs
         self._identity = {"data": examples.fingerprint, "seed": seed, "weights": [float(w) for w in weights]}
-        self._order = EpochOrder(np.asarray(weights, np.float64)[examples.file_index_E], seed)
-        self._cost_E = self._costs(num_views)
+        file_index_U = examples.file_index_E[:: examples.unit_size]
+        self._order = EpochOrder(np.asarray(weights, np.float64)[file_index_U], seed)
+        self._cost_U = self._costs(num_views)
         self._stream = self._new_stream()
         self._windows = 0
 
@@ -111,37 +112,41 @@ class RecordSource:
         self._windows = state["windows"]
 
     def _new_stream(self) -> "RowStream":
-        return RowStream(self._order, self._cost_E, self.row_length, self.packing, self.max_epochs)
+        return RowStream(self._order, self._cost_U, self.row_length, self.packing, self.max_epochs)
 
     def _costs(self, num_views: int) -> np.ndarray:
-        """Row positions that each document takes: the aligned document, and its response blocks in every view."""
-        blocks_E = -(-self.examples.length_E // self.block_size)
-        cost_E = self.block_size * (blocks_E + num_views * self.examples.response_blocks(self.block_size))
-        longest = int(cost_E.argmax())
-        if cost_E[longest] > self.row_length:
+        """Row positions that each unit takes: the clean blocks that a view sees, and the response blocks of every view."""
+        clean_E, response_E = self.examples.block_counts(self.block_size)
+        cost_E = self.block_size * (clean_E + num_views * response_E)
+        cost_U = cost_E.reshape(-1, self.examples.unit_size).sum(axis=1)
+        longest = int(cost_U.argmax())
+        if cost_U[longest] > self.row_length:
             raise ConfigError(
-                f"row_length {self.row_length} cannot hold {self.examples[longest].origin}, which takes "
-                f"{cost_E[longest]} positions with {num_views} view(s): raise row_length or lower max_length"
+                f"row_length {self.row_length} cannot hold {self._unit(longest)[0].origin}, which takes "
+                f"{cost_U[longest]} positions with {num_views} view(s): raise row_length or lower max_length"
             )
-        return cost_E
+        return cost_U
+
+    def _unit(self, index: int) -> list[Example]:
+        """The documents that belong together: one, or the two sides of a pair."""
+        size = self.examples.unit_size
+        return [self.examples[member] for member in range(index * size, (index + 1) * size)]
 
     def _build(self, rows: list[list[tuple[int, int]]]) -> ViewBatch:
-        packed = [[self._document(index, visit) for index, visit in row] for row in rows]
+        packed = [[self._pack(example, visit) for index, visit in row for example in self._unit(index)] for row in rows]
         return collate(packed, self.block_size, pad_to=self.row_length if self.packing else None)
 
-    def _document(self, index: int, visit: int) -> PackedDocument:
-        example = self.examples[index]
-        input_ids_T, trainable_T = align(example, self.block_size, self.eos_id)
-        views = self.make_views(input_ids_T, trainable_T, example.document_id, visit)
-        return PackedDocument(example.document_id, input_ids_T, trainable_T, views)
+    def _pack(self, example: Example, visit: int) -> PackedDocument:
+        document = align(example, self.block_size, self.eos_id)
+        return PackedDocument(document, self.make_views(document, visit))
 
 
 class EpochOrder:
-    """Which documents an epoch visits, in which order: a pure function of (weights, seed, epoch)."""
+    """Which units (documents, or pairs) an epoch visits, in which order: a pure function of (weights, seed, epoch)."""
 
-    def __init__(self, weight_E: np.ndarray, seed: int):
-        self._floor_E = np.floor(weight_E).astype(np.int64)
-        self._fraction_E = weight_E - self._floor_E
+    def __init__(self, weight_U: np.ndarray, seed: int):
+        self._floor_U = np.floor(weight_U).astype(np.int64)
+        self._fraction_U = weight_U - self._floor_U
         self._seed = seed
         self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
 
@@ -152,23 +157,23 @@ class EpochOrder:
         return self._cached[1:]
 
     def _draw_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        times_E = self._times(epoch)
-        index_V = np.repeat(np.arange(len(times_E)), times_E)
-        first_V = np.repeat(np.cumsum(times_E) - times_E, times_E)
+        times_U = self._times(epoch)
+        index_V = np.repeat(np.arange(len(times_U)), times_U)
+        first_V = np.repeat(np.cumsum(times_U) - times_U, times_U)
         visit_V = self._seen_before(epoch)[index_V] + np.arange(len(index_V)) - first_V
         order_V = np.argsort(self._raw(epoch, ORDER, len(index_V)), kind="stable")
         return index_V[order_V], visit_V[order_V]
 
     def _times(self, epoch: int) -> np.ndarray:
-        if not self._fraction_E.any():
-            return self._floor_E
-        uniform_E = (self._raw(epoch, DRAW, len(self._floor_E)) >> np.uint64(11)) * 2.0**-53
-        return self._floor_E + (uniform_E < self._fraction_E)
+        if not self._fraction_U.any():
+            return self._floor_U
+        uniform_U = (self._raw(epoch, DRAW, len(self._floor_U)) >> np.uint64(11)) * 2.0**-53
+        return self._floor_U + (uniform_U < self._fraction_U)
 
     def _seen_before(self, epoch: int) -> np.ndarray:
-        if not self._fraction_E.any():
-            return epoch * self._floor_E
-        return sum((self._times(earlier) for earlier in range(epoch)), np.zeros_like(self._floor_E))
+        if not self._fraction_U.any():
+            return epoch * self._floor_U
+        return sum((self._times(earlier) for earlier in range(epoch)), np.zeros_like(self._floor_U))
 
     def _raw(self, epoch: int, purpose: int, size: int) -> np.ndarray:
         """uint64: raw bits, because the methods of numpy's Generator may change between its versions. The top bit keeps
@@ -178,17 +183,17 @@ class EpochOrder:
 
 
 class RowStream:
-    """The global rows, each a list of (index of the document, visit), independent of ranks and of tokens."""
+    """The global rows, each a list of (index of the unit, visit), independent of ranks and of tokens."""
 
-    def __init__(self, order: EpochOrder, cost_E: np.ndarray, row_length: int, packing: bool, max_epochs: float | None):
-        self._order, self._cost_E, self._max_epochs = order, cost_E, max_epochs
+    def __init__(self, order: EpochOrder, cost_U: np.ndarray, row_length: int, packing: bool, max_epochs: float | None):
+        self._order, self._cost_U, self._max_epochs = order, cost_U, max_epochs
         self._epoch, self._offset = 0, 0
         self._packer = Packer(row_length, packing)
 
     def next_row(self) -> list[tuple[int, int]]:
         """The next row; empty when the run is over."""
         while not self._packer.full and (visit := self._next_visit()):
-            self._packer.add(int(self._cost_E[visit[0]]), visit)
+            self._packer.add(int(self._cost_U[visit[0]]), visit)
         return self._packer.next_row()
 
     @property
@@ -205,7 +210,7 @@ class RowStream:
         """Only for a new stream."""
         self._epoch, self._offset = state["epoch"], state["offset"]
         for index, visit in state["waiting"]:
-            self._packer.add(int(self._cost_E[index]), (index, visit))
+            self._packer.add(int(self._cost_U[index]), (index, visit))
 
     def _next_visit(self) -> tuple[int, int] | None:
         while self._offset >= self._length(self._epoch):

@@ -146,7 +146,6 @@ def count_adapters(model_dir: Path, r: int, target_modules: tuple[str, ...]) -> 
 def setup_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Setup:
     """The setup of a recipe on `world_size` ranks; `deepspeed` is its DeepSpeed configuration."""
     zero = deepspeed.get("zero_optimization", {})
-    room = recipe.max_length * (1 + recipe.views_per_document)
     gradient_dtype = deepspeed.get("data_types", {}).get("grad_accum_dtype")
     return Setup(
         world_size=world_size,
@@ -158,7 +157,7 @@ def setup_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Setu
         offload_param=zero.get("offload_param", {}).get("device", "none") != "none",
         gradient_checkpointing=recipe.gradient_checkpointing,
         rows=recipe.per_device_train_batch_size,
-        row_length=recipe.row_length or room,
+        row_length=recipe.row_length or recipe.longest_record,
         lora_r=recipe.lora_r if recipe.use_peft else None,
         lora_target_modules=tuple(recipe.lora_target_modules),
         reduce_bucket=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),

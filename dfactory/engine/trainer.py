@@ -18,11 +18,11 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from dfactory.config.recipe import Recipe
 from dfactory.engine import distributed, expert_parallel
-from dfactory.engine.window import MeanTracker, Objective, means_by_t, micro_loss, window_counts
+from dfactory.engine.window import MeanTracker, Measure, Objective, Source, micro_loss, window_counts
 from dfactory.errors import ConfigError
 from dfactory.models.policy import Policy
 from dfactory.models.registry import family_of
-from dfactory.types import Mean, ViewBatch
+from dfactory.types import Mean, TokenScores, ViewBatch
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
@@ -132,11 +132,14 @@ class Trainer:
         """One optimiser step over this rank's share of a window -> the window's means over all ranks."""
         started = time.perf_counter()
         learning_rate = self.learning_rate
-        counts = window_counts(objective, micro_batches, distributed.all_reduce_sum)
+        moved = [batch.to(self.device) for batch in micro_batches]
+        ahead = self._scores_ahead(moved, objective)
+        counts = window_counts(objective, moved, ahead, distributed.all_reduce_sum)
         means = MeanTracker()
-        for batch in micro_batches:
-            moved = batch.to(self.device)
-            terms = objective(moved, self.engine(moved))
+        for batch, scores in zip(moved, ahead, strict=True):
+            if scores is None or not scores.logprob_N.requires_grad:
+                scores = self.engine(batch)
+            terms = objective(batch, scores)
             loss = micro_loss(terms, counts, self.world_size)
             self.engine.backward(loss, scale_wrt_gas=False)
             grad_norm = self._plain_grad_norm()
@@ -157,22 +160,35 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
         }
 
+    def _scores_ahead(self, micro_batches: list[ViewBatch], objective: Objective) -> list[TokenScores | None]:
+        """What the counts need: nothing, the scores of the only micro-batch, or those of all without gradient."""
+        if not objective.counts_need_scores:
+            return [None] * len(micro_batches)
+        if len(micro_batches) == 1:
+            return [self.engine(micro_batches[0])]
+        return [self.score(batch) for batch in micro_batches]
+
+    @torch.no_grad()
+    def score(self, batch: ViewBatch) -> TokenScores:
+        """What the model in training says now, without gradient and dropout. All ranks have to call this together."""
+        self.engine.eval()
+        scores = self.engine(batch.to(self.device))
+        self.engine.train()
+        return scores
+
     def _plain_grad_norm(self) -> torch.Tensor | float:
         """DeepSpeed tells the norm of sharded gradients only; plain ones are averaged over the ranks by now."""
         if self.zero_stage > 0 or not self.engine.is_gradient_accumulation_boundary():
             return 0.0
         return torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
 
-    @torch.no_grad()
-    def evaluate(self, source, levels: list[float]) -> dict[str, float]:
-        """Loss and hit rate over all targets of a finite source, and for each mask ratio t of its grid."""
-        self.engine.eval()
+    def evaluate(self, source: Source, measure: Measure) -> dict[str, float]:
+        """Means over all micro-batches of a finite source, over all ranks."""
         means = MeanTracker()
         while (window := source.next_window()) is not None:
             for batch in window:
                 moved = batch.to(self.device)
-                means.add(means_by_t(self.engine(moved), moved.t_N, levels))
-        self.engine.train()
+                means.add(measure(moved, self.score(moved)))
         return means.reduce(distributed.all_reduce_sum)
 
 

@@ -9,7 +9,8 @@ S_ra / Z. However the same documents are cut into ranks and micro-batches, L and
 DeepSpeed averages gradients over ranks, which would divide once more: `micro_loss` multiplies by their number.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
@@ -19,15 +20,39 @@ from dfactory.types import LossTerms, Mean, TokenScores, ViewBatch
 class Objective(Protocol):
     """Arithmetic on scores. No model, no communication, no division by a count."""
 
-    def counts(self, batch: ViewBatch) -> dict[str, float]:
-        """The denominators' shares of a micro-batch, known before any forward."""
+    counts_need_scores: bool
+    """Whether `counts` reads the scores. If so, the engine scores a window of several micro-batches once without
+    gradient before it trains on them: an exact denominator costs a forward. One micro-batch a rank costs nothing."""
+
+    def counts(self, batch: ViewBatch, scores: TokenScores | None) -> dict[str, float]:
+        """The denominators' shares of a micro-batch. `scores` is None where they are not needed."""
 
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms: ...
 
 
-def window_counts(objective: Objective, micro_batches: list[ViewBatch], all_reduce) -> dict[str, float]:
+class Source(Protocol):
+    """Where windows come from. A source may wrap another one and add to its batches what has to be asked of a model."""
+
+    def next_window(self) -> list[ViewBatch] | None:
+        """This rank's micro-batches of the next optimiser step, as many on every rank; None when the run is over."""
+
+    @property
+    def epoch(self) -> float: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+Measure = Callable[[ViewBatch, TokenScores], dict[str, Mean]]
+"""What an evaluation asks of a micro-batch."""
+
+
+def window_counts(
+    objective: Objective, micro_batches: list[ViewBatch], scores: list[TokenScores | None], all_reduce
+) -> dict[str, float]:
     """Z of every loss term. `all_reduce` sums a float64 tensor over the ranks in place. Empty windows count 1."""
-    shares = [objective.counts(batch) for batch in micro_batches]
+    shares = [objective.counts(batch, ahead) for batch, ahead in zip(micro_batches, scores, strict=True)]
     names = sorted(shares[0])
     total = torch.tensor([sum(share[name] for share in shares) for name in names], dtype=torch.float64)
     all_reduce(total)
@@ -48,7 +73,7 @@ class MeanTracker:
 
     def add(self, means: dict[str, Mean]) -> None:
         for name, mean in means.items():
-            total = mean.total.detach().double()
+            total = torch.as_tensor(mean.total).detach().double()
             self.totals[name] = self.totals[name] + total if name in self.totals else total
             self.counts[name] = self.counts.get(name, 0.0) + mean.count
 
@@ -63,12 +88,16 @@ class MeanTracker:
         return {n: total / count for n, total, count in zip(names, *table.tolist(), strict=True) if count > 0}
 
 
-def means_by_t(scores: TokenScores, t_N: torch.Tensor, levels: list[float]) -> dict[str, Mean]:
+def means_by_t(levels: list[float]) -> Measure:
     """Loss and hit rate of targets, over all of them and at each of the mask ratios `levels`."""
-    parts = {"": torch.ones_like(scores.hit_N)}
-    parts |= {f"_t{level:.2f}": (t_N - level).abs() < 1e-4 for level in levels}
-    means = {}
-    for suffix, here in parts.items():
-        means[f"loss{suffix}"] = Mean(-scores.logprob_N[here].sum(), int(here.sum()))
-        means[f"hit_rate{suffix}"] = Mean(scores.hit_N[here].sum(), int(here.sum()))
-    return means
+
+    def measure(batch: ViewBatch, scores: TokenScores) -> dict[str, Mean]:
+        parts = {"": torch.ones_like(scores.hit_N)}
+        parts |= {f"_t{level:.2f}": (batch.t_N - level).abs() < 1e-4 for level in levels}
+        means = {}
+        for suffix, here in parts.items():
+            means[f"loss{suffix}"] = Mean(-scores.logprob_N[here].sum(), int(here.sum()))
+            means[f"hit_rate{suffix}"] = Mean(scores.hit_N[here].sum(), int(here.sum()))
+        return means
+
+    return measure

@@ -1,4 +1,4 @@
-"""The vocabulary head that answers with scores: log-probability, entropy and hit of each target, never the logits.
+"""The vocabulary head that answers with scores: log-probability, entropy, hit and argmax of each target, never logits.
 
 With a vocabulary of 157,184 the logits of one row outweigh the model, so they are made in chunks of a bounded size, both
 in the forward and, again, in the backward pass. Nothing of size [targets, V] outlives its chunk. The head owns its
@@ -43,21 +43,22 @@ class _Scores(torch.autograd.Function):
     def forward(ctx, hidden_NH, weight_VH, target_ids_N):
         count = len(target_ids_N)
         logprob_N, entropy_N, log_sum_N = (hidden_NH.new_empty(count, dtype=torch.float32) for _ in range(3))
-        hit_N = torch.empty(count, dtype=torch.bool, device=hidden_NH.device)
+        argmax_N = torch.empty_like(target_ids_N)
         for part in _chunks(count, len(weight_VH)):
             logits = (hidden_NH[part] @ weight_VH.T).float()
             log_sum_N[part] = torch.logsumexp(logits, dim=-1)
             target = target_ids_N[part, None]
             logprob_N[part] = logits.gather(1, target)[:, 0] - log_sum_N[part]
-            hit_N[part] = logits.argmax(dim=-1) == target[:, 0]
+            argmax_N[part] = logits.argmax(dim=-1)
             probability = (logits - log_sum_N[part, None]).exp_()
             entropy_N[part] = log_sum_N[part] - probability.mul_(logits).sum(dim=-1)
         ctx.save_for_backward(hidden_NH, weight_VH, target_ids_N, log_sum_N, entropy_N)
-        ctx.mark_non_differentiable(hit_N)
-        return logprob_N, entropy_N, hit_N
+        hit_N = argmax_N == target_ids_N
+        ctx.mark_non_differentiable(hit_N, argmax_N)
+        return logprob_N, entropy_N, hit_N, argmax_N
 
     @staticmethod
-    def backward(ctx, grad_logprob_N, grad_entropy_N, _):
+    def backward(ctx, grad_logprob_N, grad_entropy_N, *_):
         hidden_NH, weight_VH, target_ids_N, log_sum_N, entropy_N = ctx.saved_tensors
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         parts = _chunks(len(target_ids_N), len(weight_VH))

@@ -16,8 +16,9 @@ from dfactory.types import LossTerms, Mean, TokenScores, ViewBatch
 @dataclasses.dataclass(frozen=True)
 class SFT:
     loss_weight: str = "uniform"
+    counts_need_scores = False
 
-    def counts(self, batch: ViewBatch) -> dict[str, float]:
+    def counts(self, batch: ViewBatch, scores: TokenScores | None = None) -> dict[str, float]:
         """This micro-batch's share of Z, from the batch alone."""
         if self.loss_weight == "elbo":
             return {"nll": float((batch.response_length_D * batch.num_views_D).sum())}

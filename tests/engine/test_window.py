@@ -1,5 +1,7 @@
 """The only division: any cut of the same targets into ranks and micro-batches gives the same loss and gradient."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -14,7 +16,9 @@ class Targets(list):
 
 
 class SumOfNll:
-    def counts(self, batch):
+    counts_need_scores = False
+
+    def counts(self, batch, scores=None):
         return {"nll": float(len(batch))}
 
     def __call__(self, batch, weight):
@@ -38,7 +42,9 @@ def test_any_cut_gives_the_same_gradient(ranks):
     weight = torch.tensor(2.0, requires_grad=True)
     gradient = 0.0
     for window in windows:
-        counts = window_counts(objective, window, all_reduce=lambda total: total.fill_(sum(shares)))
+        counts = window_counts(
+            objective, window, [None] * len(window), all_reduce=lambda total: total.fill_(sum(shares))
+        )
         assert counts == {"nll": 6.0}
         for batch in window:
             loss = micro_loss(objective(batch, weight), counts, world)
@@ -48,7 +54,7 @@ def test_any_cut_gives_the_same_gradient(ranks):
 
 def test_a_window_without_targets_does_not_divide_by_zero():
     objective = SumOfNll()
-    counts = window_counts(objective, [Targets()], all_reduce=lambda total: None)
+    counts = window_counts(objective, [Targets()], [None], all_reduce=lambda total: None)
     assert micro_loss(objective(Targets(), torch.tensor(1.0)), counts, 1).item() == 0.0
 
 
@@ -64,8 +70,10 @@ def test_means_are_divided_after_they_are_summed():
 
 
 def test_means_by_t():
-    scores = TokenScores(torch.tensor([-1.0, -3.0, -5.0]), torch.zeros(3), torch.tensor([True, False, True]))
-    means = means_by_t(scores, torch.tensor([0.1, 0.3, 0.3]), [0.1, 0.3, 0.9])
+    hits = torch.tensor([True, False, True])
+    scores = TokenScores(torch.tensor([-1.0, -3.0, -5.0]), torch.zeros(3), hits, torch.zeros(3, dtype=torch.long))
+    batch = SimpleNamespace(t_N=torch.tensor([0.1, 0.3, 0.3]))
+    means = means_by_t([0.1, 0.3, 0.9])(batch, scores)
     assert {name: (mean.total.item(), mean.count) for name, mean in means.items()} == {
         "loss": (9.0, 3),
         "hit_rate": (2, 3),

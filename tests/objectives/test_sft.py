@@ -31,6 +31,7 @@ SCORES = TokenScores(
     logprob_N=torch.tensor([-1.0, -2.0, -3.0, -4.0], requires_grad=True),
     entropy_N=torch.tensor([0.5, 0.5, 1.0, 1.0]),
     hit_N=torch.tensor([True, False, False, False]),
+    argmax_N=torch.tensor([0, 9, 9, 9]),
 )
 
 
