@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     _model_arguments(generate)
     generate.add_argument("--input", required=True, help="JSONL: messages, prompt or prompt_ids in each line")
     generate.add_argument("--output", required=True, help="JSONL: each input line with its response")
+    generate.add_argument(
+        "--keep-trace", action="store_true", help="also write when each token was committed, to train on trajectories"
+    )
 
     evaluate = verb(
         "eval", _eval, "exact match and tokens per forward on a JSONL file with answers", "decode.key=value"

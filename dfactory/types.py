@@ -179,7 +179,10 @@ class FinishReason(enum.StrEnum):
 
 
 class Edit(NamedTuple):
-    """One token-to-token replacement during decoding."""
+    """One replacement during decoding of a token that had been committed before.
+
+    Either id is the mask only where decoding may emit it (decode.suppress_special false).
+    """
 
     index: int  # into Rollout.token_ids
     step: int  # forward pass of the response, from 0
@@ -189,17 +192,29 @@ class Edit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """One decoded response, with the trace that produced it.
+    """One decoded response, with the trace that produced it: `views.state_before` rebuilds what each forward saw.
 
     `token_ids` runs to the end of the last decoded block, because the tokens behind EOS were context of those before it
     and a likelihood needs them. `output_ids` is the answer: up to and including EOS, at most max_new_tokens.
+
+    block size 4, prompt of 2, with editing
+
+    token_ids           a   dog | ran  .  EOS  EOS
+    first_commit_step   0    1  |  5   4   4    4
+    commit_step         0    2  |  5   4   4    4      edits: (1, 2, cat, dog)
+    block_forwards         4    |       3              forwards 3 and 6 changed nothing, and so ended their blocks
     """
 
     prompt_ids: list[int]
     token_ids: list[int]
     commit_step: list[int]  # forward pass of the response at which each token took its final value, from 0
     commit_logprob: list[float]  # its log-probability there, under the processed distribution
-    edits: list[Edit]
+    first_commit_step: list[
+        int
+    ]  # forward pass at which it stopped being a mask; -1, as commit_step, where it never did
+    edits: list[Edit]  # in the order of their steps
+    block_size: int
+    block_forwards: list[int]  # denoising passes of each decoded block, the first one may hold prompt tokens too
     output_ids: list[int]
     forwards: int  # denoising passes that this response took part in
     finish_reason: FinishReason

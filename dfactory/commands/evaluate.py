@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dfactory.commands.generate import Answerer, read_rows, write_outputs
+from dfactory.commands.generate import Answerer, matches, read_rows, write_outputs
 from dfactory.config.decode import DecodeKeys
 from dfactory.errors import DataError
 
@@ -30,11 +30,6 @@ def evaluate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
         write_outputs(Path(arguments.output), outputs)
     console.print(summary(outputs, seconds))
     return 0
-
-
-def matches(output: dict) -> bool:
-    """The response is the answer, white space at the ends aside."""
-    return output["text"].strip() == output["answer"].strip()
 
 
 def wilson_interval(hits: int, count: int) -> tuple[float, float]:

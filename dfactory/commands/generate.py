@@ -1,7 +1,8 @@
 """`dfactory generate`: a JSONL of prompts in, the same lines with their responses out.
 
 An input line has `messages` (through the chat template), `prompt` (plain text) or `prompt_ids`. Every line is checked
-before the first one is decoded, and the output file appears when it is complete.
+before the first one is decoded, and the output file appears when it is complete. With --keep-trace a line also gets the
+trace of its decoding, all that a Rollout holds, and `correct` where it has an `answer`.
 """
 
 import argparse
@@ -125,7 +126,10 @@ def generate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     console = Console(stderr=True, highlight=False)
     rows = read_rows(arguments.input)
     answerer = Answerer(arguments, keys)
-    outputs = [answerer.output(row, rollout) for row, rollout in answerer.answer(rows, console)]
+    outputs = []
+    for row, rollout in answerer.answer(rows, console):
+        output = answerer.output(row, rollout)
+        outputs.append(output | trace_of(output, rollout) if arguments.keep_trace else output)
     write_outputs(Path(arguments.output), outputs)
     forwards = sum(output["forwards"] for output in outputs)
     tokens = sum(len(output["output_ids"]) for output in outputs)
@@ -133,6 +137,28 @@ def generate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
         f"{len(outputs)} responses, {tokens} tokens, {tokens / max(forwards, 1):.2f} per forward: {arguments.output}"
     )
     return 0
+
+
+def trace_of(output: dict[str, Any], rollout: Rollout) -> dict[str, Any]:
+    """What is needed to replay a decoding; and `correct`, where the line has the text of an answer."""
+    trace = {
+        "prompt_ids": rollout.prompt_ids,
+        "token_ids": rollout.token_ids,
+        "commit_step": rollout.commit_step,
+        "commit_logprob": rollout.commit_logprob,
+        "first_commit_step": rollout.first_commit_step,
+        "edits": [edit._asdict() for edit in rollout.edits],
+        "block_size": rollout.block_size,
+        "block_forwards": rollout.block_forwards,
+    }
+    if isinstance(output["text"], str) and isinstance(output.get("answer"), str):
+        trace["correct"] = matches(output)
+    return trace
+
+
+def matches(output: dict[str, Any]) -> bool:
+    """The response is the answer, white space at the ends aside. `eval` counts by this rule."""
+    return output["text"].strip() == output["answer"].strip()
 
 
 def write_outputs(path: Path, outputs: list[dict[str, Any]]) -> None:

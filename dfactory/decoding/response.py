@@ -32,9 +32,11 @@ class Response:
         self.tokens_T = np.full(document_length(self.start, rules), rules.mask_token_id, dtype=np.int64)
         self.tokens_T[: self.start] = prompt
         self.step_T = np.full(len(self.tokens_T), -1)
+        self.first_step_T = np.full(len(self.tokens_T), -1)
         self.logprob_T = np.zeros(len(self.tokens_T))
         self.edits: list[Edit] = []
         self.forwards = 0
+        self.block_forwards: list[int] = []
         self.cached = 0  # blocks whose clean keys are in the cache
         self.mask_steps = self.post_steps = 0  # forwards of this block with masks, and without
         self._enter(self.prompt_blocks)
@@ -42,6 +44,7 @@ class Response:
     def _enter(self, block: int) -> None:
         size = self.rules.block_size
         self.block = block
+        self.block_forwards.append(0)
         self.here = slice(block * size, (block + 1) * size)
         self.is_response_B = np.arange(self.here.start, self.here.stop) >= self.start
         self.mask_steps = self.post_steps = 0
@@ -80,14 +83,13 @@ class Response:
         """Write what a forward decided, and enter the next block if this one is finished. False: the response is."""
         had_masks = self.masked_B.any()
         old_B = self.tokens_B.copy()
-        for offset in np.flatnonzero(edit_B):
-            index = self.here.start + int(offset) - self.start
-            self.edits.append(Edit(index, self.forwards, int(old_B[offset]), int(token_B[offset])))
         written_B = commit_B | edit_B
+        self._record(written_B & (token_B != old_B), old_B, token_B)
         self.tokens_B[written_B] = token_B[written_B]
         self.step_T[self.here][written_B] = self.forwards
         self.logprob_T[self.here][written_B] = logprob_B[written_B]
         self.forwards += 1
+        self.block_forwards[-1] += 1
         self.mask_steps += had_masks
         self.post_steps += not had_masks
 
@@ -101,6 +103,14 @@ class Response:
             return False
         self._enter(self.block + 1)
         return True
+
+    def _record(self, changed_B: np.ndarray, old_B: np.ndarray, token_B: np.ndarray) -> None:
+        """Note the changes of a forward: a first token at its position, or an edit of an earlier one."""
+        first_B = self.first_step_T[self.here]
+        for offset in np.flatnonzero(changed_B & (first_B >= 0)):
+            index = self.here.start + int(offset) - self.start
+            self.edits.append(Edit(index, self.forwards, int(old_B[offset]), int(token_B[offset])))
+        first_B[changed_B & (first_B < 0)] = self.forwards
 
     def _block_is_finished(self, had_masks: bool, changed: bool) -> bool:
         if self.masked_B.any():
@@ -130,7 +140,10 @@ class Response:
             token_ids=token_ids,
             commit_step=np.where(left_masked, -1, self.step_T)[response].tolist(),
             commit_logprob=np.where(left_masked, 0.0, self.logprob_T)[response].tolist(),
+            first_commit_step=self.first_step_T[response].tolist(),
             edits=self.edits,
+            block_size=self.rules.block_size,
+            block_forwards=self.block_forwards,
             output_ids=token_ids[: eos + 1] if ended else token_ids[: self.rules.max_new_tokens],
             forwards=self.forwards,
             finish_reason=FinishReason.EOS if ended else FinishReason.LENGTH,

@@ -1,5 +1,14 @@
 """Views: noised copies of a document's response blocks, as plain values."""
 
 from dfactory.views.mask import GridMask, RandomMask, masked_view, view_positions
+from dfactory.views.trace import block_of_step, state_after, state_before
 
-__all__ = ["GridMask", "RandomMask", "masked_view", "view_positions"]
+__all__ = [
+    "GridMask",
+    "RandomMask",
+    "block_of_step",
+    "masked_view",
+    "state_after",
+    "state_before",
+    "view_positions",
+]

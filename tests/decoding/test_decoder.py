@@ -65,7 +65,10 @@ def equals_uncached(policy, prompts, rules):
         assert rollout.token_ids == expected.token_ids
         assert rollout.output_ids == expected.output_ids
         assert rollout.commit_step == expected.commit_step
+        assert rollout.first_commit_step == expected.first_commit_step
         assert rollout.edits == expected.edits
+        assert rollout.block_size == rules.block_size
+        assert rollout.block_forwards == expected.block_forwards
         assert rollout.forwards == expected.forwards
         assert rollout.commit_logprob == pytest.approx(expected.commit_logprob, abs=1e-4)
     return rollouts

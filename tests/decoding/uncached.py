@@ -35,11 +35,15 @@ class Settings:
 
 @dataclasses.dataclass
 class Outcome:
+    """As in a Rollout, where `mask` is never emitted."""
+
     token_ids: list[int]
     output_ids: list[int]
     commit_step: list[int]
     commit_logprob: list[float]
+    first_commit_step: list[int]
     edits: list[tuple[int, int, int, int]]
+    block_forwards: list[int]
     forwards: int
 
 
@@ -83,11 +87,12 @@ def uncached(policy, prompt: list[int], s: Settings, uniform: Callable[[int], li
     n, B, mask, eos = len(prompt), s.block_size, s.mask_token_id, s.eos_token_id
     blocks = math.ceil((n + s.max_new_tokens) / B)
     x = torch.tensor(prompt + [mask] * (blocks * B - n))
-    step_of, logprob_of, edits, forwards = {}, {}, [], 0
+    first_step_of, step_of, logprob_of, edits, forwards, block_forwards = {}, {}, {}, [], 0, []
     end = blocks * B
 
     for block in range(n // B, blocks):
         post_steps, mask_steps = 0, 0
+        block_forwards.append(0)
         while True:
             places = [i for i in range(block * B, (block + 1) * B) if i >= n]
             masked = [i for i in places if x[i] == mask]
@@ -117,7 +122,9 @@ def uncached(policy, prompt: list[int], s: Settings, uniform: Callable[[int], li
                 edits += [(i - n, forwards, int(x[i]), token[i]) for i in change]
             for i in commit + change:
                 x[i], step_of[i], logprob_of[i] = token[i], forwards, logprob[i]
+                first_step_of.setdefault(i, forwards)
             forwards += 1
+            block_forwards[-1] += 1
             if not masked and not change:
                 break
 
@@ -135,6 +142,8 @@ def uncached(policy, prompt: list[int], s: Settings, uniform: Callable[[int], li
         output_ids,
         [-1 if x[i] == mask else step_of[i] for i in range(n, end)],
         [0.0 if x[i] == mask else logprob_of[i] for i in range(n, end)],
+        [-1 if x[i] == mask else first_step_of[i] for i in range(n, end)],
         edits,
+        block_forwards,
         forwards,
     )
