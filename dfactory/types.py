@@ -78,6 +78,8 @@ class View:
     target_P: np.ndarray  # bool: positions whose clean token has to be predicted
     t_P: np.ndarray  # float32 in (0, 1]: the mask ratio at which each position was noised
     elbo_weight_P: np.ndarray  # float32: -alpha'_t / (1 - alpha_t); 1/t on the linear schedule
+    columns_P: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """What a maker of views adds; `drafted` comes to be the batch's column `drafted_N`, at the targets."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,6 +120,11 @@ class ViewBatch:
         return self.view_RS.flatten()[self.target_index_N]
 
     @property
+    def input_N(self) -> torch.Tensor:
+        """The token that stands at each target after noise: the mask, a wrong token, or the target itself."""
+        return self.input_ids_RS.flatten()[self.target_index_N]
+
+    @property
     def num_targets(self) -> int:
         return self.target_index_N.numel()
 
@@ -143,7 +150,7 @@ class ViewBatch:
 
 
 class TokenScores(NamedTuple):
-    """What the model says about the targets of a ViewBatch: four numbers a target, never logits.
+    """What the model says about the targets of a ViewBatch: five numbers a target, never logits.
 
     A named tuple, because DeepSpeed has to find the tensors in what a module returns.
     """
@@ -152,6 +159,7 @@ class TokenScores(NamedTuple):
     entropy_N: torch.Tensor  # float32, entropy of p(. | view) in nats; carries a gradient too
     hit_N: torch.Tensor  # bool, argmax p == target
     argmax_N: torch.Tensor  # int64, the most probable token: the model's draft
+    argmax_logprob_N: torch.Tensor  # float32, its log-probability; no gradient
 
 
 class Mean(NamedTuple):

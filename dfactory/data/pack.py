@@ -122,7 +122,8 @@ def collate(
 
     Each document stands as `[clean | view 1 | ... | view K]`, its number counting over the whole batch; targets run in
     row order. The clean stream ends before the last block that a view holds; a document of one block has none. A row
-    without documents is all padding. Raises ValueError if a row is longer than `pad_to`.
+    without documents is all padding. What views add (`columns_P`) comes to be columns of targets.
+    Raises ValueError if a row is longer than `pad_to`, or if some views have a column and others lack it.
     """
     lengths = [sum(packed.cost for packed in row) for row in rows]
     width = max([block_size, *lengths]) if pad_to is None else pad_to
@@ -146,6 +147,7 @@ class _Writer:
         self.input_ids, self.position, self.view, self.block = (np.zeros(size, np.int64) for _ in range(4))
         self.document = np.full(size, PADDING, np.int64)
         self.targets: list[tuple[np.ndarray, ...]] = []  # (index, ids, t, elbo_weight) a view
+        self.columns: dict[str, list[np.ndarray]] = {}  # what views add, at their targets
         self.per_document: list[tuple[int, int, int]] = []  # (id, response length, number of views)
 
     def start_row(self, row: int) -> None:
@@ -158,6 +160,8 @@ class _Writer:
             index = self.cursor + np.flatnonzero(view.target_P)
             ids = document.input_ids_T[view.position_P[view.target_P]]
             self.targets.append((index, ids, view.t_P[view.target_P], view.elbo_weight_P[view.target_P]))
+            for name, column_P in view.columns_P.items():
+                self.columns.setdefault(f"{name}_N", []).append(column_P[view.target_P])
             self._write_stream(number, view.position_P, view.input_ids_P)
         self.per_document.append((document.document_id, int(document.trainable_T.sum()), len(packed.views)))
 
@@ -178,6 +182,9 @@ class _Writer:
             parts = [part[column] for part in self.targets]
             return torch.from_numpy(np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype))
 
+        for name, parts in self.columns.items():
+            if len(parts) != len(self.targets):
+                raise ValueError(f"column {name}: {len(parts)} of {len(self.targets)} views have it; give it to all")
         ids, responses, views = torch.tensor(self.per_document, dtype=torch.int64).reshape(-1, 3).unbind(1)
         return ViewBatch(
             input_ids_RS=grid(self.input_ids),
@@ -192,4 +199,5 @@ class _Writer:
             document_id_D=ids.contiguous(),
             response_length_D=responses.contiguous(),
             num_views_D=views.contiguous(),
+            columns={name: torch.from_numpy(np.concatenate(parts)) for name, parts in self.columns.items()},
         )

@@ -1,4 +1,4 @@
-"""The vocabulary head that answers with scores: log-probability, entropy, hit and argmax of each target, never logits.
+"""The vocabulary head that answers with five numbers a target, TokenScores, never with logits.
 
 With a vocabulary of 157,184 the logits of one row outweigh the model, so they are made in chunks of a bounded size, both
 in the forward and, again, in the backward pass. Nothing of size [targets, V] outlives its chunk. The head owns its
@@ -42,20 +42,21 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, target_ids_N):
         count = len(target_ids_N)
-        logprob_N, entropy_N, log_sum_N = (hidden_NH.new_empty(count, dtype=torch.float32) for _ in range(3))
+        logprob_N, entropy_N, log_sum_N, top_N = (hidden_NH.new_empty(count, dtype=torch.float32) for _ in range(4))
         argmax_N = torch.empty_like(target_ids_N)
         for part in _chunks(count, len(weight_VH)):
             logits = (hidden_NH[part] @ weight_VH.T).float()
             log_sum_N[part] = torch.logsumexp(logits, dim=-1)
             target = target_ids_N[part, None]
             logprob_N[part] = logits.gather(1, target)[:, 0] - log_sum_N[part]
-            argmax_N[part] = logits.argmax(dim=-1)
+            top_N[part], argmax_N[part] = logits.max(dim=-1)
             probability = (logits - log_sum_N[part, None]).exp_()
             entropy_N[part] = log_sum_N[part] - probability.mul_(logits).sum(dim=-1)
         ctx.save_for_backward(hidden_NH, weight_VH, target_ids_N, log_sum_N, entropy_N)
         hit_N = argmax_N == target_ids_N
-        ctx.mark_non_differentiable(hit_N, argmax_N)
-        return logprob_N, entropy_N, hit_N, argmax_N
+        argmax_logprob_N = top_N - log_sum_N
+        ctx.mark_non_differentiable(hit_N, argmax_N, argmax_logprob_N)
+        return logprob_N, entropy_N, hit_N, argmax_N, argmax_logprob_N
 
     @staticmethod
     def backward(ctx, grad_logprob_N, grad_entropy_N, *_):

@@ -1,5 +1,7 @@
 """Fill, packing and the layout of a row, on rows that a person can read; packing density on realistic lengths."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -130,6 +132,18 @@ def test_two_documents_in_a_row():
     assert batch.view_N.tolist() == [1, 2, 1]
     assert batch.num_tokens == 8
     assert batch.sum_by_document(torch.tensor([1.0, 2.0, 4.0])).tolist() == [3.0, 4.0]
+
+
+def test_columns_of_views_come_to_be_columns_of_targets():
+    one, twin = (
+        dataclasses.replace(v, columns_P={"drafted": np.array(drafted)})
+        for v, drafted in zip(FIRST.views, ([True, False], [True, False]), strict=True)
+    )
+    batch = collate([[FIRST._replace(views=[one, twin])], []], block_size=2)
+    assert batch.input_N.tolist() == [MASK, MASK]
+    assert batch.columns["drafted_N"].tolist() == [True, False]  # position 2 of the view, position 3 of its twin
+    with pytest.raises(ValueError, match="column drafted_N: 1 of 2 views have it"):
+        collate([[FIRST._replace(views=[one, FIRST.views[1]])]], block_size=2)
 
 
 def test_documents_are_numbered_over_all_rows():

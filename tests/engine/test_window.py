@@ -71,7 +71,8 @@ def test_means_are_divided_after_they_are_summed():
 
 def test_means_by_t():
     hits = torch.tensor([True, False, True])
-    scores = TokenScores(torch.tensor([-1.0, -3.0, -5.0]), torch.zeros(3), hits, torch.zeros(3, dtype=torch.long))
+    logprob = torch.tensor([-1.0, -3.0, -5.0])
+    scores = TokenScores(logprob, torch.zeros(3), hits, torch.zeros(3, dtype=torch.long), logprob)
     batch = SimpleNamespace(t_N=torch.tensor([0.1, 0.3, 0.3]))
     means = means_by_t([0.1, 0.3, 0.9])(batch, scores)
     assert {name: (mean.total.item(), mean.count) for name, mean in means.items()} == {

@@ -27,7 +27,7 @@ def run(head, hidden, target, upstream, plain: bool):
     if plain:
         logprob, entropy, hit = plain_scores(hidden @ head.weight.T, target)
     else:
-        logprob, entropy, hit, _ = head(hidden, target)
+        logprob, entropy, hit, *_ = head(hidden, target)
     grads = torch.autograd.grad((upstream[0] * logprob + upstream[1] * entropy).sum(), (hidden, head.weight))
     return (logprob.detach(), entropy.detach(), hit), grads
 
@@ -45,11 +45,12 @@ def test_by_hand():
     """Logits ln 1, ln 2, ln 5: p = 1/8, 2/8, 5/8. The second row's argmax is its target."""
     head = VocabularyHead.adopt(nn.Linear(1, 3, bias=False))
     head.weight.data = torch.tensor([[1.0], [2.0], [5.0]]).log()
-    logprob, entropy, hit, argmax = head(torch.ones(2, 1), torch.tensor([1, 2]))
+    logprob, entropy, hit, argmax, top = head(torch.ones(2, 1), torch.tensor([1, 2]))
     assert logprob.exp().tolist() == pytest.approx([2 / 8, 5 / 8])
     assert entropy.tolist() == pytest.approx([0.9003, 0.9003], abs=1e-4)  # -sum p ln p
     assert hit.tolist() == [False, True]
     assert argmax.tolist() == [2, 2]
+    assert top.exp().tolist() == pytest.approx([5 / 8, 5 / 8])
 
 
 def test_bfloat16_gradients_within_its_rounding():

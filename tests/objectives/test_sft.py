@@ -32,6 +32,7 @@ SCORES = TokenScores(
     entropy_N=torch.tensor([0.5, 0.5, 1.0, 1.0]),
     hit_N=torch.tensor([True, False, False, False]),
     argmax_N=torch.tensor([0, 9, 9, 9]),
+    argmax_logprob_N=torch.tensor([-1.0, -0.5, -0.5, -0.5]),
 )
 
 
