@@ -128,6 +128,7 @@ def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> R
         num_views=recipe.num_views,
         complementary=recipe.complementary,
         stratified=recipe.stratified,
+        mask_count=recipe.mask_count,
     )
     return RecordSource(
         inputs.train,

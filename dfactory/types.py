@@ -76,8 +76,8 @@ class View:
     position_P: np.ndarray  # int32, ascending: the document positions that the view stands for
     input_ids_P: np.ndarray  # int32: tokens after noise
     target_P: np.ndarray  # bool: positions whose clean token has to be predicted
-    t_P: np.ndarray  # float32 in (0, 1]: the mask ratio at which each position was noised
-    elbo_weight_P: np.ndarray  # float32: -alpha'_t / (1 - alpha_t); 1/t on the linear schedule
+    t_P: np.ndarray  # float32 in [0, 1]: the mask ratio at which each position was noised; above 0 at targets
+    elbo_weight_P: np.ndarray  # float32: -alpha'_t / (1 - alpha_t), that is 1/t; (n + 1) / l for exact counts
     columns_P: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """What a maker of views adds; `drafted` comes to be the batch's column `drafted_N`, at the targets."""
 

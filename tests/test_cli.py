@@ -64,6 +64,7 @@ def _fails(capsys, tmp_path, words: list[str], status: int, *expected: str) -> N
         ("mask_token_id=156", ("mask_token_id", "156")),
         ("datasets=[]", ("datasets is empty",)),
         ("loss_weight=elbo noise_range_low=0", ("divides by zero",)),
+        ("mask_count=exact", ("mask_count exact", "noise_range_low is 0.3", "set them to 0 and 1")),
         ("deepspeed=nowhere.json", ("deepspeed nowhere.json does not exist",)),
         ("deepspeed_overrides.gradient_clipping=7", ("gradient_clipping 7", "the recipe")),
         ("dtype=bfloat16 deepspeed_overrides.zero_optimization.stage=0", ("stage 0", "use stage 1")),

@@ -152,7 +152,13 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
     low, high = recipe.noise_range_low, recipe.noise_range_high
     rule(low <= high, f"noise_range_low {low:g} > noise_range_high {high:g}: swap them")
     rule(high > 0, "noise_range_high 0 masks nothing: raise it")
-    if recipe.loss_weight == "elbo":
+    if recipe.mask_count == "exact":
+        rule(
+            (low, high) == (0, 1),
+            f"mask_count exact draws from no mask to all, noise_range_low is {low:g} and noise_range_high {high:g}: "
+            "set them to 0 and 1",
+        )
+    elif recipe.loss_weight == "elbo":
         rule(low > 0, "noise_range_low 0 with loss_weight elbo divides by zero: raise it to 0.001")
         twin_is_finite = not recipe.complementary or high < 1
         rule(

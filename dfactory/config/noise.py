@@ -16,3 +16,9 @@ class NoiseKeys:
         True, "each view gets a twin that masks exactly the other response tokens: 2 x num_views views"
     )
     stratified: bool = key(False, "t of the n-th of num_views views falls into the n-th of as many equal slices")
+    mask_count: str = key(
+        "bernoulli",
+        "mask each token with probability t, or draw the exact number of masks from 0 to all (in each block or document, "
+        "by noise_level), which makes ELBO weights bounded",
+        choices=("bernoulli", "exact"),
+    )

@@ -112,6 +112,24 @@ def test_stratified_views_have_one_t_in_each_slice():
         assert slices == [0, 1, 2, 3, 4]
 
 
+def test_exact_counts_are_uniform_and_weigh_what_they_promise():
+    """Block 0 has 2 response tokens, block 1 has 4: every count as often, weight (n + 1) / l, the twin the others."""
+    counts = np.zeros((2, 5))
+    for number in range(600):
+        for view in maker(mask_count="exact", complementary=True)(document(document_id=number), 0):
+            assert not view.target_P[:2].any()
+            for block, (n, part) in enumerate(((2, slice(0, 4)), (4, slice(4, 8)))):
+                masks = int(view.target_P[part].sum())
+                counts[block, masks] += 1
+                weights = view.elbo_weight_P[part][view.target_P[part]]
+                np.testing.assert_allclose(weights, np.full(masks, (n + 1) / max(masks, 1)), rtol=1e-6)
+    for n, observed in ((2, counts[0, :3]), (4, counts[1])):
+        expected = 1200 / (n + 1)
+        assert (abs(observed - expected) < 4 * np.sqrt(expected)).all()
+    one, twin = maker(mask_count="exact", complementary=True, per_block=False)(document(), 0)
+    assert (one.target_P ^ twin.target_P).tolist() == TRAINABLE.tolist()
+
+
 def test_the_evaluation_grid_is_the_same_on_every_visit():
     grid = GridMask(MASK, 7, (0.25, 1.0))
     first, second = grid(document(), 0), grid(document(), 9)

@@ -1,0 +1,134 @@
+"""ELBO estimates against the value enumerated over all masks, for every way to draw views, and exact cases by hand.
+
+The model is a table: log p of the token at each position for every set of masked positions of its block, from a random
+softmax over a vocabulary of 3. Documents are 2 prompt tokens and 4 response tokens.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dfactory.data.pack import PackedDocument, collate
+from dfactory.objectives.elbo import elbo, elbo_by_view
+from dfactory.types import AlignedDocument, ViewBatch
+from dfactory.views import RandomMask
+
+VOCABULARY, PROMPT, LENGTH, MASK = 3, 2, 6, 3
+IDS = np.random.default_rng(0).integers(0, VOCABULARY, LENGTH).astype(np.int32)
+TABLE = (2 * torch.randn(LENGTH, 2**LENGTH, VOCABULARY, generator=torch.Generator().manual_seed(0))).log_softmax(-1)
+DRAWS = 500
+
+
+def logprob(position: int, masked: tuple[int, ...]) -> float:
+    """log p(token at `position` | exactly these positions of its block are masked)."""
+    return TABLE[position, sum(2**i for i in masked), IDS[position]].item()
+
+
+def scored(batch: ViewBatch) -> torch.Tensor:
+    """The table's log-probability of every target of a batch."""
+    position_N = batch.position_ids_RS.flatten()[batch.target_index_N]
+    place = (batch.document_N * (int(batch.num_views_D.max()) + 1) + batch.view_N) * LENGTH
+    block_N = place + batch.block_RS.flatten()[batch.target_index_N]
+    code = torch.zeros(int(block_N.max()) + 1, dtype=torch.long).index_add(0, block_N, 2**position_N)
+    return TABLE[position_N, code[block_N], batch.target_ids_N]
+
+
+def draw(block_size: int, documents: int = DRAWS, low=0.3, high=0.8, **options) -> ViewBatch:
+    """The views of many documents that differ in their noise only."""
+    make = RandomMask(MASK, seed=7, low=low, high=high, **options)
+    trainable = np.arange(LENGTH) >= PROMPT
+    aligned = [AlignedDocument(number, IDS, trainable, block_size) for number in range(documents)]
+    return collate([[PackedDocument(document, make(document, 0)) for document in aligned]], block_size)
+
+
+def enumerated(block_size: int, coefficient) -> float:
+    """Sum over blocks, masked sets S and i in S of coefficient(n, |S|) log p(i | S)."""
+    total = 0.0
+    for start in range(0, LENGTH, block_size):
+        response = range(max(start, PROMPT), start + block_size)
+        for size in range(1, len(response) + 1):
+            for masked in itertools.combinations(response, size):
+                total += coefficient(len(response), size) * sum(logprob(i, masked) for i in masked)
+    return total
+
+
+def over_all_t(n: int, masks: int) -> float:
+    """Integral of (1/t) t^l (1 - t)^(n - l) over [0, 1]: 1/l over the number of sets of size l."""
+    return 1 / (masks * math.comb(n, masks))
+
+
+def over_range(low: float, high: float):
+    """The mean of (1/t) t^l (1 - t)^(n - l) over [low, high], by Gauss-Legendre quadrature."""
+    node, weight = np.polynomial.legendre.leggauss(20)
+    t = low + (high - low) * (node + 1) / 2
+    return lambda n, masks: float((weight / 2 * t ** (masks - 1) * (1 - t) ** (n - masks)).sum())
+
+
+def over_pair(low: float, high: float):
+    one, twin = over_range(low, high), over_range(1 - high, 1 - low)
+    return lambda n, masks: (one(n, masks) + twin(n, masks)) / 2
+
+
+def standard_error(estimates: torch.Tensor) -> float:
+    return (estimates.std() / math.sqrt(len(estimates))).item()
+
+
+OPTIONS = [
+    dict(zip(("per_block", "complementary", "stratified"), choice, strict=True))
+    for choice in itertools.product((True, False), repeat=3)
+]
+
+
+@pytest.mark.parametrize("block_size", [3, 6])  # blocks of 1 and 3 response tokens, or one of 4
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(name for name, on in o.items() if on) or "plain")
+@pytest.mark.parametrize("mask_count", ["bernoulli", "exact"])
+def test_the_mean_of_many_estimates_is_the_enumerated_value(block_size, options, mask_count):
+    views = 2
+    if mask_count == "exact":
+        batch, expected = draw(block_size, num_views=views, mask_count="exact", **options), over_all_t
+    else:
+        batch = draw(block_size, num_views=views, **options)
+        expected = (over_pair if options["complementary"] else over_range)(0.3, 0.8)
+    estimates = elbo(batch, scored(batch))
+    difference = estimates.mean().item() - enumerated(block_size, expected)
+    assert abs(difference) < 3 * standard_error(estimates)
+
+
+@pytest.mark.parametrize(
+    "options", [{"low": 1.0, "high": 1.0}, {"mask_count": "exact", "complementary": True}], ids=["t = 1", "exact pair"]
+)
+def test_block_size_1_is_the_exact_log_likelihood(options):
+    batch = draw(1, documents=5, num_views=2, **options)
+    expected = sum(logprob(i, (i,)) for i in range(PROMPT, LENGTH))
+    torch.testing.assert_close(elbo(batch, scored(batch)), torch.full((5,), expected), atol=1e-5, rtol=0)
+
+
+def test_exact_counts_pairs_and_slices_each_lower_the_variance():
+    """At equal forwards, over all t (bernoulli from 0.001 on, whose tail nothing bounds)."""
+
+    def deviation(**options):
+        batch = draw(3, low=0.001, high=0.999, **options)
+        return elbo(batch, scored(batch)).std().item()
+
+    plain = deviation(num_views=4)
+    exact = deviation(num_views=4, mask_count="exact")
+    pairs = deviation(num_views=2, mask_count="exact", complementary=True)
+    slices = deviation(num_views=2, mask_count="exact", complementary=True, stratified=True)
+    assert plain > 1.5 * exact
+    assert exact > pairs > slices
+
+
+def test_by_hand_and_by_view():
+    """Two documents, a pair of views each."""
+    batch = draw(6, documents=2, num_views=1, complementary=True, mask_count="exact")
+    value = torch.arange(1.0, batch.num_targets + 1)
+    by_hand = [[0.0, 0.0], [0.0, 0.0]]
+    for n in range(batch.num_targets):
+        by_hand[batch.document_N[n]][batch.view_N[n] - 1] += (batch.elbo_weight_N[n] * value[n]).item()
+    torch.testing.assert_close(elbo_by_view(batch, value, 2), torch.tensor(by_hand))
+    torch.testing.assert_close(elbo(batch, value), torch.tensor(by_hand).mean(1))
+    with pytest.raises(ValueError, match="not 3"):
+        elbo_by_view(batch, value, 3)
