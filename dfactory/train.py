@@ -112,6 +112,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
             eos_id=special.eos,
             vocab_size=vocab_size,
             mask_id=special.mask,
+            paired=recipe.documents_per_record == 2,
         )
 
     held_out = load(recipe.eval_datasets) if recipe.eval_datasets else None

@@ -23,6 +23,7 @@ from dfactory.config.recipe import Recipe
 from dfactory.data.chat import GENERATION_MARKER, PROBE_TURN, ChatEncoder, SpecialIds, read_chat_template, special_ids
 from dfactory.data.examples import DataReport, Examples
 from dfactory.data.pack import align
+from dfactory.data.pairs import SIDES
 from dfactory.data.records import BadRow
 from dfactory.data.source import RecordSource
 from dfactory.engine.expert_parallel import check_ranks
@@ -285,16 +286,21 @@ def _warn_of_lengths(page: Page, recipe: Recipe, report: DataReport) -> None:
 
 
 def _example(page: Page, recipe: Recipe, inputs: Inputs) -> None:
-    """The first document of a readable length, and its first training view."""
-    length_E = inputs.train.length_E
-    index = int((length_E <= preview.SHOWN_TOKENS).argmax())  # the very first if all are longer
+    """The first document of a readable length, or both sides of its pair, with a first training view."""
+    length_E, size = inputs.train.length_E, inputs.train.unit_size
+    index = int((length_E <= preview.SHOWN_TOKENS).argmax()) // size * size  # the very first if all are longer
+    page.line("legend", preview.legend())
+    for name, member in zip(SIDES if size == 2 else ("document",), range(index, index + size), strict=True):
+        _show_example(page, recipe, inputs, name, member)
+
+
+def _show_example(page: Page, recipe: Recipe, inputs: Inputs, name: str, index: int) -> None:
     example = inputs.train[index]
     decode = preview.decoder_of(inputs.encoder.tokenizer if inputs.encoder else None)
     document = align(example, recipe.block_size, inputs.special.eos)
     ids_T, trainable_T = document.input_ids_T, document.trainable_T
     views = make_source(recipe, inputs, rank=0, world_size=1).make_views(document, 0)
-    page.line("legend", preview.legend())
-    page.line("document", preview.document_text(example, ids_T, trainable_T, decode))
+    page.line(name, preview.document_text(example, ids_T, trainable_T, decode))
     page.line(f"view 1 of {len(views)}", preview.view_text(views[0], trainable_T, len(example), decode))
     block_t = ", ".join(f"{t:.2f}" for t in views[0].t_P[:: recipe.block_size][:LITERALS_SHOWN])
     page.line("its mask ratio", f"t {block_t}, by block; {int(views[0].target_P.sum())} targets; from {example.origin}")

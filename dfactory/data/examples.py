@@ -1,6 +1,7 @@
 """All training documents, tokenised once at start-up and kept in flat arrays, with a report of what was refused.
 
 A document is named by (index of its file << 40) | line number; that name keys its noise and leads back to file and line.
+The two sides of a preference pair are neighbours of one name.
 What cannot be trained on is a bad row: broken, without an answer, too long. `on_bad_row` decides whether the first one
 stops the run or whether they are counted, up to `max_bad_fraction`.
 """
@@ -15,7 +16,9 @@ import numpy as np
 
 from dfactory.config.data import DatasetKeys
 from dfactory.data.chat import ChatEncoder, Tokens, token_ids
-from dfactory.data.records import BadRow, Fault, Record, TokenIds, read_records
+from dfactory.data.fields import BadRow, Document, Fault, Pair, Record, TokenIds
+from dfactory.data.pairs import SIDES
+from dfactory.data.records import read_records
 from dfactory.errors import ConfigError, DataError
 from dfactory.types import Example
 
@@ -37,8 +40,9 @@ class DataReport:
     """What became of the rows of a set of files; `str()` prints it."""
 
     files: list[str]
-    kept: int = 0
-    truncated: int = 0
+    unit_size: int = 1  # documents that a row becomes: 2 for a preference pair
+    kept: int = 0  # documents
+    truncated: int = 0  # documents
     refused: dict[Fault, Refused] = field(default_factory=dict)
     tokens: int = 0
     trainable_tokens: int = 0
@@ -46,12 +50,19 @@ class DataReport:
     longest: int = 0  # document, in tokens
 
     @property
+    def num_rows(self) -> int:
+        """Rows that were kept."""
+        return self.kept // self.unit_size
+
+    @property
     def num_refused(self) -> int:
         return sum(refused.count for refused in self.refused.values())
 
     def __str__(self) -> str:
+        pairs = f" ({self.num_rows} pairs)" if self.unit_size == 2 else ""
         lines = [
-            f"{self.kept} documents of {len(self.files)} file(s), {self.num_refused} rows refused, {self.truncated} cut",
+            f"{self.kept} documents{pairs} of {len(self.files)} file(s), {self.num_refused} rows refused, "
+            f"{self.truncated} cut",
             f"{self.tokens} tokens ({self.aligned_tokens} in whole blocks), {self.trainable_tokens} trainable, "
             f"longest document {self.longest}",
         ]
@@ -71,10 +82,9 @@ class Examples(Sequence[Example]):
         offset_E1: np.ndarray,
         input_ids: np.ndarray,
         trainable: np.ndarray,
-        unit_size: int = 1,
     ):
         self.report = report
-        self.unit_size = unit_size  # neighbours that belong together: 1, or 2 for chosen and rejected
+        self.unit_size = report.unit_size  # neighbours that belong together: 1, or 2 for chosen and rejected
         self.document_id_E = document_id_E  # int64
         self._offset_E1 = offset_E1  # int64, E + 1 of them
         self._input_ids = input_ids  # int32
@@ -142,22 +152,41 @@ def load_examples(
     eos_id: int,
     vocab_size: int,
     mask_id: int | None = None,
+    paired: bool = False,
 ) -> Examples:
     """Read, tokenise and check every record of the files.
 
     `encoder` may be None if all records come tokenised. A text ends with EOS, added where it does not, trainable where
-    its last token is. Raises DataError for the first bad row (on_bad_row "error"), for too large a share of them
-    ("skip"), for an unreadable file, and if nothing is left; ConfigError if blocks do not divide max_length.
+    its last token is. `paired` is whether the records have to be preference pairs or must not be.
+    Raises DataError for a record of the other kind, for the first bad row (on_bad_row "error"), for too large a share of
+    them ("skip"), for an unreadable file, and if nothing is left; ConfigError if blocks do not divide max_length.
     """
     if max_length % block_size:
         raise ConfigError(f"block_size {block_size} does not divide max_length {max_length}: use a multiple of it")
     rules = _Rules(max_length, overlong, eos_id, vocab_size, mask_id)
-    builder = _Builder(DataReport([entry.path for entry in datasets]), on_bad_row, block_size)
+    report = DataReport([entry.path for entry in datasets], unit_size=2 if paired else 1)
+    builder = _Builder(report, on_bad_row, block_size)
     for file_index, entry in enumerate(datasets):
-        for batch in _batched(read_records(entry.path), ENCODE_BATCH):
-            for (number, record), tokens in zip(batch, _encode(batch, encoder, entry.path), strict=True):
-                builder.add((file_index << LINE_BITS) | number, _apply(rules, record, tokens))
+        for batch in _batched(read_records(entry.path, prefer_pairs=paired), ENCODE_BATCH):
+            for number, record in batch:
+                _require_kind(record, paired, f"{entry.path}:{number}")
+            for (number, record), encoded in zip(batch, _encode(batch, encoder, entry.path), strict=True):
+                builder.add((file_index << LINE_BITS) | number, _finish(rules, record, encoded))
     return builder.finish(max_bad_fraction)
+
+
+def _require_kind(record: Record | BadRow, paired: bool, origin: str) -> None:
+    if isinstance(record, BadRow) or isinstance(record, Pair) == paired:
+        return
+    if paired:
+        raise DataError(
+            f"{origin} holds a single answer, but stage dpo compares two: give rows with prompt, chosen and rejected, or "
+            "set stage: sft"
+        )
+    raise DataError(
+        f"{origin} holds a preference pair (chosen, rejected), but the stage trains on single answers: set stage: dpo, or "
+        "give rows with messages, or with prompt and completion"
+    )
 
 
 @dataclass(frozen=True)
@@ -169,21 +198,59 @@ class _Rules:
     mask_id: int | None
 
 
-def _encode(batch: list[tuple[int, Record | BadRow]], encoder: ChatEncoder | None, path: str) -> list[Tokens | BadRow]:
-    good = [record for _, record in batch if not isinstance(record, BadRow)]
+def _documents(record: Record) -> tuple[Document, ...]:
+    return tuple(record) if isinstance(record, Pair) else (record,)
+
+
+Encoded = list[Tokens | BadRow]  # the documents of one row
+
+
+def _encode(batch: list[tuple[int, Record | BadRow]], encoder: ChatEncoder | None, path: str) -> list[Encoded | BadRow]:
+    """The documents of each row, tokenised; all of them in one call of the tokenizer."""
+    rows = [record if isinstance(record, BadRow) else _documents(record) for _, record in batch]
+    good = [document for row in rows if not isinstance(row, BadRow) for document in row]
     if encoder is None:
-        for number, record in batch:
-            if not isinstance(record, (TokenIds, BadRow)):
+        for (number, _), row in zip(batch, rows, strict=True):
+            if not isinstance(row, BadRow) and not all(isinstance(document, TokenIds) for document in row):
                 raise ConfigError(f"{path}:{number} holds text but the model directory has no tokenizer: give one")
     try:
         encoded = iter(encoder.encode_records(good) if encoder else map(token_ids, good))
     except Exception as problem:
         problem.add_note(f"while encoding {path}:{batch[0][0]} to {path}:{batch[-1][0]}")
         raise
-    return [record if isinstance(record, BadRow) else next(encoded) for _, record in batch]
+    return [row if isinstance(row, BadRow) else list(itertools.islice(encoded, len(row))) for row in rows]
 
 
-def _apply(rules: _Rules, record: Record | BadRow, tokens: Tokens | BadRow) -> tuple[Tokens, bool] | BadRow:
+Finished = list[tuple[Tokens, bool]]  # the documents of one row, and whether each was cut
+
+
+def _finish(rules: "_Rules", record: Record | BadRow, encoded: Encoded | BadRow) -> Finished | BadRow:
+    """All documents of a row, or none."""
+    if isinstance(encoded, BadRow):
+        return encoded
+    finished = [_apply(rules, *one) for one in zip(_documents(record), encoded, strict=True)]
+    for side, outcome in enumerate(finished):
+        if isinstance(outcome, BadRow):
+            return BadRow(outcome.fault, f"{SIDES[side]}: {outcome}") if isinstance(record, Pair) else outcome
+    return (isinstance(record, Pair) and _wrong_pair(finished)) or finished
+
+
+def _wrong_pair(finished: Finished) -> BadRow | None:
+    """What shows only in the tokens: a template or a cut may bring sides together, or their prompts apart."""
+    (chosen, _), (rejected, _) = finished
+    if np.array_equal(chosen[0], rejected[0]):
+        return BadRow(Fault.EQUAL_SIDES, "chosen and rejected have the same tokens: there is nothing to prefer")
+    prompts = [ids[: trainable.argmax()] for ids, trainable in (chosen, rejected)]
+    if not np.array_equal(*prompts):
+        return BadRow(
+            Fault.TWO_PROMPTS,
+            f"the prompts of chosen and rejected come out as different tokens ({len(prompts[0])} and {len(prompts[1])}): "
+            "give a chat template that renders earlier turns the same whatever follows",
+        )
+    return None
+
+
+def _apply(rules: _Rules, record: Document, tokens: Tokens | BadRow) -> tuple[Tokens, bool] | BadRow:
     """End with EOS, check, cut: (tokens, whether they were cut)."""
     if isinstance(tokens, BadRow):
         return tokens
@@ -234,10 +301,14 @@ class _Builder:
         ] = []  # joined now and then: a small array for each document would cost more than it holds
         self.loose: list[Tokens] = []
 
-    def add(self, document_id: int, outcome: tuple[Tokens, bool] | BadRow) -> None:
+    def add(self, document_id: int, outcome: Finished | BadRow) -> None:
+        """One row: its documents get the same name."""
         if isinstance(outcome, BadRow):
             return self._refuse(_origin(self.report.files, document_id), outcome)
-        tokens, was_cut = outcome
+        for tokens, was_cut in outcome:
+            self._keep(document_id, tokens, was_cut)
+
+    def _keep(self, document_id: int, tokens: Tokens, was_cut: bool) -> None:
         length = len(tokens[0])
         self.document_ids.append(document_id)
         self.lengths.append(length)
@@ -264,7 +335,7 @@ class _Builder:
         report, files = self.report, ", ".join(self.report.files)
         if not report.kept:
             raise DataError(f"no record of {files} can be trained on:\n{report}")
-        share = report.num_refused / (report.kept + report.num_refused)
+        share = report.num_refused / (report.num_rows + report.num_refused)
         if share > max_bad_fraction:
             raise DataError(
                 f"{share:.2%} of the rows of {files} are unusable, max_bad_fraction is {max_bad_fraction:g}: "

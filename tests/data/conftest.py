@@ -7,6 +7,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dfactory.config.data import DatasetKeys
+from dfactory.data.chat import ChatEncoder
+from dfactory.data.examples import load_examples
+
+EOS, MASK = 1, 2
 SPECIAL = ["<|startoftext|>", "<|endoftext|>", "<|mask|>", "<role>", "</role>", "<|role_end|>"]
 
 TURN = """{%- for m in messages %}
@@ -77,3 +82,24 @@ def write(tmp_path):
         return str(path)
 
     return to_file
+
+
+@pytest.fixture
+def load(tokenizer):
+    """load(path, ..., option=value) -> Examples, by small options."""
+
+    def run(*paths, encoder="chat", **changes):
+        options = {
+            "max_length": 32,
+            "overlong": "refuse",
+            "on_bad_row": "error",
+            "max_bad_fraction": 0.5,
+            "block_size": 4,
+            "eos_id": EOS,
+            "vocab_size": len(tokenizer),
+            "mask_id": MASK,
+        }
+        encoder = ChatEncoder(tokenizer) if encoder == "chat" else encoder
+        return load_examples([DatasetKeys(path) for path in paths], encoder, **{**options, **changes})
+
+    return run

@@ -3,33 +3,12 @@
 import numpy as np
 import pytest
 
-from dfactory.config.data import DatasetKeys
 from dfactory.data.chat import ChatEncoder
-from dfactory.data.examples import load_examples
 from dfactory.data.records import Fault
 from dfactory.errors import ConfigError, DataError
+from tests.data.conftest import EOS, MASK
 
-EOS, MASK = 1, 2
 GOOD = {"prompt": "hi", "completion": "yo"}
-
-
-@pytest.fixture
-def load(tokenizer):
-    def run(*paths, encoder="chat", **changes):
-        options = {
-            "max_length": 32,
-            "overlong": "refuse",
-            "on_bad_row": "error",
-            "max_bad_fraction": 0.5,
-            "block_size": 4,
-            "eos_id": EOS,
-            "vocab_size": len(tokenizer),
-            "mask_id": MASK,
-        }
-        encoder = ChatEncoder(tokenizer) if encoder == "chat" else encoder
-        return load_examples([DatasetKeys(path) for path in paths], encoder, **{**options, **changes})
-
-    return run
 
 
 def ids(count, prompt, last=40):

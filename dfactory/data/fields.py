@@ -1,0 +1,185 @@
+"""What rows become, why one can be refused, and the checks of their fields; every message names the field."""
+
+import enum
+import json
+from typing import Any, NamedTuple
+
+from dfactory.errors import DataError
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class Conversation(NamedTuple):
+    """Messages for the chat template. Assistant turns before message number `trained_from` are only context."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    trained_from: int = 0
+
+
+class Completion(NamedTuple):
+    """Plain text without a template: the model reads `prompt` and has to write `completion`."""
+
+    prompt: str
+    completion: str
+
+
+class TokenIds(NamedTuple):
+    """A record that comes tokenised: everything behind the first `prompt_length` tokens is trainable."""
+
+    input_ids: list[int]
+    prompt_length: int
+
+
+Document = Conversation | Completion | TokenIds
+
+
+class Pair(NamedTuple):
+    """A preference: two answers to one prompt."""
+
+    chosen: Document
+    rejected: Document
+
+
+Record = Document | Pair
+
+
+class Fault(enum.StrEnum):
+    """Why a row cannot be used; the value is what reports print."""
+
+    ENCODING = "not UTF-8"
+    JSON = "not a JSON object"
+    FORMAT = "unknown format"
+    FIELD = "a field of the wrong type or value"
+    EMPTY = "empty answer"
+    NO_ANSWER = "no answer to train on"
+    EQUAL_SIDES = "chosen equals rejected"
+    TWO_PROMPTS = "chosen and rejected answer different prompts"
+    TEMPLATE = "refused by the chat template"
+    SPECIAL_TOKEN = "special token where text should be"
+    VOCABULARY = "token id outside the vocabulary"
+    TOO_LONG = "longer than max_length"
+    PROMPT_TOO_LONG = "prompt alone fills max_length"
+
+
+class BadRow(DataError):
+    """One row that cannot be used; the message names the field, the value and the rule."""
+
+    def __init__(self, fault: Fault, message: str):
+        super().__init__(message)
+        self.fault = fault
+
+
+def check_messages(value: Any, name: str = "messages") -> list[dict[str, Any]]:
+    """A list of chat messages as templates want them: null fields dropped, text parts joined. Raises BadRow."""
+    return [_message(message, f"{name}[{i}]") for i, message in enumerate(list_of_objects(value, name))]
+
+
+def _message(message: dict[str, Any], name: str) -> dict[str, Any]:
+    """One message with null fields dropped and text parts joined."""
+    message = {key: value for key, value in message.items() if value is not None}
+    role = message.get("role")
+    if role not in ROLES:
+        raise BadRow(Fault.FIELD, f"{name}.role is {show(role)}: it must be one of {', '.join(ROLES)}")
+    calls = message.get("tool_calls")
+    if calls is not None:
+        list_of_objects(calls, f"{name}.tool_calls", may_be_empty=True)
+    content = _content(message.get("content", "" if calls else None), f"{name}.content")
+    if role == "assistant" and not calls and not content.strip():
+        raise BadRow(Fault.EMPTY, f"{name}.content is empty: an assistant turn needs text or tool_calls")
+    message["content"] = content
+    refuse_surrogates(message, name)
+    return message
+
+
+def _content(value: Any, name: str) -> str:
+    """Text, also where it comes as a list of OpenAI's {"type": "text", "text": ...} parts."""
+    if not isinstance(value, list):
+        return text(value, name)
+    for index, part in enumerate(value):
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise BadRow(Fault.FIELD, f"{name}[{index}] is {show(part)}: only parts of type text can be trained on")
+    return "".join(text(part.get("text"), f"{name}[{index}].text") for index, part in enumerate(value))
+
+
+def tools(value: Any) -> list[dict[str, Any]] | None:
+    if isinstance(value, str):  # a column of JSON text: nested schemas have no common parquet type
+        try:
+            value = json.loads(value, parse_constant=refuse_constant)
+        except (ValueError, RecursionError) as problem:
+            raise BadRow(Fault.FIELD, f"tools is text but not valid JSON: {problem}") from problem
+    if not value:
+        return None
+    refuse_surrogates(list_of_objects(value, "tools"), "tools")
+    return value
+
+
+def list_of_objects(value: Any, name: str, may_be_empty: bool = False) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise BadRow(Fault.FIELD, f"{name} is {show(value)}: it must be a list of objects")
+    if not value and not may_be_empty:
+        raise BadRow(Fault.FIELD, f"{name} is empty: it must hold at least one object")
+    for index, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise BadRow(Fault.FIELD, f"{name}[{index}] is {show(item)}: it must be an object")
+    return value
+
+
+def require_answer(messages: list[dict[str, Any]], name: str) -> None:
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadRow(Fault.NO_ANSWER, f"{name} has no assistant turn: there is nothing to train on")
+
+
+def text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(Fault.FIELD, f"{name} is {show(value)}: it must be text")
+    refuse_surrogates(value, name)
+    return value
+
+
+def answer(value: Any, name: str) -> str:
+    if not text(value, name).strip():
+        raise BadRow(Fault.EMPTY, f"{name} is empty: there is nothing to train on")
+    return value
+
+
+def answer_messages(value: Any, name: str) -> list[dict[str, Any]]:
+    if value == []:
+        raise BadRow(Fault.EMPTY, f"{name} is empty: there is nothing to train on")
+    messages = check_messages(value, name)
+    require_answer(messages, name)
+    return messages
+
+
+def ids(value: Any, name: str, may_be_empty: bool = False) -> list[int]:
+    if not isinstance(value, list) or not (value or may_be_empty):
+        raise BadRow(Fault.FIELD, f"{name} is {show(value)}: it must be a list of token ids")
+    for index, token_id in enumerate(value):
+        if type(token_id) is not int or not 0 <= token_id < 2**31:
+            raise BadRow(Fault.FIELD, f"{name}[{index}] is {show(token_id)}: it must be an integer from 0 to 2**31 - 1")
+    return value
+
+
+def refuse_surrogates(value: Any, name: str) -> None:
+    """JSON can escape half a character (a lone surrogate), which no tokenizer can encode."""
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise BadRow(Fault.ENCODING, f"{name} holds a lone surrogate (half of a character): remove it")
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            refuse_surrogates(key, name)
+            refuse_surrogates(inner, f"{name}.{key}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            refuse_surrogates(inner, f"{name}[{index}]")
+
+
+def show(value: Any) -> str:
+    if value is None:
+        return "missing"
+    text = ascii(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def refuse_constant(name: str):
+    raise ValueError(f"{name} is not a JSON value")

@@ -1,0 +1,113 @@
+"""Preference rows -> Pair: two answers to one prompt, in TRL's forms.
+
+    prompt + chosen + rejected               texts, or lists of messages; the sides may repeat the prompt's messages
+    chosen + rejected                        whole texts or conversations; the prompt is their common beginning
+    prompt_ids + chosen_ids + rejected_ids   tokenised
+
+Refused are equal sides, an empty side, and sides that answer different prompts.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dfactory.data import fields
+from dfactory.data.fields import BadRow, Completion, Conversation, Fault, Pair, TokenIds, check_messages
+
+SIDES = ("chosen", "rejected")
+
+
+def _read_pair(row: dict) -> Pair:
+    """TRL's explicit prompt. Where a text stands before two conversations, their prompt is what they have in common, and
+    the text has to be one of its messages."""
+    prompt, tools = row["prompt"], fields.tools(row.get("tools"))
+    if isinstance(prompt, list):
+        context = check_messages(prompt, "prompt")
+        sides = (_behind(context, fields.answer_messages(row[side], side), side) for side in SIDES)
+        return _conversation_pair(context, *sides, tools)
+    if not isinstance(row["chosen"], list):
+        return _text_pair(fields.text(prompt, "prompt"), *(fields.answer(row[side], side) for side in SIDES))
+    pair = _read_implicit_pair(row)
+    if prompt not in [message["content"] for message in pair.chosen.messages[: pair.chosen.trained_from]]:
+        raise BadRow(
+            Fault.TWO_PROMPTS,
+            f"prompt is {fields.show(prompt)}: it must be one of the messages that chosen and rejected begin with",
+        )
+    return pair
+
+
+def _read_implicit_pair(row: dict) -> Pair:
+    """TRL's implicit prompt: the common beginning of two texts or of two conversations."""
+    if isinstance(row["chosen"], list):
+        chosen, rejected = (fields.answer_messages(row[side], side) for side in SIDES)
+        common = _common_length(chosen, rejected)
+        return _conversation_pair(chosen[:common], chosen[common:], rejected[common:], fields.tools(row.get("tools")))
+    chosen, rejected = (fields.answer(row[side], side) for side in SIDES)
+    _refuse_equal(chosen, rejected)
+    common = _common_length(chosen, rejected)
+    if chosen[:common].endswith(" "):  # TRL leaves the space to the answers
+        common -= 1
+    if not common:
+        raise BadRow(Fault.TWO_PROMPTS, "chosen and rejected have no common beginning: give the prompt")
+    return _text_pair(chosen[:common], chosen[common:], rejected[common:])
+
+
+def _read_token_pair(row: dict) -> Pair:
+    prompt = fields.ids(row["prompt_ids"], "prompt_ids", may_be_empty=True)
+    chosen, rejected = (fields.ids(row[name], name) for name in ("chosen_ids", "rejected_ids"))
+    _refuse_equal(chosen, rejected)
+    return Pair(*(TokenIds(prompt + side, len(prompt)) for side in (chosen, rejected)))
+
+
+def _text_pair(prompt: str, chosen: str, rejected: str) -> Pair:
+    _refuse_equal(chosen, rejected)
+    for answer, side in zip((chosen, rejected), SIDES, strict=True):
+        if not answer.strip():
+            raise BadRow(Fault.EMPTY, f"{side} is empty behind the prompt: there is nothing to train on")
+    return Pair(Completion(prompt, chosen), Completion(prompt, rejected))
+
+
+def _conversation_pair(context: list[dict], chosen: list[dict], rejected: list[dict], tools: list[dict] | None) -> Pair:
+    """Two continuations of one conversation. What users say in them must be the same, or the prompts differ."""
+    _refuse_equal(chosen, rejected)
+    if not context:
+        raise BadRow(Fault.TWO_PROMPTS, "chosen[0] differs from rejected[0]: both must begin with the same prompt")
+    asked = [[message for message in side if message["role"] == "user"] for side in (chosen, rejected)]
+    if asked[0] != asked[1]:
+        at = len(context) + _common_length(chosen, rejected)
+        raise BadRow(
+            Fault.TWO_PROMPTS, f"from message {at} on chosen and rejected hold different user turns: give both the same"
+        )
+    for messages, side in zip((chosen, rejected), SIDES, strict=True):
+        if not any(message["role"] == "assistant" for message in messages):
+            raise BadRow(Fault.EMPTY, f"{side} is empty behind the prompt: there is nothing to train on")
+    return Pair(*(Conversation(context + side, tools, len(context)) for side in (chosen, rejected)))
+
+
+def _behind(context: list[dict], messages: list[dict], name: str) -> list[dict]:
+    """The messages behind the prompt, where a side repeats it."""
+    if messages[0]["role"] == "assistant":
+        return messages
+    common = _common_length(context, messages)
+    if common < len(context):
+        raise BadRow(
+            Fault.TWO_PROMPTS,
+            f"{name}[{common}] differs from prompt[{common}]: begin with the answer, or repeat the prompt as it is",
+        )
+    return messages[common:]
+
+
+def _refuse_equal(chosen: Any, rejected: Any) -> None:
+    if chosen == rejected:
+        raise BadRow(Fault.EQUAL_SIDES, "chosen equals rejected: there is nothing to prefer")
+
+
+def _common_length(one: Sequence, other: Sequence) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+PAIR_FORMATS: dict[tuple[str, ...], Callable[[dict], Pair]] = {
+    ("prompt", "chosen", "rejected"): _read_pair,
+    ("chosen", "rejected"): _read_implicit_pair,
+    ("prompt_ids", "chosen_ids", "rejected_ids"): _read_token_pair,
+}
