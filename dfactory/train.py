@@ -19,12 +19,12 @@ from dfactory.engine.metrics import MetricsLog
 from dfactory.engine.preemption import EXIT_PREEMPTED, Preemption
 from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.trainer import Trainer, keep_zero3_config, zero_stage
-from dfactory.engine.window import Measure, Objective, means_by_t
+from dfactory.engine.window import Measure, means_by_t
 from dfactory.models.policy import Policy
 from dfactory.models.registry import add_adapters, load_policy, read_config, read_tokenizer, resolve_model_dir
 from dfactory.objectives.cap import CAP
 from dfactory.objectives.sft import SFT
-from dfactory.types import TrainState
+from dfactory.types import Objective, TrainState
 from dfactory.views import GridMask, RandomMask
 
 

@@ -10,7 +10,7 @@ B block size, G rollouts of a prompt.
 
 import dataclasses
 import enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -179,6 +179,22 @@ class LossTerms:
 
     loss: dict[str, Mean]
     metrics: dict[str, Mean]
+
+
+class Objective(Protocol):
+    """Arithmetic on scores. No model, no communication, no division by a count. Inherit from it for the defaults."""
+
+    counts_need_scores: bool = False
+    """Whether `counts` reads the scores. If so, the engine scores a window of several micro-batches once without
+    gradient before it trains on them: an exact denominator costs a forward. One micro-batch a rank costs nothing."""
+
+    spans_micro_batches: bool = False
+    """Whether a loss term joins scores of several micro-batches; the engine then replays the window in two passes."""
+
+    def counts(self, batch: ViewBatch, scores: TokenScores | None) -> dict[str, float]:
+        """The denominators' shares of a micro-batch. `scores` is None where they are not needed."""
+
+    def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms: ...
 
 
 class FinishReason(enum.StrEnum):

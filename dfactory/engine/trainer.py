@@ -18,6 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from dfactory.config.recipe import Recipe
 from dfactory.engine import distributed, expert_parallel
+from dfactory.engine.replay import replay
 from dfactory.engine.window import MeanTracker, Measure, Objective, Source, micro_loss, window_counts
 from dfactory.errors import ConfigError
 from dfactory.models.policy import Policy
@@ -133,10 +134,13 @@ class Trainer:
         started = time.perf_counter()
         learning_rate = self.learning_rate
         moved = [batch.to(self.device) for batch in micro_batches]
+        if objective.spans_micro_batches and len(moved) > 1:
+            objective, moved = replay(objective, moved, [self.score(batch) for batch in moved])
         ahead = self._scores_ahead(moved, objective)
         counts = window_counts(objective, moved, ahead, distributed.all_reduce_sum)
         means = MeanTracker()
-        for batch, scores in zip(moved, ahead, strict=True):
+        for number, (batch, scores) in enumerate(zip(moved, ahead, strict=True), start=1):
+            self.engine.set_gradient_accumulation_boundary(number == len(moved))  # windows may differ in length
             if scores is None or not scores.logprob_N.requires_grad:
                 scores = self.engine(batch)
             terms = objective(batch, scores)

@@ -14,20 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dfactory.types import LossTerms, Mean, TokenScores, ViewBatch
-
-
-class Objective(Protocol):
-    """Arithmetic on scores. No model, no communication, no division by a count."""
-
-    counts_need_scores: bool
-    """Whether `counts` reads the scores. If so, the engine scores a window of several micro-batches once without
-    gradient before it trains on them: an exact denominator costs a forward. One micro-batch a rank costs nothing."""
-
-    def counts(self, batch: ViewBatch, scores: TokenScores | None) -> dict[str, float]:
-        """The denominators' shares of a micro-batch. `scores` is None where they are not needed."""
-
-    def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms: ...
+from dfactory.types import LossTerms, Mean, Objective, TokenScores, ViewBatch
 
 
 class Source(Protocol):

@@ -10,11 +10,11 @@ does not change the loss; with none, L_conf is 0.
 import dataclasses
 
 from dfactory.objectives.sft import SFT
-from dfactory.types import LossTerms, Mean, TokenScores, ViewBatch
+from dfactory.types import LossTerms, Mean, Objective, TokenScores, ViewBatch
 
 
 @dataclasses.dataclass(frozen=True)
-class CAP:
+class CAP(Objective):
     loss_weight: str = "uniform"
     confidence_beta: float = 2.0
     counts_need_scores = True

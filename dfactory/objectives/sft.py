@@ -10,13 +10,12 @@ import dataclasses
 
 import torch
 
-from dfactory.types import LossTerms, Mean, TokenScores, ViewBatch
+from dfactory.types import LossTerms, Mean, Objective, TokenScores, ViewBatch
 
 
 @dataclasses.dataclass(frozen=True)
-class SFT:
+class SFT(Objective):
     loss_weight: str = "uniform"
-    counts_need_scores = False
 
     def counts(self, batch: ViewBatch, scores: TokenScores | None = None) -> dict[str, float]:
         """This micro-batch's share of Z, from the batch alone."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dfactory.engine.window import MeanTracker, means_by_t, micro_loss, window_counts
-from dfactory.types import LossTerms, Mean, TokenScores
+from dfactory.types import LossTerms, Mean, Objective, TokenScores
 
 NLL = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
 
@@ -15,9 +15,7 @@ class Targets(list):
     """Stands for a ViewBatch: a list of target numbers is all that the objective below looks at."""
 
 
-class SumOfNll:
-    counts_need_scores = False
-
+class SumOfNll(Objective):
     def counts(self, batch, scores=None):
         return {"nll": float(len(batch))}
 

@@ -1,0 +1,126 @@
+"""Clipped policy gradient over the views of rollouts (METHOD section 8).
+
+With A the advantage of a rollout and w the weight of a target's view,
+
+    log rho_u = sum over the targets of unit u of  w (log p - log p_old),   divided by the unit's normaliser
+    J         = sum over units of  min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A)
+
+A unit is a token (TraceRL, CJ-GRPO, diffu-GRPO: w multiplies its term instead of its log-ratio), or a sequence (EBPO, ESPO:
+w estimates the ELBO). The normaliser of a sequence is 1 (`sum`), its response tokens (`mean`) or its response blocks
+(`block`); epsilon has to be meant for it. `clip: unconditional` weighs with the clipped ratio whatever the sign of A, as
+a constant, and divides by the sum of the weights (StableDRL).
+
+    L = -J / Z + kl_coef * KL / tokens,   Z = rollouts (sequences; tokens divided by their rollout's length: grpo),
+                                              tokens (dapo), or rollouts * max_new_tokens (dr_grpo)
+
+A rollout may lie in several rows, each with a part of its views; a token's unit is then whole in one of them, a
+sequence's is not: the caller replays it in two passes (see engine/replay.py).
+
+Columns of the batch: `advantage_D`, `rollout_D` (its number in the window), `share_D` (1 over the rows that its views lie
+in), `old_logprob_N`, and `reference_logprob_N` where kl_coef is not 0.
+"""
+
+import dataclasses
+
+import torch
+
+from dfactory.objectives.sft import token_metrics
+from dfactory.types import LossTerms, Mean, Objective, TokenScores, ViewBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyGradient(Objective):
+    level: str = "token"  # token | sequence
+    normaliser: str = "mean"  # of a sequence's log-ratio: sum | mean | block
+    epsilon: float = 0.2
+    epsilon_high: float = 0.2
+    clip: str = "ppo"  # ppo | unconditional
+    loss_type: str = "grpo"  # of tokens: grpo | dapo | dr_grpo
+    max_new_tokens: int = 1  # the constant of dr_grpo
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+
+    @property
+    def counts_need_scores(self) -> bool:
+        return self.clip == "unconditional"
+
+    @property
+    def spans_micro_batches(self) -> bool:
+        return self.level == "sequence"
+
+    def counts(self, batch: ViewBatch, scores: TokenScores | None) -> dict[str, float]:
+        rollouts = float(batch.columns["share_D"].sum())
+        tokens = float((batch.columns["share_D"] * batch.response_length_D).sum())
+        if self.clip == "unconditional":
+            policy = float(self._clipped_weight(self._log_ratio(batch, scores)).sum())
+        elif self.level == "sequence" or self.loss_type == "grpo":
+            policy = rollouts
+        else:
+            policy = tokens if self.loss_type == "dapo" else rollouts * self.max_new_tokens
+        return {"policy": policy} | ({"kl": tokens} if self.kl_coef else {})
+
+    def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
+        counts = self.counts(batch, scores)
+        log_ratio_U = self._log_ratio(batch, scores)
+        ratio_U, advantage_U = log_ratio_U.exp(), self._advantage(batch)
+        if self.clip == "unconditional":
+            gain_U = self._clipped_weight(log_ratio_U) * advantage_U * log_ratio_U
+            outside_U = (ratio_U > 1 + self.epsilon_high) | (ratio_U < 1 - self.epsilon)
+        else:
+            clipped_U = ratio_U.clamp(1 - self.epsilon, 1 + self.epsilon_high)
+            gain_U = torch.minimum(ratio_U * advantage_U, clipped_U * advantage_U)
+            outside_U = gain_U < ratio_U * advantage_U
+        if self.level == "token":
+            gain_U = gain_U * self._token_weight(batch)
+        loss = {"policy": Mean(-gain_U.sum(), counts["policy"])}
+        metrics = token_metrics(-scores.logprob_N, scores, batch.num_targets)
+        metrics["clip_ratio"] = Mean(outside_U.sum(), len(log_ratio_U))
+        metrics["ratio_spread"] = Mean(log_ratio_U.detach().abs().sum(), len(log_ratio_U))
+        if self.kl_coef:
+            loss["kl"] = Mean(self.kl_coef * self._kl(batch, scores), counts["kl"])
+        return LossTerms(loss=loss, metrics=metrics)
+
+    def _units(self, batch: ViewBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rollout numbers in the batch [U], and for each target which of them is its own [N]."""
+        rollout_U = batch.columns["rollout_D"].unique()
+        return rollout_U, torch.searchsorted(rollout_U, batch.columns["rollout_D"][batch.document_N])
+
+    def _log_ratio(self, batch: ViewBatch, scores: TokenScores) -> torch.Tensor:
+        delta_N = scores.logprob_N - batch.columns["old_logprob_N"]
+        if self.level == "token":
+            return delta_N
+        rollout_U, unit_N = self._units(batch)
+        sums_U = torch.zeros(len(rollout_U), device=delta_N.device).index_add(0, unit_N, batch.elbo_weight_N * delta_N)
+        return sums_U / self._by_rollout(batch, self._normaliser_D(batch))
+
+    def _normaliser_D(self, batch: ViewBatch) -> torch.Tensor:
+        if self.normaliser == "sum":
+            return torch.ones_like(batch.columns["share_D"])
+        if self.normaliser == "mean":
+            return batch.response_length_D.float()
+        return batch.columns["response_blocks_D"].float()
+
+    def _advantage(self, batch: ViewBatch) -> torch.Tensor:
+        if self.level == "token":
+            return batch.columns["advantage_D"][batch.document_N]
+        return self._by_rollout(batch, batch.columns["advantage_D"])
+
+    def _by_rollout(self, batch: ViewBatch, value_D: torch.Tensor) -> torch.Tensor:
+        """A number that all rows of a rollout share, once a rollout [U]."""
+        rollout_U = batch.columns["rollout_D"].unique()
+        index_D = torch.searchsorted(rollout_U, batch.columns["rollout_D"])
+        return torch.zeros(len(rollout_U), device=value_D.device).index_copy(0, index_D, value_D.float())
+
+    def _token_weight(self, batch: ViewBatch) -> torch.Tensor:
+        if self.loss_type != "grpo":
+            return batch.elbo_weight_N
+        return batch.elbo_weight_N / batch.response_length_D[batch.document_N]
+
+    def _clipped_weight(self, log_ratio_U: torch.Tensor) -> torch.Tensor:
+        return log_ratio_U.detach().exp().clamp(1 - self.epsilon, 1 + self.epsilon_high)
+
+    def _kl(self, batch: ViewBatch, scores: TokenScores) -> torch.Tensor:
+        """Summed over targets. k2 = d^2 / 2, k3 = e^d - d - 1, with d = log p_ref - log p."""
+        d_N = batch.columns["reference_logprob_N"] - scores.logprob_N
+        kl_N = d_N.square() / 2 if self.kl_estimator == "k2" else d_N.exp() - d_N - 1
+        return (batch.elbo_weight_N * kl_N).sum()

@@ -1,0 +1,80 @@
+"""Two passes over several micro-batches give the loss and the gradient of one whole graph."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dfactory.engine.replay import join, replay
+from dfactory.engine.window import micro_loss, window_counts
+from dfactory.models.registry import load_policy
+from dfactory.objectives.policy_gradient import PolicyGradient
+from tests.batches import make_batch, random_document
+from tests.engine.conftest import GOLDEN
+
+VOCABULARY = 160
+OBJECTIVES = {
+    "sequence": PolicyGradient(level="sequence", normaliser="mean", epsilon=0.05, epsilon_high=0.05),
+    "sum": PolicyGradient(level="sequence", normaliser="sum", epsilon=10.0, epsilon_high=10.0, kl_coef=0.1),
+    "unconditional": PolicyGradient(level="sequence", normaliser="block", clip="unconditional", epsilon=0.5),
+    "tokens": PolicyGradient(level="token", loss_type="grpo", kl_coef=0.1, kl_estimator="k2"),
+}
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_policy(GOLDEN, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def window(policy):
+    """Three micro-batches; two rollouts, each with its views in several of them."""
+    generator = torch.Generator().manual_seed(1)
+    documents = [random_document(generator, 12, 4, 3, VOCABULARY, prompt=3) for _ in range(2)]
+    batches = []
+    for part in range(3):
+        row = [dataclasses.replace(document, views=[document.views[part]]) for document in documents]
+        batch = make_batch([row])
+        old_N = policy(batch).logprob_N.detach() + 0.3 * torch.randn(batch.num_targets, generator=generator)
+        batches.append(
+            dataclasses.replace(batch, response_length_D=torch.tensor([9, 9])).with_columns(
+                advantage_D=torch.tensor([1.0, -0.7]),
+                rollout_D=torch.tensor([4, 9]),
+                share_D=torch.full((2,), 1 / 3),
+                response_blocks_D=torch.tensor([3, 3]),
+                old_logprob_N=old_N,
+                reference_logprob_N=old_N + 0.1,
+            )
+        )
+    return batches
+
+
+def gradients(policy, loss):
+    policy.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_two_passes_equal_the_whole_graph(policy, window, name):
+    objective = OBJECTIVES[name]
+    scores = [policy(batch) for batch in window]
+    whole = join(window)
+    joined = type(scores[0])(*(torch.cat(field) for field in zip(*scores, strict=True)))
+    counts = window_counts(objective, [whole], [joined], lambda total: None)
+    expected_loss = micro_loss(objective(whole, joined), counts, 1)
+    expected = gradients(policy, expected_loss)
+
+    with torch.no_grad():
+        ahead = [policy(batch) for batch in window]
+    second, batches = replay(objective, window, ahead)
+    assert window_counts(second, batches, [None] * 3, lambda total: None) == pytest.approx(counts)
+    policy.zero_grad()
+    losses = []
+    for batch in batches:
+        loss = micro_loss(second(batch, policy(batch)), counts, 1)
+        loss.backward()
+        losses.append(loss.item())
+    actual = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+    assert sum(losses) == pytest.approx(expected_loss.item(), rel=1e-5)
+    assert (actual - expected).norm() / expected.norm() < 1e-5
