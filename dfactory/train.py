@@ -138,6 +138,7 @@ def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> R
         num_views=recipe.views_per_document,
         block_size=recipe.block_size,
         eos_id=inputs.special.eos,
+        block_phases=recipe.block_phases,
         row_length=recipe.row_length or recipe.longest_record,
         packing=recipe.packing,
         seed=recipe.seed,

@@ -9,9 +9,9 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -310,31 +310,86 @@ def _show_example(page: Page, recipe: Recipe, inputs: Inputs, name: str, index: 
 
 
 def _rows_and_steps(page: Page, recipe: Recipe, inputs: Inputs, ranks: tuple[int, ...]) -> None:
-    source = make_source(recipe, inputs, rank=0, world_size=1)
-    rows, fill, tokens, targets, documents = _measure_rows(source)
+    phases = [_measure_phase(recipe, inputs, first, size) for first, size in recipe.block_phases]
+    source, last = make_source(recipe, inputs, rank=0, world_size=1), phases[-1]
     page.line(
         "row",
         f"{source.row_length:,} positions: documents with {recipe.views_per_document} view(s) each, "
         f"{'packed' if recipe.packing else 'one a row, not packed'}",
-        f"the first {rows} are {fill:.0%} full and hold {documents:.1f} documents and {targets:,.0f} targets each",
+        f"the first {last.rows} are {last.fill:.0%} full and hold {last.documents:.1f} documents and {last.targets:,.0f} "
+        "targets each",
     )
-    if recipe.packing and fill < 0.7:
-        page.warn(f"rows are only {fill:.0%} full: choose another row_length")
-    epoch_rows, run_rows = (_rows_of(recipe, inputs, epochs) for epochs in (1.0, recipe.num_train_epochs))
-    table = Table(
-        "ranks", "rows a step", "tokens a step", "steps an epoch", "steps", "epochs", box=None, padding=(0, 2)
-    )
+    if len(phases) > 1:
+        page.line("block sizes", _right_aligned(Phase.COLUMNS, (phase.cells for phase in phases)))
+    if recipe.packing and min(phase.fill for phase in phases) < 0.7:
+        page.warn(f"rows are only {min(phase.fill for phase in phases):.0%} full: choose another row_length")
+    steps_of = _steps(recipe, inputs, ranks)
+    cells = []
+    for count, steps in steps_of.items():
+        rows = count * source.rows_per_window
+        numbers = (count, rows, rows * last.tokens, math.ceil(last.epoch_rows / rows), steps)
+        cells.append((*(f"{number:,.0f}" for number in numbers), f"{_epochs(phases, steps, rows):.2f}"))
+    columns = ("ranks", "rows a step", "tokens a step", "steps an epoch", "steps", "epochs")
+    page.line("steps", _right_aligned(columns, cells))
+    rule = "ranks x per_device_train_batch_size x gradient_accumulation_steps"
+    where = f", of block size {last.block_size}" if len(phases) > 1 else ""
+    page.line("", f"rows a step = {rule} = ranks x {source.rows_per_window}; tokens are those of all streams{where}")
+    _schedule(page, recipe, steps_of[ranks[0]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A block size of the run, and what it makes of the data."""
+
+    COLUMNS: ClassVar = ("from step", "block size", "row full", "tokens a row", "targets a row", "rows an epoch")
+
+    first: int
+    block_size: int
+    epoch_rows: int
+    rows: int  # that were measured
+    fill: float  # share of their positions that hold a token
+    tokens: float  # a row
+    targets: float
+    documents: float
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        numbers = (self.tokens, self.targets, self.epoch_rows)
+        return f"{self.first:,}", f"{self.block_size:,}", f"{self.fill:.0%}", *(f"{number:,.0f}" for number in numbers)
+
+
+def _measure_phase(recipe: Recipe, inputs: Inputs, first: int, block_size: int) -> Phase:
+    """The phase alone, as if the run began with it."""
+    alone = dataclasses.replace(recipe, block_size_schedule=[[0, block_size]])
+    source = make_source(alone, inputs, rank=0, world_size=1)
+    return Phase(first, block_size, _rows_of(alone, inputs, 1.0), *_measure_rows(source))
+
+
+def _steps(recipe: Recipe, inputs: Inputs, ranks: tuple[int, ...]) -> dict[int, int]:
+    """Steps of the run by number of ranks. Without a schedule rows do not depend on it, so one packing tells all."""
+    if recipe.max_steps is not None:
+        return dict.fromkeys(ranks, recipe.max_steps)
+    if recipe.block_size_schedule is not None:
+        return {count: make_source(recipe, inputs, rank=0, world_size=count).num_windows for count in ranks}
+    rows = _rows_of(recipe, inputs, recipe.num_train_epochs)
+    a_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    return {count: math.ceil(rows / (count * a_step)) for count in ranks}
+
+
+def _epochs(phases: list[Phase], steps: int, rows_a_step: int) -> float:
+    """Passes over the data in so many steps."""
+    ends = [min(phase.first, steps) for phase in phases[1:]] + [steps]
+    in_phase = [end - min(phase.first, steps) for phase, end in zip(phases, ends, strict=True)]
+    return sum(count * rows_a_step / phase.epoch_rows for phase, count in zip(phases, in_phase, strict=True))
+
+
+def _right_aligned(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    table = Table(*columns, box=None, padding=(0, 2))
     for column in table.columns:
         column.justify = "right"
-    for count in ranks:
-        rows = count * source.rows_per_window
-        steps = recipe.max_steps or math.ceil(run_rows / rows)
-        numbers = (count, rows, rows * tokens, math.ceil(epoch_rows / rows), steps)
-        table.add_row(*(f"{number:,.0f}" for number in numbers), f"{steps * rows / epoch_rows:.2f}")
-    page.line("steps", table)
-    rule = "ranks x per_device_train_batch_size x gradient_accumulation_steps"
-    page.line("", f"rows a step = {rule} = ranks x {source.rows_per_window}; tokens are those of all streams")
-    _schedule(page, recipe, recipe.max_steps or math.ceil(run_rows / (ranks[0] * source.rows_per_window)))
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _measure_rows(source: RecordSource) -> tuple[int, float, float, float, float]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,7 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
         f"block_size {recipe.block_size} does not divide max_length {recipe.max_length}: "
         f"use {recipe.max_length // recipe.block_size * recipe.block_size or recipe.block_size}",
     )
+    _check_block_sizes(recipe, rule)
     if recipe.row_length is not None:
         need = recipe.longest_record
         rule(
@@ -189,3 +192,37 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
     rule(recipe.lr_min <= recipe.learning_rate, f"lr_min {recipe.lr_min:g} > learning_rate {recipe.learning_rate:g}")
     rule(all(0 < t <= 1 for t in recipe.eval_noise_levels), "eval_noise_levels must lie in (0, 1]")
     rule(set(recipe.report_to) <= {"wandb"}, f"report_to {recipe.report_to}: only wandb is known")
+
+
+def _check_block_sizes(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
+    """The schedule of block sizes."""
+    schedule = recipe.block_size_schedule
+    if schedule is None:
+        return
+    shown = f"block_size_schedule {schedule}"
+    rule(
+        bool(schedule) and all(len(entry) == 2 for entry in schedule),
+        f"{shown}: give pairs of first step and block size, such as [[0, 1], [200, 4], [400, {recipe.block_size}]]",
+    )
+    steps, sizes = zip(*schedule, strict=True)
+    rule(steps[0] == 0, f"{shown}: its first step must be 0")
+    rule(all(a < b for a, b in itertools.pairwise(steps)), f"{shown}: its steps must ascend")
+    rule(
+        sizes[-1] == recipe.block_size,
+        f"{shown} ends with {sizes[-1]}, but block_size is {recipe.block_size}: the last one is what the model is for and "
+        "what is saved with its weights, so they must be equal",
+    )
+    for size in sizes:
+        rule(size >= 1, f"{shown}: a block has at least 1 token")
+        rule(
+            size >= recipe.max_length or recipe.max_length % size == 0,
+            f"{shown}: {size} does not divide max_length {recipe.max_length}; a block size has to, or be at least as large",
+        )
+    rule(
+        recipe.max_steps is None or steps[-1] < recipe.max_steps,
+        f"{shown} begins its last block size at step {steps[-1]}, but max_steps is {recipe.max_steps}: begin it earlier",
+    )
+    rule(
+        recipe.documents_per_record == 1,
+        f"{shown} with stage {recipe.stage}: a pair and its reference are scored at one block size; set it to null",
+    )

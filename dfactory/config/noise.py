@@ -1,13 +1,19 @@
 """Recipe keys: blocks, mask ratios, and how many views a document gets."""
 
 from dataclasses import dataclass
+from typing import Optional
 
 from dfactory.config.keys import key
 
 
 @dataclass
 class NoiseKeys:
-    block_size: int = key(32, "tokens that are denoised together", low=1)
+    block_size: int = key(32, "tokens that are denoised together; with a schedule, its last one", low=1)
+    block_size_schedule: Optional[list[list[int]]] = key(
+        None,
+        "block sizes over the run, as [first step, block size] pairs: [[0, 1], [200, 4], [400, 32]]; the first begins at "
+        "step 0, the last is block_size; a block that is longer than a document is that document; null: block_size",
+    )
     noise_range_low: float = key(0.3, "smallest mask ratio t", low=0.0, high=1.0)
     noise_range_high: float = key(0.8, "largest mask ratio t", low=0.0, high=1.0)
     noise_level: str = key("block", "draw t once per document, or per block", choices=("document", "block"))

@@ -17,6 +17,15 @@ class Recipe(TrainingKeys, ObjectiveKeys, NoiseKeys, DataKeys, ModelKeys):
         return self.num_views * (2 if self.complementary else 1)
 
     @property
+    def block_phases(self) -> list[tuple[int, int]]:
+        """(first step, block size) of each phase of the run; one phase without a schedule."""
+        return [(first, size) for first, size in self.block_size_schedule or [[0, self.block_size]]]
+
+    def block_size_at(self, step: int) -> int:
+        """The block size of a step, counted from 0."""
+        return next(size for first, size in reversed(self.block_phases) if first <= step)
+
+    @property
     def documents_per_record(self) -> int:
         return 2 if self.stage in PAIRED_STAGES else 1
 

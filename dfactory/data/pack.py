@@ -6,7 +6,7 @@ largest that still fits.
 """
 
 import bisect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,22 +35,31 @@ class PackedDocument(NamedTuple):
         return self.clean_length + sum(len(view.position_P) for view in self.views)
 
 
-def align(example: Example, block_size: int, eos_id: int) -> AlignedDocument:
-    """Fill with EOS up to the next multiple of `block_size`.
+def block_of(length, block_size: int, unit: int):
+    """The block size of documents of `length` tokens (a number or an array): `block_size`, or where the document is
+    shorter, the document, rounded up to a multiple of `unit` (if that is the smaller one)."""
+    unit = min(unit, block_size)
+    return np.minimum(block_size, -(-length // unit) * unit)
+
+
+def align(example: Example, block_size: int, eos_id: int, unit: int | None = None) -> AlignedDocument:
+    """Fill with EOS up to the next multiple of `block_size`. With `unit`, a document shorter than a block becomes one
+    block, filled up to the next multiple of `unit` only.
 
     The fill is trainable where the last token is: a decoder has to produce it. Block size 4, EOS = 0:
 
         ids        5 6 7 8 9  ->  5 6 7 8 9 0 0 0
         trainable  0 0 1 1 1  ->  0 0 1 1 1 1 1 1
     """
-    fill = -len(example) % block_size
+    size = int(block_of(len(example), block_size, unit or block_size))
+    fill = -len(example) % size
     input_ids_T = np.concatenate([example.input_ids_T, np.full(fill, eos_id, np.int32)])
     trainable_T = np.concatenate([example.trainable_T, np.full(fill, fill and example.trainable_T[-1], bool)])
-    return AlignedDocument(example.document_id, input_ids_T, trainable_T, block_size)
+    return AlignedDocument(example.document_id, input_ids_T, trainable_T, size)
 
 
 class Packer:
-    """Greedy best-fit packing of a stream with bounded look-ahead. `waiting` (oldest first) is all of its state."""
+    """Greedy best-fit packing of a stream with bounded look-ahead. `waiting` (oldest first) and costs are all its state."""
 
     def __init__(self, row_length: int, packing: bool = True, lookahead: int = LOOKAHEAD):
         self.row_length = row_length
@@ -75,6 +84,13 @@ class Packer:
         self._by_arrival[self._arrivals] = (cost, document)
         bisect.insort(self._by_cost, (cost, -self._arrivals))
         self._arrivals += 1
+
+    def set_costs(self, cost_of: Callable[[Any], int]) -> None:
+        """Give the waiting documents new costs; their order stays."""
+        waiting = self.waiting
+        self._by_cost, self._by_arrival = [], {}
+        for document in waiting:
+            self.add(cost_of(document), document)
 
     def next_row(self) -> list[Any]:
         """The documents of the next row, none if the buffer is empty. Fill the buffer up before every call."""
@@ -129,7 +145,7 @@ def collate(
     width = max([block_size, *lengths]) if pad_to is None else pad_to
     if max(lengths, default=0) > width:
         raise ValueError(f"a row of {max(lengths)} positions is longer than pad_to {width}")
-    writer = _Writer(len(rows), width, block_size)
+    writer = _Writer(len(rows), width)
     for r, row in enumerate(rows):
         writer.start_row(r)
         for packed in row:
@@ -141,8 +157,8 @@ def collate(
 class _Writer:
     """Fills flat arrays of R * S positions from left to right."""
 
-    def __init__(self, num_rows: int, width: int, block_size: int):
-        self.shape, self.block_size, self.cursor = (num_rows, width), block_size, 0
+    def __init__(self, num_rows: int, width: int):
+        self.shape, self.cursor = (num_rows, width), 0
         size = num_rows * width
         self.input_ids, self.position, self.view, self.block = (np.zeros(size, np.int64) for _ in range(4))
         self.document = np.full(size, PADDING, np.int64)
@@ -155,23 +171,23 @@ class _Writer:
 
     def write(self, packed: PackedDocument) -> None:
         document, clean = packed.document, packed.clean_length
-        self._write_stream(0, np.arange(clean), document.input_ids_T[:clean])
+        self._write_stream(0, document.block_size, np.arange(clean), document.input_ids_T[:clean])
         for number, view in enumerate(packed.views, start=1):
             index = self.cursor + np.flatnonzero(view.target_P)
             ids = document.input_ids_T[view.position_P[view.target_P]]
             self.targets.append((index, ids, view.t_P[view.target_P], view.elbo_weight_P[view.target_P]))
             for name, column_P in view.columns_P.items():
                 self.columns.setdefault(f"{name}_N", []).append(column_P[view.target_P])
-            self._write_stream(number, view.position_P, view.input_ids_P)
+            self._write_stream(number, document.block_size, view.position_P, view.input_ids_P)
         self.per_document.append((document.document_id, int(document.trainable_T.sum()), len(packed.views)))
 
-    def _write_stream(self, view: int, position_P: np.ndarray, input_ids_P: np.ndarray) -> None:
+    def _write_stream(self, view: int, block_size: int, position_P: np.ndarray, input_ids_P: np.ndarray) -> None:
         span = slice(self.cursor, self.cursor + len(position_P))
         self.input_ids[span] = input_ids_P
         self.position[span] = position_P
         self.document[span] = len(self.per_document)
         self.view[span] = view
-        self.block[span] = position_P // self.block_size
+        self.block[span] = position_P // block_size
         self.cursor = span.stop
 
     def finish(self) -> ViewBatch:

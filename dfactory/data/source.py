@@ -4,8 +4,12 @@ The unit is a document, or the two sides of a preference pair, which never part.
 order is a pure function of (seed, epoch), it runs across epoch edges, and it does not know about ranks: a window is the
 next world_size * accumulation * micro_batch_rows rows, dealt out like cards. Every rank packs the whole stream (by
 lengths, which is cheap) and builds views for its own rows only.
+
+The block size may follow a schedule of windows. Where it changes, order and cursor go on; what a document costs changes,
+also for those that wait to be packed.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dfactory.data.examples import Examples
-from dfactory.data.pack import PackedDocument, Packer, align, collate
+from dfactory.data.pack import PackedDocument, Packer, align, block_of, collate
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.types import AlignedDocument, Example, View, ViewBatch
 
@@ -24,12 +28,23 @@ MakeViews = Callable[[AlignedDocument, int], Sequence[View]]
 ORDER, DRAW = 0, 1  # what a random stream of an epoch is for
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Phase:
+    """Windows from number `first` on, as long as no later phase has begun."""
+
+    first: int
+    block_size: int
+    cost_U: np.ndarray  # int64: row positions that each unit takes
+
+
 class RecordSource:
     """Windows of micro-batches from tokenised records.
 
     `weights` gives one weight a file: an epoch sees each of its records floor(weight) times, and once more with the
     probability of the fraction. `num_views` is what `make_views` returns for a document; each may cover the blocks that
     hold a trainable token. `max_epochs` may be fractional; None never ends.
+    `block_phases` are (first window, block size), the last being `block_size`; None is `block_size` all the time. A
+    document shorter than a block is one block, with fill up to a multiple of `block_size` at most.
     Raises ConfigError if a row cannot hold the longest document with its views.
     """
 
@@ -43,6 +58,7 @@ class RecordSource:
         block_size: int,
         eos_id: int,
         row_length: int,
+        block_phases: Sequence[tuple[int, int]] | None = None,
         packing: bool = True,
         seed: int = 0,
         rank: int = 0,
@@ -52,14 +68,15 @@ class RecordSource:
         max_epochs: float | None = None,
     ):
         self.examples, self.make_views = examples, make_views
-        self.block_size, self.eos_id, self.row_length, self.packing = block_size, eos_id, row_length, packing
+        self.eos_id, self.row_length, self.packing = eos_id, row_length, packing
+        self._final_block_size = block_size
         self.rank, self.world_size = rank, world_size
         self.micro_batch_rows, self.accumulation = micro_batch_rows, accumulation
         self.max_epochs = max_epochs
         self._identity = {"data": examples.fingerprint, "seed": seed, "weights": [float(w) for w in weights]}
         file_index_U = examples.file_index_E[:: examples.unit_size]
         self._order = EpochOrder(np.asarray(weights, np.float64)[file_index_U], seed)
-        self._cost_U = self._costs(num_views)
+        self.phases = [Phase(n, size, self._costs(num_views, size)) for n, size in block_phases or [(0, block_size)]]
         self._stream = self._new_stream()
         self._windows = 0
 
@@ -77,23 +94,23 @@ class RecordSource:
         """Windows of the whole run, found by packing it without tokens; None if it never ends."""
         if self.max_epochs is None:
             return None
-        stream, rows = self._new_stream(), 0
-        while stream.next_row():
-            rows += 1
-        return math.ceil(rows / self.rows_per_window)
+        stream, windows = self._new_stream(), 0
+        while self._next_rows(stream, windows)[0]:
+            windows += 1
+        return windows
 
     def next_window(self) -> list[ViewBatch] | None:
         """This rank's `accumulation` micro-batches of the next window; None when the run is over.
 
         The last window is filled up with empty rows, so that all ranks run the same number of forwards.
         """
-        rows = [self._stream.next_row() for _ in range(self.rows_per_window)]
+        rows, block_size = self._next_rows(self._stream, self._windows), self.phase_of(self._windows).block_size
         if not rows[0]:
             return None
         self._windows += 1
         mine = rows[self.rank :: self.world_size]
         micro_batches = (mine[i : i + self.micro_batch_rows] for i in range(0, len(mine), self.micro_batch_rows))
-        return [self._build(batch) for batch in micro_batches]
+        return [self._build(batch, block_size) for batch in micro_batches]
 
     def state_dict(self) -> dict[str, Any]:
         """A cursor for JSON; it holds for any number of ranks."""
@@ -111,19 +128,30 @@ class RecordSource:
         self._stream.load_state_dict(state)
         self._windows = state["windows"]
 
-    def _new_stream(self) -> "RowStream":
-        return RowStream(self._order, self._cost_U, self.row_length, self.packing, self.max_epochs)
+    def phase_of(self, window: int) -> Phase:
+        """The phase of a window, counted from 0."""
+        return next(phase for phase in reversed(self.phases) if phase.first <= window)
 
-    def _costs(self, num_views: int) -> np.ndarray:
+    def _new_stream(self) -> "RowStream":
+        return RowStream(self._order, self.phases[0].cost_U, self.row_length, self.packing, self.max_epochs)
+
+    def _next_rows(self, stream: "RowStream", window: int) -> list[list[tuple[int, int]]]:
+        """The rows of a window, empty ones where the run is over."""
+        stream.set_costs(self.phase_of(window).cost_U)
+        return [stream.next_row() for _ in range(self.rows_per_window)]
+
+    def _costs(self, num_views: int, block_size: int) -> np.ndarray:
         """Row positions that each unit takes: the clean blocks that a view sees, and the response blocks of every view."""
-        clean_E, response_E = self.examples.block_counts(self.block_size)
-        cost_E = self.block_size * (clean_E + num_views * response_E)
+        clean_E, response_E = self.examples.block_counts(block_size)
+        size_E = block_of(self.examples.length_E, block_size, self._final_block_size)
+        cost_E = size_E * (clean_E + num_views * response_E)
         cost_U = cost_E.reshape(-1, self.examples.unit_size).sum(axis=1)
         longest = int(cost_U.argmax())
         if cost_U[longest] > self.row_length:
             raise ConfigError(
                 f"row_length {self.row_length} cannot hold {self._unit(longest)[0].origin}, which takes "
-                f"{cost_U[longest]} positions with {num_views} view(s): raise row_length or lower max_length"
+                f"{cost_U[longest]} positions with {num_views} view(s) in blocks of {block_size}: raise row_length or "
+                "lower max_length"
             )
         return cost_U
 
@@ -132,12 +160,15 @@ class RecordSource:
         size = self.examples.unit_size
         return [self.examples[member] for member in range(index * size, (index + 1) * size)]
 
-    def _build(self, rows: list[list[tuple[int, int]]]) -> ViewBatch:
-        packed = [[self._pack(example, visit) for index, visit in row for example in self._unit(index)] for row in rows]
-        return collate(packed, self.block_size, pad_to=self.row_length if self.packing else None)
+    def _build(self, rows: list[list[tuple[int, int]]], block_size: int) -> ViewBatch:
+        packed = [
+            [self._pack(example, visit, block_size) for index, visit in row for example in self._unit(index)]
+            for row in rows
+        ]
+        return collate(packed, self._final_block_size, pad_to=self.row_length if self.packing else None)
 
-    def _pack(self, example: Example, visit: int) -> PackedDocument:
-        document = align(example, self.block_size, self.eos_id)
+    def _pack(self, example: Example, visit: int, block_size: int) -> PackedDocument:
+        document = align(example, block_size, self.eos_id, unit=self._final_block_size)
         return PackedDocument(document, self.make_views(document, visit))
 
 
@@ -189,6 +220,12 @@ class RowStream:
         self._order, self._cost_U, self._max_epochs = order, cost_U, max_epochs
         self._epoch, self._offset = 0, 0
         self._packer = Packer(row_length, packing)
+
+    def set_costs(self, cost_U: np.ndarray) -> None:
+        """From here on units cost this, and so do those that wait in the packer."""
+        if cost_U is not self._cost_U:
+            self._cost_U = cost_U
+            self._packer.set_costs(lambda visit: int(cost_U[visit[0]]))
 
     def next_row(self) -> list[tuple[int, int]]:
         """The next row; empty when the run is over."""

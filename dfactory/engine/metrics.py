@@ -35,7 +35,8 @@ class MetricsLog:
             self.wandb.finish()
 
     def step(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
-        self._write({"step": step, "epoch": round(epoch, 4), **metrics})
+        phase = {"block_size": self.recipe.block_size_at(step - 1)} if self.recipe.block_size_schedule else {}
+        self._write({"step": step, "epoch": round(epoch, 4), **phase, **metrics})
         self.progress.update(self.task, completed=step, description=f"loss {metrics['loss']:.4f}")
         if step % self.recipe.logging_steps == 0 or step == self.num_steps:
             self.say(

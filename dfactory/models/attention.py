@@ -130,7 +130,7 @@ def _chunks(row: int, place_S: Place, chunk: int, device: torch.device) -> list[
             here = Place(*(field[first:last, None] for field in segment))
             sees = visible(here, Place(*(field[None] for field in segment)))
             seen = np.flatnonzero(sees.any(axis=0))
-            keys = np.concatenate([np.arange(starts[s], starts[s] + sizes[s]) for s in seen])
+            keys = np.flatnonzero(np.repeat(sees.any(axis=0), sizes))
             mask = np.repeat(np.repeat(sees[:, seen], sizes[first:last], axis=0), sizes[seen], axis=1)
             chunks.append(Chunk(row, queries, _as_slice(keys, device), _as_mask(mask, device)))
         first = last

@@ -89,6 +89,46 @@ def test_steps_are_those_of_training(recipe, check, ranks):
     assert int(row[4]) == steps
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_block_sizes_of_the_run(recipe, check, ranks):
+    """A table of the phases, and the steps of training, whose rows change with them."""
+    file = recipe(num_train_epochs=12, stage="cpt", block_size_schedule=[[0, 1], [4, 64], [8, 16]])
+    status, told = check(file, "--gpus", ranks)
+    assert status == 0
+    table = told.partition("rows an epoch ")[2].split()
+    assert [table[0:2], table[6:8], table[12:14]] == [["0", "1"], ["4", "64"], ["8", "16"]]
+    loaded = load_recipe(file)
+    steps = make_source(loaded, read_inputs(loaded), rank=0, world_size=ranks).num_windows
+    row = told.partition("steps an epoch steps epochs ")[2].split()
+    assert int(row[4]) == steps
+    assert float(row[5]) == pytest.approx(12, abs=0.35 * ranks)  # the last window need not be full
+
+
+@pytest.mark.parametrize(
+    "schedule, message",
+    [
+        ([], "give pairs of first step and block size"),
+        ([[0, 1, 2]], "give pairs of first step and block size"),
+        ([[1, 4], [2, 16]], "its first step must be 0"),
+        ([[0, 4], [5, 8], [5, 16]], "its steps must ascend"),
+        ([[0, 16], [5, 4]], "ends with 4, but block_size is 16"),
+        ([[0, 0], [5, 16]], "a block has at least 1 token"),
+        ([[0, 24], [5, 16]], "24 does not divide max_length 64"),
+        ([[0, 1], [90, 16]], "begins its last block size at step 90, but max_steps is 50"),
+    ],
+)
+def test_block_sizes_that_cannot_be(recipe, check, schedule, message):
+    status, told = check(recipe(block_size_schedule=schedule, max_steps=50))
+    assert status == 2
+    assert message in told
+
+
+def test_pairs_keep_their_block_size(recipe, check):
+    status, told = check(recipe(block_size_schedule=[[0, 1], [9, 16]], stage="dpo"))
+    assert status == 2
+    assert "with stage dpo: a pair and its reference are scored at one block size" in told
+
+
 def test_tokenised_records_need_no_tokenizer(check, tmp_path):
     file = write_recipe(tmp_path, GOLDEN, vocabulary=150, mask=158, eos=156)
     status, told = check(file)

@@ -34,6 +34,25 @@ def test_align_fills_to_whole_blocks(ids, trainable, aligned, marks):
     assert (document.document_id, document.num_blocks) == (1, len(aligned) // 4)
 
 
+def test_a_document_shorter_than_a_block_is_one_block():
+    """Filled to a multiple of `unit` only; a longer one has whole blocks, and no block is smaller than asked for."""
+    ids = [5, 6, 7, 8, 1]
+    for block_size, unit, aligned, size in [(64, 4, 8, 8), (64, 2, 6, 6), (4, 2, 8, 4), (2, 4, 6, 2), (1, 4, 5, 1)]:
+        document = align(example(ids, [1] * 5), block_size, EOS, unit)
+        assert (len(document.input_ids_T), document.block_size) == (aligned, size)
+        assert document.trainable_T.all()
+
+
+def test_a_document_of_one_block_has_no_clean_stream():
+    """Its view sees itself and the prompt that is part of it; nobody would look at a clean copy."""
+    document = AlignedDocument(7, np.arange(6, dtype=np.int32), np.arange(6) >= 2, block_size=6)
+    noised = View(np.arange(6, dtype=np.int32), np.full(6, MASK, np.int32), np.arange(6) >= 2, *[np.ones(6)] * 2)
+    batch = collate([[PackedDocument(document, [noised])]], block_size=2)
+    assert batch.view_RS.tolist() == [[1] * 6]
+    assert batch.block_RS.tolist() == [[0] * 6]
+    assert batch.target_index_N.tolist() == [2, 3, 4, 5]
+
+
 def test_a_row_takes_the_oldest_and_then_the_largest_that_fits():
     #         0  1  2  3  4  5
     costs = [4, 3, 6, 2, 6, 8]

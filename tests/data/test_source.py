@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from dfactory.config.data import DatasetKeys
 from dfactory.data.examples import load_examples
@@ -17,7 +18,7 @@ BLOCK, EOS, MASK = 4, 1, 2
 
 def one_view(document, visit):
     """Masks the whole response; t tells the visit, so that tests can read it off a batch."""
-    blocks = np.repeat(document.trainable_T.reshape(-1, BLOCK).any(axis=1), BLOCK)
+    blocks = np.repeat(document.trainable_T.reshape(-1, document.block_size).any(axis=1), document.block_size)
     position_P = np.flatnonzero(blocks).astype(np.int32)
     target_P = document.trainable_T[position_P]
     ids_P = np.where(target_P, MASK, document.input_ids_T[position_P]).astype(np.int32)
@@ -101,12 +102,16 @@ def test_without_packing_a_row_is_as_long_as_its_document(source):
 
 
 SPLITS = [(1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 1, 8), (4, 1, 2)]
+PHASES = [(0, 1), (1, 2), (2, 64), (3, BLOCK)]  # (first window, block size); no document has 64 tokens
+SCHEDULES = pytest.mark.parametrize("phases", [None, PHASES])
 
 
+@SCHEDULES
 @pytest.mark.parametrize("world_size, accumulation, micro_batch_rows", SPLITS)
-def test_a_window_holds_the_same_rows_however_it_is_split(source, world_size, accumulation, micro_batch_rows):
-    expected = [rows_of(window) for window in all_windows(source(accumulation=8))]
+def test_a_window_holds_the_same_rows_however_it_is_split(source, world_size, accumulation, micro_batch_rows, phases):
+    expected = [rows_of(window) for window in all_windows(source(accumulation=8, block_phases=phases))]
     split = {"world_size": world_size, "accumulation": accumulation, "micro_batch_rows": micro_batch_rows}
+    split["block_phases"] = phases
     ranks = [all_windows(source(rank=rank, **split)) for rank in range(world_size)]
     assert all(len(window) == accumulation for windows in ranks for window in windows)
     assert len({len(windows) for windows in ranks}) == 1
@@ -125,10 +130,12 @@ def test_the_last_window_is_filled_up_with_empty_rows(source):
     assert visits_of(window for windows in ranks for window in windows).total() == 84
 
 
+@SCHEDULES
 @pytest.mark.parametrize("max_epochs", [0.25, 1, 2.5])
 @pytest.mark.parametrize("packing", [True, False])
-def test_num_windows_is_exact(source, max_epochs, packing):
+def test_num_windows_is_exact(source, max_epochs, packing, phases):
     options = {"max_epochs": max_epochs, "packing": packing, "accumulation": 3, "weights": (0.7, 2.5)}
+    options["block_phases"] = phases
     run = source(**options)
     expected = run.num_windows
     assert len(all_windows(run)) == expected > 0
@@ -176,11 +183,13 @@ def test_epoch_counts_documents_in_rows(source):
     assert packed.epoch == 2.0
 
 
+@SCHEDULES
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("weights", [(1, 1), (0.6, 1.5)])
-def test_resuming_goes_on_bit_for_bit(source, packing, weights):
-    """At every window, so at the epoch's edge as well (42 documents, 6 rows a window, one a row without packing)."""
-    options = {"packing": packing, "weights": weights, "accumulation": 6, "max_epochs": 3}
+def test_resuming_goes_on_bit_for_bit(source, packing, weights, phases):
+    """At every window, so at the epoch's edge as well (42 documents, 6 rows a window, one a row without packing), and
+    right before, at and after every change of the block size."""
+    options = {"packing": packing, "weights": weights, "accumulation": 6, "max_epochs": 3, "block_phases": phases}
     run, states, windows = source(**options), [], []
     while (window := run.next_window()) is not None:
         windows.append(window)
@@ -197,12 +206,13 @@ def test_resuming_goes_on_bit_for_bit(source, packing, weights):
                     assert name == "columns" or value.equal(getattr(other, name)), name
 
 
-def test_resuming_on_another_number_of_ranks(source):
-    one = source(accumulation=8)
+@SCHEDULES
+def test_resuming_on_another_number_of_ranks(source, phases):
+    one = source(accumulation=8, block_phases=phases)
     one.next_window()
     state = one.state_dict()
     expected = [rows_of(window) for window in all_windows(one)]
-    ranks = [source(world_size=4, rank=rank, accumulation=2) for rank in range(4)]
+    ranks = [source(world_size=4, rank=rank, accumulation=2, block_phases=phases) for rank in range(4)]
     for rank in ranks:
         rank.load_state_dict(state)
     windows = [all_windows(rank) for rank in ranks]
@@ -246,3 +256,68 @@ def test_views_are_built_for_this_rank_only(examples):
     assert run.num_windows is None
     rows = rows_of(run.next_window())
     assert built == [document for document, _ in rows[0]]
+
+
+# --- a schedule of block sizes ---------------------------------------------------------------------------------------
+
+
+def streams_of(batch):
+    """{document id: (positions of its clean stream, positions of its view, largest block number)} of a batch."""
+    found = {}
+    for number, document_id in enumerate(batch.document_id_D.tolist()):
+        here = batch.document_RS == number
+        clean = int((here & (batch.view_RS == 0)).sum())
+        found[document_id] = (clean, int(here.sum()) - clean, int(batch.block_RS[here].max()))
+    return found
+
+
+def expected_streams(example, size):
+    """The same by the rules: blocks of `size`; a shorter document is one block, filled up to a multiple of BLOCK."""
+    unit = min(size, BLOCK)
+    size = min(size, -(-len(example) // unit) * unit)
+    blocks = -(-len(example) // size)
+    first = int(example.trainable_T.argmax()) // size  # of the response; these documents end with it
+    return size * (blocks - 1), size * (blocks - first), blocks - 1
+
+
+def test_documents_follow_the_block_size_of_their_window(source, examples):
+    by_id = {example.document_id: example for example in examples}
+    sizes = [1, 2, 64, BLOCK, BLOCK]
+    for size, window in zip(sizes, all_windows(source(accumulation=8, block_phases=PHASES)), strict=False):
+        for batch in window:
+            for document_id, streams in streams_of(batch).items():
+                assert streams == expected_streams(by_id[document_id], size)
+            positions = batch.position_ids_RS[batch.document_RS != PADDING]
+            blocks = batch.block_RS[batch.document_RS != PADDING]
+            assert torch.equal(blocks, positions // size)
+
+
+def test_a_block_as_long_as_the_document_needs_no_clean_stream(source):
+    windows = all_windows(source(block_phases=[(0, 64), (10**6, BLOCK)]))
+    assert all(clean == 0 and last == 0 for window in windows for clean, _, last in streams_of(window[0]).values())
+    assert len(windows) < len(all_windows(source()))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_change_of_block_size_goes_on_with_the_same_order(source, packing):
+    """Every visit of the run once; one document a row, the very sequence of a run without changes."""
+    options = {"packing": packing, "accumulation": 3, "max_epochs": 2}
+    plain, changed = (all_windows(source(**options, block_phases=phases)) for phases in (None, PHASES))
+    assert visits_of(changed) == visits_of(plain)
+    if not packing:
+        assert [rows_of(window) for window in changed] == [rows_of(window) for window in plain]
+
+
+def test_waiting_documents_are_packed_at_their_new_cost(source):
+    """256 documents wait while the block size goes from 1 to 64, which takes less room: rows are full at once."""
+    options = {"max_epochs": 40, "row_length": 200, "accumulation": 2}
+    windows = all_windows(source(**options, block_phases=[(0, 1), (5, 64), (10, BLOCK)]))
+    full = [sum(batch.num_tokens for batch in window) / 400 for window in windows[:-1]]
+    assert min(full[:15]) > 0.97
+    documents = [sum(len(batch.document_id_D) for batch in window) for window in windows]
+    assert min(documents[5:10]) > 1.1 * max(documents[10:15])
+
+
+def test_a_row_that_cannot_hold_a_document_of_one_phase(source):
+    with pytest.raises(ConfigError, match=r"which takes 33 positions with 1 view\(s\) in blocks of 1"):
+        source(row_length=32, block_phases=[(0, 64), (1, 1), (2, BLOCK)])

@@ -15,14 +15,15 @@ STEPS = 20
 ZERO = {stage: f"deepspeed={ROOT}/recipes/deepspeed/zero{stage}.json" for stage in (1, 2, 3)} | {0: "deepspeed=null"}
 
 
-def _reference(recipe_file: Path, overrides: list[str] = ()) -> list[float]:
+def plain_losses(recipe_file: Path, overrides: list[str] = (), steps: int = STEPS) -> list[float]:
+    """The losses of a recipe's first steps, by tests/reference.py."""
     recipe = load_recipe(recipe_file, list(overrides))
     source = make_source(recipe, read_inputs(recipe), rank=0, world_size=1)
-    windows = [source.next_window() for _ in range(STEPS)]
+    windows = [source.next_window() for _ in range(steps)]
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
-    schedule = learning_rate_schedule(recipe, optimizer, STEPS)
+    schedule = learning_rate_schedule(recipe, optimizer, steps)
     rates = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
@@ -49,10 +50,10 @@ def test_losses_of_twenty_steps_equal_plain_torch(recipe_file, run_jobs, tmp_pat
     jobs[elbo] += [f"per_device_train_batch_size={8 // processes}", "loss_weight=elbo", "noise_level=document"]
     run_jobs(processes, [(recipe_file, overrides) for overrides in jobs.values()])
 
-    expected = torch.tensor(_reference(recipe_file))
+    expected = torch.tensor(plain_losses(recipe_file))
     for run in jobs:
         if run != elbo:
             difference = (torch.tensor(read_metrics(run)[:STEPS]) - expected).abs().max().item()
             assert difference < 1e-5, f"{run.name}: losses differ by {difference:.2e}"
-    expected = torch.tensor(_reference(recipe_file, ["loss_weight=elbo", "noise_level=document"]))
+    expected = torch.tensor(plain_losses(recipe_file, ["loss_weight=elbo", "noise_level=document"]))
     torch.testing.assert_close(torch.tensor(read_metrics(elbo)[:STEPS]), expected, rtol=0, atol=1e-5)
