@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from dfactory.errors import DFactoryError
+from dfactory.errors import ConfigError, DFactoryError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="key=value",
         help="topk=K [metric=eval/loss] [mode=min|max]: the mean of the K best checkpoints of a run folder",
     )
+    export.add_argument(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: the checkpoint's"
+    )
 
     verb("schema", _schema, "every recipe and decode key with its type, default and meaning")
 
@@ -139,6 +142,8 @@ def _eval(arguments, overrides) -> int:
 
 def _export(arguments, overrides) -> int:
     if arguments.merge is not None:
+        if arguments.dtype != "auto":
+            raise ConfigError("--dtype with --merge: a mean keeps its checkpoints' precision; export it once more")
         from dfactory.config.load import load_merge_keys
 
         keys = load_merge_keys(arguments.merge)
@@ -147,7 +152,7 @@ def _export(arguments, overrides) -> int:
         return merge(arguments.model, arguments.output, keys)
     from dfactory.commands.export import export
 
-    return export(arguments.model, arguments.output)
+    return export(arguments.model, arguments.output, arguments.dtype)
 
 
 def _schema(arguments, overrides) -> int:

@@ -1,8 +1,9 @@
 """`dfactory export`: a training checkpoint becomes a plain model directory, and what was written is read back and proved.
 
 A full checkpoint is copied without its engine state; every tensor, loaded from the copy, is then bitwise the one of the
-checkpoint. LoRA adapters are merged into their base; the result has to differ from the base, and its scores on a fixed
-probe have to be those of base and adapters. The directory appears under its name when all of this holds.
+checkpoint, rounded where another precision was asked for. LoRA adapters are merged into their base; the result has to
+differ from the base, and its scores on a fixed probe have to be those of base and adapters. The directory appears under
+its name when all of this holds.
 """
 
 import contextlib
@@ -32,17 +33,23 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}  # o
 PROBE_BLOCK, PROBE_LENGTH = 8, 64
 
 
-def export(model: str, output: str) -> int:
+def export(model: str, output: str, dtype: str = "auto") -> int:
     """Write `model` (checkpoint, or run folder: its newest checkpoint) as the plain model directory `output`.
 
+    `dtype` is float32, bfloat16, or auto: the checkpoint's own, of adapters that of their base.
     Raises ConfigError if `output` is not free, CheckpointError if the checkpoint cannot be read or a proof fails; then
     nothing is left behind.
     """
     source = resolve_model_dir(model)
-    if not (source / ADAPTER_CONFIG).is_file():
-        return write_proved(Path(output), str(source), lambda partial: _copy_checkpoint(source, partial))
-    read = functools.partial(load_policy, source)
-    return write_proved(Path(output), str(source), lambda partial: merge_adapters(read, source, partial))
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+
+    def write(partial: Path) -> list[str]:
+        if (source / ADAPTER_CONFIG).is_file():
+            return merge_adapters(functools.partial(load_policy, source), source, partial, wanted)
+        is_as_stored = wanted in (None, stored_dtype(source))
+        return _copy_checkpoint(source, partial) if is_as_stored else _cast_checkpoint(source, partial, wanted)
+
+    return write_proved(Path(output), str(source), write)
 
 
 def write_proved(target: Path, named: str, write: Callable[[Path], list[str]]) -> int:
@@ -92,6 +99,13 @@ def prove_copy(source: Path, partial: Path) -> str:
     return f"copied and loaded again: {count} tensors ({dtype_name(dtype)}) equal the checkpoint's bit by bit"
 
 
+def _cast_checkpoint(source: Path, partial: Path, dtype: torch.dtype) -> list[str]:
+    save_policy(load_policy(source, dtype=dtype), partial)
+    count = _require_same_tensors(load_policy(partial, dtype=dtype), open_tensors(source))
+    was = dtype_name(stored_dtype(source))
+    return [f"cast and loaded again: {count} tensors ({dtype_name(dtype)}) are the checkpoint's, rounded from {was}"]
+
+
 def _require_same_tensors(policy: Policy, stored: dict[str, safe_open]) -> int:
     """Compare a loaded policy with stored tensors, a layer at a time. Returns how many there are."""
     count = 0
@@ -120,17 +134,20 @@ class Change(NamedTuple):
     name: str  # of the tensor that holds the largest difference
 
 
-def merge_adapters(read: Callable[[torch.dtype], Policy], source: Path, partial: Path) -> list[str]:
-    """Merge the adapters of the policy that `read(dtype=...)` gives into their base, into `partial`; `source` is where
-    they lie. Returns the proofs, raises CheckpointError where one fails."""
+def merge_adapters(
+    read: Callable[[torch.dtype], Policy], source: Path, partial: Path, dtype: torch.dtype | None = None
+) -> list[str]:
+    """Merge the adapters of the policy that `read(dtype=...)` gives into their base, into `partial`, rounded to `dtype`
+    where one is given; `source` is where they lie. Returns the proofs, raises CheckpointError where one fails."""
     base_dir = adapter_base(source)
-    dtype = stored_dtype(base_dir)
-    adapted = read(dtype=dtype)
+    stored = stored_dtype(base_dir)
+    dtype = dtype or stored
+    adapted = read(dtype=stored)
     probe = probe_batch(adapted.config.vocab_size)
     wanted = _score(adapted, probe)
     with adapted.model.disable_adapter():
         moved = float((_score(adapted, probe).logprob_N - wanted.logprob_N).abs().max())
-    _write_merged(adapted, source, partial)
+    _write_merged(adapted, source, partial, dtype)
     del adapted  # one model in memory at a time
     change = compare(base_dir, partial)
     if not change.tensors:
@@ -147,7 +164,7 @@ def merge_adapters(read: Callable[[torch.dtype], Policy], source: Path, partial:
     ]
 
 
-def _write_merged(adapted: Policy, source: Path, partial: Path) -> None:
+def _write_merged(adapted: Policy, source: Path, partial: Path, dtype: torch.dtype) -> None:
     try:
         merged = adapted.model.merge_and_unload(safe_merge=True)
     except ValueError as problem:  # peft found a NaN
@@ -155,15 +172,16 @@ def _write_merged(adapted: Policy, source: Path, partial: Path) -> None:
     for name in (GENERATION_CONFIG, CHAT_TEMPLATE):  # before the base's own are carried along: these are as trained
         if (source / name).is_file():
             shutil.copyfile(source / name, partial / name)
-    save_policy(Policy(merged, source_dir=adapted.source_dir), partial)
+    save_policy(Policy(merged.to(dtype), source_dir=adapted.source_dir), partial)
 
 
 def compare(before: Path, after: Path) -> Change:
-    """The tensors that two model directories share, one at a time."""
+    """The tensors that two model directories share, in the precision of the second, one at a time."""
     old, new = open_tensors(before), open_tensors(after)
     changed, largest, where = 0, 0.0, ""
     for name in sorted(set(old) & set(new)):
-        difference = old[name].get_tensor(name).double() - new[name].get_tensor(name).double()
+        is_now = new[name].get_tensor(name)
+        difference = old[name].get_tensor(name).to(is_now.dtype).double() - is_now.double()
         furthest = float(difference.abs().max())
         changed += furthest > 0
         if furthest > largest:

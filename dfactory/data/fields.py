@@ -18,7 +18,7 @@ class Conversation(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """Plain text without a template: the model reads `prompt` and has to write `completion`."""
+    """Plain text without a template: the model reads `prompt`, which may be empty, and has to write `completion`."""
 
     prompt: str
     completion: str

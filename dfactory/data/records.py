@@ -163,6 +163,11 @@ def _read_alpaca(row: dict) -> Conversation:
     return _single_turn(question, fields.answer(row["output"], "output"))
 
 
+def _read_text(row: dict) -> Completion:
+    """Running text, for continual pre-training: all of it is trainable."""
+    return Completion("", fields.answer(row["text"], "text"))
+
+
 FORMATS: dict[tuple[str, ...], Callable[[dict], Document]] = {
     ("messages",): _read_messages,
     ("conversations",): _read_sharegpt,
@@ -170,6 +175,7 @@ FORMATS: dict[tuple[str, ...], Callable[[dict], Document]] = {
     ("prompt", "completion"): _read_prompt_completion,
     ("instruction", "response"): _read_instruction_response,
     ("instruction", "output"): _read_alpaca,
+    ("text",): _read_text,
 }
 
 

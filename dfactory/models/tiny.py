@@ -28,6 +28,7 @@ _TEST_SIZES = {
     "topk_group": 1,
     "initializer_range": 0.02,
     "rope_theta": 600000,
+    "torch_dtype": "float32",
 }
 
 

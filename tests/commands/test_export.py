@@ -119,6 +119,30 @@ def test_merging_keeps_the_precision_of_the_base(tmp_path, dtype, capsys):
     assert "6 tensors changed" in capsys.readouterr().out
 
 
+def test_another_precision_is_the_checkpoint_rounded(tmp_path, capsys):
+    wide = save_plain(tmp_path / "wide", "qwen3", tied=True)
+    export(str(wide), str(tmp_path / "out"), "bfloat16")
+    before, after = (load_file(directory / "model.safetensors") for directory in (wide, tmp_path / "out"))
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name].bfloat16(), after[name]) for name in before)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert (tmp_path / "out" / "NOTICE").read_text() == "carry me"
+    assert "rounded from float32" in capsys.readouterr().out
+    assert read_as_stranger(tmp_path / "out")["dtype"] == "torch.bfloat16"
+
+
+def test_merged_adapters_in_another_precision(tmp_path, capsys):
+    """Rounding alone does not count as a change: untrained adapters are refused here too."""
+    base = save_plain(tmp_path / "base", "qwen3", tied=False)
+    save_policy(adapted_policy(base, 0.05, "float32"), directory := tmp_path / "adapters")
+    export(str(directory), str(tmp_path / "out"), "bfloat16")
+    assert stored_dtype(tmp_path / "out") == torch.bfloat16
+    assert "6 tensors changed" in capsys.readouterr().out
+    save_policy(adapted_policy(base, 0.0, "float32"), untrained := tmp_path / "untrained")
+    with pytest.raises(CheckpointError, match="equals its base"):
+        export(str(untrained), str(tmp_path / "none"), "bfloat16")
+
+
 def refuse(model: Path, output: Path, message: str, error=CheckpointError):
     """The export fails with this message, and the output's folder holds what it held before."""
     before = sorted(output.parent.rglob("*"))
@@ -145,11 +169,11 @@ def test_other_scores_than_base_and_adapters_are_refused(tmp_path, monkeypatch):
     save_policy(adapted_policy(base, 0.3, "float32"), tmp_path / "adapters")
     write = exporting._write_merged
 
-    def merge_twice_as_strong(adapted, source, partial):
+    def merge_twice_as_strong(adapted, source, partial, dtype):
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.data *= 2
-        write(adapted, source, partial)
+        write(adapted, source, partial, dtype)
 
     monkeypatch.setattr(exporting, "_write_merged", merge_twice_as_strong)
     refuse(
@@ -184,7 +208,9 @@ def test_an_occupied_output_is_refused_and_an_empty_one_filled(llama_run, tmp_pa
 
 def test_no_model_is_refused(tmp_path):
     refuse(tmp_path / "nowhere", tmp_path / "out", "nowhere is not a directory")
-    refuse(Path("tiny"), tmp_path / "out", "holds neither model.safetensors")
+    (tmp_path / "bare").mkdir()
+    shutil.copyfile(GOLDEN / "config.json", tmp_path / "bare" / "config.json")
+    refuse(tmp_path / "bare", tmp_path / "out", "holds neither model.safetensors")
 
 
 def test_the_probe_is_the_same_every_time():

@@ -26,6 +26,21 @@ def test_a_text_ends_with_eos(load, write, show):
     ]
 
 
+def test_running_text_is_trainable_as_a_whole(load, write, show):
+    (e,) = load(write({"text": "the hut <|mask|>"}))
+    assert show(e.input_ids_T, e.trainable_T) == "[the hut <|mask|><|endoftext|>]"
+    assert MASK not in e.input_ids_T
+
+
+def test_blank_text_is_refused_with_its_line(load, write):
+    path = write({"text": "hi"}, {"text": " \n"})
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: text is empty"):
+        load(path)
+    (e,) = examples = load(path, on_bad_row="skip")
+    assert e.origin.endswith(":1")
+    assert examples.report.refused[Fault.EMPTY].count == 1
+
+
 def test_an_end_of_turn_that_is_eos_is_enough(load, write, show, tokenizer):
     template = "{%- for m in messages %}{{- m.role[0] ~ m.content ~ eos_token ~ '\n' }}{%- endfor %}"
     template += "{%- if add_generation_prompt %}{{- 'a' }}{%- endif %}"

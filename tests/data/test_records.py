@@ -54,12 +54,14 @@ FORMATS = {
         Conversation([{"role": "system", "content": "s"}, *TURNS]),
     ),
     "token ids": ({"input_ids": [5, 6, 7], "prompt_lengths": 2}, TokenIds([5, 6, 7], 2)),
+    "text": ({"text": "hi\nyo "}, Completion("", "hi\nyo ")),
+    "text beside another format": ({"text": "hi yo", "messages": TURNS}, Conversation(TURNS)),
     "further columns": ({"id": 7, "score": 0.5, "prompt": "hi", "completion": "yo"}, Completion("hi", "yo")),
 }
 
 BAD = {
     "list": ([1], Fault.JSON, "the row is list [1]"),
-    "unknown": ({"text": "hi", "prompt": "a"}, Fault.FORMAT, "['prompt', 'text']"),
+    "unknown": ({"story": "hi", "prompt": "a"}, Fault.FORMAT, "['prompt', 'story']"),
     "messages text": ({"messages": "hi"}, Fault.FIELD, "messages is str 'hi': it must be a list"),
     "no messages": ({"messages": []}, Fault.FIELD, "messages is empty"),
     "message text": ({"messages": ["hi"]}, Fault.FIELD, "messages[0] is str 'hi'"),
@@ -77,6 +79,9 @@ BAD = {
     "response": ({"instruction": "hi", "response": 3}, Fault.FIELD, "response is int 3: it must be text"),
     "empty output": ({"instruction": "hi", "output": ""}, Fault.EMPTY, "output is empty"),
     "empty completion": ({"prompt": "hi", "completion": "\n"}, Fault.EMPTY, "completion is empty"),
+    "empty text": ({"text": ""}, Fault.EMPTY, "text is empty"),
+    "blank text": ({"text": " \n\t"}, Fault.EMPTY, "text is empty"),
+    "text of lines": ({"text": ["a", "b"]}, Fault.FIELD, "text is list ['a', 'b']: it must be text"),
     "mixed": ({"prompt": "hi", "completion": [ANSWERED]}, Fault.FIELD, "completion is list"),
     "context only": ({"prompt": TURNS, "completion": [ASKED]}, Fault.NO_ANSWER, "completion has no assistant turn"),
     "from": ({"conversations": [{"from": "bing", "value": "a"}]}, Fault.FIELD, "conversations[0].from is str 'bing'"),
