@@ -22,7 +22,7 @@ from data_tools.quickstart_tasks import STORY, TASKS, Task
 from data_tools.train_tokenizer import RECORDS
 
 DOCUMENTS = 100_000
-KINDS = {"completion": 0.85, "text": 0.1, "story": 0.05}  # shares of the documents
+KINDS = {"completion": 0.92, "text": 0.06, "story": 0.02}  # shares of the documents
 STORY_WORDS = 45  # in a piece
 SAME_SUBJECT = 0.6  # probability that the next statement of a text says something else about the same subject
 

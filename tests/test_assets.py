@@ -224,12 +224,13 @@ def test_corpus_is_a_function_of_its_seed_and_keeps_held_out_subjects_out(tmp_pa
     assert texts["one"] == texts["again"] != texts["other"]
     rows = [json.loads(line) for line in texts["one"].splitlines()]
     assert len(rows) == 3000
-    assert all(set(row) == {"text"} and row["text"].strip() for row in rows)
+    assert {frozenset(row) for row in rows} == {frozenset({"text"}), frozenset({"prompt", "completion"})}
     lettered = {row["subject"] for row in records["heldout"] if BY_NAME[row["task"]].kind == "letters"}
     listed = {row["subject"] for row in records["heldout"] if BY_NAME[row["task"]].kind in ("words", "digits")}
     for row in rows:
-        assert not lettered & set(re.findall(r"[A-Z]+", row["text"]))
-        assert not any(f"{subject}:" in row["text"] or f"{subject} " in row["text"] for subject in listed)
+        text = "".join(row.values())
+        assert not lettered & set(re.findall(r"[A-Z]+", text))
+        assert not any(f"{subject}:" in text or f"{subject} " in text for subject in listed)
 
 
 def test_tokenizer_is_remade_byte_for_byte(tmp_path):

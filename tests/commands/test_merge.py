@@ -71,6 +71,7 @@ def test_too_few_are_told_with_the_remedy(tmp_path):
     "words, message",
     [
         (["metric=eval/loss"], "topk missing in --merge"),
+        (["topk=1", "--dtype", "bfloat16"], "--dtype with --merge"),
         (["topk=0"], "topk 0 in --merge: it must be at least 1"),
         (["topk=1", "mode=least"], "mode least in --merge"),
         (["topk=1", "metrik=loss"], "unknown key metrik in --merge; did you mean metric?"),
