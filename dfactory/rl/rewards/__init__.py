@@ -1,0 +1,12 @@
+"""Reward functions, with TRL's signature: a function trained with there runs here, and the other way round.
+
+    def reward(prompts, completions, **columns) -> list[float | None]
+
+`prompts` and `completions` have one entry a rollout: strings, or lists of messages when the prompt was a conversation.
+The columns of the dataset row come as lists of the same length, and with them `completion_ids`, `tokens_per_forward`,
+`forwards` and `finish_reason` of each rollout, and the functions `log_metric(name, value)` and `log_extra(column, values)`.
+None says "not mine to score", 0 says "wrong". The function may be `async`.
+
+To add one: a file here with one function of the file's name; its options are keyword-only parameters with a default. Prove
+it with correct, wrong, malformed, hanging and cheating answers. No file here imports torch: reward processes are small.
+"""

@@ -1,0 +1,52 @@
+"""Mathematical equality with the row's `answer`, by the math-verify library (LaTeX, boxed or plain expressions).
+
+math-verify compares the last expression of the response, or all boxed ones as a set: listing candidates does not help.
+It accepts "6 * 7" for 42; whether a restated problem is an answer is for the prompt and `format_regex` to say.
+"""
+
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from sympy import Eq
+
+from dfactory.rl.rewards.text import completion_text
+
+
+def math_verify(
+    prompts, completions, *, answer: list[str], require_anchor: bool = False, timeout_s: int = 2, **columns
+) -> list[float | None]:
+    """1 where the response equals the answer, else 0; None where the row's answer is not mathematics.
+
+    `require_anchor`: the expression has to be boxed or follow "the answer is". `timeout_s` bounds parsing and comparing,
+    each; 9^9^9^9 is wrong after that. The timer is a signal: call this from a main thread, as reward processes do.
+    """
+    extraction = [
+        LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=not require_anchor),
+        ExprExtractionConfig(try_extract_without_anchor=not require_anchor),
+    ]
+
+    def score(text: str, gold: list) -> float | None:
+        if not gold:
+            return None
+        found = parse(
+            text,
+            extraction_config=extraction,
+            extraction_mode="first_match",
+            fallback_mode="no_fallback",
+            parsing_timeout=timeout_s,
+        )
+        if any(is_false_equation(expression) for expression in found):
+            return 0.0
+        return float(verify(gold, found, timeout_seconds=timeout_s))
+
+    golds = {text: parse_gold(text, timeout_s) for text in set(answer)}
+    return [score(completion_text(c), golds[a]) for c, a in zip(completions, answer, strict=True)]
+
+
+def parse_gold(answer: str, timeout_s: int) -> list:
+    """What the row's answer says; LaTeX may stand without its dollar signs. Empty: not mathematics."""
+    found = parse(answer, parsing_timeout=timeout_s)
+    return found or (parse(f"${answer}$", parsing_timeout=timeout_s) if "\\" in answer else [])
+
+
+def is_false_equation(expression) -> bool:
+    """41 = 42: math-verify reads the right-hand side of an equation only."""
+    return isinstance(expression, Eq) and not expression.free_symbols and expression.lhs != expression.rhs

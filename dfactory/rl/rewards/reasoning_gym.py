@@ -1,0 +1,96 @@
+"""reasoning-gym's own scorer of the row's task.
+
+Rows are what reasoning-gym yields: `question`, `answer`, `metadata` as columns, or all of it under `entry`. The task's
+name stands in the column `task`, else in metadata.source_dataset.
+
+Some of its scorers evaluate the response as Python (`eval`, or sympy's `parse_expr`, which is `eval` too). The model's
+text gets there only as a literal, or as arithmetic with elementary functions; anything else is scored as no answer.
+"""
+
+import ast
+import functools
+import re
+
+from reasoning_gym import get_score_answer_fn
+from reasoning_gym.utils import extract_answer
+
+from dfactory.rl.rewards.text import completion_text
+
+EVALUATE_LITERALS = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
+EVALUATE_EXPRESSIONS = {
+    *("countdown", "puzzle24", "polynomial_multiplication"),
+    *("simple_integration", "intermediate_integration"),
+}
+ELEMENTARY = "sin|cos|tan|sec|csc|cot|asin|acos|atan|sinh|cosh|tanh|exp|log|ln|sqrt|Abs|abs"
+EXPRESSION = re.compile(
+    rf"""(?: (?:{ELEMENTARY})\s*(?=\()           # a call of an elementary function
+           | [A-Za-z]\w*(?!\w|\s*\()           # a name that is not called
+           | \d++(?:\.\d*)? | \.\d++
+           | [-+*/^(),!=\s]
+         )*+""",  # possessive: no text makes it try twice
+    re.VERBOSE,
+)
+CALL_OF_A_VALUE = re.compile(r"\)\s*\(")
+LONGEST_EXPRESSION = 1000
+
+
+def reasoning_gym(
+    prompts,
+    completions,
+    *,
+    task: list[str] | None = None,
+    entry: list[dict] | None = None,
+    question: list[str] | None = None,
+    answer: list[str] | None = None,
+    metadata: list[dict] | None = None,
+    answer_tag: str | None = None,
+    **columns,
+) -> list[float]:
+    """What the task's scorer says, mostly in 0 .. 1. `answer_tag`: score only what stands in <tag> .. </tag>."""
+    count = len(completions)
+    if entry is None:
+        flat = zip(question or [None] * count, answer or [None] * count, metadata or [None] * count, strict=True)
+        entry = [dict(zip(("question", "answer", "metadata"), values, strict=True)) for values in flat]
+    names = task or [row["metadata"]["source_dataset"] for row in entry]
+    texts = [completion_text(completion) for completion in completions]
+    if answer_tag is not None:
+        texts = [extract_answer(text, answer_tag) for text in texts]
+    return [score(name, text, row) for name, text, row in zip(names, texts, entry, strict=True)]
+
+
+def score(task: str, text: str | None, entry: dict) -> float:
+    if text is None or not may_be_scored(task, text):
+        return 0.0
+    return float(scorer(task)(text, entry))
+
+
+@functools.cache
+def scorer(task: str):
+    """The scorer by name; an unknown name is a ValueError of reasoning-gym."""
+    return get_score_answer_fn(task)
+
+
+def may_be_scored(task: str, text: str) -> bool:
+    """False where scoring would run code that the model wrote."""
+    if task in EVALUATE_LITERALS:
+        return is_literal_or_no_python(text)
+    if task in EVALUATE_EXPRESSIONS:
+        return is_arithmetic(text)
+    return True
+
+
+def is_literal_or_no_python(text: str) -> bool:
+    """Text on which `eval` yields a literal or fails before it runs anything."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+        ast.literal_eval(tree)
+    except SyntaxError:
+        return True
+    except (ValueError, TypeError, MemoryError, RecursionError):
+        return False
+    return True
+
+
+def is_arithmetic(text: str) -> bool:
+    """Numbers, names, operators, and calls of elementary functions only."""
+    return len(text) <= LONGEST_EXPRESSION and bool(EXPRESSION.fullmatch(text)) and not CALL_OF_A_VALUE.search(text)

@@ -1,0 +1,157 @@
+"""From the recipe's `reward_funcs` to functions: names, weights, options, and the columns that a function needs.
+
+    reward_funcs:
+      - exact_match                                        # builtin
+      - trl.rewards.think_format_reward                    # dotted path
+      - {name: rewards.py:politeness, weight: 0.2}         # file, relative to the recipe
+      - {name: length_shaping, weight: 0.5, max_length: 256, cache: 64}
+
+`parse_rewards` runs where the recipe is read and imports nothing; `load_reward` runs in the reward processes.
+"""
+
+import difflib
+import functools
+import importlib.util
+import inspect
+import itertools
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dfactory.errors import ConfigError
+
+BUILTINS = (
+    *("code_tests", "exact_match", "format_regex", "length_shaping", "math_verify", "reasoning_gym"),
+    "tokens_per_forward",
+)
+PROVIDED = {
+    *("prompts", "completions", "completion_ids", "tokens_per_forward", "forwards", "finish_reason"),
+    *("log_metric", "log_extra"),
+}  # what every reward function gets beside the columns of the row
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One entry of `reward_funcs`."""
+
+    name: str  # in metrics and messages; unique
+    target: str  # builtin, dotted path, or absolute/path.py:function
+    weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_rewards(
+    reward_funcs: Sequence[str | dict],
+    reward_weights: Sequence[float] | None = None,
+    *,
+    base: str | Path = ".",
+    allow_code_execution: bool = False,
+) -> list[RewardSpec]:
+    """Check the recipe's entries. `base` is the folder that file names are relative to. Raises ConfigError."""
+    if not reward_funcs:
+        raise ConfigError(f"reward_funcs is empty: name at least one, such as {' | '.join(BUILTINS)}")
+    entries = [{"name": entry} if isinstance(entry, str) else dict(entry) for entry in reward_funcs]
+    if reward_weights is not None:
+        _refuse_weights(entries, reward_weights)
+        entries = [entry | {"weight": weight} for entry, weight in zip(entries, reward_weights, strict=True)]
+    specs: list[RewardSpec] = []
+    for entry in entries:
+        target = _check_target(entry.pop("name", None), Path(base))
+        if target == "code_tests" and not allow_code_execution:
+            raise ConfigError("reward code_tests runs what the model writes: set allow_code_execution: true")
+        weight = entry.pop("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise ConfigError(f"reward {target}: weight {weight!r} is not a number")
+        specs.append(RewardSpec(_unique_name(target, specs), target, float(weight), entry))
+    return specs
+
+
+def load_reward(spec: RewardSpec) -> Callable:
+    """The function, with its options bound. Raises ConfigError, or whatever the user's module raises on import."""
+    function = _resolve(spec.target)
+    if not callable(function):
+        raise ConfigError(f"reward {spec.target} is a {type(function).__name__}: name a function")
+    options = _options_of(function)
+    for name in spec.options:
+        if name not in options:
+            near = difflib.get_close_matches(name, options, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(options) or 'none'}"
+            raise ConfigError(f"reward {spec.target} has no option {name}: {hint}")
+    return functools.partial(function, **spec.options)
+
+
+def required_columns(function: Callable) -> list[str]:
+    """Columns without which a loaded reward cannot be called: checked against the data before a run starts."""
+    parameters = inspect.signature(function).parameters.values()
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
+    return [name for name in needed if name not in PROVIDED]
+
+
+def _options_of(function: Callable) -> list[str]:
+    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind in named and p.name not in ("prompts", "completions")]
+
+
+def _resolve(target: str) -> Any:
+    if ":" in target:
+        return _from_file(*target.rsplit(":", 1))
+    builtin = target in BUILTINS
+    try:
+        return pkgutil.resolve_name(f"dfactory.rl.rewards.{target}:{target}" if builtin else target)
+    except (ImportError, AttributeError) as problem:
+        remedy = "pip install 'dfactory[rl]'" if builtin else "a dotted path is package.module.function"
+        raise ConfigError(f"reward {target}: {problem}: {remedy}") from problem
+
+
+def _from_file(path: str, name: str) -> Callable:
+    module_name = f"dfactory_reward_{Path(path).stem}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module
+    module_spec.loader.exec_module(module)
+    if name not in vars(module):
+        near = difflib.get_close_matches(name, vars(module), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"reward {path}:{name}: the file has no {name}{hint}")
+    return vars(module)[name]
+
+
+def _check_target(name: Any, base: Path) -> str:
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            f"reward_funcs: name {name!r} is not text: give a builtin, pkg.module.function or file.py:name"
+        )
+    if ":" in name:
+        path, function = name.rsplit(":", 1)
+        file = (base / path).resolve()
+        if file.suffix != ".py" or not function.isidentifier():
+            raise ConfigError(f"reward {name}: files are named as path/to/file.py:function")
+        if not file.is_file():
+            raise ConfigError(f"reward {name}: {file} does not exist")
+        return f"{file}:{function}"
+    if "." not in name and name not in BUILTINS:
+        near = difflib.get_close_matches(name, BUILTINS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"builtin are {', '.join(BUILTINS)}"
+        raise ConfigError(f"reward {name} is not known: {hint}")
+    return name
+
+
+def _refuse_weights(entries: list[dict], weights: Sequence[float]) -> None:
+    if len(weights) != len(entries):
+        raise ConfigError(f"reward_weights has {len(weights)} numbers for {len(entries)} reward_funcs: give one each")
+    both = [entry["name"] for entry in entries if "weight" in entry]
+    if both:
+        raise ConfigError(f"reward {both[0]} has a weight of its own beside reward_weights: give one of the two")
+
+
+def _unique_name(target: str, earlier: list[RewardSpec]) -> str:
+    """The function's name, as TRL's metrics have it; a second one of that name gets a number."""
+    name = target.replace(":", ".").rsplit(".", 1)[-1]
+    taken = {spec.name for spec in earlier}
+    names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))
+    return next(free for free in names if free not in taken)
