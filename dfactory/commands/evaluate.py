@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dfactory.commands.generate import Answerer, matches, read_rows, write_outputs
+from dfactory.commands.generate import Answerer, matches, write_outputs
 from dfactory.config.decode import DecodeKeys
+from dfactory.data.prompts import read_rows
 from dfactory.errors import DataError
 
 NORMAL_QUANTILE = 1.96  # two-sided 95 percent

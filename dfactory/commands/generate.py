@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,9 +18,8 @@ from rich.progress import track
 
 from dfactory.config.decode import DecodeKeys
 from dfactory.data.chat import ChatEncoder, SpecialIds, special_ids
-from dfactory.data.records import BadRow, check_messages
+from dfactory.data.prompts import Row, encode_prompt, read_rows
 from dfactory.decoding import DecodeRules, decode
-from dfactory.errors import DataError
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy, read_tokenizer, resolve_model_dir, trained_block_size
 from dfactory.types import Rollout
@@ -48,15 +47,15 @@ class Answerer:
             special_ids=self.special.suppressed,
         )
 
-    def answer(self, rows: list["Row"], console: Console) -> Iterator[tuple["Row", Rollout]]:
-        prompts = [self._prompt_ids(row) for row in rows]
+    def answer(self, rows: list[Row], console: Console) -> Iterator[tuple[Row, Rollout]]:
+        prompts = [encode_prompt(row, self.encoder) for row in rows]
         starts = range(0, len(rows), PROMPTS_AT_ONCE)
         for start in track(starts, "decoding", console=console, disable=not console.is_terminal):
             part = slice(start, start + PROMPTS_AT_ONCE)
             numbers = range(start, start + len(prompts[part]))
             yield from zip(rows[part], decode(self.policy, prompts[part], self.rules, noise_ids=numbers), strict=True)
 
-    def output(self, row: "Row", rollout: Rollout) -> dict[str, Any]:
+    def output(self, row: Row, rollout: Rollout) -> dict[str, Any]:
         """The input line with what ARCHITECTURE promises of an output line."""
         end = -1 if rollout.output_ids and rollout.output_ids[-1] == self.special.eos else None
         text = None
@@ -69,57 +68,6 @@ class Answerer:
             "tokens_per_forward": rollout.tokens_per_forward,
             "finish_reason": rollout.finish_reason.value,
         }
-
-    def _prompt_ids(self, row: "Row") -> list[int]:
-        fields = row.fields
-        try:
-            if isinstance(fields.get("prompt_ids"), list):
-                return _ids(fields["prompt_ids"])
-            if self.encoder is None:
-                raise DataError("the model directory has no tokenizer: give prompt_ids")
-            if "messages" in fields:
-                messages = check_messages(fields["messages"])
-                while messages and messages[-1]["role"] == "assistant":
-                    messages = messages[:-1]  # a training record: answer its last question anew
-                return self.encoder.encode_prompt(messages, fields.get("tools"))
-            if isinstance(fields.get("prompt"), str):
-                return self.encoder.encode_text(fields["prompt"])
-        except (BadRow, DataError) as problem:
-            raise DataError(f"{row.origin}: {problem}") from problem
-        raise DataError(f"{row.origin} has none of messages, prompt (text), prompt_ids (list of ids)")
-
-
-class Row(NamedTuple):
-    origin: str  # file:line
-    fields: dict[str, Any]
-
-
-def read_rows(path: str) -> list[Row]:
-    """The objects of a JSONL file. Raises DataError with file:line."""
-    if not Path(path).is_file():
-        raise DataError(f"{path} does not exist: give a JSONL file of prompts")
-    rows = []
-    with Path(path).open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            origin = f"{path}:{number}"
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as problem:
-                raise DataError(f"{origin} is not JSON: {problem}") from problem
-            if not isinstance(fields, dict):
-                raise DataError(f"{origin} is not an object: a line is {{...}} with messages, prompt or prompt_ids")
-            rows.append(Row(origin, fields))
-    if not rows:
-        raise DataError(f"{path} is empty: give at least one prompt")
-    return rows
-
-
-def _ids(value: list) -> list[int]:
-    if not all(type(token) is int for token in value):
-        raise DataError("prompt_ids must be a list of integers")
-    return value
 
 
 def generate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:

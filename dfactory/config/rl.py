@@ -1,4 +1,4 @@
-"""Recipe keys of reinforcement learning: rewards, groups and advantages."""
+"""Recipe keys of reinforcement learning: rewards, groups, advantages, the policy loss, rollouts and processes."""
 
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -37,3 +37,53 @@ class RLKeys:
     allow_code_execution: bool = key(
         False, "let rewards run the programs that the model writes, in the sandbox (dfactory/rl/sandbox.py)"
     )
+
+    policy_loss: str = key(
+        "trace",
+        "what stands for a rollout's likelihood: the decoder's own steps (trace), ELBO views (ebpo), or one view with the "
+        "whole response masked (diffu_grpo)",
+        choices=("trace", "ebpo", "diffu_grpo"),
+    )
+    trace_steps: Optional[int] = key(
+        None, "policy_loss trace: sampled steps a block, weighted by 1 / probability; null: all of them", low=1
+    )
+    ratio_normalisation: str = key(
+        "mean",
+        "policy_loss ebpo: the log-ratio of a response is a sum, divided by its tokens, or divided by its blocks; "
+        "epsilon has to be meant for it",
+        choices=("sum", "mean", "block"),
+    )
+    epsilon: float = key(0.2, "the ratio is clipped below at 1 - epsilon", low=0.0)
+    epsilon_high: Optional[float] = key(None, "and above at 1 + epsilon_high; null: epsilon", low=0.0)
+    ratio_clip: str = key(
+        "ppo",
+        "the smaller of clipped and plain gain (ppo), or clipped ratios as self-normalised constant weights whatever the "
+        "advantage's sign (unconditional)",
+        choices=("ppo", "unconditional"),
+    )
+    loss_type: str = key(
+        "grpo",
+        "token-level losses: mean by response, then over responses (grpo); over tokens (dapo); over a constant (dr_grpo)",
+        choices=("grpo", "dapo", "dr_grpo"),
+    )
+    kl_coef: float = key(
+        0.0, "weight of the KL term to the reference, which is the model at the start; 0: none", low=0.0
+    )
+    kl_estimator: str = key("k3", "k2 or k3; k3 explodes on ELBO differences", choices=("k2", "k3"))
+    num_iterations: int = key(1, "optimiser steps on the same rollouts", low=1)
+
+    prompts_per_step: int = key(8, "prompts whose groups make one optimiser step", low=1)
+    zero_signal: str = key(
+        "resample",
+        "a group whose rewards are all equal teaches nothing: leave it out of the step, or take another prompt",
+        choices=("drop", "resample"),
+    )
+    max_steps_without_signal: int = key(10, "stop when no group of so many steps had a signal", low=1)
+    max_staleness: int = key(
+        0, "policy versions that a rollout may lie behind the step that trains on it; 0: synchronous", low=0
+    )
+    num_learners: int = key(1, "learner processes (DeepSpeed ranks)", low=1)
+    num_rollout_workers: int = key(1, "processes that decode", low=1)
+    rollout_timeout_s: float = key(600.0, "a decoding call that takes longer counts as hung: restarted", low=1.0)
+    max_rollout_attempts: int = key(3, "tries of a prompt's group before the run gives up", low=1)
+    cluster_timeout_s: float = key(300.0, "longest wait for the processes to be placed", low=1.0)

@@ -1,0 +1,70 @@
+"""Prompts to be answered: JSONL rows with `messages`, `prompt` (text) or `prompt_ids`, and whatever columns a reward reads."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dfactory.data.chat import ChatEncoder
+from dfactory.data.records import BadRow, check_messages
+from dfactory.errors import DataError
+
+
+class Row(NamedTuple):
+    origin: str  # file:line
+    fields: dict[str, Any]
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The objects of a JSONL file. Raises DataError with file:line."""
+    if not Path(path).is_file():
+        raise DataError(f"{path} does not exist: give a JSONL file of prompts")
+    rows = []
+    with Path(path).open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            origin = f"{path}:{number}"
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError as problem:
+                raise DataError(f"{origin} is not JSON: {problem}") from problem
+            if not isinstance(fields, dict):
+                raise DataError(f"{origin} is not an object: a line is {{...}} with messages, prompt or prompt_ids")
+            rows.append(Row(origin, fields))
+    if not rows:
+        raise DataError(f"{path} is empty: give at least one prompt")
+    return rows
+
+
+def prompt_messages(row: Row) -> list[dict[str, Any]] | None:
+    """The messages to be answered: a training record's last answer is taken off. None for a prompt that is no chat."""
+    if "messages" not in row.fields:
+        return None
+    messages = check_messages(row.fields["messages"])
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return messages
+
+
+def encode_prompt(row: Row, encoder: ChatEncoder | None) -> list[int]:
+    """The token ids that the model has to answer. Raises DataError that names file:line."""
+    fields = row.fields
+    try:
+        if isinstance(fields.get("prompt_ids"), list):
+            return _ids(fields["prompt_ids"])
+        if encoder is None:
+            raise DataError("the model directory has no tokenizer: give prompt_ids")
+        messages = prompt_messages(row)
+        if messages is not None:
+            return encoder.encode_prompt(messages, fields.get("tools"))
+        if isinstance(fields.get("prompt"), str):
+            return encoder.encode_text(fields["prompt"])
+    except (BadRow, DataError) as problem:
+        raise DataError(f"{row.origin}: {problem}") from problem
+    raise DataError(f"{row.origin} has none of messages, prompt (text), prompt_ids (list of ids)")
+
+
+def _ids(value: list) -> list[int]:
+    if not all(type(token) is int for token in value):
+        raise DataError("prompt_ids must be a list of integers")
+    return value
