@@ -17,7 +17,7 @@ from dfactory.config.recipe import Recipe
 from dfactory.errors import ConfigError
 
 NOT_YAML = (yaml.YAMLError, OmegaConfBaseException, ValueError)  # what OmegaConf raises for text that it cannot read
-PATH_KEYS = ("deepspeed", "chat_template_path")  # paths that a recipe states relative to itself
+PATH_KEYS = ("deepspeed", "chat_template_path", "reference_path")  # paths that a recipe states relative to itself
 
 
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
@@ -160,12 +160,13 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
             f"mask_count exact draws from no mask to all, noise_range_low is {low:g} and noise_range_high {high:g}: "
             "set them to 0 and 1",
         )
-    elif recipe.loss_weight == "elbo":
-        rule(low > 0, "noise_range_low 0 with loss_weight elbo divides by zero: raise it to 0.001")
+    elif recipe.loss_weight == "elbo" or recipe.stage == "dpo":
+        weighing = "stage dpo" if recipe.stage == "dpo" else "loss_weight elbo"
+        rule(low > 0, f"noise_range_low 0 with {weighing} divides by zero: raise it to 0.001")
         twin_is_finite = not recipe.complementary or high < 1
         rule(
             twin_is_finite,
-            "noise_range_high 1 with complementary views and loss_weight elbo divides by zero: use 0.999",
+            f"noise_range_high 1 with complementary views and {weighing} divides by zero: use 0.999",
         )
     rule(
         recipe.max_length % recipe.block_size == 0,
@@ -183,6 +184,7 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
         not (recipe.use_peft and recipe.init_weights == "random"),
         "init_weights random with use_peft: the base that the adapters belong to would be lost; train it first",
     )
+    _check_preferences(recipe, rule)
     rule(bool(recipe.datasets), "datasets is empty: name at least one file")
     rule(all(entry.weight > 0 for entry in recipe.datasets), "datasets.weight 0: leave the file out instead")
     rule(
@@ -225,4 +227,26 @@ def _check_block_sizes(recipe: Recipe, rule: Callable[[bool, str], None]) -> Non
     rule(
         recipe.documents_per_record == 1,
         f"{shown} with stage {recipe.stage}: a pair and its reference are scored at one block size; set it to null",
+    )
+
+
+def _check_preferences(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
+    """Rules between the keys of preference optimisation."""
+    smoothing, loss = recipe.label_smoothing, recipe.loss_type
+    rule(recipe.stage != "dpo" or recipe.beta > 0, "beta 0 with stage dpo: the loss would not depend on the policy")
+    rule(
+        smoothing == 0 or loss in ("sigmoid", "robust"),
+        f"label_smoothing {smoothing:g} with loss_type {loss} has no meaning: set it to 0, or use sigmoid or robust",
+    )
+    rule(
+        smoothing < 0.5 or loss != "robust",
+        "label_smoothing 0.5 with loss_type robust divides by zero: lower it",
+    )
+    rule(
+        recipe.reference != "adapter" or recipe.use_peft,
+        "reference adapter without use_peft: there is no adapter to switch off; set use_peft, or reference to copy",
+    )
+    rule(
+        recipe.reference_path is None or recipe.reference == "precomputed",
+        f"reference_path {recipe.reference_path} is read with reference precomputed only: set that, or leave it out",
     )

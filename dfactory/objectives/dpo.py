@@ -1,0 +1,79 @@
+"""Direct preference optimisation with ELBOs in place of log-likelihoods (METHOD section 7).
+
+    score(y) = elbo_policy(y) - elbo_reference(y),    delta = score(chosen) - score(rejected)
+
+    sigmoid   - (1 - s) log sigmoid(beta delta) - s log sigmoid(- beta delta)                    s = label_smoothing
+    robust    (- (1 - s) log sigmoid(beta delta) + s log sigmoid(- beta delta)) / (1 - 2 s)
+    hinge     max(0, 1 - beta delta)
+    ipo       (delta - 1 / (2 beta))^2, where each score is divided by its response tokens
+
+The names and formulas are those of trl 1.16 (DPOTrainer), whose `sigmoid_norm` is sigmoid with `length_normalize` here: the
+scores are divided by the response tokens first. Its `sigmoid` ignores label_smoothing; here that is conservative DPO's, as
+in its `aot`. Its `sft` term is `sft_loss_coef` here: the negative ELBO of the chosen answers over their response tokens.
+
+Documents 2i and 2i + 1 of a batch are the sides of a pair: they share their noise, and so do policy and reference, whose
+ELBOs are the column `reference_elbo_D`. A pair counts 1; all counts are known before the forward.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+from dfactory.objectives.elbo import elbo
+from dfactory.objectives.sft import token_metrics
+from dfactory.types import LossTerms, Mean, Objective, TokenScores, ViewBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class DPO(Objective):
+    beta: float = 0.1
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+    length_normalize: bool = False
+    sft_loss_coef: float = 0.0
+
+    def counts(self, batch: ViewBatch, scores: TokenScores | None = None) -> dict[str, float]:
+        counts = {"preference": float(len(batch.document_id_D) // 2)}
+        if self.sft_loss_coef:
+            counts["sft"] = float(batch.response_length_D[0::2].sum())
+        return counts
+
+    def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
+        elbo_D = elbo(batch, scores.logprob_N)
+        score_D = elbo_D - batch.columns["reference_elbo_D"]
+        counts = self.counts(batch)
+        loss = {"preference": Mean(self.preference(score_D, batch.response_length_D).sum(), counts["preference"])}
+        if self.sft_loss_coef:
+            loss["sft"] = Mean(-self.sft_loss_coef * elbo_D[0::2].sum(), counts["sft"])
+        metrics = token_metrics(-scores.logprob_N, scores, batch.num_targets)
+        return LossTerms(loss, metrics | self._pair_metrics(elbo_D.detach(), score_D.detach()))
+
+    def preference(self, score_D: torch.Tensor, response_length_D: torch.Tensor) -> torch.Tensor:
+        """The loss of each pair."""
+        if self.length_normalize or self.loss_type == "ipo":
+            score_D = score_D / response_length_D
+        delta = score_D[0::2] - score_D[1::2]
+        if self.loss_type == "ipo":
+            return (delta - 1 / (2 * self.beta)) ** 2
+        if self.loss_type == "hinge":
+            return torch.relu(1 - self.beta * delta)
+        right, wrong, s = -F.logsigmoid(self.beta * delta), -F.logsigmoid(-self.beta * delta), self.label_smoothing
+        if self.loss_type == "robust":
+            return ((1 - s) * right - s * wrong) / (1 - 2 * s)
+        return (1 - s) * right + s * wrong
+
+    def _pair_metrics(self, elbo_D: torch.Tensor, score_D: torch.Tensor) -> dict[str, Mean]:
+        """trl's, with ELBOs as logps; and how often the policy alone finds the chosen answer more likely."""
+        reward_D = self.beta * score_D
+        chosen, rejected = reward_D[0::2], reward_D[1::2]
+        values = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": chosen > rejected,
+            "logps/chosen": elbo_D[0::2],
+            "logps/rejected": elbo_D[1::2],
+            "logps/accuracies": elbo_D[0::2] > elbo_D[1::2],
+        }
+        return {name: Mean(value.sum(), len(value)) for name, value in values.items()}
