@@ -21,7 +21,14 @@ from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.trainer import Trainer, keep_zero3_config, zero_stage
 from dfactory.engine.window import Measure, means_by_t
 from dfactory.models.policy import Policy
-from dfactory.models.registry import add_adapters, load_policy, read_config, read_tokenizer, resolve_model_dir
+from dfactory.models.registry import (
+    add_adapters,
+    known_mask_id,
+    load_policy,
+    read_config,
+    read_tokenizer,
+    resolve_model_dir,
+)
 from dfactory.objectives.cap import CAP
 from dfactory.objectives.sft import SFT
 from dfactory.types import Objective, TrainState
@@ -97,7 +104,8 @@ def read_inputs(recipe: Recipe) -> Inputs:
     vocab_size = read_config(model_dir).vocab_size
     tokenizer = read_tokenizer(model_dir)
     template = read_chat_template(recipe.chat_template_path)
-    special = special_ids(tokenizer, recipe.mask_token_id, recipe.eos_token_id, vocab_size, template)
+    mask_id = known_mask_id(model_dir, recipe.mask_token_id)
+    special = special_ids(tokenizer, mask_id, recipe.eos_token_id, vocab_size, template)
     encoder = ChatEncoder(tokenizer, template, special) if tokenizer is not None else None
 
     def load(datasets):

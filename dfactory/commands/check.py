@@ -40,7 +40,14 @@ from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.trainer import deepspeed_config
 from dfactory.errors import ConfigError, DataError, DFactoryError
 from dfactory.models.headers import weight_files
-from dfactory.models.registry import check_tensors, read_config, read_tokenizer, resolve_model_dir, trained_block_size
+from dfactory.models.registry import (
+    check_tensors,
+    known_mask_id,
+    read_config,
+    read_tokenizer,
+    resolve_model_dir,
+    trained_block_size,
+)
 from dfactory.train import Inputs, make_source, read_inputs
 
 RANK_COUNTS = (1, 8, 16, 32, 64, 128)
@@ -159,6 +166,12 @@ def _weights(page: Page, model: Model) -> None:
     page.line(
         "files", f"{len(files)} with {_bytes(size)}; every tensor has the name and shape that config.json asks for"
     )
+    left_out = model.config.to_dict().get("mtp_layers_left_out", 0)
+    if left_out:
+        page.warn(
+            f"{left_out} multi-token-prediction layer(s) are neither read nor saved: they predict "
+            "beyond the next token, which block diffusion does not"
+        )
 
 
 def _tokens(page: Page, recipe: Recipe, model: Model) -> SpecialIds:
@@ -169,7 +182,11 @@ def _tokens(page: Page, recipe: Recipe, model: Model) -> SpecialIds:
     else:
         page.line("tokenizer", f"{type(tokenizer).__name__}, {len(tokenizer)} tokens")
     vocab_size = model.config.vocab_size
-    special = special_ids(tokenizer, recipe.mask_token_id, recipe.eos_token_id, vocab_size, template)
+    recorded = known_mask_id(model.path, None)
+    mask_id = known_mask_id(model.path, recipe.mask_token_id)
+    if recorded is not None and mask_id != recorded:
+        page.warn(f"mask_token_id {mask_id}, but the model was trained with {recorded}: leave the key out")
+    special = special_ids(tokenizer, mask_id, recipe.eos_token_id, vocab_size, template)
     page.line("mask, EOS", f"{_token(tokenizer, special.mask)}, {_token(tokenizer, special.eos)}")
     page.line("never decoded", _suppressed(tokenizer, special))
     if tokenizer is not None:

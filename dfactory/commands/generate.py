@@ -21,7 +21,7 @@ from dfactory.data.chat import ChatEncoder, SpecialIds, special_ids
 from dfactory.data.prompts import Row, encode_prompt, read_rows
 from dfactory.decoding import DecodeRules, decode
 from dfactory.models.policy import Policy
-from dfactory.models.registry import load_policy, read_tokenizer, resolve_model_dir, trained_block_size
+from dfactory.models.registry import known_mask_id, load_policy, read_tokenizer, resolve_model_dir, trained_block_size
 from dfactory.types import Rollout
 
 PROMPTS_AT_ONCE = 512  # prompts handed to the decoder together; slots are refilled among these
@@ -38,7 +38,8 @@ class Answerer:
         )
         self.tokenizer = read_tokenizer(model_dir)
         vocab_size = self.policy.config.vocab_size
-        self.special: SpecialIds = special_ids(self.tokenizer, keys.mask_token_id, keys.eos_token_id, vocab_size)
+        mask_id = known_mask_id(model_dir, keys.mask_token_id)
+        self.special: SpecialIds = special_ids(self.tokenizer, mask_id, keys.eos_token_id, vocab_size)
         self.encoder = ChatEncoder(self.tokenizer, special=self.special) if self.tokenizer is not None else None
         self.rules = DecodeRules.of(
             dataclasses.replace(keys, block_size=keys.block_size or trained_block_size(model_dir)),

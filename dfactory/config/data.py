@@ -23,8 +23,9 @@ class DataKeys:
     packing: bool = key(True, "put several documents into a row; attention never crosses them")
     overlong: str = key(
         "refuse",
-        "a document longer than max_length is refused (counted) or cut; a cut one gets no EOS",
-        choices=("refuse", "truncate"),
+        "a document longer than max_length is refused (counted), cut (it gets no EOS), or split: a text without a prompt "
+        "goes on in further documents",
+        choices=("refuse", "truncate", "split"),
     )
     on_bad_row: str = key("error", "an unusable record stops the run, or is counted", choices=("error", "skip"))
     max_bad_fraction: float = key(0.01, "with on_bad_row: skip, the largest share of bad rows", low=0.0, high=1.0)

@@ -174,6 +174,10 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
         f"use {recipe.max_length // recipe.block_size * recipe.block_size or recipe.block_size}",
     )
     _check_block_sizes(recipe, rule)
+    rule(
+        recipe.overlong != "split" or recipe.documents_per_record == 1,
+        f"overlong split with stage {recipe.stage}: pairs have prompts and cannot be split; use truncate",
+    )
     if recipe.row_length is not None:
         need = recipe.longest_record
         rule(

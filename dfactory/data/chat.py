@@ -61,7 +61,8 @@ def special_ids(
     for key, value in (("mask_token_id", mask), ("eos_token_id", eos)):
         if value is None:
             source = "there is no tokenizer" if tokenizer is None else "the tokenizer names none"
-            raise ConfigError(f"{key} is null and {source}: set {key}")
+            hint = _unused_id(tokenizer, vocab_size) if key == "mask_token_id" else ""
+            raise ConfigError(f"{key} is null and {source}: set {key}{hint}")
         if value < 0 or (vocab_size is not None and value >= vocab_size):
             bound = "0 or more" if vocab_size is None else f"below the model's vocabulary size {vocab_size}"
             raise ConfigError(f"{key} {value} is no token of the model: it must be {bound}")
@@ -107,6 +108,17 @@ def _find_mask(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
         return tokenizer.mask_token_id
     literals = special_literals(tokenizer)
     return next((literals[name] for name in MASK_LITERALS if name in literals), None)
+
+
+def _unused_id(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int | None) -> str:
+    """What to take for a mask where an autoregressive model has none, as the end of a sentence."""
+    if tokenizer is None or vocab_size is None:
+        return ""
+    named = set(tokenizer.get_vocab().values())
+    free = [index for index in range(vocab_size) if index not in named]
+    if not free:
+        return " to the id of a token that no text of yours holds: every id of the vocabulary has a token"
+    return f" to an id that no text can hold, such as {free[0]} ({len(free)} ids of the vocabulary have no token)"
 
 
 def _end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> set[int]:

@@ -1,7 +1,8 @@
 """All training documents, tokenised once at start-up and kept in flat arrays, with a report of what was refused.
 
-A document is named by (index of its file << 40) | line number; that name keys its noise and leads back to file and line.
-The two sides of a preference pair are neighbours of one name.
+A document is named by (part << 52) | (index of its file << 40) | line number; that name keys its noise and leads back to
+file and line. A long text that was split has parts 1, 2, ... behind its part 0. The two sides of a preference pair are
+neighbours of one name.
 What cannot be trained on is a bad row: broken, without an answer, too long. `on_bad_row` decides whether the first one
 stops the run or whether they are counted, up to `max_bad_fraction`.
 """
@@ -11,6 +12,7 @@ import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,7 +24,7 @@ from dfactory.data.records import read_records
 from dfactory.errors import ConfigError, DataError
 from dfactory.types import Example
 
-LINE_BITS = 40  # of a document id; the file's index stands above them
+LINE_BITS, FILE_BITS, PART_BITS = 40, 12, 11  # of a document id, from its low end
 ENCODE_BATCH = 1024  # records that the tokenizer gets at once
 SHOWN_ORIGINS = 5  # a kind of fault in the report
 
@@ -43,6 +45,7 @@ class DataReport:
     unit_size: int = 1  # documents that a row becomes: 2 for a preference pair
     kept: int = 0  # documents
     truncated: int = 0  # documents
+    further_parts: int = 0  # documents that go on with a split text
     refused: dict[Fault, Refused] = field(default_factory=dict)
     tokens: int = 0
     trainable_tokens: int = 0
@@ -52,7 +55,7 @@ class DataReport:
     @property
     def num_rows(self) -> int:
         """Rows that were kept."""
-        return self.kept // self.unit_size
+        return (self.kept - self.further_parts) // self.unit_size
 
     @property
     def num_refused(self) -> int:
@@ -62,7 +65,7 @@ class DataReport:
         pairs = f" ({self.num_rows} pairs)" if self.unit_size == 2 else ""
         lines = [
             f"{self.kept} documents{pairs} of {len(self.files)} file(s), {self.num_refused} rows refused, "
-            f"{self.truncated} cut",
+            f"{self.truncated} cut" + f", {self.further_parts} go on with a split text" * (self.further_parts > 0),
             f"{self.tokens} tokens ({self.aligned_tokens} in whole blocks), {self.trainable_tokens} trainable, "
             f"longest document {self.longest}",
         ]
@@ -108,7 +111,7 @@ class Examples(Sequence[Example]):
     @property
     def file_index_E(self) -> np.ndarray:
         """Which of the files each document came from."""
-        return self.document_id_E >> LINE_BITS
+        return _file_index(self.document_id_E)
 
     def origin(self, document_id: int) -> str:
         """The "file:line" that a document id names."""
@@ -163,6 +166,10 @@ def load_examples(
     """
     if max_length % block_size:
         raise ConfigError(f"block_size {block_size} does not divide max_length {max_length}: use a multiple of it")
+    if len(datasets) > 1 << FILE_BITS:
+        raise ConfigError(
+            f"datasets names {len(datasets)} files: at most {1 << FILE_BITS} can be told apart; join some"
+        )
     rules = _Rules(max_length, overlong, eos_id, vocab_size, mask_id)
     report = DataReport([entry.path for entry in datasets], unit_size=2 if paired else 1)
     builder = _Builder(report, on_bad_row, block_size)
@@ -221,23 +228,29 @@ def _encode(batch: list[tuple[int, Record | BadRow]], encoder: ChatEncoder | Non
     return [row if isinstance(row, BadRow) else list(itertools.islice(encoded, len(row))) for row in rows]
 
 
-Finished = list[tuple[Tokens, bool]]  # the documents of one row, and whether each was cut
+class Finished(NamedTuple):
+    """One document of a row, as it is kept."""
+
+    tokens: Tokens
+    was_cut: bool = False
+    part: int = 0  # of a split text
 
 
-def _finish(rules: "_Rules", record: Record | BadRow, encoded: Encoded | BadRow) -> Finished | BadRow:
+def _finish(rules: "_Rules", record: Record | BadRow, encoded: Encoded | BadRow) -> list[Finished] | BadRow:
     """All documents of a row, or none."""
     if isinstance(encoded, BadRow):
         return encoded
-    finished = [_apply(rules, *one) for one in zip(_documents(record), encoded, strict=True)]
-    for side, outcome in enumerate(finished):
+    outcomes = [_apply(rules, *one) for one in zip(_documents(record), encoded, strict=True)]
+    for side, outcome in enumerate(outcomes):
         if isinstance(outcome, BadRow):
             return BadRow(outcome.fault, f"{SIDES[side]}: {outcome}") if isinstance(record, Pair) else outcome
-    return (isinstance(record, Pair) and _wrong_pair(finished)) or finished
+    finished = [document for outcome in outcomes for document in outcome]
+    return (isinstance(record, Pair) and _wrong_pair(*finished)) or finished
 
 
-def _wrong_pair(finished: Finished) -> BadRow | None:
+def _wrong_pair(chosen_side: Finished, rejected_side: Finished) -> BadRow | None:
     """What shows only in the tokens: a template or a cut may bring sides together, or their prompts apart."""
-    (chosen, _), (rejected, _) = finished
+    chosen, rejected = chosen_side.tokens, rejected_side.tokens
     if np.array_equal(chosen[0], rejected[0]):
         return BadRow(Fault.EQUAL_SIDES, "chosen and rejected have the same tokens: there is nothing to prefer")
     prompts = [ids[: trainable.argmax()] for ids, trainable in (chosen, rejected)]
@@ -250,8 +263,8 @@ def _wrong_pair(finished: Finished) -> BadRow | None:
     return None
 
 
-def _apply(rules: _Rules, record: Document, tokens: Tokens | BadRow) -> tuple[Tokens, bool] | BadRow:
-    """End with EOS, check, cut: (tokens, whether they were cut)."""
+def _apply(rules: _Rules, record: Document, tokens: Tokens | BadRow) -> list[Finished] | BadRow:
+    """End with EOS, check, cut or split."""
     if isinstance(tokens, BadRow):
         return tokens
     ids, trainable = tokens
@@ -263,16 +276,31 @@ def _apply(rules: _Rules, record: Document, tokens: Tokens | BadRow) -> tuple[To
         ids, trainable = np.append(ids, np.int32(rules.eos_id)), np.append(trainable, trainable[-1])
     limit = rules.max_length
     if len(ids) <= limit:
-        return (ids, trainable), False
+        return [Finished((ids, trainable))]
+    if rules.overlong == "split":
+        return _split(ids, trainable, limit)
     if not trainable[:limit].any():
         prompt = int(trainable.argmax())
         return BadRow(Fault.PROMPT_TOO_LONG, f"the prompt alone has {prompt} tokens, max_length is {limit}: raise it")
     if rules.overlong == "truncate":
-        return (ids[:limit], trainable[:limit]), True
+        return [Finished((ids[:limit], trainable[:limit]), was_cut=True)]
     return BadRow(
         Fault.TOO_LONG,
         f"the document has {len(ids)} tokens, max_length is {limit}: raise max_length or set overlong: truncate",
     )
+
+
+def _split(ids: np.ndarray, trainable: np.ndarray, limit: int) -> list[Finished] | BadRow:
+    """A text in documents of `limit` tokens, the last one shorter. Each begins at position 0 and knows nothing of the
+    others; only the last one has the EOS."""
+    starts = range(0, len(ids), limit)
+    if not trainable.all():
+        reason = "has a prompt, without which its answer cannot go on in another document"
+    elif len(starts) > 1 << PART_BITS:
+        reason = f"would be split into {len(starts)} documents, more than {1 << PART_BITS}"
+    else:
+        return [Finished((ids[i : i + limit], trainable[i : i + limit]), part=n) for n, i in enumerate(starts)]
+    return BadRow(Fault.TOO_LONG, f"the document has {len(ids)} tokens, max_length is {limit}, and it {reason}")
 
 
 def _wrong_id(rules: _Rules, ids: np.ndarray) -> BadRow | None:
@@ -301,23 +329,24 @@ class _Builder:
         ] = []  # joined now and then: a small array for each document would cost more than it holds
         self.loose: list[Tokens] = []
 
-    def add(self, document_id: int, outcome: Finished | BadRow) -> None:
-        """One row: its documents get the same name."""
+    def add(self, document_id: int, outcome: list[Finished] | BadRow) -> None:
+        """One row: its documents get the same name, apart from the part."""
         if isinstance(outcome, BadRow):
             return self._refuse(_origin(self.report.files, document_id), outcome)
-        for tokens, was_cut in outcome:
-            self._keep(document_id, tokens, was_cut)
+        for document in outcome:
+            self._keep(document_id, document)
 
-    def _keep(self, document_id: int, tokens: Tokens, was_cut: bool) -> None:
-        length = len(tokens[0])
-        self.document_ids.append(document_id)
+    def _keep(self, document_id: int, document: Finished) -> None:
+        tokens, length = document.tokens, len(document.tokens[0])
+        self.document_ids.append(document.part << LINE_BITS + FILE_BITS | document_id)
         self.lengths.append(length)
         self.loose.append(tokens)
         if len(self.loose) >= ENCODE_BATCH:
             self.chunks, self.loose = [*self.chunks, _concatenate(self.loose)], []
         report = self.report
         report.kept += 1
-        report.truncated += was_cut
+        report.truncated += document.was_cut
+        report.further_parts += document.part > 0
         report.tokens += length
         report.trainable_tokens += int(tokens[1].sum())
         report.aligned_tokens += length + -length % self.block_size
@@ -347,7 +376,12 @@ class _Builder:
 
 
 def _origin(files: list[str], document_id: int) -> str:
-    return f"{files[document_id >> LINE_BITS]}:{document_id & ((1 << LINE_BITS) - 1)}"
+    return f"{files[_file_index(document_id)]}:{document_id & ((1 << LINE_BITS) - 1)}"
+
+
+def _file_index(document_id):
+    """Of one document id, or of an array of them."""
+    return document_id >> LINE_BITS & (1 << FILE_BITS) - 1
 
 
 def _concatenate(parts: list[Tokens]) -> Tokens:

@@ -41,6 +41,7 @@ def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | Non
         whole_layer=WholeLayers(trainer.policy, keep=trainer.rank == 0),
         write=trainer.rank == 0,
         block_size=trainer.recipe.block_size,
+        mask_token_id=trainer.recipe.mask_token_id,
         chat_template=read_chat_template(trainer.recipe.chat_template_path),
     )
     trainer.engine.save_checkpoint(str(partial / ENGINE), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True)

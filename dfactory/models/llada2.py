@@ -1,5 +1,8 @@
 """LLaDA2-MoE out of transformers' Glm4Moe modules: the config keys, the tensor names, nothing else (LLADA2.md).
 
+Ling 2.0, the autoregressive family that LLaDA2 was made from, has the same architecture, keys and tensor names under
+another model_type; its multi-token-prediction layers, which a block-diffusion model has no use for, are left out.
+
 The checkpoint of the LLaDA2 family differs from Glm4Moe in names only, so a family here is a config class that reads the
 original keys and a conversion mapping that transformers applies while it loads, and inverts while we save. Checkpoints
 hold their experts one by one (`llada2_moe`, `llada21_moe`) or stacked (`llada2_moe_veomni`). Either layout is read under
@@ -64,8 +67,8 @@ class LLaDA2MoeConfig(Glm4MoeConfig):
         rotary = {name: float(translated.pop(name)) for name in ("rope_theta", "partial_rotary_factor")}
         if translated.get("rope_parameters") is None:
             translated["rope_parameters"] = {"rope_type": "default", **rotary}
-        translated["num_nextn_predict_layers"] = 0
-        super().__init__(**translated)
+        self.mtp_layers_left_out = translated.pop("num_nextn_predict_layers", None) or 0
+        super().__init__(**translated, num_nextn_predict_layers=0)
 
 
 class LLaDA21MoeConfig(LLaDA2MoeConfig):
@@ -78,6 +81,14 @@ class LLaDA2MoeVeOmniConfig(LLaDA2MoeConfig):
     __init__ = LLaDA2MoeConfig.__init__
 
 
+class LingMoeV2Config(LLaDA2MoeConfig):
+    """Ling 2.0 (BailingMoeV2ForCausalLM), autoregressive. Older Ling models share the model_type, not the architecture:
+    the registry tells them apart by `architectures`."""
+
+    model_type = "bailing_moe"
+    __init__ = LLaDA2MoeConfig.__init__
+
+
 class LLaDA2MoeModelLM(Glm4MoeForCausalLM):
     """The causal-LM class under the name that the checkpoints' config.json states."""
 
@@ -87,8 +98,9 @@ class LLaDA2MoeModelLM(Glm4MoeForCausalLM):
     def __init__(self, config: LLaDA2MoeConfig):
         super().__init__(config)
         self.save_as(stacked_experts=config.model_type.endswith("veomni"))
-        # Glm4Moe skips the tensors of some layers by number (its MTP heads); here an unknown tensor is an error.
-        self._keys_to_ignore_on_load_unexpected = set()
+        # Glm4Moe skips the tensors of some layers by number; here an unknown tensor is an error, an MTP layer's apart.
+        left_out = range(config.num_hidden_layers, config.num_hidden_layers + config.mtp_layers_left_out)
+        self._keys_to_ignore_on_load_unexpected = {rf"^model\.layers\.{layer}\." for layer in left_out}
 
     def save_as(self, stacked_experts: bool) -> None:
         """Choose the expert layout of the tensors that are saved. Reading a checkpoint chooses that of the checkpoint."""
@@ -107,6 +119,11 @@ class LLaDA21MoeModelLM(LLaDA2MoeModelLM):
 class LLaDA2MoeVeOmniModelLM(LLaDA2MoeModelLM):
     config_class = LLaDA2MoeVeOmniConfig
     config: LLaDA2MoeVeOmniConfig
+
+
+class LingMoeV2ModelLM(LLaDA2MoeModelLM):
+    config_class = LingMoeV2Config
+    config: LingMoeV2Config
 
 
 class SplitHeads(ConversionOps):
@@ -173,6 +190,7 @@ def register() -> None:
         (LLaDA2MoeConfig, LLaDA2MoeModelLM),
         (LLaDA21MoeConfig, LLaDA21MoeModelLM),
         (LLaDA2MoeVeOmniConfig, LLaDA2MoeVeOmniModelLM),
+        (LingMoeV2Config, LingMoeV2ModelLM),
     ):
         name = config_class.model_type
         AutoConfig.register(name, config_class, exist_ok=True)

@@ -38,6 +38,7 @@ class Family:
 
     moe_blocks: tuple[str, ...] = ()  # module classes that ZeRO-3 gathers whole, because routing picks their children
     autoep: Mapping[str, Any] | None = None  # what DeepSpeed's AutoEP has to know of them; names as in transformers
+    architectures: tuple[str, ...] = ()  # of config.json, where other models share the model_type; empty: any
 
 
 _LLADA2 = Family(
@@ -56,6 +57,7 @@ FAMILIES: dict[str, Family] = {
     "llada2_moe": _LLADA2,
     "llada21_moe": _LLADA2,
     "llada2_moe_veomni": _LLADA2,
+    "bailing_moe": dataclasses.replace(_LLADA2, architectures=("BailingMoeV2ForCausalLM",)),  # Ling 2.0
     "qwen3": Family(),
     "qwen3_moe": Family(moe_blocks=("Qwen3MoeSparseMoeBlock",)),
     "llama": Family(),
@@ -89,13 +91,19 @@ def read_config(model_dir: Path) -> PreTrainedConfig:
             )
         raise CheckpointError(f"{model_dir} holds no config.json: it is not a model directory")
     try:
-        model_type = json.loads(file.read_text()).get("model_type")
+        keys = json.loads(file.read_text())
+        model_type, architectures = keys.get("model_type"), keys.get("architectures") or []
     except (ValueError, AttributeError) as problem:
         raise CheckpointError(f"{file} is not a JSON object: {problem}") from problem
     if model_type not in FAMILIES:
         raise ConfigError(
             f"model_type {model_type!r} in {file} is not a known family: {', '.join(FAMILIES)}; "
             "a new one is an entry in dfactory/models/registry.py"
+        )
+    known = FAMILIES[model_type].architectures
+    if known and not set(known) & set(architectures):
+        raise ConfigError(
+            f"architectures {architectures} in {file}: of model_type {model_type} only {', '.join(known)} is known"
         )
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     if getattr(config, "use_sliding_window", False):
@@ -116,9 +124,18 @@ def read_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase | None:
 
 def trained_block_size(model_dir: Path) -> int:
     """The block size that a checkpoint of ours was trained with (see `saving`), or LLaDA2's."""
+    return _recorded(model_dir).get("block_size") or LLADA2_BLOCK_SIZE
+
+
+def known_mask_id(model_dir: Path, stated: int | None) -> int | None:
+    """The mask_token_id that was `stated`, or else the one that the recipe of a checkpoint of ours stated; None where that
+    is left to the tokenizer."""
+    return _recorded(model_dir).get("mask_token_id") if stated is None else stated
+
+
+def _recorded(model_dir: Path) -> dict[str, Any]:
     file = model_dir / GENERATION_CONFIG
-    recorded = json.loads(file.read_text()).get("block_size") if file.is_file() else None
-    return recorded or LLADA2_BLOCK_SIZE
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def family_of(policy: Policy) -> Family:

@@ -37,19 +37,20 @@ def save_policy(
     whole_layer: Callable[[NamedTensors], NamedTensors] = list,
     write: bool = True,
     block_size: int | None = None,
+    mask_token_id: int | None = None,
     chat_template: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write the weights, config.json and the carried files of a policy; of one with LoRA adapters, the adapters only.
 
-    `block_size` and `chat_template` are what it was trained with where that is not the source's own; the decoder then
-    takes them from there. `gathered` makes sharded parameters whole within its context, and
+    `block_size`, `mask_token_id` and `chat_template` are what it was trained with where that is not the source's own; the
+    decoder and later training take them from there. `gathered` makes sharded parameters whole within its context, and
     `whole_layer` what an engine has made of a layer the model's own tensors again; every rank has to call this then, and
     only the one with `write` touches the disk.
     """
     model = policy.model
-    if write and block_size is not None:
-        _write_block_size(policy.source_dir, directory, block_size)
+    if write:
+        _record(policy.source_dir, directory, block_size=block_size, mask_token_id=mask_token_id)
     if write and chat_template is not None:
         (directory / CHAT_TEMPLATE).write_text(chat_template)
     if isinstance(model, PeftModel):
@@ -132,18 +133,23 @@ class _Shards:
 
 
 def _write_config(policy: Policy, directory: Path) -> None:
-    """The source's own config.json with the precision of these weights; keys that only the original code reads stay."""
+    """The source's own config.json with the precision of these weights; keys that only the original code reads stay.
+    Multi-token-prediction layers are not read, so none are announced."""
     config = json.loads((policy.source_dir / "config.json").read_text())
+    if config.get("num_nextn_predict_layers"):
+        config["num_nextn_predict_layers"] = 0
     config["torch_dtype"] = str(policy.model.dtype).removeprefix("torch.")
     config.pop("dtype", None)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_block_size(source_dir: Path, directory: Path, block_size: int) -> None:
+def _record(source_dir: Path, directory: Path, **trained_with: int | None) -> None:
     """generation_config.json is where a decoder looks for defaults; the source's other keys stay."""
-    source = source_dir / GENERATION_CONFIG
-    keys = json.loads(source.read_text()) if source.is_file() else {}
-    (directory / GENERATION_CONFIG).write_text(json.dumps(keys | {"block_size": block_size}, indent=2) + "\n")
+    stated = {name: value for name, value in trained_with.items() if value is not None}
+    if stated:
+        source = source_dir / GENERATION_CONFIG
+        keys = json.loads(source.read_text()) if source.is_file() else {}
+        (directory / GENERATION_CONFIG).write_text(json.dumps(keys | stated, indent=2) + "\n")
 
 
 def carry_files(source_dir: Path, directory: Path) -> None:

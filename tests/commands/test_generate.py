@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from dfactory.cli import main
+from dfactory.config.load import load_recipe
+from dfactory.train import read_inputs
 from dfactory.types import Edit, FinishReason, Rollout
 from dfactory.views import state_before
-from tests.commands.conftest import GOLDEN
+from tests.commands.conftest import GOLDEN, write_recipe
 
 TRACE = {"token_ids", "commit_step", "commit_logprob", "first_commit_step", "edits", "block_size", "block_forwards"}
 QUESTIONS = ("Which day follows Monday?", "What is 3 + 4?", "Sort the letters: XRL")
@@ -26,6 +28,19 @@ def rollout_of(row: dict) -> Rollout:
     fields = {name: row[name] for name in (*TRACE, "prompt_ids", "output_ids", "forwards", "finish_reason")}
     fields |= {"edits": [Edit(**edit) for edit in row["edits"]], "finish_reason": FinishReason(row["finish_reason"])}
     return Rollout(**fields)
+
+
+def test_the_mask_that_a_recipe_stated_goes_with_its_weights(golden_run, tmp_path):
+    """No tokenizer tells it: neither decoding nor further training has to be told again."""
+    row = {"prompt_ids": [3, 4, 5]}
+    words = ("--model", str(golden_run), "decode.max_new_tokens=5")
+    (output,) = generate(tmp_path, [row], *words, "decode.eos_token_id=156")
+    assert len(output["output_ids"]) == 5
+    assert output == generate(tmp_path, [row], *words, "decode.eos_token_id=156", "decode.mask_token_id=158")[0]
+
+    file = write_recipe(tmp_path, golden_run, 150, mask=None, eos=156)
+    assert read_inputs(load_recipe(file)).special.mask == 158
+    assert read_inputs(load_recipe(file, ["mask_token_id=157"])).special.mask == 157
 
 
 @pytest.mark.parametrize("editing", ["null", "0.0"])

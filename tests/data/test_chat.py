@@ -244,3 +244,11 @@ def test_a_tokenizer_without_a_mask():
     backend = Tokenizer(models.BPE({"a": 0, "\n": 1}, []))
     with pytest.raises(ConfigError, match="mask_token_id is null and the tokenizer names none"):
         special_ids(PreTrainedTokenizerFast(tokenizer_object=backend), eos_token_id=0)
+    with pytest.raises(ConfigError, match=r"set mask_token_id to an id that no text can hold, such as 2 \(6 ids of"):
+        special_ids(PreTrainedTokenizerFast(tokenizer_object=backend), eos_token_id=0, vocab_size=8)
+    with pytest.raises(ConfigError, match="set mask_token_id to the id of a token that no text of yours holds"):
+        special_ids(PreTrainedTokenizerFast(tokenizer_object=backend), eos_token_id=0, vocab_size=2)
+    unused = special_ids(
+        PreTrainedTokenizerFast(tokenizer_object=backend), mask_token_id=2, eos_token_id=0, vocab_size=8
+    )
+    assert (unused.mask, unused.suppressed) == (2, (2, 3, 4, 5, 6, 7))

@@ -180,3 +180,39 @@ def test_the_fingerprint_sees_every_part(load, write):
     for other in (ids(5, 3), ids(5, 2, last=41), ids(4, 2)):
         assert load(write(other)).fingerprint != base
     assert load(write(b"", ids(5, 2))).fingerprint != base
+
+
+# --- long texts ------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_text_goes_on_in_further_documents(load, write):
+    """10 tokens and their EOS in documents of 8: names of their own, one origin, EOS at the very end only."""
+    path = write({"text": "hi"}, {"text": "abcdefghij"}, ids(20, 0))
+    examples = load(path, overlong="split", max_length=8)
+    assert [len(e) for e in examples] == [3, 8, 3, 8, 8, 4]
+    assert [e.origin.rpartition(":")[2] for e in examples] == ["1", "2", "2", "3", "3", "3"]
+    assert [int(d) >> 52 for d in examples.document_id_E] == [0, 0, 1, 0, 1, 2]
+    assert len(set(examples.document_id_E.tolist())) == 6
+    assert examples.file_index_E.tolist() == [0] * 6
+    joined = np.concatenate([examples[1].input_ids_T, examples[2].input_ids_T])
+    assert joined.tolist() == [*load(path, max_length=64)[1].input_ids_T]
+    assert all(e.trainable_T.all() for e in examples)
+    report = examples.report
+    assert (report.kept, report.further_parts, report.truncated, report.num_rows) == (6, 3, 0, 3)
+    assert "3 go on with a split text" in str(report)
+
+
+def test_parts_of_later_files_keep_file_and_line(load, write):
+    paths = [write({"text": "a"}, name="a.jsonl"), write({"text": "b"}, {"text": "x" * 20}, name="b.jsonl")]
+    examples = load(*paths, overlong="split", max_length=8)
+    assert examples.file_index_E.tolist() == [0, 1, 1, 1, 1]
+    assert [e.origin for e in examples][2:] == [f"{paths[1]}:2"] * 3
+
+
+def test_what_cannot_be_split(load, write):
+    path = write(GOOD, {"prompt": "hi", "completion": "x" * 20})
+    with pytest.raises(DataError, match=r"jsonl:2: the document has 23 tokens, max_length is 8, and it has a prompt"):
+        load(path, overlong="split", max_length=8)
+    endless = {"input_ids": [33] * (8 * 2048 + 1), "prompt_lengths": 0}
+    with pytest.raises(DataError, match="would be split into 2049 documents, more than 2048"):
+        load(write(endless), overlong="split", max_length=8)

@@ -309,6 +309,39 @@ def test_dropout_and_sliding_windows_of_other_families_are_refused(random_policy
         random_policy("qwen3", use_sliding_window=True)
 
 
+# --- Ling 2.0: LLaDA2's architecture, autoregressive ------------------------------------------------------------------
+
+LING = {"model_type": "bailing_moe", "architectures": ["BailingMoeV2ForCausalLM"]}
+
+
+def test_ling_is_read_as_llada2_without_its_multi_token_prediction(write_model, tmp_path):
+    """The same tensors under Ling's name, and behind the last layer one that predicts a token further."""
+    layer = max(int(name.split(".")[2]) for name in golden_tensors() if ".layers." in name) + 1
+    further = {f"model.layers.{layer}.{name}.weight": torch.ones(2, 2) for name in ("eh_proj", "mlp.experts.0.up_proj")}
+    source = write_model(golden_tensors() | further, **LING, num_nextn_predict_layers=1)
+    policy = load_policy(source, dtype="float32")
+    batch = make_batch([[random_document(torch.Generator().manual_seed(0), 16, 8, 2, 160, prompt=3)]])
+    with torch.no_grad():
+        golden = load_policy(GOLDEN_DIR / "llada2_tiny", dtype="float32")(batch)
+        assert torch.equal(policy(batch).logprob_N, golden.logprob_N)
+    assert_identical(resaved(policy, tmp_path / "out"), golden_tensors())
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (saved["model_type"], saved["num_nextn_predict_layers"]) == ("bailing_moe", 0)
+    load_policy(tmp_path / "out")
+
+
+def test_other_tensors_behind_the_last_layer_are_refused(write_model):
+    source = write_model(golden_tensors() | {"model.layers.7.mtp.weight": torch.ones(2)}, **LING)
+    with pytest.raises(CheckpointError, match=r"unexpected tensor model\.layers\.7\.mtp\.weight"):
+        load_policy(source)
+
+
+def test_an_older_ling_of_the_same_model_type_is_refused(write_model):
+    source = write_model(golden_tensors(), **LING | {"architectures": ["BailingMoeForCausalLM"]})
+    with pytest.raises(ConfigError, match=r"\['BailingMoeForCausalLM'\].*only BailingMoeV2ForCausalLM is known"):
+        load_policy(source)
+
+
 def test_rotary_defaults_are_the_familys():
     """A config.json that is silent about rotation means 600000 and one half, not Glm4Moe's own defaults."""
     from dfactory.models.llada2 import LLaDA2MoeConfig
