@@ -9,17 +9,19 @@ changes `make_source`; nothing else knows which one it is.
 
 import contextlib
 import dataclasses
+import functools
 
 from dfactory.config.recipe import Recipe
 from dfactory.data.chat import ChatEncoder, SpecialIds, read_chat_template, special_ids
 from dfactory.data.examples import Examples, load_examples
 from dfactory.data.source import RecordSource
 from dfactory.engine import checkpoint, distributed
+from dfactory.engine.drafting import DraftSource
 from dfactory.engine.metrics import MetricsLog
 from dfactory.engine.preemption import EXIT_PREEMPTED, Preemption
 from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.trainer import Trainer, keep_zero3_config, zero_stage
-from dfactory.engine.window import Measure, means_by_t
+from dfactory.engine.window import Measure, Source, means_by_t
 from dfactory.models.policy import Policy
 from dfactory.models.registry import (
     add_adapters,
@@ -32,7 +34,7 @@ from dfactory.models.registry import (
 from dfactory.objectives.cap import CAP
 from dfactory.objectives.sft import SFT
 from dfactory.types import Objective, TrainState
-from dfactory.views import GridMask, RandomMask
+from dfactory.views import Drafts, EditTargets, GridMask, RandomMask
 
 
 def train(recipe: Recipe) -> int:
@@ -43,13 +45,14 @@ def train(recipe: Recipe) -> int:
     resumed = folder.find_resume(recipe.resume_from_checkpoint, recipe.overwrite_output_dir)
 
     inputs = read_inputs(recipe)
-    source = make_source(recipe, inputs, rank, world_size)
-    objective = make_objective(recipe)
-    num_steps = recipe.max_steps or source.num_windows
+    records = make_source(recipe, inputs, rank, world_size)
+    objective = make_objective(recipe, inputs.special)
+    num_steps = recipe.max_steps or records.num_windows
     universal = resumed is not None and checkpoint.needs_universal(
         resumed, zero_stage(recipe), world_size, recipe.expert_parallel_size
     )
     trainer = Trainer(recipe, make_policy(recipe), num_steps, load_universal=universal)
+    source = with_drafts(recipe, inputs.special, records, trainer)
 
     state = TrainState()
     if resumed is not None:
@@ -62,7 +65,7 @@ def train(recipe: Recipe) -> int:
     with MetricsLog(recipe, folder, num_steps, state.step) if rank == 0 else contextlib.nullcontext() as log:
         if log:
             log.say(f"{inputs.train.report}")
-            log.say(f"{num_steps} steps of {source.rows_per_window} rows from step {state.step}, into {folder.path}")
+            log.say(f"{num_steps} steps of {records.rows_per_window} rows from step {state.step}, into {folder.path}")
         while state.step < num_steps and (window := source.next_window()) is not None:
             metrics = trainer.train_window(window, objective)
             state.advance(metrics)
@@ -93,6 +96,7 @@ class Inputs:
     """What is read before anything is built: the special ids, the encoder, and the documents."""
 
     special: SpecialIds
+    vocab_size: int
     encoder: ChatEncoder | None
     train: Examples
     held_out: Examples | None
@@ -124,11 +128,12 @@ def read_inputs(recipe: Recipe) -> Inputs:
         )
 
     held_out = load(recipe.eval_datasets) if recipe.eval_datasets else None
-    return Inputs(special, encoder, load(recipe.datasets), held_out)
+    return Inputs(special, vocab_size, encoder, load(recipe.datasets), held_out)
 
 
-def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> RecordSource:
-    views = RandomMask(
+def make_views(recipe: Recipe, inputs: Inputs) -> RandomMask | EditTargets:
+    """The noise of training: masks, and with token editing wrong tokens as well."""
+    masks = RandomMask(
         mask_id=inputs.special.mask,
         seed=recipe.seed,
         low=recipe.noise_range_low,
@@ -139,10 +144,26 @@ def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> R
         stratified=recipe.stratified,
         mask_count=recipe.mask_count,
     )
+    if not recipe.edits:
+        return masks
+    return EditTargets(
+        masks,
+        mask_id=inputs.special.mask,
+        text_ids=inputs.special.text_ids(inputs.vocab_size),
+        seed=recipe.seed,
+        edit_share=recipe.edit_share,
+        keep_share=recipe.keep_share,
+        source=recipe.edit_source,
+        num_turns=recipe.num_turns,
+        draft_share=recipe.draft_share,
+    )
+
+
+def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> RecordSource:
     return RecordSource(
         inputs.train,
         [entry.weight for entry in recipe.datasets],
-        views,
+        make_views(recipe, inputs),
         num_views=recipe.views_per_document,
         block_size=recipe.block_size,
         eos_id=inputs.special.eos,
@@ -178,11 +199,20 @@ def make_eval_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int)
     )
 
 
-def make_objective(recipe: Recipe) -> Objective:
+def with_drafts(recipe: Recipe, special: SpecialIds, source: Source, trainer: Trainer) -> Source:
+    """The source, and with token editing by the model's own predictions the drafts in its batches."""
+    drafts = Drafts(recipe.views_per_turn, special.suppressed, recipe.draft_threshold)
+    rewrites = [drafts.replace_masked] if recipe.edit_source == "model" else []
+    rewrites += [functools.partial(drafts.next_turn, turn=turn) for turn in range(2, recipe.num_turns + 1)]
+    return DraftSource(source, trainer.score, rewrites) if rewrites else source
+
+
+def make_objective(recipe: Recipe, special: SpecialIds) -> Objective:
+    editing_mask = special.mask if recipe.edits else None
     makers = {
-        "sft": lambda: SFT(recipe.loss_weight),
-        "cpt": lambda: SFT(recipe.loss_weight),
-        "cap": lambda: CAP(recipe.loss_weight, recipe.confidence_beta),
+        "sft": lambda: SFT(recipe.loss_weight, editing_mask),
+        "cpt": lambda: SFT(recipe.loss_weight, editing_mask),
+        "cap": lambda: CAP(recipe.loss_weight, recipe.confidence_beta, editing_mask),
     }
     return makers[recipe.stage]()
 

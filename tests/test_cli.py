@@ -71,6 +71,11 @@ def _fails(capsys, tmp_path, words: list[str], status: int, *expected: str) -> N
         ("lora_target_modules=[nothing] use_peft=true", ("lora_target_modules", "nothing")),
         ("lora_target_modules=[lm_head] use_peft=true", ("lm_head", "leave it out")),
         ("init_weights=random use_peft=true", ("init_weights random", "use_peft")),
+        ("edit_share=0.1 loss_weight=elbo", ("loss_weight elbo with edit_share 0.1", "loss_weight uniform")),
+        ("num_turns=2 loss_weight=elbo", ("num_turns 2", "loss_weight uniform")),
+        ("edit_share=0.1 stage=dpo", ("stage dpo with edit_share 0.1", "set edit_share 0")),
+        ("edit_source=model", ("edit_source model with edit_share 0", "raise edit_share")),
+        ("num_turns=2 row_length=199", ("row_length 199", "raise it to 200")),
     ],
 )
 def test_wrong_keys_exit_2(recipe, tmp_path, capsys, override, expected):

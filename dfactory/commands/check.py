@@ -318,7 +318,8 @@ def _show_example(page: Page, recipe: Recipe, inputs: Inputs, name: str, index: 
     ids_T, trainable_T = document.input_ids_T, document.trainable_T
     views = make_source(recipe, inputs, rank=0, world_size=1).make_views(document, 0)
     page.line(name, preview.document_text(example, ids_T, trainable_T, decode))
-    page.line(f"view 1 of {len(views)}", preview.view_text(views[0], trainable_T, len(example), decode))
+    view_text = preview.view_text(views[0], document, len(example), inputs.special.mask, decode)
+    page.line(f"view 1 of {len(views)}", view_text)
     block_t = ", ".join(f"{t:.2f}" for t in views[0].t_P[:: recipe.block_size][:LITERALS_SHOWN])
     page.line("its mask ratio", f"t {block_t}, by block; {int(views[0].target_P.sum())} targets; from {example.origin}")
 

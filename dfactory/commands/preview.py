@@ -3,7 +3,7 @@
 Each kind has a colour and a mark of its own, so that a log file without colours says the same:
 
     <role>HUMAN</role>hi<|role_end|><role>ASSISTANT</role>⟦yo<|role_end|><|endoftext|>⟧⟨fill 3⟩
-    ██<|role_end|>█⟨fill 3⟩
+    █⟪x⟫<|role_end|>█⟨fill 3⟩
 """
 
 import itertools
@@ -13,12 +13,12 @@ import numpy as np
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from dfactory.types import Example, View
+from dfactory.types import AlignedDocument, Example, View
 
 SHOWN_TOKENS = 400  # of a long document
 SHOWN_BEFORE = 160  # prompt tokens before the first trained one, if the document is long
-PROMPT, TRAINED, FILL, MASKED = "prompt", "trained", "fill", "masked"
-STYLES = {PROMPT: "cyan", TRAINED: "bold green", FILL: "yellow", MASKED: "bold magenta"}
+PROMPT, TRAINED, FILL, MASKED, REPLACED = "prompt", "trained", "fill", "masked", "replaced"
+STYLES = {PROMPT: "cyan", TRAINED: "bold green", FILL: "yellow", MASKED: "bold magenta", REPLACED: "bold red"}
 BLOCK_CHARACTER = "█"
 
 Decode = Callable[[np.ndarray], str]
@@ -32,8 +32,8 @@ def decoder_of(tokenizer: PreTrainedTokenizerBase | None) -> Decode:
 
 
 def legend() -> Text:
-    trained, fill = Text("⟦trained⟧", STYLES[TRAINED]), Text("⟨EOS fill⟩", STYLES[FILL])
-    return Text("  ").join([Text(PROMPT, STYLES[PROMPT]), trained, fill, Text("█ masked", STYLES[MASKED])])
+    marks = {PROMPT: "prompt", TRAINED: "⟦trained⟧", FILL: "⟨EOS fill⟩", MASKED: "█ masked", REPLACED: "⟪replaced⟫"}
+    return Text("  ").join(Text(mark, STYLES[kind]) for kind, mark in marks.items())
 
 
 def document_text(example: Example, input_ids_T: np.ndarray, trainable_T: np.ndarray, decode: Decode) -> Text:
@@ -47,14 +47,19 @@ def document_text(example: Example, input_ids_T: np.ndarray, trainable_T: np.nda
     return text.append(f" ... {length - stop} tokens" if stop < length else "")
 
 
-def view_text(view: View, trainable_T: np.ndarray, filled_from: int, decode: Decode) -> Text:
-    """What the model is given to predict the masked tokens from, beside the clean blocks before: a character a mask."""
+def view_text(view: View, document: AlignedDocument, filled_from: int, mask_id: int, decode: Decode) -> Text:
+    """What the model is given to predict the targets from, beside the clean blocks before: a character a mask."""
     position, text = view.position_P[:SHOWN_TOKENS], Text()
-    kinds = [
-        MASKED if masked else FILL if p >= filled_from else TRAINED if trainable_T[p] else PROMPT
-        for p, masked in zip(position.tolist(), view.target_P.tolist(), strict=False)
-    ]
-    for kind, run in itertools.groupby(range(len(position)), key=kinds.__getitem__):
+
+    def kind_at(index: int) -> str:
+        p, token = position[index], view.input_ids_P[index]
+        if token == mask_id:
+            return MASKED
+        if token != document.input_ids_T[p]:
+            return REPLACED
+        return FILL if p >= filled_from else TRAINED if document.trainable_T[p] else PROMPT
+
+    for kind, run in itertools.groupby(range(len(position)), key=kind_at):
         index = list(run)
         text.append_text(_piece(kind, decode(view.input_ids_P[index]), len(index), marked=False))
     return text.append(" ..." if len(view.position_P) > SHOWN_TOKENS else "")
@@ -76,6 +81,8 @@ def _piece(kind: str, decoded: str, count: int, marked: bool = True) -> Text:
         decoded = BLOCK_CHARACTER * count
     elif kind == FILL:
         decoded = f"⟨fill {count}⟩"
+    elif kind == REPLACED:
+        decoded = f"⟪{decoded}⟫"
     elif kind == TRAINED and marked:
         decoded = f"⟦{decoded}⟧"
     return Text(decoded, STYLES[kind])

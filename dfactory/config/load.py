@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dfactory.config.decode import DecodeKeys
 from dfactory.config.merge import MergeKeys
+from dfactory.config.objective import PAIRED_STAGES
 from dfactory.config.recipe import Recipe
 from dfactory.errors import ConfigError
 
@@ -168,6 +169,21 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
             twin_is_finite,
             f"noise_range_high 1 with complementary views and {weighing} divides by zero: use 0.999",
         )
+    if recipe.edits:
+        rule(
+            recipe.loss_weight == "uniform",
+            f"loss_weight {recipe.loss_weight} with edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns}: "
+            "1/t has a meaning for masked targets only; use loss_weight uniform",
+        )
+        rule(
+            recipe.stage not in PAIRED_STAGES,
+            f"stage {recipe.stage} with edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns}: "
+            "its likelihoods are sums over masked targets; set edit_share 0 and num_turns 1",
+        )
+    rule(
+        recipe.edit_source == "uniform" or recipe.edit_share > 0,
+        f"edit_source {recipe.edit_source} with edit_share 0 replaces nothing: raise edit_share",
+    )
     rule(
         recipe.max_length % recipe.block_size == 0,
         f"block_size {recipe.block_size} does not divide max_length {recipe.max_length}: "

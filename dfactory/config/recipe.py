@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from dfactory.config.data import DataKeys
+from dfactory.config.editing import EditingKeys
 from dfactory.config.model import ModelKeys
 from dfactory.config.noise import NoiseKeys
 from dfactory.config.objective import PAIRED_STAGES, ObjectiveKeys
@@ -10,11 +11,20 @@ from dfactory.config.training import TrainingKeys
 
 
 @dataclass
-class Recipe(TrainingKeys, ObjectiveKeys, NoiseKeys, DataKeys, ModelKeys):
+class Recipe(TrainingKeys, ObjectiveKeys, EditingKeys, NoiseKeys, DataKeys, ModelKeys):
+    @property
+    def edits(self) -> bool:
+        """Whether visible tokens are targets too."""
+        return self.edit_share > 0 or self.num_turns > 1
+
+    @property
+    def views_per_turn(self) -> int:
+        return self.num_views * (2 if self.complementary else 1)
+
     @property
     def views_per_document(self) -> int:
         """K: the views that a document gets in one row."""
-        return self.num_views * (2 if self.complementary else 1)
+        return self.views_per_turn * self.num_turns
 
     @property
     def block_phases(self) -> list[tuple[int, int]]:

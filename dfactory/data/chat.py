@@ -40,7 +40,14 @@ class SpecialIds(NamedTuple):
 
     mask: int
     eos: int
-    suppressed: tuple[int, ...]  # never decoded and never a random replacement; ascending, with mask, without eos
+    suppressed: tuple[int, ...]  # never decoded; ascending, with mask, without eos
+    produced: tuple[int, ...]  # special, but responses are trained to hold them: the end of a turn; without eos
+
+    def text_ids(self, vocab_size: int) -> np.ndarray:
+        """int32, ascending: the ids of text, none of them special. Random replacements are drawn from these."""
+        return np.setdiff1d(
+            np.arange(vocab_size, dtype=np.int32), [self.mask, self.eos, *self.suppressed, *self.produced]
+        )
 
 
 def special_ids(
@@ -71,12 +78,13 @@ def special_ids(
             f"mask_token_id {mask} equals eos_token_id {eos}: the model could not tell noise from the end"
         )
     if tokenizer is None:
-        return SpecialIds(mask, eos, (mask,))
+        return SpecialIds(mask, eos, (mask,), ())
     size = len(tokenizer) if vocab_size is None else vocab_size
     unnamed = set(range(size)).difference(tokenizer.get_vocab().values())
     special = {index for index in special_literals(tokenizer).values() if index < size}
     produced = _end_of_turn_ids(tokenizer, chat_template)
-    return SpecialIds(mask, eos, tuple(sorted((special | unnamed) - produced - {eos} | {mask})))
+    suppressed = (special | unnamed) - produced - {eos} | {mask}
+    return SpecialIds(mask, eos, tuple(sorted(suppressed)), tuple(sorted(produced - {eos})))
 
 
 def read_chat_template(path: str | None) -> str | None:

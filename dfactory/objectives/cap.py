@@ -17,13 +17,14 @@ from dfactory.types import LossTerms, Mean, Objective, TokenScores, ViewBatch
 class CAP(Objective):
     loss_weight: str = "uniform"
     confidence_beta: float = 2.0
+    editing_mask_id: int | None = None  # as in SFT
     counts_need_scores = True
 
     def counts(self, batch: ViewBatch, scores: TokenScores) -> dict[str, float]:
         return SFT(self.loss_weight).counts(batch) | {"confidence": float(scores.hit_N.sum())}
 
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
-        terms = SFT(self.loss_weight)(batch, scores)
+        terms = SFT(self.loss_weight, self.editing_mask_id)(batch, scores)
         entropy = (scores.entropy_N * scores.hit_N).sum()
         count = self.counts(batch, scores)["confidence"]
         confidence = Mean(self.confidence_beta * entropy, count)

@@ -16,6 +16,7 @@ from dfactory.types import LossTerms, Mean, Objective, TokenScores, ViewBatch
 @dataclasses.dataclass(frozen=True)
 class SFT(Objective):
     loss_weight: str = "uniform"
+    editing_mask_id: int | None = None  # with token editing: log masked, edited and kept targets apart
 
     def counts(self, batch: ViewBatch, scores: TokenScores | None = None) -> dict[str, float]:
         """This micro-batch's share of Z, from the batch alone."""
@@ -26,10 +27,10 @@ class SFT(Objective):
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
         nll_N = -scores.logprob_N
         weighted = batch.elbo_weight_N * nll_N if self.loss_weight == "elbo" else nll_N
-        return LossTerms(
-            loss={"nll": Mean(weighted.sum(), self.counts(batch)["nll"])},
-            metrics=token_metrics(nll_N, scores, batch.num_targets),
-        )
+        metrics = token_metrics(nll_N, scores, batch.num_targets)
+        if self.editing_mask_id is not None:
+            metrics |= metrics_by_kind(batch, scores, self.editing_mask_id)
+        return LossTerms(loss={"nll": Mean(weighted.sum(), self.counts(batch)["nll"])}, metrics=metrics)
 
 
 def token_metrics(nll_N: torch.Tensor, scores: TokenScores, count: int) -> dict[str, Mean]:
@@ -39,3 +40,13 @@ def token_metrics(nll_N: torch.Tensor, scores: TokenScores, count: int) -> dict[
         "hit_rate": Mean(scores.hit_N.sum(), count),
         "entropy": Mean(scores.entropy_N.detach().sum(), count),
     }
+
+
+def metrics_by_kind(batch: ViewBatch, scores: TokenScores, mask_id: int) -> dict[str, Mean]:
+    """NLL and hit rate of masked, edited and kept targets: those where [M], a wrong token or the right one stands."""
+    masked_N, kept_N = batch.input_N == mask_id, batch.input_N == batch.target_ids_N
+    metrics = {}
+    for kind, here_N in {"masked": masked_N, "edited": ~masked_N & ~kept_N, "kept": kept_N}.items():
+        metrics[f"token_nll_{kind}"] = Mean(-scores.logprob_N.detach()[here_N].sum(), here_N.sum())
+        metrics[f"hit_rate_{kind}"] = Mean(scores.hit_N[here_N].sum(), here_N.sum())
+    return metrics

@@ -15,6 +15,8 @@ class Purpose(enum.IntEnum):
 
     RATIO = 0
     MASK = 1
+    EDIT = 2  # which visible tokens are replaced, by what, and which are targets as they are
+    DRAFT = 3  # which targets carry the model's draft in the next turn
 
 
 def generator(seed: int, document_id: int, visit: int, view: int, purpose: Purpose) -> np.random.Generator:

@@ -68,6 +68,13 @@ def test_a_good_recipe(recipe, check, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_replaced_tokens_are_shown(recipe, check):
+    _, told = check(recipe(edit_share=1.0, num_turns=2))
+    view = told.partition("view 1 of 4")[2].partition("its mask ratio")[0]
+    assert "⟪" in view
+    assert "⟨" not in view  # the fill is visible response as well
+
+
 def test_the_example_is_readable_without_colours(recipe, check):
     _, told = check(recipe([conversation("Which day follows <|mask|>?")]))  # what a user wrote is no mask
     document = "Whichdayfollows<|mask|>?<|role_end|><role>ASSISTANT</role>⟦Tuesday<|role_end|><|endoftext|>⟧"

@@ -206,12 +206,20 @@ def test_a_tokenizer_that_prefixes_spaces_is_refused():
 
 def test_special_ids_come_from_the_tokenizer(tokenizer):
     """In order: startoftext 0, endoftext 1, mask 2, <role> 3, </role> 4, role_end 5."""
-    assert special_ids(tokenizer) == (2, 1, (0, 2, 3, 4))  # the end of turn, 5, is part of an answer
+    assert special_ids(tokenizer) == (2, 1, (0, 2, 3, 4), (5,))  # the end of turn, 5, is part of an answer
 
 
 def test_without_a_template_only_eos_is_produced(tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    assert special_ids(bare, eos_token_id=1) == (2, 1, (0, 2, 3, 4, 5))
+    assert special_ids(bare, eos_token_id=1) == (2, 1, (0, 2, 3, 4, 5), ())
+
+
+def test_text_ids_are_all_but_the_special_ones(tokenizer):
+    size = len(tokenizer)
+    special = special_ids(tokenizer, vocab_size=size + 2)
+    assert [tokenizer.convert_ids_to_tokens(index) for index in special.produced] == ["<|role_end|>"]
+    assert special.text_ids(size + 2).tolist() == list(range(6, size))  # neither SPECIAL nor ids that name no token
+    assert special_ids(None, mask_token_id=3, eos_token_id=1).text_ids(5).tolist() == [0, 2, 4]
 
 
 def test_ids_without_a_token_are_suppressed(tokenizer):
@@ -221,7 +229,7 @@ def test_ids_without_a_token_are_suppressed(tokenizer):
 
 def test_overrides(tokenizer):
     assert special_ids(tokenizer, mask_token_id=3, eos_token_id=4)[:2] == (3, 4)
-    assert special_ids(None, mask_token_id=7, eos_token_id=0, vocab_size=8) == (7, 0, (7,))
+    assert special_ids(None, mask_token_id=7, eos_token_id=0, vocab_size=8) == (7, 0, (7,), ())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """SFT by hand, on four targets of one document with two views."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -62,3 +64,20 @@ def test_metrics_carry_no_gradient():
         "entropy": (3.0, 4),
     }
     assert not any(mean.total.requires_grad for mean in metrics.values())
+
+
+def test_kinds_of_targets():
+    """At targets 0, 1, 2, 3 stand the mask, a wrong token, the right token and the mask."""
+    tokens = torch.zeros(1, 12, dtype=torch.long)
+    tokens[0, batch().target_index_N] = torch.tensor([9, 5, 2, 9])
+    edited = dataclasses.replace(batch(), input_ids_RS=tokens)
+    metrics = SFT(editing_mask_id=9)(edited, SCORES).metrics
+    by_kind = {name: (float(mean.total), int(mean.count)) for name, mean in metrics.items() if name.count("_") == 2}
+    assert by_kind == {
+        "token_nll_masked": (5.0, 2),
+        "hit_rate_masked": (1.0, 2),
+        "token_nll_edited": (2.0, 1),
+        "hit_rate_edited": (0.0, 1),
+        "token_nll_kept": (3.0, 1),
+        "hit_rate_kept": (0.0, 1),
+    }
