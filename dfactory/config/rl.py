@@ -11,7 +11,7 @@ class RLKeys:
     reward_funcs: list[Any] = key(
         [],
         "rewards: a builtin's name, a dotted path `pkg.module.function`, or `file.py:function` (relative to the recipe); "
-        "or a mapping {name: one of these, weight: 1.0, ...options of that reward}",
+        "or a mapping {name: one of these, weight: 1.0, per_rollout: false, ...options of that reward}",
     )
     reward_weights: Optional[list[float]] = key(
         None, "one weight a reward, instead of `weight` in the entries; null: 1 each"
@@ -29,7 +29,9 @@ class RLKeys:
     )
     reward_workers: int = key(2, "processes that compute rewards", low=1)
     reward_timeout_s: float = key(
-        60.0, "a reward function that takes longer for one group is killed; its rollouts are unscored", low=0.01
+        60.0,
+        "a reward that takes longer for one group (with per_rollout: one rollout) is killed, and nothing is scored",
+        low=0.01,
     )
     reward_worker_memory_mb: int = key(
         4096, "a reward process that has come to hold more is replaced after its group", low=64

@@ -6,6 +6,7 @@
       - {name: rewards.py:politeness, weight: 0.2}         # file, relative to the recipe
       - {name: length_shaping, weight: 0.5, max_length: 256, cache: 64}
 
+A mapping may say `per_rollout: true`: call the function for every rollout on its own, where it needs no others of the group.
 `parse_rewards` runs where the recipe is read and imports nothing; `load_reward` runs in the reward processes.
 """
 
@@ -27,6 +28,7 @@ BUILTINS = (
     *("code_tests", "exact_match", "format_regex", "length_shaping", "math_verify", "reasoning_gym"),
     "tokens_per_forward",
 )
+MAY_HANG = ("code_tests", "format_regex", "math_verify", "reasoning_gym")  # called per rollout
 PROVIDED = {
     *("prompts", "completions", "completion_ids", "tokens_per_forward", "forwards", "finish_reason"),
     *("log_metric", "log_extra"),
@@ -41,6 +43,7 @@ class RewardSpec:
     target: str  # builtin, dotted path, or absolute/path.py:function
     weight: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
+    per_rollout: bool = False  # call it for each rollout on its own: in parallel, and a hang costs one rollout
 
 
 def parse_rewards(
@@ -65,7 +68,8 @@ def parse_rewards(
         weight = entry.pop("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise ConfigError(f"reward {target}: weight {weight!r} is not a number")
-        specs.append(RewardSpec(_unique_name(target, specs), target, float(weight), entry))
+        per_rollout = bool(entry.pop("per_rollout", target in MAY_HANG))
+        specs.append(RewardSpec(_unique_name(target, specs), target, float(weight), entry, per_rollout))
     return specs
 
 
