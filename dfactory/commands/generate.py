@@ -22,6 +22,7 @@ from dfactory.data.prompts import Row, encode_prompt, read_rows
 from dfactory.decoding import DecodeRules, decode
 from dfactory.models.policy import Policy
 from dfactory.models.registry import known_mask_id, load_policy, read_tokenizer, resolve_model_dir, trained_block_size
+from dfactory.rl.rewards.exact_match import same_text
 from dfactory.types import Rollout
 
 PROMPTS_AT_ONCE = 512  # prompts handed to the decoder together; slots are refilled among these
@@ -107,7 +108,7 @@ def trace_of(output: dict[str, Any], rollout: Rollout) -> dict[str, Any]:
 
 def matches(output: dict[str, Any]) -> bool:
     """The response is the answer, white space at the ends aside. `eval` counts by this rule."""
-    return output["text"].strip() == output["answer"].strip()
+    return same_text(output["text"], output["answer"])
 
 
 def write_outputs(path: Path, outputs: list[dict[str, Any]]) -> None:

@@ -44,7 +44,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,7 @@ class Run:
     ending: Ending
     answers: list[Answer]  # one a question, up to the ending
     output: str  # printed, up to the limit
+    seconds: float  # since Python ran
     error: str | None = None  # name of the exception that the program raised on being loaded
 
 
@@ -148,22 +149,24 @@ class Sandbox:
             try:
                 loaded = process.ask({"program": program})
                 if loaded.error:
-                    return Run(Ending.RAISED, [], process.output, loaded.error)
+                    return Run(Ending.RAISED, [], process.output, process.seconds, loaded.error)
                 for call in calls:
                     answers.append(process.ask(call.message()))
-                return Run(Ending.FINISHED, answers, process.output)
+                ending = Ending.FINISHED
             except _Stopped as stop:
-                return Run(stop.ending, answers, process.output)
+                ending = stop.ending
+            return Run(ending, answers, process.output, process.seconds)
 
-    def script(self, program: str, stdin: str = "") -> Run:
-        """Run a program as __main__ with some standard input; `output` is what it printed."""
-        with _Process(self.limits, self.isolation, "script") as process:
+    def script(self, program: str, stdin: str = "", wall_s: float | None = None) -> Run:
+        """Run a program as __main__ on some standard input; `output` is what it printed. `wall_s` can lower the limit."""
+        limits = replace(self.limits, wall_s=min(wall_s or self.limits.wall_s, self.limits.wall_s))
+        with _Process(limits, self.isolation, "script") as process:
             try:
                 process.tell({"program": program, "stdin": stdin})
-                status = process.finish()
-                return Run(Ending.FINISHED if status == 0 else Ending.RAISED, [], process.output)
+                ending = Ending.FINISHED if process.finish() == 0 else Ending.RAISED
             except _Stopped as stop:
-                return Run(stop.ending, [], process.output)
+                ending = stop.ending
+            return Run(ending, [], process.output, process.seconds)
 
 
 @functools.cache
@@ -246,6 +249,10 @@ class _Process:
         os.close(self._request)
         os.close(self._reply)
         shutil.rmtree(self.folder)
+
+    @property
+    def seconds(self) -> float:
+        return self.limits.wall_s - (self.deadline - time.monotonic())
 
     @property
     def output(self) -> str:

@@ -15,18 +15,26 @@ from dfactory.errors import ConfigError, RolloutError
 from dfactory.rl import sandbox as sandbox_module
 from dfactory.rl.rewards.code_tests import code_tests
 from dfactory.rl.sandbox import Call, Ending, Isolation, Limits, Sandbox, same, strongest_isolation
-from tests.rl.attacks import ATTACKS, REAL
+from tests.rl.attacks import ATTACKS, FORGED, OUTSIDE, REAL
 
 WALL_S = 0.4
 TESTS = [{"call": "add", "args": [a, b], "expected": a + b} for a, b in ((2, 3), (-7, 7), (12345, 67890))]
 
 
-def at_every_level(function):
-    """The strongest isolation in the fast tests, all in the slow ones."""
-    levels = [
-        pytest.param(level, marks=[] if level is strongest_isolation()[0] else pytest.mark.slow) for level in Isolation
-    ]
-    return pytest.mark.parametrize("isolation", levels)(function)
+STRONGEST = strongest_isolation()[0]
+QUICK = FORGED.keys() | OUTSIDE.keys() | {"infinite loop", "ignores every signal", "fork bomb", "memory at once",
+                                          "a gigabyte of output", "deep answer", "huge answer"}  # fmt: skip
+
+
+def slow_unless(quick, *values):
+    return pytest.param(*values, marks=[] if quick else pytest.mark.slow)
+
+
+ATTACKS_AT_EVERY_LEVEL = [
+    slow_unless(name in QUICK and isolation is STRONGEST, name, isolation)
+    for isolation in Isolation
+    for name in ATTACKS
+]
 
 
 def needs(isolation):
@@ -84,8 +92,7 @@ def score(program, tests, isolation, timeout_s=WALL_S):
     return code_tests([""], [f"```python\n{program}\n```"], tests=[tests], timeout_s=timeout_s, isolation=isolation)
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-@at_every_level
+@pytest.mark.parametrize("name, isolation", ATTACKS_AT_EVERY_LEVEL)
 def test_attack(name, isolation, world):
     needs(isolation)
     started = time.monotonic()
@@ -129,7 +136,7 @@ HONEST = {
 }
 
 
-@pytest.mark.parametrize("isolation", list(Isolation))
+@pytest.mark.parametrize("isolation", [slow_unless(isolation is STRONGEST, isolation) for isolation in Isolation])
 def test_honest_programs(isolation, world):
     needs(isolation)
     for name, program in HONEST.items():
@@ -159,7 +166,7 @@ def test_how_programs_end(world):
     assert sandbox.call("1 / 0", asked).error == "ZeroDivisionError"
     assert sandbox.script("raise SystemExit(3)").ending is Ending.RAISED
     assert sandbox.script("import os\nos.closerange(0, 64)\nwhile True: pass").ending is Ending.TIMEOUT
-    assert sandbox.script("print('ok')") == sandbox.script("print('o', end='k\\n')")
+    assert sandbox.script("print('ok')").output == "ok\n"
 
 
 def test_endings_are_logged():

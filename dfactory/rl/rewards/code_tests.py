@@ -14,6 +14,7 @@ import functools
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from dfactory.rl.rewards.text import completion_text
@@ -38,7 +39,7 @@ def code_tests(
 ) -> list[float]:
     """1 if every test passes, else 0; with `partial` the share that passes.
 
-    `timeout_s` bounds a program over all its calls, and each run of a script. `tolerance`: relative and absolute.
+    `timeout_s` bounds a program over all its tests; what is left then fails. `tolerance`: relative and absolute.
     Logs for each way in which a program can end the share of programs that ended so, as `code_tests/timeout` etc.
     Raises ValueError on a test that cannot be read: the row's fault, not the program's.
     """
@@ -68,17 +69,28 @@ def run_tests(box: Sandbox, program: str, tests: list, tolerance: float) -> tupl
     tests = [read_test(test) for test in tests]
     questions = [(question, expected) for question, expected in tests if isinstance(question, Call)]
     scripts = [(stdin, stdout) for stdin, stdout in tests if isinstance(stdin, str)]
-    passed, endings = 0, []
+    results: list[tuple[bool, Ending]] = []
+    left_s = box.limits.wall_s
     if questions:
         run = box.call(program, [question for question, _ in questions])
         wanted = [expected for _, expected in questions]
-        passed += sum(answer.equals(value, tolerance) for answer, value in zip(run.answers, wanted, strict=False))
-        endings.append(run.ending)
+        passed = [answer.equals(value, tolerance) for answer, value in zip(run.answers, wanted, strict=False)]
+        results += [(one, run.ending) for one in passed] or [(False, run.ending)]
+        left_s -= run.seconds
+    results += run_scripts(box, program, scripts, left_s)
+    endings = [ending for _, ending in results if ending is not Ending.FINISHED]
+    return sum(passed for passed, _ in results) / len(tests), endings[0] if endings else Ending.FINISHED
+
+
+def run_scripts(box: Sandbox, program: str, scripts: list, left_s: float) -> Iterator[tuple[bool, Ending]]:
+    """For each (standard input, expected output): is the output as expected, and how the script ended."""
     for stdin, stdout in scripts:
-        run = box.script(program, stdin)
-        passed += run.ending is Ending.FINISHED and lines(run.output) == lines(stdout)
-        endings.append(run.ending)
-    return passed / len(tests), next((e for e in endings if e is not Ending.FINISHED), Ending.FINISHED)
+        if left_s <= 0:
+            yield False, Ending.TIMEOUT
+            continue
+        run = box.script(program, stdin, left_s)
+        left_s -= run.seconds
+        yield run.ending is Ending.FINISHED and lines(run.output) == lines(stdout), run.ending
 
 
 def program_of(text: str) -> str:

@@ -1,5 +1,7 @@
 """Rows of tests, programs in responses, and their scores. What programs may try is in tests/rl/test_sandbox.py."""
 
+import time
+
 import pytest
 
 from dfactory.errors import ConfigError
@@ -39,6 +41,15 @@ def test_one_failing_test_is_enough_and_none_after_an_end_counts():
     assert score("def f(i): return i if i < 3 else 0", *tests, partial=True) == 0.75
     assert score("import os\ndef f(i): return i if i < 2 else os._exit(0)", *tests, partial=True) == 0.5
     assert score("def f(i):\n    if i == 1: raise ValueError\n    return i", *tests, partial=True) == 0.75
+
+
+def test_the_time_limit_holds_over_all_tests():
+    """Forty scripts of 0.2 s in 1 s: what comes after the limit has failed."""
+    tests = [{"stdin": "", "stdout": "1"}] * 40
+    started = time.monotonic()
+    share = score("import time\ntime.sleep(0.2)\nprint(1)", *tests, partial=True, timeout_s=1.0)
+    assert 1 / 40 <= share <= 6 / 40
+    assert time.monotonic() - started < 10
 
 
 def test_numbers_within_a_tolerance():
