@@ -14,7 +14,8 @@ import functools
 from dfactory.config.recipe import Recipe
 from dfactory.data.chat import ChatEncoder, SpecialIds, read_chat_template, special_ids
 from dfactory.data.examples import Examples, load_examples
-from dfactory.data.source import RecordSource
+from dfactory.data.source import MakeViews, RecordSource
+from dfactory.data.traces import TraceRules
 from dfactory.engine import checkpoint, distributed
 from dfactory.engine.drafting import DraftSource
 from dfactory.engine.metrics import MetricsLog
@@ -34,7 +35,7 @@ from dfactory.models.registry import (
 from dfactory.objectives.cap import CAP
 from dfactory.objectives.sft import SFT
 from dfactory.types import Objective, TrainState
-from dfactory.views import Drafts, EditTargets, GridMask, RandomMask
+from dfactory.views import Drafts, EditTargets, GridMask, RandomMask, TraceViews
 
 
 def train(recipe: Recipe) -> int:
@@ -112,7 +113,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     special = special_ids(tokenizer, mask_id, recipe.eos_token_id, vocab_size, template)
     encoder = ChatEncoder(tokenizer, template, special) if tokenizer is not None else None
 
-    def load(datasets):
+    def load(datasets, trace_block_size: int | None = None):
         return load_examples(
             datasets,
             encoder,
@@ -125,14 +126,18 @@ def read_inputs(recipe: Recipe) -> Inputs:
             vocab_size=vocab_size,
             mask_id=special.mask,
             paired=recipe.documents_per_record == 2,
+            traces=TraceRules(trace_block_size, recipe.trace_filter == "correct"),
         )
 
     held_out = load(recipe.eval_datasets) if recipe.eval_datasets else None
-    return Inputs(special, vocab_size, encoder, load(recipe.datasets), held_out)
+    trained = load(recipe.datasets, recipe.block_size if recipe.view_source == "trace" else None)
+    return Inputs(special, vocab_size, encoder, trained, held_out)
 
 
-def make_views(recipe: Recipe, inputs: Inputs) -> RandomMask | EditTargets:
-    """The noise of training: masks, and with token editing wrong tokens as well."""
+def make_views(recipe: Recipe, inputs: Inputs) -> MakeViews:
+    """The views of training: masks, and with token editing wrong tokens as well; or the states of a decoder."""
+    if recipe.view_source == "trace":
+        return TraceViews(inputs.special.mask, recipe.seed, recipe.trace_stride, recipe.num_views, recipe.stratified)
     masks = RandomMask(
         mask_id=inputs.special.mask,
         seed=recipe.seed,

@@ -44,6 +44,7 @@ class Example:
     input_ids_T: np.ndarray  # int32
     trainable_T: np.ndarray  # bool
     origin: str = ""  # "file:line", for messages
+    commit_step_T: np.ndarray | None = None  # as in AlignedDocument, where the record is a decoder's trace
 
     def __len__(self) -> int:
         return len(self.input_ids_T)
@@ -57,6 +58,7 @@ class AlignedDocument:
     input_ids_T: np.ndarray  # int32
     trainable_T: np.ndarray  # bool, fill included
     block_size: int
+    commit_step_T: np.ndarray | None = None  # int16: when its block's decoding committed a token, from 0; -1: prompt
 
     @property
     def num_blocks(self) -> int:

@@ -270,6 +270,8 @@ def _tell_documents(page: Page, name: str, report: DataReport) -> None:
         f"{report.tokens:,} tokens, {trainable:.1%} trainable; {fill:,} more of EOS fill; longest {report.longest:,}, "
         f"mean {report.tokens / report.kept:,.0f}; {report.truncated / report.kept:.1%} cut at max_length",
     )
+    if report.left_out:
+        page.line("  left out", f"{report.left_out:,} traces whose response is not correct (trace_filter)")
     for fault, refused in sorted(report.refused.items(), key=lambda item: -item[1].count):
         page.line("  refused", f"{refused.count:,}: {fault}; first {refused.first[0]}")
 

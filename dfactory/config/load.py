@@ -205,6 +205,7 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
         "init_weights random with use_peft: the base that the adapters belong to would be lost; train it first",
     )
     _check_preferences(recipe, rule)
+    _check_traces(recipe, rule)
     rule(bool(recipe.datasets), "datasets is empty: name at least one file")
     rule(all(entry.weight > 0 for entry in recipe.datasets), "datasets.weight 0: leave the file out instead")
     rule(
@@ -269,4 +270,27 @@ def _check_preferences(recipe: Recipe, rule: Callable[[bool, str], None]) -> Non
     rule(
         recipe.reference_path is None or recipe.reference == "precomputed",
         f"reference_path {recipe.reference_path} is read with reference precomputed only: set that, or leave it out",
+    )
+
+
+def _check_traces(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
+    """Rules between the keys of trace views."""
+    if recipe.view_source != "trace":
+        return
+    rule(
+        not recipe.complementary,
+        "complementary true with view_source trace: a transition has no twin; set complementary=false",
+    )
+    rule(
+        recipe.documents_per_record == 1,
+        f"view_source trace with stage {recipe.stage}: a pair has no trace; use view_source=mask",
+    )
+    rule(
+        not recipe.edits,
+        f"view_source trace with edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns}: a trace shows what the "
+        "decoder saw; set edit_share 0 and num_turns 1",
+    )
+    rule(
+        recipe.block_size_schedule is None,
+        "block_size_schedule with view_source trace: a trace has the block size that it was decoded with; set it to null",
     )

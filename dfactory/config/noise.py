@@ -28,3 +28,12 @@ class NoiseKeys:
         "by noise_level), which makes ELBO weights bounded",
         choices=("bernoulli", "exact"),
     )
+    view_source: str = key(
+        "mask",
+        "noise masks at random, or views are the states of a decoder's trace (files of `generate --keep-trace`)",
+        choices=("mask", "trace"),
+    )
+    trace_stride: int = key(1, "trace: so many decoder steps of a block are one transition, learnt as one step", low=1)
+    trace_filter: str = key(
+        "correct", "traces with `correct: false` are left out and counted, or used too", choices=("correct", "all")
+    )

@@ -18,15 +18,18 @@ import numpy as np
 
 from dfactory.config.data import DatasetKeys
 from dfactory.data.chat import ChatEncoder, Tokens, token_ids
-from dfactory.data.fields import BadRow, Document, Fault, Pair, Record, TokenIds
+from dfactory.data.fields import BadRow, Document, Fault, Pair, Record, TokenIds, Trace
 from dfactory.data.pairs import SIDES
 from dfactory.data.records import read_records
+from dfactory.data.traces import NO_TRACES, TraceRules
 from dfactory.errors import ConfigError, DataError
 from dfactory.types import Example
 
 LINE_BITS, FILE_BITS, PART_BITS = 40, 12, 11  # of a document id, from its low end
 ENCODE_BATCH = 1024  # records that the tokenizer gets at once
 SHOWN_ORIGINS = 5  # a kind of fault in the report
+
+_Columns = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # input_ids, trainable, commit_step
 
 
 @dataclass
@@ -46,6 +49,7 @@ class DataReport:
     kept: int = 0  # documents
     truncated: int = 0  # documents
     further_parts: int = 0  # documents that go on with a split text
+    left_out: int = 0  # rows, by trace_filter
     refused: dict[Fault, Refused] = field(default_factory=dict)
     tokens: int = 0
     trainable_tokens: int = 0
@@ -69,6 +73,8 @@ class DataReport:
             f"{self.tokens} tokens ({self.aligned_tokens} in whole blocks), {self.trainable_tokens} trainable, "
             f"longest document {self.longest}",
         ]
+        if self.left_out:
+            lines.append(f"{self.left_out} traces left out, their response is not correct (trace_filter)")
         for fault, refused in sorted(self.refused.items(), key=lambda item: -item[1].count):
             lines.append(f"refused, {fault}: {refused.count}")
             lines += [f"  {origin}" for origin in refused.first]
@@ -76,7 +82,7 @@ class DataReport:
 
 
 class Examples(Sequence[Example]):
-    """Tokenised documents in flat arrays: 4 bytes and 1 bit a token. Indexing builds an Example."""
+    """Tokenised documents in flat arrays: 4 bytes and 1 bit a token, 2 bytes more for traces. Indexing builds an Example."""
 
     def __init__(
         self,
@@ -85,6 +91,7 @@ class Examples(Sequence[Example]):
         offset_E1: np.ndarray,
         input_ids: np.ndarray,
         trainable: np.ndarray,
+        commit_step: np.ndarray | None = None,
     ):
         self.report = report
         self.unit_size = report.unit_size  # neighbours that belong together: 1, or 2 for chosen and rejected
@@ -92,6 +99,7 @@ class Examples(Sequence[Example]):
         self._offset_E1 = offset_E1  # int64, E + 1 of them
         self._input_ids = input_ids  # int32
         self._trainable_bits = np.packbits(trainable)
+        self._commit_step = commit_step  # int16, where the run makes views from traces
 
     def __len__(self) -> int:
         return len(self.document_id_E)
@@ -101,7 +109,9 @@ class Examples(Sequence[Example]):
             raise IndexError(f"example {index} of {len(self)}")
         start, stop = self._offset_E1[index % len(self) :][:2].tolist()
         document_id = int(self.document_id_E[index])
-        return Example(document_id, self._input_ids[start:stop], self._trainable(start, stop), self.origin(document_id))
+        steps_T = None if self._commit_step is None else self._commit_step[start:stop]
+        trainable_T, origin = self._trainable(start, stop), self.origin(document_id)
+        return Example(document_id, self._input_ids[start:stop], trainable_T, origin, steps_T)
 
     @property
     def length_E(self) -> np.ndarray:
@@ -135,7 +145,8 @@ class Examples(Sequence[Example]):
     @functools.cached_property
     def fingerprint(self) -> int:
         """A checksum of all documents, their order and their marks: a resumed run must see the same ones."""
-        arrays = (self.document_id_E, self._offset_E1, self._input_ids, self._trainable_bits)
+        arrays = [self.document_id_E, self._offset_E1, self._input_ids, self._trainable_bits]
+        arrays += [] if self._commit_step is None else [self._commit_step]
         return functools.reduce(lambda crc, array: zlib.crc32(array.tobytes(), crc), arrays, 0)
 
     def _trainable(self, start: int, stop: int) -> np.ndarray:
@@ -156,11 +167,13 @@ def load_examples(
     vocab_size: int,
     mask_id: int | None = None,
     paired: bool = False,
+    traces: TraceRules = NO_TRACES,
 ) -> Examples:
     """Read, tokenise and check every record of the files.
 
     `encoder` may be None if all records come tokenised. A text ends with EOS, added where it does not, trainable where
-    its last token is. `paired` is whether the records have to be preference pairs or must not be.
+    its last token is. `paired` is whether the records have to be preference pairs or must not be; `traces`
+    what they need of a trace.
     Raises DataError for a record of the other kind, for the first bad row (on_bad_row "error"), for too large a share of
     them ("skip"), for an unreadable file, and if nothing is left; ConfigError if blocks do not divide max_length.
     """
@@ -170,7 +183,7 @@ def load_examples(
         raise ConfigError(
             f"datasets names {len(datasets)} files: at most {1 << FILE_BITS} can be told apart; join some"
         )
-    rules = _Rules(max_length, overlong, eos_id, vocab_size, mask_id)
+    rules = _Rules(max_length, overlong, eos_id, vocab_size, mask_id, traces)
     report = DataReport([entry.path for entry in datasets], unit_size=2 if paired else 1)
     builder = _Builder(report, on_bad_row, block_size)
     for file_index, entry in enumerate(datasets):
@@ -203,6 +216,7 @@ class _Rules:
     eos_id: int
     vocab_size: int
     mask_id: int | None
+    traces: TraceRules
 
 
 def _documents(record: Record) -> tuple[Document, ...]:
@@ -234,12 +248,15 @@ class Finished(NamedTuple):
     tokens: Tokens
     was_cut: bool = False
     part: int = 0  # of a split text
+    commit_step_T: np.ndarray | None = None  # where views are made from traces
 
 
-def _finish(rules: "_Rules", record: Record | BadRow, encoded: Encoded | BadRow) -> list[Finished] | BadRow:
-    """All documents of a row, or none."""
+def _finish(rules: "_Rules", record: Record | BadRow, encoded: Encoded | BadRow) -> list[Finished] | BadRow | None:
+    """All documents of a row, or none; None for what trace_filter leaves out."""
     if isinstance(encoded, BadRow):
         return encoded
+    if rules.traces.leave_out(_trace_of(record)):
+        return None
     outcomes = [_apply(rules, *one) for one in zip(_documents(record), encoded, strict=True)]
     for side, outcome in enumerate(outcomes):
         if isinstance(outcome, BadRow):
@@ -263,6 +280,10 @@ def _wrong_pair(chosen_side: Finished, rejected_side: Finished) -> BadRow | None
     return None
 
 
+def _trace_of(record: Record) -> Trace | None:
+    return record.trace if isinstance(record, TokenIds) else None
+
+
 def _apply(rules: _Rules, record: Document, tokens: Tokens | BadRow) -> list[Finished] | BadRow:
     """End with EOS, check, cut or split."""
     if isinstance(tokens, BadRow):
@@ -270,20 +291,21 @@ def _apply(rules: _Rules, record: Document, tokens: Tokens | BadRow) -> list[Fin
     ids, trainable = tokens
     if not trainable.any():
         return BadRow(Fault.NO_ANSWER, "no token is trainable: the record needs an answer")
-    if wrong := _wrong_id(rules, ids):
+    if wrong := _wrong_id(rules, ids) or rules.traces.find_fault(_trace_of(record)):
         return wrong
     if not isinstance(record, TokenIds) and ids[-1] != rules.eos_id:
         ids, trainable = np.append(ids, np.int32(rules.eos_id)), np.append(trainable, trainable[-1])
     limit = rules.max_length
+    steps = record.trace.commit_step_T[:limit] if rules.traces.block_size else None
     if len(ids) <= limit:
-        return [Finished((ids, trainable))]
+        return [Finished((ids, trainable), commit_step_T=steps)]
     if rules.overlong == "split":
         return _split(ids, trainable, limit)
     if not trainable[:limit].any():
         prompt = int(trainable.argmax())
         return BadRow(Fault.PROMPT_TOO_LONG, f"the prompt alone has {prompt} tokens, max_length is {limit}: raise it")
     if rules.overlong == "truncate":
-        return [Finished((ids[:limit], trainable[:limit]), was_cut=True)]
+        return [Finished((ids[:limit], trainable[:limit]), was_cut=True, commit_step_T=steps)]
     return BadRow(
         Fault.TOO_LONG,
         f"the document has {len(ids)} tokens, max_length is {limit}: raise max_length or set overlong: truncate",
@@ -324,23 +346,22 @@ class _Builder:
         self.report, self.on_bad_row, self.block_size = report, on_bad_row, block_size
         self.document_ids: list[int] = []
         self.lengths: list[int] = []
-        self.chunks: list[
-            Tokens
-        ] = []  # joined now and then: a small array for each document would cost more than it holds
-        self.loose: list[Tokens] = []
+        self.chunks: list[_Columns] = []  # joined now and then: a small array a document would cost more than it holds
+        self.loose: list[_Columns] = []
 
-    def add(self, document_id: int, outcome: list[Finished] | BadRow) -> None:
+    def add(self, document_id: int, outcome: list[Finished] | BadRow | None) -> None:
         """One row: its documents get the same name, apart from the part."""
         if isinstance(outcome, BadRow):
             return self._refuse(_origin(self.report.files, document_id), outcome)
-        for document in outcome:
+        self.report.left_out += outcome is None
+        for document in outcome or ():
             self._keep(document_id, document)
 
     def _keep(self, document_id: int, document: Finished) -> None:
         tokens, length = document.tokens, len(document.tokens[0])
         self.document_ids.append(document.part << LINE_BITS + FILE_BITS | document_id)
         self.lengths.append(length)
-        self.loose.append(tokens)
+        self.loose.append((*tokens, document.commit_step_T))
         if len(self.loose) >= ENCODE_BATCH:
             self.chunks, self.loose = [*self.chunks, _concatenate(self.loose)], []
         report = self.report
@@ -370,9 +391,9 @@ class _Builder:
                 f"{share:.2%} of the rows of {files} are unusable, max_bad_fraction is {max_bad_fraction:g}: "
                 f"fix them or raise it\n{report}"
             )
-        input_ids, trainable = _concatenate([*self.chunks, *self.loose])
+        input_ids, trainable, steps = _concatenate([*self.chunks, *self.loose])
         offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
-        return Examples(report, np.array(self.document_ids, np.int64), offsets, input_ids, trainable)
+        return Examples(report, np.array(self.document_ids, np.int64), offsets, input_ids, trainable, steps)
 
 
 def _origin(files: list[str], document_id: int) -> str:
@@ -384,8 +405,9 @@ def _file_index(document_id):
     return document_id >> LINE_BITS & (1 << FILE_BITS) - 1
 
 
-def _concatenate(parts: list[Tokens]) -> Tokens:
-    return np.concatenate([ids for ids, _ in parts]), np.concatenate([trainable for _, trainable in parts])
+def _concatenate(parts: list[_Columns]) -> _Columns:
+    """Join documents, column by column; steps are in all of them or in none."""
+    return tuple(None if column[0] is None else np.concatenate(column) for column in zip(*parts, strict=True))
 
 
 def _batched(items: Iterator, size: int) -> Iterator[list]:

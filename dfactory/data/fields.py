@@ -4,6 +4,8 @@ import enum
 import json
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dfactory.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -24,11 +26,26 @@ class Completion(NamedTuple):
     completion: str
 
 
+class Trace(NamedTuple):
+    """How a decoder produced the response of a tokenised record.
+
+    block size 4, prompt of 2      prompt |  block 0's rest |  block 1
+    forward of the response                  0  1              2  2  3  4
+    commit_step_T                  -1  -1    0  1              0  0  1  2
+    """
+
+    commit_step_T: np.ndarray  # int16, over prompt and response
+    block_size: int
+    edited: bool  # some token was replaced after it had been committed
+    correct: bool | None  # whether the response was the answer, where that is known
+
+
 class TokenIds(NamedTuple):
     """A record that comes tokenised: everything behind the first `prompt_length` tokens is trainable."""
 
     input_ids: list[int]
     prompt_length: int
+    trace: Trace | None = None
 
 
 Document = Conversation | Completion | TokenIds
@@ -55,6 +72,7 @@ class Fault(enum.StrEnum):
     NO_ANSWER = "no answer to train on"
     EQUAL_SIDES = "chosen equals rejected"
     TWO_PROMPTS = "chosen and rejected answer different prompts"
+    TRACE = "no decoder's trace that views can be made from"
     TEMPLATE = "refused by the chat template"
     SPECIAL_TOKEN = "special token where text should be"
     VOCABULARY = "token id outside the vocabulary"
@@ -151,12 +169,12 @@ def answer_messages(value: Any, name: str) -> list[dict[str, Any]]:
     return messages
 
 
-def ids(value: Any, name: str, may_be_empty: bool = False) -> list[int]:
+def integers(value: Any, name: str, kind: str = "token ids", may_be_empty: bool = False) -> list[int]:
     if not isinstance(value, list) or not (value or may_be_empty):
-        raise BadRow(Fault.FIELD, f"{name} is {show(value)}: it must be a list of token ids")
-    for index, token_id in enumerate(value):
-        if type(token_id) is not int or not 0 <= token_id < 2**31:
-            raise BadRow(Fault.FIELD, f"{name}[{index}] is {show(token_id)}: it must be an integer from 0 to 2**31 - 1")
+        raise BadRow(Fault.FIELD, f"{name} is {show(value)}: it must be a list of {kind}")
+    for index, item in enumerate(value):
+        if type(item) is not int or not 0 <= item < 2**31:
+            raise BadRow(Fault.FIELD, f"{name}[{index}] is {show(item)}: it must be an integer from 0 to 2**31 - 1")
     return value
 
 

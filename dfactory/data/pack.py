@@ -55,7 +55,8 @@ def align(example: Example, block_size: int, eos_id: int, unit: int | None = Non
     fill = -len(example) % size
     input_ids_T = np.concatenate([example.input_ids_T, np.full(fill, eos_id, np.int32)])
     trainable_T = np.concatenate([example.trainable_T, np.full(fill, fill and example.trainable_T[-1], bool)])
-    return AlignedDocument(example.document_id, input_ids_T, trainable_T, size)
+    # a trace ends with its block and needs no fill
+    return AlignedDocument(example.document_id, input_ids_T, trainable_T, size, example.commit_step_T)
 
 
 class Packer:

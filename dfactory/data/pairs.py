@@ -52,8 +52,8 @@ def _read_implicit_pair(row: dict) -> Pair:
 
 
 def _read_token_pair(row: dict) -> Pair:
-    prompt = fields.ids(row["prompt_ids"], "prompt_ids", may_be_empty=True)
-    chosen, rejected = (fields.ids(row[name], name) for name in ("chosen_ids", "rejected_ids"))
+    prompt = fields.integers(row["prompt_ids"], "prompt_ids", may_be_empty=True)
+    chosen, rejected = (fields.integers(row[name], name) for name in ("chosen_ids", "rejected_ids"))
     _refuse_equal(chosen, rejected)
     return Pair(*(TokenIds(prompt + side, len(prompt)) for side in (chosen, rejected)))
 

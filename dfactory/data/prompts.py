@@ -1,4 +1,4 @@
-"""Prompts to be answered: JSONL rows with `messages`, `prompt` (text) or `prompt_ids`, and whatever columns a reward reads."""
+"""Prompts to answer: JSONL rows with `messages`, `prompt` (text) or `prompt_ids`, and whatever columns a reward reads."""
 
 import json
 from pathlib import Path

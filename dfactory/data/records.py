@@ -16,6 +16,7 @@ from typing import Any
 from dfactory.data import fields
 from dfactory.data.fields import BadRow, Completion, Conversation, Document, Fault, Record, TokenIds, check_messages
 from dfactory.data.pairs import PAIR_FORMATS
+from dfactory.data.traces import TRACE_FORMATS
 from dfactory.errors import DataError
 
 SHAREGPT_ROLES = {
@@ -136,7 +137,7 @@ def _read_sharegpt(row: dict) -> Conversation:
 
 
 def _read_token_ids(row: dict) -> TokenIds:
-    ids, length = fields.ids(row["input_ids"], "input_ids"), row["prompt_lengths"]
+    ids, length = fields.integers(row["input_ids"], "input_ids"), row["prompt_lengths"]
     if type(length) is not int or not 0 <= length <= len(ids):
         raise BadRow(
             Fault.FIELD, f"prompt_lengths is {fields.show(length)}: it must be an integer from 0 to {len(ids)}"
@@ -169,6 +170,7 @@ def _read_text(row: dict) -> Completion:
 
 
 FORMATS: dict[tuple[str, ...], Callable[[dict], Document]] = {
+    **TRACE_FORMATS,  # first: such a line has kept the columns of its question
     ("messages",): _read_messages,
     ("conversations",): _read_sharegpt,
     ("input_ids", "prompt_lengths"): _read_token_ids,

@@ -2,16 +2,19 @@
 
 from dfactory.views.edit import Drafts, EditTargets
 from dfactory.views.mask import GridMask, RandomMask, masked_view, view_positions
-from dfactory.views.trace import block_of_step, state_after, state_before
+from dfactory.views.trace import TraceViews, block_of_step, every_transition, state_after, state_before, transition_view
 
 __all__ = [
     "Drafts",
     "EditTargets",
     "GridMask",
     "RandomMask",
+    "TraceViews",
     "block_of_step",
+    "every_transition",
     "masked_view",
     "state_after",
     "state_before",
+    "transition_view",
     "view_positions",
 ]

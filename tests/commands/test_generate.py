@@ -10,9 +10,10 @@ from dfactory.config.load import load_recipe
 from dfactory.train import read_inputs
 from dfactory.types import Edit, FinishReason, Rollout
 from dfactory.views import state_before
-from tests.commands.conftest import GOLDEN, write_recipe
+from tests.commands.conftest import GOLDEN, ROOT, dfactory, write_recipe
 
 TRACE = {"token_ids", "commit_step", "commit_logprob", "first_commit_step", "edits", "block_size", "block_forwards"}
+DATA = ROOT / "recipes/quickstart/data"
 QUESTIONS = ("Which day follows Monday?", "What is 3 + 4?", "Sort the letters: XRL")
 TINY = ("--model", "tiny", "--init-weights", "random", "decode.max_new_tokens=16", "decode.block_size=8")
 
@@ -84,3 +85,34 @@ def test_no_verdict_without_text_or_answer(tmp_path):
         assert "correct" not in output
         assert output["prompt_ids"] == row["prompt_ids"]
         assert output.keys() >= TRACE
+
+
+# --- from answers to training on their trajectories --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_traces_are_trained_on(tmp_path, capsys):
+    """The quickstart's recipe on traces of a random model: what `check` says of them, and three steps."""
+    rows = [json.loads(line) for line in (DATA / "train.jsonl").read_text().splitlines()[:12]]
+    outputs = generate(tmp_path, rows, *TINY, "decode.threshold=0.001", "--keep-trace")
+    traces, run = tmp_path / "traces.jsonl", tmp_path / "run"
+    traces.write_text("".join(json.dumps(output | {"correct": i != 5}) + "\n" for i, output in enumerate(outputs)))
+    recipe = [str(ROOT / "recipes/quickstart/trajectory.yaml"), "model_name_or_path=tiny", "init_weights=random"]
+    recipe += ["eval_datasets=[]", f"output_dir={run}", "row_length=null", "block_size=8", "max_steps=3"]
+
+    def check(file: Path, status: int) -> str:
+        capsys.readouterr()
+        assert main(["check", *recipe, f"datasets=[{{path: {file}}}]"]) == status
+        return " ".join(capsys.readouterr().out.split())
+
+    told = check(traces, 0)
+    assert "11 documents of" in told
+    assert "left out 1 traces whose response" in told
+    assert "view 1 of 2" in told
+    (tmp_path / "mixed.jsonl").write_text(traces.read_text() + '{"input_ids": [5, 6, 7], "prompt_lengths": 1}\n')
+    assert "mixed.jsonl:13: the record has no commit_step" in check(tmp_path / "mixed.jsonl", 1)
+
+    dfactory("train", *recipe, f"datasets=[{{path: {traces}}}]")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["targets"] > 0 for row in rows)

@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -59,6 +60,8 @@ FORMATS = {
     "further columns": ({"id": 7, "score": 0.5, "prompt": "hi", "completion": "yo"}, Completion("hi", "yo")),
 }
 
+TRACE = {"prompt_ids": [5, 6], "token_ids": [7, 8, 9, 10, 11, 12], "commit_step": [0, 1, 2, 2, 3, 4], "block_size": 4}
+
 BAD = {
     "list": ([1], Fault.JSON, "the row is list [1]"),
     "unknown": ({"story": "hi", "prompt": "a"}, Fault.FORMAT, "['prompt', 'story']"),
@@ -98,6 +101,14 @@ BAD = {
     "negative id": ({"input_ids": [-1], "prompt_lengths": 0}, Fault.FIELD, "input_ids[0] is int -1"),
     "huge id": ({"input_ids": [2**70], "prompt_lengths": 0}, Fault.FIELD, "input_ids[0] is int 118"),
     "prompt_lengths": ({"input_ids": [5], "prompt_lengths": 2}, Fault.FIELD, "prompt_lengths is int 2: it must be"),
+    "trace: block_size": ({**TRACE, "block_size": None}, Fault.FIELD, "block_size is missing"),
+    "trace: part of a block": ({**TRACE, "block_size": 5}, Fault.FIELD, "token_ids have 2 + 6 tokens: a trace runs"),
+    "trace: steps": ({**TRACE, "commit_step": [0, 1]}, Fault.FIELD, "commit_step has 2 numbers for 6 token_ids"),
+    "trace: a mask was left": ({**TRACE, "commit_step": [0, 1, -1, 2, 3, 4]}, Fault.FIELD, "commit_step[2] is int -1"),
+    "trace: order": ({**TRACE, "commit_step": [0, 2, 2, 2, 3, 4]}, Fault.FIELD, "commit_step goes back from one block"),
+    "trace: tokens": ({**TRACE, "token_ids": "x"}, Fault.FIELD, "token_ids is str 'x'"),
+    "trace: edits": ({**TRACE, "edits": 2}, Fault.FIELD, "edits is int 2"),
+    "trace: correct": ({**TRACE, "correct": "no"}, Fault.FIELD, "correct is str 'no'"),
     "prompt_lengths list": ({"input_ids": [5], "prompt_lengths": [1]}, Fault.FIELD, "prompt_lengths is list [1]"),
 }  # fmt: skip
 
@@ -115,6 +126,31 @@ def test_a_bad_row_names_its_field(row, fault, message):
     assert isinstance(bad, BadRow)
     assert bad.fault is fault
     assert message in str(bad)
+
+
+@pytest.mark.parametrize(
+    "row, steps, edited, correct",
+    [
+        ({}, [-1, -1, 0, 1, 0, 0, 1, 2], False, None),
+        ({"messages": TURNS, "correct": True, "edits": []}, [-1, -1, 0, 1, 0, 0, 1, 2], False, True),
+        ({"correct": False, "edits": [{}]}, [-1, -1, 0, 1, 0, 0, 1, 2], True, False),
+        ({"commit_step": [1, 0, 5, 9, 7, 9]}, [-1, -1, 1, 0, 0, 2, 1, 2], False, None),  # idle forwards leave no gap
+        (
+            {"prompt_ids": [1] * 4, "token_ids": [5, 6, 7, 8], "commit_step": [3, 2, 1, 0]},
+            [-1] * 4 + [3, 2, 1, 0],
+            False,
+            None,
+        ),
+    ],
+)
+def test_a_trace_counts_the_steps_of_each_block(row, steps, edited, correct):
+    record = parse_row({**TRACE, **row})
+    assert isinstance(record, TokenIds)
+    assert record.input_ids == row.get("prompt_ids", [5, 6]) + row.get("token_ids", TRACE["token_ids"])
+    assert record.prompt_length == len(row.get("prompt_ids", [5, 6]))
+    assert record.trace.commit_step_T.tolist() == steps
+    assert record.trace.commit_step_T.dtype == np.int16
+    assert record.trace[1:] == (4, edited, correct)
 
 
 GOOD_LINE = b'{"prompt": "hi", "completion": "yo"}'

@@ -1,19 +1,181 @@
-"""States rebuilt from a trace against those that the decoder really passed through."""
+"""Transitions of a trace by hand and against the decoder; states rebuilt against those that it really passed through."""
 
 import collections
 
+import numpy as np
 import pytest
 import torch
 
 from dfactory.config.decode import DecodeKeys
+from dfactory.data.chat import token_ids
+from dfactory.data.pack import PackedDocument, collate
+from dfactory.data.records import parse_row
 from dfactory.decoding import DecodeRules, decode
 from dfactory.models.registry import load_policy
 from dfactory.models.tiny import write_tiny_config
-from dfactory.types import Edit, FinishReason, Rollout
-from dfactory.views import block_of_step, state_after, state_before
+from dfactory.types import AlignedDocument, Edit, FinishReason, Rollout
+from dfactory.views import TraceViews, block_of_step, every_transition, state_after, state_before, transition_view
 from tests.decoding.conftest import sharpen
 
 MASK, EOS = 159, 156  # of the random model
+
+
+#                     prompt      block 0    block 1           block size 4
+STEPS = np.array([-1, -1, -1, -1, -1, -1, 1, 0, 2, 0, 0, 1], np.int16)
+IDS = np.arange(10, 22, dtype=np.int32)
+__ = 159
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    directory = write_tiny_config(tmp_path_factory.mktemp("model"))
+    return sharpen(load_policy(directory, dtype="float32", init_weights="random"))
+
+
+def trace_document(document_id: int = 3) -> AlignedDocument:
+    return AlignedDocument(document_id, IDS, STEPS >= 0, 4, STEPS)
+
+
+# --- transitions ------------------------------------------------------------------------------------------------------
+
+
+def test_transitions_by_hand():
+    first, second, third = every_transition(trace_document(), 1, MASK)
+    assert first.position_P.tolist() == second.position_P.tolist() == list(range(4, 12))
+    assert first.input_ids_P.tolist() == [14, 15, __, __, __, __, __, __]
+    assert first.target_P.tolist() == [False, False, False, True, False, True, True, False]
+    assert second.input_ids_P.tolist() == [14, 15, __, 17, __, 19, 20, __]
+    assert second.target_P.tolist() == [False, False, True, False, False, False, False, True]
+    assert third.position_P.tolist() == [8, 9, 10, 11]  # the other block has two transitions
+    assert third.input_ids_P.tolist() == [__, 19, 20, 21]
+    assert third.target_P.tolist() == [True, False, False, False]
+    assert first.t_P.tolist() == [1] * 8
+    assert second.t_P.tolist() == [0.5] * 8  # one of two response tokens, two of four
+    assert third.t_P.tolist() == [0.25] * 4
+
+
+def test_a_stride_takes_steps_together():
+    first, second = every_transition(trace_document(), 2, MASK)
+    assert first.target_P.tolist() == [False, False, True, True, False, True, True, True]
+    assert first.input_ids_P.tolist() == [14, 15, __, __, __, __, __, __]
+    assert second.position_P.tolist() == [8, 9, 10, 11]
+    assert second.target_P.tolist() == [True, False, False, False]
+    (only,) = every_transition(trace_document(), 3, MASK)
+    assert (only.target_P == (STEPS[4:] >= 0)).all()
+
+
+def test_each_block_stands_at_its_own_transition():
+    view = transition_view(trace_document(), np.array([1, 0]), 1, MASK, weight=np.array([2, 3]))
+    assert view.input_ids_P.tolist() == [14, 15, __, 17, __, __, __, __]
+    assert view.target_P.tolist() == [False, False, True, False, False, True, True, False]
+    assert view.elbo_weight_P.tolist() == [2] * 4 + [3] * 4
+
+
+def random_traces(count: int, block_size: int = 4) -> list[AlignedDocument]:
+    """Documents of 1 to 4 response blocks, each with steps 0 .. n - 1 in any order."""
+    draw = np.random.default_rng(0)
+    documents = []
+    for number in range(count):
+        blocks, prompt = draw.integers(1, 5), draw.integers(0, block_size)
+        steps = []
+        for block in range(blocks):
+            open_positions = block_size - (prompt if block == 0 else 0)
+            forwards = draw.integers(1, open_positions + 1)
+            taken = np.concatenate([np.arange(forwards), draw.integers(0, forwards, open_positions - forwards)])
+            steps += [-1] * (block_size - open_positions) + draw.permutation(taken).tolist()
+        steps = np.array(steps, np.int16)
+        documents.append(
+            AlignedDocument(number, draw.integers(0, 99, len(steps)).astype(np.int32), steps >= 0, block_size, steps)
+        )
+    return documents
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_every_response_token_is_a_target_once_and_sees_what_came_before(stride):
+    for document in random_traces(50):
+        seen = np.zeros(len(document.input_ids_T), int)
+        for view in every_transition(document, stride, MASK):
+            seen[view.position_P[view.target_P]] += 1
+            steps = document.commit_step_T[view.position_P].reshape(-1, 4)
+            targets, masked = view.target_P.reshape(-1, 4), (view.input_ids_P == MASK).reshape(-1, 4)
+            for s, target, mask in zip(steps, targets, masked, strict=True):
+                now = s[target]
+                assert len(now) > 0
+                assert now.max() - now.min() < stride
+                assert (mask == (s >= now.min() - now.min() % stride)).all()
+            visible = view.input_ids_P != MASK
+            assert (view.input_ids_P[visible] == document.input_ids_T[view.position_P[visible]]).all()
+        assert (seen == document.trainable_T).all()
+
+
+@pytest.mark.parametrize("stride, num_views, stratified", [(1, 1, False), (2, 1, False), (1, 3, True)])
+def test_drawn_transitions_estimate_the_sum_over_all(stride, num_views, stratified):
+    """Any number a target: here one that depends on position and on what the view shows."""
+
+    def value(view):
+        block = view.position_P // 4
+        shown = np.array([((view.input_ids_P != MASK) & (block == here)).sum() for here in block])
+        return (view.elbo_weight_P * view.target_P * (1 + view.position_P + shown**2)).sum()
+
+    maker = TraceViews(MASK, seed=1, stride=stride, num_views=num_views, stratified=stratified)
+    for document in random_traces(3):
+        exact = sum(value(view) for view in every_transition(document, stride, MASK))
+        drawn = [np.mean([value(view) for view in maker(document, visit)]) for visit in range(500)]
+        assert np.mean(drawn) == pytest.approx(exact, abs=4.5 * np.std(drawn) / 500**0.5 + 1e-6)
+
+
+def test_draws_are_a_function_of_seed_document_visit_and_view():
+    def drawn(seed=1, document_id=3, visit=0, num_views=4):
+        views = TraceViews(MASK, seed, num_views=num_views)(trace_document(document_id), visit)
+        return [view.input_ids_P.tolist() for view in views]
+
+    assert drawn() == drawn()
+    assert drawn(num_views=2) == drawn()[:2]
+    assert len({str(drawn(**change)) for change in ({}, {"seed": 2}, {"document_id": 4}, {"visit": 1})}) == 4
+    assert drawn()[0] != drawn()[1] or drawn()[1] != drawn()[2]
+
+
+def test_stratified_views_take_their_own_parts():
+    """Three transitions, three views: each gets one."""
+    maker = TraceViews(MASK, seed=1, num_views=3, stratified=True)
+    for visit in range(20):
+        masks = [(view.input_ids_P[4:] == MASK).sum() for view in maker(trace_document(), visit)]
+        assert masks == [4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "keys", [{"threshold": 0.5}, {"threshold": 0.7, "temperature": 1.0, "acceptance": "top"}], ids=str
+)
+def test_transitions_score_what_the_decoder_scored(policy, keys):
+    """Stride 1: the log-probabilities under all views are those that decoding recorded, so they sum to the trace's."""
+    keys = {
+        "block_size": 4,
+        "max_new_tokens": 12,
+        "suppress_special": False,
+        "mask_token_id": MASK,
+        "eos_token_id": EOS,
+    } | keys
+    prompts = [list(range(5, 5 + length)) for length in (1, 3, 4, 9, 14)]
+    checked = 0
+    for rollout in decode(policy, prompts, DecodeRules.of(DecodeKeys(**keys))):
+        if MASK in rollout.token_ids:
+            continue
+        row = {"prompt_ids": rollout.prompt_ids, "token_ids": rollout.token_ids, "commit_step": rollout.commit_step}
+        record = parse_row(row | {"block_size": 4})
+        ids, trainable = token_ids(record)
+        document = AlignedDocument(0, ids, trainable, 4, record.trace.commit_step_T)
+        views = every_transition(document, 1, MASK)
+        with torch.no_grad():
+            scores = policy.score(collate([[PackedDocument(document, views)]], 4))
+        position = np.concatenate([view.position_P[view.target_P] for view in views])
+        recorded = np.array(rollout.commit_logprob)[position - len(rollout.prompt_ids)]
+        np.testing.assert_allclose(scores.logprob_N.numpy(), recorded, atol=1e-4)
+        assert sorted(position) == list(range(len(rollout.prompt_ids), len(ids)))
+        checked += rollout.forwards < len(rollout.token_ids)
+    assert checked > 1
+
+
+# --- states -----------------------------------------------------------------------------------------------------------
 
 
 def recorded_states(policy, prompts, rules):
@@ -36,12 +198,6 @@ def check_states(rollout: Rollout, after: list[list[int]], mask: int) -> None:
     assert known == rollout.token_ids
     with pytest.raises(IndexError):
         state_before(rollout, rollout.forwards, mask)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    directory = write_tiny_config(tmp_path_factory.mktemp("model"))
-    return sharpen(load_policy(directory, dtype="float32", init_weights="random"))
 
 
 @pytest.mark.parametrize(

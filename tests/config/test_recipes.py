@@ -1,0 +1,31 @@
+"""Every recipe parses; rules between keys that no other test breaks."""
+
+import pytest
+
+from dfactory.config.load import load_recipe
+from dfactory.errors import ConfigError
+from tests.commands.conftest import ROOT
+
+RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: str(file.relative_to(ROOT / "recipes")))
+def test_every_recipe_parses(file):
+    assert load_recipe(file).output_dir.startswith("runs/")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("complementary=true", "complementary true with view_source trace: a transition has no twin"),
+        ("stage=dpo", "view_source trace with stage dpo: a pair has no trace"),
+        ("edit_share=0.1", "view_source trace with edit_share 0.1"),
+        ("block_size_schedule=[[0,4],[9,16]]", "block_size_schedule with view_source trace"),
+        ("trace_stride=0", "trace_stride 0 in .*: it must be at least 1"),
+        ("trace_filter=wrong", "trace_filter wrong .* one of correct, all"),
+        ("view_source=traces", "view_source traces .* did you mean trace"),
+    ],
+)
+def test_rules_of_trace_views(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(ROOT / "recipes/quickstart/trajectory.yaml", [override])
