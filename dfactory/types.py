@@ -199,6 +199,9 @@ class Objective(Protocol):
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms: ...
 
 
+NEVER, GIVEN = -1, -2  # instead of the step of a commit: the position is still a mask; the token came with the draft
+
+
 class FinishReason(enum.StrEnum):
     EOS = "eos"  # a block came to hold EOS with no mask before it
     LENGTH = "length"  # max_new_tokens were produced without EOS
@@ -235,9 +238,7 @@ class Rollout:
     token_ids: list[int]
     commit_step: list[int]  # forward pass of the response at which each token took its final value, from 0
     commit_logprob: list[float]  # its log-probability there, under the processed distribution
-    first_commit_step: list[
-        int
-    ]  # forward pass at which it stopped being a mask; -1, as commit_step, where it never did
+    first_commit_step: list[int]  # the one at which it stopped being a mask; NEVER and GIVEN instead, in both lists
     edits: list[Edit]  # in the order of their steps
     block_size: int
     block_forwards: list[int]  # denoising passes of each decoded block, the first one may hold prompt tokens too

@@ -53,17 +53,23 @@ def decode(
     prompt_ids: Sequence[Sequence[int]],
     rules: DecodeRules,
     *,
+    drafts: Sequence[Sequence[int]] | None = None,
     noise_ids: Sequence[int] | None = None,
     on_step: Callable[[Progress], None] | None = None,
 ) -> list[Rollout]:
     """Decode a response to every prompt; rollouts come back in the order of the prompts.
 
-    `noise_ids` names the random numbers of each prompt (default: its index), so that a prompt draws the same in any
-    batch. Raises DataError for a prompt that is empty, holds the mask or an id outside the vocabulary; ConfigError for
-    a mask or EOS outside of it.
+    `drafts` gives the first tokens of each response: masks among them are filled in, the others are edited if the rules
+    edit, else they stay. Behind a draft stand masks. `noise_ids` names the random numbers of each prompt (default: its
+    index), so that a prompt draws the same in any batch.
+    Raises DataError for a prompt that is empty or holds the mask, for ids outside the vocabulary and for a draft that is
+    longer than the longest response; ConfigError for a mask or EOS outside the vocabulary.
     """
     _check(prompt_ids, rules, policy.config.vocab_size)
-    return _Decoder(policy, rules, on_step).run(prompt_ids, range(len(prompt_ids)) if noise_ids is None else noise_ids)
+    drafts = [()] * len(prompt_ids) if drafts is None else drafts
+    _check_drafts(prompt_ids, drafts, rules, policy.config.vocab_size)
+    noise_ids = range(len(prompt_ids)) if noise_ids is None else noise_ids
+    return _Decoder(policy, rules, on_step).run(prompt_ids, drafts, noise_ids)
 
 
 def _check(prompt_ids: Sequence[Sequence[int]], rules: DecodeRules, vocabulary: int) -> None:
@@ -87,6 +93,19 @@ def _check(prompt_ids: Sequence[Sequence[int]], rules: DecodeRules, vocabulary: 
             )
 
 
+def _check_drafts(prompt_ids, drafts: Sequence[Sequence[int]], rules: DecodeRules, vocabulary: int) -> None:
+    if len(drafts) != len(prompt_ids):
+        raise DataError(f"{len(drafts)} drafts for {len(prompt_ids)} prompts: give one each, an empty one for none")
+    for index, (prompt, draft) in enumerate(zip(prompt_ids, drafts, strict=True)):
+        room = document_length(len(prompt), rules) - len(prompt)
+        if len(draft) > room:
+            raise DataError(
+                f"draft {index} has {len(draft)} tokens, a response at most {room}: raise max_new_tokens to {len(draft)}"
+            )
+        if len(draft) and not 0 <= min(draft) <= max(draft) < vocabulary:
+            raise DataError(f"draft {index} holds ids outside the model's vocabulary of {vocabulary}: wrong tokenizer?")
+
+
 class _Decoder:
     """The loop over forwards."""
 
@@ -94,20 +113,26 @@ class _Decoder:
         self.policy, self.rules, self.on_step = policy, rules, on_step
         self.live: list[Response] = []
 
-    def run(self, prompt_ids: Sequence[Sequence[int]], noise_ids: Sequence[int]) -> list[Rollout]:
+    def run(self, prompt_ids, drafts: Sequence[Sequence[int]], noise_ids: Sequence[int]) -> list[Rollout]:
         if not prompt_ids:
             return []
         slots = min(self.rules.batch_size, len(prompt_ids))
         self.cache = BlockCache(slots, max(document_length(len(prompt), self.rules) for prompt in prompt_ids))
-        waiting = deque(zip(range(len(prompt_ids)), prompt_ids, noise_ids, strict=True))
+        waiting = deque(zip(range(len(prompt_ids)), prompt_ids, drafts, noise_ids, strict=True))
         free = list(reversed(range(slots)))
         rollouts: list[Rollout | None] = [None] * len(prompt_ids)
         while waiting or self.live:
             if waiting and free:
                 while waiting and free:
-                    self.live.append(Response(*waiting.popleft(), free.pop(), self.rules))
-                self._prefill()
-            for response, rollout in self._step():
+                    response = Response(*waiting.popleft(), free.pop(), self.rules)
+                    if response.is_complete:
+                        rollouts[response.index] = response.rollout()
+                        free.append(response.slot)
+                    else:
+                        self.live.append(response)
+                self._share_prompts()
+            self._prefill()
+            for response, rollout in self._step() if self.live else ():
                 rollouts[response.index] = rollout
                 self.live.remove(response)
                 free.append(response.slot)
@@ -119,8 +144,7 @@ class _Decoder:
         return max(CLEAN_TOKENS // self.rules.block_size, len(self.live))
 
     def _prefill(self) -> None:
-        """Compute the clean blocks of new prompts as far as the next step's forward cannot take them along."""
-        self._share_prompts()
+        """Compute clean blocks, of new prompts mostly, as far as the next step's forward cannot take them along."""
         while sum(response.pending for response in self.live) > self._most_clean:
             self._forward_clean(self.live, self._most_clean)
 

@@ -4,7 +4,8 @@
     block       0         1         2         3              10 positions are decoded, 9 are the answer at most
 
 Blocks are counted from the start of the document, so the first one may begin with prompt tokens; those are never masked,
-edited or scored. A response ends behind the first block that holds EOS with no mask before it.
+edited or scored. A response ends behind the first block that holds EOS with no mask before it. It starts from masks, or
+from a draft with masks behind it; a block that has neither masks nor edits to hope for takes no forward.
 
 Letters: B block size, T document length. Everything lives on the host, in numpy.
 """
@@ -15,7 +16,7 @@ import numpy as np
 
 from dfactory.decoding.cache import Span
 from dfactory.decoding.rules import DecodeRules, uniform_numbers
-from dfactory.types import Edit, FinishReason, Rollout
+from dfactory.types import GIVEN, NEVER, Edit, FinishReason, Rollout
 
 
 def document_length(prompt_length: int, rules: DecodeRules) -> int:
@@ -26,22 +27,34 @@ def document_length(prompt_length: int, rules: DecodeRules) -> int:
 class Response:
     """A response in its slot: the document so far, its trace, and where its cache stands."""
 
-    def __init__(self, index: int, prompt: Sequence[int], noise_id: int, slot: int, rules: DecodeRules):
+    def __init__(
+        self, index: int, prompt: Sequence[int], draft: Sequence[int], noise_id: int, slot: int, rules: DecodeRules
+    ):
         self.index, self.noise_id, self.slot, self.rules = index, noise_id, slot, rules
         self.start = len(prompt)  # position of the first response token
         self.tokens_T = np.full(document_length(self.start, rules), rules.mask_token_id, dtype=np.int64)
-        self.tokens_T[: self.start] = prompt
-        self.step_T = np.full(len(self.tokens_T), -1)
-        self.first_step_T = np.full(len(self.tokens_T), -1)
+        self.tokens_T[: self.start + len(draft)] = [*prompt, *draft]
+        self.first_step_T = np.where(self.tokens_T == rules.mask_token_id, NEVER, GIVEN)
+        self.step_T = self.first_step_T.copy()
         self.logprob_T = np.zeros(len(self.tokens_T))
         self.edits: list[Edit] = []
         self.forwards = 0
         self.block_forwards: list[int] = []
         self.cached = 0  # blocks whose clean keys are in the cache
         self.mask_steps = self.post_steps = 0  # forwards of this block with masks, and without
-        self._enter(self.prompt_blocks)
+        self.is_complete = not self._enter(self.prompt_blocks)  # before any forward
 
-    def _enter(self, block: int) -> None:
+    def _enter(self, block: int) -> bool:
+        """Go to `block`, or to the first one behind it that has something to do. False: there is none before the end."""
+        editing = self.rules.editing
+        self._go_to(block)
+        while not self.masked_B.any() and (editing is None or editing.max_post_steps == 0):
+            if self._ends_here():
+                return False
+            self._go_to(self.block + 1)
+        return True
+
+    def _go_to(self, block: int) -> None:
         size = self.rules.block_size
         self.block = block
         self.block_forwards.append(0)
@@ -99,18 +112,18 @@ class Response:
             return True
         if not changed:
             self.cached += 1  # this pass ran over the block's final tokens: the keys that it wrote are the clean ones
-        if self.here.stop == len(self.tokens_T) or self._eos() is not None:
-            return False
-        self._enter(self.block + 1)
-        return True
+        return not self._ends_here() and self._enter(self.block + 1)
+
+    def _ends_here(self) -> bool:
+        return self.here.stop == len(self.tokens_T) or self._eos() is not None
 
     def _record(self, changed_B: np.ndarray, old_B: np.ndarray, token_B: np.ndarray) -> None:
         """Note the changes of a forward: a first token at its position, or an edit of an earlier one."""
         first_B = self.first_step_T[self.here]
-        for offset in np.flatnonzero(changed_B & (first_B >= 0)):
+        for offset in np.flatnonzero(changed_B & (first_B != NEVER)):
             index = self.here.start + int(offset) - self.start
             self.edits.append(Edit(index, self.forwards, int(old_B[offset]), int(token_B[offset])))
-        first_B[changed_B & (first_B < 0)] = self.forwards
+        first_B[changed_B & (first_B == NEVER)] = self.forwards
 
     def _block_is_finished(self, had_masks: bool, changed: bool) -> bool:
         if self.masked_B.any():
@@ -138,7 +151,7 @@ class Response:
         return Rollout(
             prompt_ids=self.tokens_T[: self.start].tolist(),
             token_ids=token_ids,
-            commit_step=np.where(left_masked, -1, self.step_T)[response].tolist(),
+            commit_step=np.where(left_masked, NEVER, self.step_T)[response].tolist(),
             commit_logprob=np.where(left_masked, 0.0, self.logprob_T)[response].tolist(),
             first_commit_step=self.first_step_T[response].tolist(),
             edits=self.edits,

@@ -18,7 +18,7 @@ import dataclasses
 
 import numpy as np
 
-from dfactory.types import AlignedDocument, Rollout, View
+from dfactory.types import NEVER, AlignedDocument, Rollout, View
 from dfactory.views.mask import view_positions
 from dfactory.views.schedules import Purpose, draw_t, generator
 
@@ -116,5 +116,5 @@ def _state(rollout: Rollout, step: int, time: int, mask_id: int) -> np.ndarray:
         if edit.step >= time and edit.index < end:
             ids[edit.index] = edit.old_id
     first_commit = np.array(rollout.first_commit_step[:end])
-    ids[(first_commit < 0) | (first_commit >= time)] = mask_id
+    ids[(first_commit == NEVER) | (first_commit >= time)] = mask_id
     return ids

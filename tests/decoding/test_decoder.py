@@ -16,7 +16,7 @@ from dfactory.decoding import DecodeRules, decode
 from dfactory.decoding.rules import uniform_numbers
 from dfactory.errors import ConfigError, DataError
 from dfactory.models.registry import load_policy
-from dfactory.types import FinishReason
+from dfactory.types import GIVEN, FinishReason
 from tests.decoding.conftest import EOS, MASK, Scripted, log_odds, same_rollouts, sharpen
 from tests.decoding.uncached import Settings, block_causal_logits, processed, uncached
 from tests.models.conftest import CONFIGS
@@ -52,15 +52,15 @@ def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(0, 150, (length,), generator=generator).tolist() for length in lengths]
 
 
-def equals_uncached(policy, prompts, rules):
+def equals_uncached(policy, prompts, rules, drafts=None):
     """Decode the prompts together; the obvious loop, one by one, has to say the same. Returns the rollouts."""
-    rollouts = decode(policy, prompts, rules)
+    rollouts = decode(policy, prompts, rules, drafts=drafts)
     for index, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True)):
 
         def noise(step, index=index):
             return uniform_numbers(rules.seed, index, step, rules.block_size)
 
-        expected = uncached(policy, prompt, settings_of(rules), noise)
+        expected = uncached(policy, prompt, settings_of(rules), noise, drafts[index] if drafts else ())
         assert rollout.prompt_ids == prompt
         assert rollout.token_ids == expected.token_ids
         assert rollout.output_ids == expected.output_ids
@@ -103,6 +103,68 @@ def test_equals_the_uncached_loop(policy, keys):
         assert sum(len(rollout.edits) for rollout in rollouts) > 10
     elif rules.block_size > 1:  # the case means something: some forwards commit one token, some several
         assert any(r.forwards < len(r.token_ids) for r in rollouts)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"threshold": 0.5},
+        {"threshold": 0.5, "block_size": 4, "batch_size": 2},
+        {"threshold": 0.7, "editing_threshold": 0.5},
+        {"threshold": 0.5, "editing_threshold": 0.0, "max_post_steps": 3, "batch_size": 2},
+        {"threshold": 0.5, "editing_threshold": 0.4, "max_post_steps": 0},
+        {"threshold": 0.6, "temperature": 1.0, "editing_threshold": 0.5},
+    ],
+    ids=str,
+)
+def test_drafts_equal_the_uncached_loop(policy, keys):
+    """None, some tokens, holes, whole blocks without a mask, EOS in the middle, everything."""
+    rules = make_rules(**keys)
+    some, holes, blocks, ended, everything = random_prompts(5, 20, 19, 20, 24, seed=1)
+    holes[2:4] = [MASK] * 2
+    holes[17] = MASK
+    ended[13] = EOS
+    drafts = [[], some, holes, blocks, ended, everything]
+    rollouts = equals_uncached(policy, random_prompts(8, 3, 13, 5, 24, 8), rules, drafts)
+    still = rules.editing is None or rules.editing.max_post_steps == 0
+    assert (rollouts[5].forwards == 0) == still
+    if still:
+        assert rollouts[5].token_ids == everything
+        assert rollouts[3].token_ids[:19] == blocks
+    if rules.editing is None:
+        assert [rollouts[2].token_ids[i] for i in (0, 1, 4, 16)] == [holes[i] for i in (0, 1, 4, 16)]
+    if not still:
+        assert any(edit.old_id == everything[edit.index] for edit in rollouts[5].edits)
+
+
+def test_a_draft_without_errors_takes_one_forward_a_block():
+    """The model agrees with the draft: nothing is edited, and what was given says so."""
+    policy = script_of({i: {f"t{i}": 0.9} for i in range(4, 9)} | {9: {f"t{EOS}": 0.9}})
+    keys = {"block_size": 4, "max_new_tokens": 12, "editing_threshold": 0.5}
+    draft = [4, 5, 6, 7, 8, EOS, 1, 1]
+    (rollout,) = decode(policy, [[7] * 4], make_rules(**keys), drafts=[draft])
+    assert (rollout.token_ids, rollout.output_ids, rollout.edits) == (draft, draft[:6], [])
+    assert (rollout.forwards, rollout.block_forwards) == (2, [1, 1])
+    assert rollout.commit_step == rollout.first_commit_step == [GIVEN] * 8
+    policy.seen.clear()
+    (repaired,) = decode(policy, [[7] * 4], make_rules(**keys), drafts=[[4, 9, 6, 7, 8, EOS, 1, 1]])
+    assert repaired.output_ids == draft[:6]
+    assert repaired.edits == [(1, 0, 9, 5)]
+    assert repaired.commit_step == [GIVEN, 0, *[GIVEN] * 6]
+    assert repaired.first_commit_step == [GIVEN] * 8
+
+
+@pytest.mark.parametrize(
+    "drafts, message",
+    [
+        ([[1]], "1 drafts for 2 prompts"),
+        ([[], [160]], "draft 1 holds ids outside the model's vocabulary of 160"),
+        ([[1] * 31, []], "draft 0 has 31 tokens, a response at most 30: raise max_new_tokens to 31"),
+    ],
+)
+def test_drafts_that_cannot_be(policy, drafts, message):
+    with pytest.raises(DataError, match=message):
+        decode(policy, [[1, 2], [3]], make_rules(), drafts=drafts)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])

@@ -82,11 +82,15 @@ def draw(p_V: torch.Tensor, uniform: float, s: Settings) -> int:
 
 
 @torch.inference_mode()
-def uncached(policy, prompt: list[int], s: Settings, uniform: Callable[[int], list[float]] | None = None) -> Outcome:
-    """`uniform(step)` gives the block_size numbers in [0, 1) that the draws of that forward use."""
+def uncached(
+    policy, prompt: list[int], s: Settings, uniform: Callable[[int], list[float]] | None = None, draft: list[int] = ()
+) -> Outcome:
+    """`uniform(step)` gives the block_size numbers in [0, 1) that the draws of that forward use; `draft` stands first."""
     n, B, mask, eos = len(prompt), s.block_size, s.mask_token_id, s.eos_token_id
     blocks = math.ceil((n + s.max_new_tokens) / B)
     x = torch.tensor(prompt + [mask] * (blocks * B - n))
+    x[n : n + len(draft)] = torch.tensor(draft, dtype=torch.long)
+    given = {n + i for i, token in enumerate(draft) if token != mask}
     first_step_of, step_of, logprob_of, edits, forwards, block_forwards = {}, {}, {}, [], 0, []
     end = blocks * B
 
@@ -122,7 +126,7 @@ def uncached(policy, prompt: list[int], s: Settings, uniform: Callable[[int], li
                 edits += [(i - n, forwards, int(x[i]), token[i]) for i in change]
             for i in commit + change:
                 x[i], step_of[i], logprob_of[i] = token[i], forwards, logprob[i]
-                first_step_of.setdefault(i, forwards)
+                first_step_of.setdefault(i, -2 if i in given else forwards)
             forwards += 1
             block_forwards[-1] += 1
             if not masked and not change:
@@ -140,9 +144,9 @@ def uncached(policy, prompt: list[int], s: Settings, uniform: Callable[[int], li
     return Outcome(
         token_ids,
         output_ids,
-        [-1 if x[i] == mask else step_of[i] for i in range(n, end)],
-        [0.0 if x[i] == mask else logprob_of[i] for i in range(n, end)],
-        [-1 if x[i] == mask else first_step_of[i] for i in range(n, end)],
+        [-1 if x[i] == mask else step_of.get(i, -2) for i in range(n, end)],
+        [0.0 if x[i] == mask else logprob_of.get(i, 0.0) for i in range(n, end)],
+        [-1 if x[i] == mask else first_step_of.get(i, -2) for i in range(n, end)],
         edits,
         block_forwards,
         forwards,

@@ -178,19 +178,20 @@ def test_transitions_score_what_the_decoder_scored(policy, keys):
 # --- states -----------------------------------------------------------------------------------------------------------
 
 
-def recorded_states(policy, prompts, rules):
+def recorded_states(policy, prompts, rules, drafts=None):
     """The rollouts, and for each of them the token ids that `on_step` told after every forward."""
     heard = collections.defaultdict(list)
-    rollouts = decode(policy, prompts, rules, on_step=lambda p: heard[p.prompt].append(p.token_ids))
+    rollouts = decode(policy, prompts, rules, drafts=drafts, on_step=lambda p: heard[p.prompt].append(p.token_ids))
     return [(rollout, heard[index]) for index, rollout in enumerate(rollouts)]
 
 
-def check_states(rollout: Rollout, after: list[list[int]], mask: int) -> None:
+def check_states(rollout: Rollout, after: list[list[int]], mask: int, draft: list[int] = ()) -> None:
     """Every state before and after every forward, and the block that it ran on, by lengths and by what was heard."""
     known: list[int] = []  # the last state that was heard
     for step in range(rollout.forwards):
         end = len(after[step])  # of the block
-        before = known + [mask] * (end - len(known))
+        before = [*known, *draft[len(known) : end]]
+        before += [mask] * (end - len(before))
         assert state_before(rollout, step, mask).tolist() == before, step
         assert state_after(rollout, step, mask).tolist() == after[step], step
         assert (block_of_step(rollout, step) + 1) * rollout.block_size == len(rollout.prompt_ids) + end
@@ -220,6 +221,16 @@ def test_every_state_of_real_decoding(policy, keys):
         check_states(rollout, after, MASK)
     edits = sum(len(rollout.edits) for rollout, _ in pairs)
     assert edits > 10 if "editing_threshold" in keys else edits == 0
+
+
+def test_states_of_a_decoding_that_began_with_a_draft(policy):
+    keys = {"block_size": 4, "max_new_tokens": 20, "threshold": 0.5, "editing_threshold": 0.0, "max_post_steps": 3}
+    rules = DecodeRules.of(DecodeKeys(**keys, mask_token_id=MASK, eos_token_id=EOS))
+    drafts = [[], [9], [5, MASK, 7, 8, MASK, 10, 11, 12, 13, 14, 15], list(range(20, 40))]
+    pairs = recorded_states(policy, [[1, 2], [3, 4, 5], [6, 7], [8, 9]], rules, drafts)
+    for (rollout, after), draft in zip(pairs, drafts, strict=True):
+        check_states(rollout, after, MASK, draft)
+    assert sum(edit.old_id == 20 + edit.index for edit in pairs[3][0].edits) > 3
 
 
 def test_states_where_the_mask_may_be_emitted(policy, monkeypatch):
