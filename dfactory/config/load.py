@@ -169,21 +169,6 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
             twin_is_finite,
             f"noise_range_high 1 with complementary views and {weighing} divides by zero: use 0.999",
         )
-    if recipe.edits:
-        rule(
-            recipe.loss_weight == "uniform",
-            f"loss_weight {recipe.loss_weight} with edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns}: "
-            "1/t has a meaning for masked targets only; use loss_weight uniform",
-        )
-        rule(
-            recipe.stage not in PAIRED_STAGES,
-            f"stage {recipe.stage} with edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns}: "
-            "its likelihoods are sums over masked targets; set edit_share 0 and num_turns 1",
-        )
-    rule(
-        recipe.edit_source == "uniform" or recipe.edit_share > 0,
-        f"edit_source {recipe.edit_source} with edit_share 0 replaces nothing: raise edit_share",
-    )
     rule(
         recipe.max_length % recipe.block_size == 0,
         f"block_size {recipe.block_size} does not divide max_length {recipe.max_length}: "
@@ -205,6 +190,7 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
         "init_weights random with use_peft: the base that the adapters belong to would be lost; train it first",
     )
     _check_preferences(recipe, rule)
+    _check_editing(recipe, rule)
     _check_traces(recipe, rule)
     rule(bool(recipe.datasets), "datasets is empty: name at least one file")
     rule(all(entry.weight > 0 for entry in recipe.datasets), "datasets.weight 0: leave the file out instead")
@@ -270,6 +256,25 @@ def _check_preferences(recipe: Recipe, rule: Callable[[bool, str], None]) -> Non
     rule(
         recipe.reference_path is None or recipe.reference == "precomputed",
         f"reference_path {recipe.reference_path} is read with reference precomputed only: set that, or leave it out",
+    )
+
+
+def _check_editing(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
+    """Rules between the keys of token editing."""
+    rule(
+        recipe.edit_source == "uniform" or recipe.edit_share > 0,
+        f"edit_source {recipe.edit_source} with edit_share 0 replaces nothing: raise edit_share",
+    )
+    if not recipe.edits:
+        return
+    editing = f"edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns}"
+    rule(
+        recipe.loss_weight == "uniform",
+        f"loss_weight {recipe.loss_weight} with {editing}: 1/t has a meaning for masked targets only; use uniform",
+    )
+    rule(
+        recipe.stage not in PAIRED_STAGES,
+        f"stage {recipe.stage} with {editing}: its likelihoods are sums over masked targets; set edit_share 0, num_turns 1",
     )
 
 
