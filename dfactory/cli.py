@@ -70,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         "--data", required=True, help="JSONL: messages, prompt or prompt_ids, and answer in each line"
     )
     evaluate.add_argument("--output", help="also write the responses, as `generate` does")
+    evaluate.add_argument(
+        "--repair",
+        action="store_true",
+        help="plant a wrong token in each record's own answer and tell what editing repairs, and what it spoils",
+    )
 
     export = verb("export", _export, "write a checkpoint as a plain model directory; merges adapters and checkpoints")
     export.add_argument("--model", required=True, help="run folder or checkpoint")
@@ -135,6 +140,10 @@ def _eval(arguments, overrides) -> int:
     from dfactory.config.load import load_decode_keys
 
     keys = load_decode_keys(overrides)
+    if arguments.repair:
+        from dfactory.commands.repair import repair
+
+        return repair(arguments, keys)
     from dfactory.commands.evaluate import evaluate
 
     return evaluate(arguments, keys)

@@ -17,6 +17,7 @@ class Purpose(enum.IntEnum):
     MASK = 1
     EDIT = 2  # which visible tokens are replaced, by what, and which are targets as they are
     DRAFT = 3  # which targets carry the model's draft in the next turn
+    PLANT = 4  # the error that an evaluation puts into a right answer
 
 
 def generator(seed: int, document_id: int, visit: int, view: int, purpose: Purpose) -> np.random.Generator:
