@@ -10,7 +10,9 @@ changes `make_source`; nothing else knows which one it is.
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 
+from dfactory.config.objective import PAIRED_STAGES
 from dfactory.config.recipe import Recipe
 from dfactory.data.chat import ChatEncoder, SpecialIds, read_chat_template, special_ids
 from dfactory.data.examples import Examples, load_examples
@@ -20,7 +22,9 @@ from dfactory.engine import checkpoint, distributed
 from dfactory.engine.drafting import DraftSource
 from dfactory.engine.metrics import MetricsLog
 from dfactory.engine.preemption import EXIT_PREEMPTED, Preemption
+from dfactory.engine.reference import ReferenceSource, adapter_off, elbo_by, frozen_copy
 from dfactory.engine.runfolder import RunFolder
+from dfactory.engine.stored import stored_reference
 from dfactory.engine.trainer import Trainer, keep_zero3_config, zero_stage
 from dfactory.engine.window import Measure, Source, means_by_t
 from dfactory.models.policy import Policy
@@ -33,6 +37,7 @@ from dfactory.models.registry import (
     resolve_model_dir,
 )
 from dfactory.objectives.cap import CAP
+from dfactory.objectives.dpo import DPO
 from dfactory.objectives.sft import SFT
 from dfactory.types import Objective, TrainState
 from dfactory.views import Drafts, EditTargets, GridMask, RandomMask, TraceViews
@@ -53,7 +58,8 @@ def train(recipe: Recipe) -> int:
         resumed, zero_stage(recipe), world_size, recipe.expert_parallel_size
     )
     trainer = Trainer(recipe, make_policy(recipe), num_steps, load_universal=universal)
-    source = with_drafts(recipe, inputs.special, records, trainer)
+    with_reference = make_reference(recipe, inputs, trainer, num_steps, resuming=resumed is not None)
+    source = with_reference(with_drafts(recipe, inputs.special, records, trainer))
 
     state = TrainState()
     if resumed is not None:
@@ -74,7 +80,8 @@ def train(recipe: Recipe) -> int:
                 log.step(state.step, source.epoch, metrics)
             last = state.step == num_steps
             if inputs.held_out is not None and (last or is_due(recipe.eval_steps, state.step)):
-                results = trainer.evaluate(make_eval_source(recipe, inputs, rank, world_size), make_measure(recipe))
+                held_out = with_reference(make_eval_source(recipe, inputs, rank, world_size))
+                results = trainer.evaluate(held_out, make_measure(recipe, objective))
                 if log:
                     log.evaluation(state.step, results)
             preempted = distributed.any_rank(preemption.requested)
@@ -185,16 +192,20 @@ def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> R
 
 
 def make_eval_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> RecordSource:
-    """The held-out documents once, each with one view at every mask ratio of the grid: the same at every evaluation."""
+    """The held-out documents once, with the same noise at every evaluation: one view at every mask ratio of the grid, or
+    for pairs those of training, because what is measured then is the objective itself."""
     levels = tuple(recipe.eval_noise_levels)
+    views, num_views = GridMask(inputs.special.mask, recipe.seed, levels), len(levels)
+    if recipe.stage in PAIRED_STAGES:
+        views, num_views = make_views(recipe, inputs), recipe.views_per_document
     return RecordSource(
         inputs.held_out,
         [1.0 for _ in recipe.eval_datasets],
-        GridMask(inputs.special.mask, recipe.seed, levels),
-        num_views=len(levels),
+        views,
+        num_views=num_views,
         block_size=recipe.block_size,
         eos_id=inputs.special.eos,
-        row_length=recipe.max_length * (1 + len(levels)),
+        row_length=recipe.documents_per_record * recipe.max_length * (1 + num_views),
         packing=recipe.packing,
         seed=recipe.seed,
         rank=rank,
@@ -218,16 +229,41 @@ def make_objective(recipe: Recipe, special: SpecialIds) -> Objective:
         "sft": lambda: SFT(recipe.loss_weight, editing_mask),
         "cpt": lambda: SFT(recipe.loss_weight, editing_mask),
         "cap": lambda: CAP(recipe.loss_weight, recipe.confidence_beta, editing_mask),
+        "dpo": lambda: DPO(
+            recipe.beta, recipe.loss_type, recipe.label_smoothing, recipe.length_normalize, recipe.sft_loss_coef
+        ),
     }
     return makers[recipe.stage]()
 
 
-def make_measure(recipe: Recipe) -> Measure:
+def make_measure(recipe: Recipe, objective: Objective) -> Measure:
     """What an evaluation reports of each micro-batch."""
-    return means_by_t(recipe.eval_noise_levels)
+    return objective.measure if recipe.stage in PAIRED_STAGES else means_by_t(recipe.eval_noise_levels)
 
 
-def make_policy(recipe: Recipe) -> Policy:
+def make_reference(
+    recipe: Recipe, inputs: Inputs, trainer: Trainer, num_steps: int, resuming: bool
+) -> Callable[[Source], Source]:
+    """What puts the scores of the initial model beside a source's batches, where the objective compares with it. To be
+    called before a checkpoint is loaded: the trainer's policy is the initial model until then."""
+    if recipe.stage not in PAIRED_STAGES:
+        return lambda source: source
+    if recipe.reference_kind == "copy":
+        reference = frozen_copy(recipe, load_initial(recipe))
+    elif recipe.reference_kind == "adapter":
+        reference = adapter_off(trainer)
+    else:
+        rank, world_size = trainer.rank, trainer.world_size
+        sources = [(make_source(recipe, inputs, rank, world_size), num_steps)]
+        if inputs.held_out is not None:
+            held_out = make_eval_source(recipe, inputs, rank, world_size)
+            sources.append((held_out, held_out.num_windows))
+        reference = stored_reference(recipe, sources, elbo_by(trainer.score), resuming)
+    return lambda source: ReferenceSource(source, reference)
+
+
+def load_initial(recipe: Recipe) -> Policy:
+    """The model that a run starts from, without adapters."""
     zero3 = keep_zero3_config(recipe)  # has to outlive the loading
     policy = load_policy(
         recipe.model_name_or_path,
@@ -237,6 +273,12 @@ def make_policy(recipe: Recipe) -> Policy:
         attn_implementation=recipe.attn_implementation,
     )
     del zero3
+    return policy
+
+
+def make_policy(recipe: Recipe) -> Policy:
+    """The model to be trained."""
+    policy = load_initial(recipe)
     if recipe.use_peft:
         add_adapters(
             policy,

@@ -254,6 +254,11 @@ def _check_preferences(recipe: Recipe, rule: Callable[[bool, str], None]) -> Non
         "reference adapter without use_peft: there is no adapter to switch off; set use_peft, or reference to copy",
     )
     rule(
+        recipe.stage != "dpo" or recipe.reference_kind != "copy" or recipe.expert_parallel_size == 1,
+        f"expert_parallel_size {recipe.expert_parallel_size} with reference copy is not supported: set reference "
+        "to precomputed",
+    )
+    rule(
         recipe.reference_path is None or recipe.reference == "precomputed",
         f"reference_path {recipe.reference_path} is read with reference precomputed only: set that, or leave it out",
     )

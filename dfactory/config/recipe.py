@@ -40,6 +40,11 @@ class Recipe(TrainingKeys, ObjectiveKeys, EditingKeys, NoiseKeys, DataKeys, Mode
         return 2 if self.stage in PAIRED_STAGES else 1
 
     @property
+    def reference_kind(self) -> str:
+        """What `reference` null stands for."""
+        return self.reference or ("adapter" if self.use_peft else "copy")
+
+    @property
     def longest_record(self) -> int:
         """Row positions that a record of max_length takes at most, its views included."""
         return self.documents_per_record * self.max_length * (1 + self.views_per_document)

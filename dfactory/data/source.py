@@ -12,10 +12,11 @@ also for those that wait to be packed.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from dfactory.data.examples import Examples
 from dfactory.data.pack import PackedDocument, Packer, align, block_of, collate
@@ -112,6 +113,14 @@ class RecordSource:
         micro_batches = (mine[i : i + self.micro_batch_rows] for i in range(0, len(mine), self.micro_batch_rows))
         return [self._build(batch, block_size) for batch in micro_batches]
 
+    def visits(self, num_windows: int) -> Iterator[tuple[int, int]]:
+        """(document id, visit) of every unit of the first windows of all ranks, found by packing without tokens."""
+        stream = self._new_stream()
+        for window in range(num_windows):
+            for row in self._next_rows(stream, window):
+                for index, visit in row:
+                    yield int(self.examples.document_id_E[index * self.examples.unit_size]), visit
+
     def state_dict(self) -> dict[str, Any]:
         """A cursor for JSON; it holds for any number of ranks."""
         return {**self._identity, "windows": self._windows, **self._stream.state_dict()}
@@ -161,11 +170,12 @@ class RecordSource:
         return [self.examples[member] for member in range(index * size, (index + 1) * size)]
 
     def _build(self, rows: list[list[tuple[int, int]]], block_size: int) -> ViewBatch:
-        packed = [
-            [self._pack(example, visit, block_size) for index, visit in row for example in self._unit(index)]
-            for row in rows
-        ]
-        return collate(packed, self._final_block_size, pad_to=self.row_length if self.packing else None)
+        members = [[(example, visit) for index, visit in row for example in self._unit(index)] for row in rows]
+        packed = [[self._pack(example, visit, block_size) for example, visit in row] for row in members]
+        batch = collate(packed, self._final_block_size, pad_to=self.row_length if self.packing else None)
+        return batch.with_columns(
+            visit_D=torch.tensor([visit for row in members for _, visit in row], dtype=torch.int64)
+        )
 
     def _pack(self, example: Example, visit: int, block_size: int) -> PackedDocument:
         document = align(example, block_size, self.eos_id, unit=self._final_block_size)

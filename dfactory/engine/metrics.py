@@ -41,14 +41,15 @@ class MetricsLog:
         if step % self.recipe.logging_steps == 0 or step == self.num_steps:
             self.say(
                 f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {metrics['loss']:.4f}  "
-                f"hit {metrics['hit_rate']:.3f}  grad {metrics['grad_norm']:.3f}  lr {metrics['learning_rate']:.2e}  "
+                f"hit {metrics['hit_rate']:.3f}  {_preference(metrics)}grad {metrics['grad_norm']:.3f}  lr {metrics['learning_rate']:.2e}  "
                 f"{metrics['tokens_per_second']:,.0f} tok/s"
             )
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._write({"step": step, **{f"eval/{name}": value for name, value in metrics.items()}})
         by_t = "  ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in metrics.items() if n.startswith("loss_t"))
-        self.say(f"evaluation at step {step}: loss {metrics['loss']:.4f}  hit {metrics['hit_rate']:.3f}  ({by_t})")
+        told = _preference(metrics) or f"({by_t})"
+        self.say(f"evaluation at step {step}: loss {metrics['loss']:.4f}  hit {metrics['hit_rate']:.3f}  {told}")
 
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)  # a log file's lines are not the terminal's
@@ -57,3 +58,10 @@ class MetricsLog:
         self.folder.append_metrics(metrics)
         if self.wandb is not None:
             self.wandb.log(metrics, step=metrics["step"])
+
+
+def _preference(metrics: dict[str, float]) -> str:
+    """How pairs are told apart, where there are pairs."""
+    if "rewards/margins" not in metrics:
+        return ""
+    return f"accuracy {metrics['rewards/accuracies']:.3f}  margin {metrics['rewards/margins']:.4f}  "

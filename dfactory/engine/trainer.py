@@ -109,9 +109,7 @@ class Trainer:
         if recipe.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             policy.model.enable_input_require_grads()
-        blocks = {n: m for n, m in policy.named_modules() if type(m).__name__ in family_of(policy).moe_blocks}
-        if blocks:
-            set_z3_leaf_modules(policy, sorted({type(block) for block in blocks.values()}, key=str))
+        moe_blocks = gather_moe_blocks_whole(policy)
         self.engine, *_ = deepspeed.initialize(
             model=policy.train(),
             model_parameters=_parameter_groups(policy, recipe.weight_decay),
@@ -119,7 +117,7 @@ class Trainer:
             lr_scheduler=lambda optimizer: learning_rate_schedule(recipe, optimizer, num_steps),
         )
         if recipe.expert_parallel_size > 1:
-            expert_parallel.finish_layers(policy, list(blocks))
+            expert_parallel.finish_layers(policy, moe_blocks)
 
     @property
     def zero_stage(self) -> int:
@@ -194,6 +192,14 @@ class Trainer:
                 moved = batch.to(self.device)
                 means.add(measure(moved, self.score(moved)))
         return means.reduce(distributed.all_reduce_sum)
+
+
+def gather_moe_blocks_whole(policy: Policy) -> list[str]:
+    """Tell ZeRO-3 to gather MoE blocks as a whole, because routing picks their children. Returns their names."""
+    blocks = {n: m for n, m in policy.named_modules() if type(m).__name__ in family_of(policy).moe_blocks}
+    if blocks:
+        set_z3_leaf_modules(policy, sorted({type(block) for block in blocks.values()}, key=str))
+    return list(blocks)
 
 
 def learning_rate_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, num_steps: int):

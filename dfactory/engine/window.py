@@ -31,6 +31,27 @@ class Source(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class MappedSource(Source):
+    """Another source's windows with every batch changed. It has no state of its own."""
+
+    def __init__(self, source: Source, change: Callable[[ViewBatch], ViewBatch]):
+        self.source, self.change = source, change
+
+    def next_window(self) -> list[ViewBatch] | None:
+        window = self.source.next_window()
+        return None if window is None else [self.change(batch) for batch in window]
+
+    @property
+    def epoch(self) -> float:
+        return self.source.epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.source.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.source.load_state_dict(state)
+
+
 Measure = Callable[[ViewBatch, TokenScores], dict[str, Mean]]
 """What an evaluation asks of a micro-batch."""
 

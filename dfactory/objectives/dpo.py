@@ -49,6 +49,11 @@ class DPO(Objective):
         metrics = token_metrics(-scores.logprob_N, scores, batch.num_targets)
         return LossTerms(loss, metrics | self._pair_metrics(elbo_D.detach(), score_D.detach()))
 
+    def measure(self, batch: ViewBatch, scores: TokenScores) -> dict[str, Mean]:
+        """What an evaluation reports: `loss` is the preference term alone, also where there is an SFT term."""
+        terms = self(batch, scores)
+        return terms.metrics | {"loss": terms.loss["preference"]}
+
     def preference(self, score_D: torch.Tensor, response_length_D: torch.Tensor) -> torch.Tensor:
         """The loss of each pair."""
         if self.length_normalize or self.loss_type == "ipo":

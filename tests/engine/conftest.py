@@ -53,6 +53,26 @@ def recipe_file(tmp_path_factory) -> Path:
     return file
 
 
+def write_pairs(path: Path, count: int, seed: int) -> Path:
+    """Tokenised pairs: prompts of 3 to 12 tokens, answers of 4 to 24."""
+    rng = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(count):
+            lengths = {"prompt_ids": (3, 12), "chosen_ids": (4, 24), "rejected_ids": (4, 24)}
+            row = {name: [rng.randrange(150) for _ in range(rng.randint(*span))] for name, span in lengths.items()}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def dpo_keys(tmp_path_factory) -> list[str]:
+    """Overrides that turn the recipe into preference optimisation."""
+    folder = tmp_path_factory.mktemp("pairs")
+    train, held_out = write_pairs(folder / "train.jsonl", 30, seed=3), write_pairs(folder / "held_out.jsonl", 6, seed=4)
+    data = [f"datasets=[{{path: {train}}}]", f"eval_datasets=[{{path: {held_out}}}]"]
+    return ["stage=dpo", *data]
+
+
 @pytest.fixture(scope="session")
 def run_jobs(tmp_path_factory):
     """run_jobs(processes, [(recipe, overrides), ...]) trains one after another and asserts success."""

@@ -1,0 +1,66 @@
+"""The model that a policy is compared with, and the source that puts its scores beside every batch.
+
+    source --> ReferenceSource --> batch with the column `reference_elbo_D` --> objective
+                    ^ asks a Reference for the ELBO of each document, on the very views that the policy gets
+
+The reference is the model that a run starts from: as a frozen copy, as the policy with its LoRA adapters switched off, or as
+the scores that it gave before training (stored.py).
+"""
+
+from collections.abc import Callable
+
+import deepspeed
+import torch
+
+from dfactory.config.recipe import Recipe
+from dfactory.engine import distributed
+from dfactory.engine.trainer import Trainer, deepspeed_config, gather_moe_blocks_whole, zero_stage
+from dfactory.engine.window import MappedSource, Source
+from dfactory.models.policy import Policy
+from dfactory.objectives.elbo import elbo
+from dfactory.types import TokenScores, ViewBatch
+
+Reference = Callable[[ViewBatch, int], torch.Tensor]
+"""(batch, checksum of the records that it is from) -> ELBO of each document, [D] float32. All ranks call it together."""
+
+
+class ReferenceSource(MappedSource):
+    """Another source's windows, with what the reference says of them."""
+
+    def __init__(self, source: Source, reference: Reference):
+        data = source.state_dict()["data"]
+        super().__init__(source, lambda batch: batch.with_columns(reference_elbo_D=reference(batch, data)))
+
+
+def elbo_by(score: Callable[[ViewBatch], TokenScores]) -> Reference:
+    """The reference that asks a model: `score` moves the batch to where the model is."""
+    return lambda batch, _: elbo(batch, score(batch).logprob_N.to(batch.elbo_weight_N.device))
+
+
+def adapter_off(trainer: Trainer) -> Reference:
+    """The policy in training without its LoRA adapters."""
+
+    def score(batch: ViewBatch) -> TokenScores:
+        with trainer.policy.model.disable_adapter():
+            return trainer.score(batch)
+
+    return elbo_by(score)
+
+
+def frozen_copy(recipe: Recipe, policy: Policy) -> Reference:
+    """A second model that is never trained. Under ZeRO-3 its weights are sharded like the policy's, below it is whole."""
+    model = policy.eval().requires_grad_(False)
+    if zero_stage(recipe) < 3:
+        model.to(distributed.device())
+    else:
+        gather_moe_blocks_whole(policy)
+        config = deepspeed_config(recipe)
+        config.pop("optimizer")
+        config["zero_optimization"].pop("offload_optimizer", None)  # there is none
+        model, *_ = deepspeed.initialize(model=policy, config=config)
+
+    @torch.no_grad()
+    def score(batch: ViewBatch) -> TokenScores:
+        return model(batch.to(distributed.device()))
+
+    return elbo_by(score)

@@ -1,0 +1,200 @@
+"""Scores of the initial model, computed once before training and kept in one file.
+
+`reference.safetensors` holds for each set of records (named by its checksum) the pairs' document ids and visits, sorted, and
+the ELBOs of chosen and rejected. Its header says what they were computed from: the weights and config.json by SHA-256, the
+noise, the seed. A file from anything else is refused, because a reference that is not the initial model is a silent fault.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dfactory.config.noise import NoiseKeys
+from dfactory.config.recipe import Recipe
+from dfactory.data.source import RecordSource
+from dfactory.engine.reference import Reference
+from dfactory.errors import CheckpointError
+from dfactory.models.headers import weight_files
+from dfactory.models.registry import ADAPTER_CONFIG, adapter_base, resolve_model_dir
+from dfactory.types import ViewBatch
+
+FILE = "reference.safetensors"
+HEADER = "computed_from"
+KEY = np.dtype([("document_id", np.int64), ("visit", np.int64)])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
+    """Of one set of records: the ELBOs of both sides of a pair, each time that the run visits it."""
+
+    key_U: np.ndarray  # KEY, ascending
+    elbo_U2: np.ndarray  # float32: chosen, rejected
+
+    @classmethod
+    def sort(cls, key_U: np.ndarray, elbo_U2: np.ndarray) -> "Scores":
+        order_U = np.lexsort((key_U["visit"], key_U["document_id"]))
+        return cls(key_U[order_U], elbo_U2[order_U])
+
+    def find(self, key_U: np.ndarray, file: Path) -> np.ndarray:
+        """Where each key stands. Raises CheckpointError for one that is not there."""
+        index_U = np.minimum(np.searchsorted(self.key_U, key_U), len(self.key_U) - 1)
+        missing_U = self.key_U[index_U] != key_U
+        if missing_U.any():
+            document_id, visit = key_U[missing_U][0]
+            raise CheckpointError(
+                f"{file} has no score of document {document_id} on visit {visit}: it was computed for a shorter run; remove "
+                "it, or leave reference_path out, to compute it anew"
+            )
+        return index_U
+
+
+class StoredReference:
+    """A Reference that looks up."""
+
+    def __init__(self, file: Path, scores: dict[int, Scores]):
+        self.file, self.scores = file, scores
+
+    def __call__(self, batch: ViewBatch, data: int) -> torch.Tensor:
+        scores = self.scores[data]
+        return torch.from_numpy(scores.elbo_U2[scores.find(_keys(batch), self.file)]).flatten()
+
+    def check(self, source: RecordSource, num_windows: int) -> None:
+        """Raise CheckpointError unless everything is there that a source will ask for."""
+        data = source.state_dict()["data"]
+        if data not in self.scores:
+            raise CheckpointError(
+                f"{self.file} was computed from other records: it holds those with checksums {sorted(self.scores)}, not "
+                f"{data}; remove it, or leave reference_path out, to compute it anew"
+            )
+        self.scores[data].find(np.array(list(source.visits(num_windows)), KEY), self.file)
+
+
+Sources = list[tuple[RecordSource, int]]  # unused sources, and how many windows of each will be asked for
+
+
+def stored_reference(recipe: Recipe, sources: Sources, model: Reference, resuming: bool) -> StoredReference:
+    """Read the file, or let `model`, the policy before its first step, compute it; all ranks call this together.
+
+    A file is read where `reference_path` names one, or where a resumed run has left one. Raises CheckpointError if it
+    was computed from another model, noise or data, or for fewer visits.
+    """
+    file = Path(recipe.reference_path or Path(recipe.output_dir) / FILE)
+    origin = _on_first_rank(lambda: origin_of(recipe))
+    if recipe.reference_path is not None or (resuming and _on_first_rank(file.is_file)):
+        reference = StoredReference(file, _read(file, origin))
+    else:
+        scores = {source.state_dict()["data"]: _compute(source, count, model) for source, count in sources}
+        if dist.get_rank() == 0:
+            _write(file, scores, origin)
+        reference = StoredReference(file, scores)
+    for source, count in sources:
+        reference.check(source, count)
+    return reference
+
+
+def origin_of(recipe: Recipe) -> dict[str, Any]:
+    """What the scores depend on, beside the records."""
+    noise = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(NoiseKeys)}
+    return {
+        "model": _sha256(_model_files(resolve_model_dir(recipe.model_name_or_path), recipe.init_weights)),
+        "init_weights": recipe.init_weights,
+        "dtype": recipe.dtype,
+        "seed": recipe.seed,
+        **noise,
+    }
+
+
+def _model_files(model_dir: Path, init_weights: str) -> list[Path]:
+    """config.json and the weights; of LoRA adapters also their own."""
+    if (model_dir / ADAPTER_CONFIG).is_file():
+        own = [model_dir / ADAPTER_CONFIG, *sorted(model_dir.glob("adapter_model*.safetensors"))]
+        return own + _model_files(adapter_base(model_dir), init_weights)
+    weights = weight_files(model_dir) if init_weights == "pretrained" else []
+    return [model_dir / "config.json", *weights]
+
+
+def _sha256(files: list[Path]) -> str:
+    """Of the digests of the files, which are read side by side: hashing leaves Python's lock."""
+
+    def digest(path: Path) -> bytes:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        return hashlib.sha256(b"".join(threads.map(digest, files))).hexdigest()
+
+
+def _on_first_rank(ask: Callable[[], Any]) -> Any:
+    """What the first rank finds, told to all."""
+    box = [ask() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _keys(batch: ViewBatch) -> np.ndarray:
+    pairs = (batch.document_id_D[0::2].tolist(), batch.columns["visit_D"][0::2].tolist())
+    return np.array(list(zip(*pairs, strict=True)), KEY)
+
+
+def _compute(source: RecordSource, num_windows: int, model: Reference) -> Scores:
+    """The scores of the first windows of all ranks."""
+    data, parts = source.state_dict()["data"], []
+    silent = dist.get_rank() != 0
+    for _ in track(range(num_windows), "reference scores", disable=silent):
+        for batch in source.next_window():
+            parts.append((_keys(batch), model(batch, data).cpu().numpy().reshape(-1, 2)))
+    mine = tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    return Scores.sort(*(np.concatenate(columns) for columns in zip(*gathered, strict=True)))
+
+
+def _write(file: Path, scores: dict[int, Scores], origin: dict[str, Any]) -> None:
+    tensors = {}
+    for data, one in scores.items():
+        tensors |= {f"{data}.{name}": np.ascontiguousarray(one.key_U[name]) for name in KEY.names}
+        tensors[f"{data}.elbo"] = one.elbo_U2
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    save_file(tensors, partial, metadata={HEADER: json.dumps(origin)})
+    partial.replace(file)
+
+
+def _read(file: Path, origin: dict[str, Any]) -> dict[int, Scores]:
+    try:
+        with safe_open(file, framework="np") as stored:
+            header = (stored.metadata() or {}).get(HEADER)
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as problem:
+        raise CheckpointError(f"{file} cannot be read as a precomputed reference: {problem}") from problem
+    if header is None:
+        raise CheckpointError(f"{file} is no precomputed reference: give the {FILE} of a run")
+    _refuse_another_origin(file, json.loads(header), origin)
+    scores = {}
+    for data in {name.partition(".")[0] for name in tensors}:
+        key_U = np.empty(len(tensors[f"{data}.elbo"]), KEY)
+        for name in KEY.names:
+            key_U[name] = tensors[f"{data}.{name}"]
+        scores[int(data)] = Scores(key_U, tensors[f"{data}.elbo"])
+    return scores
+
+
+def _refuse_another_origin(file: Path, found: dict[str, Any], origin: dict[str, Any]) -> None:
+    for name in origin.keys() | found.keys():
+        if found.get(name) != origin.get(name):
+            what = "another model (SHA-256 of config.json and weights)" if name == "model" else f"another {name}"
+            raise CheckpointError(
+                f"{file} was computed from {what}: {found.get(name)} there, {origin.get(name)} here; remove it, or leave "
+                "reference_path out, to compute it anew"
+            )
