@@ -286,5 +286,6 @@ def make_policy(recipe: Recipe) -> Policy:
             alpha=recipe.lora_alpha,
             dropout=recipe.lora_dropout,
             target_modules=recipe.lora_target_modules,
+            seed=recipe.seed,
         )
     return policy

@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+from dfactory.config.objective import PAIRED_STAGES
 from dfactory.config.recipe import Recipe
 from dfactory.models.head import CHUNK_BYTES
 from dfactory.models.registry import FAMILIES, meta_model, read_config
@@ -62,6 +63,7 @@ class Setup:
     row_length: int = 2048
     lora_r: int | None = None  # None: all parameters are trained
     lora_target_modules: tuple[str, ...] = ()
+    frozen_copy: bool = False  # a reference model beside the trained one
     logits_bytes: int = CHUNK_BYTES  # of the head's fp32 logits in one chunk
     reduce_bucket: int = REDUCE_BUCKET  # elements
     prefetch_bucket: int = PREFETCH_BUCKET  # elements
@@ -160,6 +162,7 @@ def setup_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Setu
         row_length=recipe.row_length or recipe.longest_record,
         lora_r=recipe.lora_r if recipe.use_peft else None,
         lora_target_modules=tuple(recipe.lora_target_modules),
+        frozen_copy=recipe.stage in PAIRED_STAGES and recipe.reference_kind == "copy",
         reduce_bucket=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
         prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET)),
     )
@@ -174,7 +177,7 @@ def forecast(model_dir: Path, setup: Setup) -> MemoryForecast:
     weights = counts.total + (0 if full else trained)
     return MemoryForecast(
         [
-            *_state_lines(weights, trained, counts.experts, setup),
+            *_state_lines(counts, weights, trained, setup),
             *_activation_lines(config, setup),
             *_passing_lines(counts, full, config, setup),
         ]
@@ -185,12 +188,13 @@ def _bytes(dtype: str) -> int:
     return {"bfloat16": 2, "float32": 4}[dtype]
 
 
-def _state_lines(weights: int, trained: int, experts: int, setup: Setup) -> list[Line]:
+def _state_lines(counts: ParameterCounts, weights: int, trained: int, setup: Setup) -> list[Line]:
     """Weights, gradients and optimiser state, each whole or divided over the ranks (ZeRO, arXiv 1910.02054).
 
     With m ranks to the experts of a layer, each holds X / m of them, which ZeRO divides over n / m ranks: what ZeRO
     divides comes to the same as without, what it keeps whole is less.
     """
+    experts = counts.experts
     n, m, stage, b = setup.world_size, setup.expert_parallel_size, setup.zero_stage, _bytes(setup.dtype)
     g = _bytes(setup.gradient_dtype or setup.dtype)
     states = 12 if setup.dtype == "bfloat16" or stage else 8  # DeepSpeed's shards keep an fp32 copy of fp32 weights too
@@ -203,8 +207,11 @@ def _state_lines(weights: int, trained: int, experts: int, setup: Setup) -> list
             return Line(name, per * count // (n if divided else 1), formula, phase)
         return Line(name, per * (count - experts + experts // m), f"{per} x ({symbol} - X + X / m){note}", phase)
 
+    weights_on = Phase.HOST if setup.offload_param else Phase.ALWAYS
+    frozen = line("reference", b, "P without adapters", counts.total, stage == 3, weights_on)
     return [
-        line("weights", b, "P", weights, stage == 3, Phase.HOST if setup.offload_param else Phase.ALWAYS),
+        line("weights", b, "P", weights, stage == 3, weights_on),
+        *([frozen] if setup.frozen_copy else []),
         line("gradients", g, "T", trained, stage >= 2, on_host if stage >= 2 else Phase.ALWAYS),
         line("optimiser", states, "T", trained, stage >= 1, on_host, f" ({parts})"),
     ]

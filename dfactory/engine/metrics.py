@@ -41,7 +41,8 @@ class MetricsLog:
         if step % self.recipe.logging_steps == 0 or step == self.num_steps:
             self.say(
                 f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {metrics['loss']:.4f}  "
-                f"hit {metrics['hit_rate']:.3f}  {_preference(metrics)}grad {metrics['grad_norm']:.3f}  lr {metrics['learning_rate']:.2e}  "
+                f"hit {metrics['hit_rate']:.3f}  {_preference(metrics)}"
+                f"grad {metrics['grad_norm']:.3f}  lr {metrics['learning_rate']:.2e}  "
                 f"{metrics['tokens_per_second']:,.0f} tok/s"
             )
 

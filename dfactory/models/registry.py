@@ -245,8 +245,11 @@ def _load_adapters(adapter_dir: Path, dtype: str | torch.dtype, device, attn_imp
     return policy.to(device)
 
 
-def add_adapters(policy: Policy, *, r: int, alpha: int, dropout: float, target_modules: list[str]) -> Policy:
-    """Freeze the policy and give it LoRA adapters, in place. Raises ConfigError when no module has such a name."""
+def add_adapters(
+    policy: Policy, *, r: int, alpha: int, dropout: float, target_modules: list[str], seed: int = 0
+) -> Policy:
+    """Freeze the policy and give it LoRA adapters drawn from `seed`, in place. Raises ConfigError when no module has such
+    a name."""
     from peft import LoraConfig, get_peft_model
 
     if any(name.endswith("lm_head") for name in target_modules):
@@ -257,7 +260,9 @@ def add_adapters(policy: Policy, *, r: int, alpha: int, dropout: float, target_m
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
     )
     try:
-        policy.model = get_peft_model(policy.model, config)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            policy.model = get_peft_model(policy.model, config)
     except ValueError as problem:
         raise ConfigError(f"lora_target_modules {target_modules}: {problem}") from problem
     config.base_model_name_or_path = str(policy.source_dir)

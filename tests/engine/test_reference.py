@@ -1,0 +1,161 @@
+"""What a DPO run is compared with: a copy, the adapters off, or stored scores: always the initial model, nothing else."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from dfactory.cli import main
+from dfactory.config.load import load_recipe
+from dfactory.engine.reference import ReferenceSource
+from dfactory.train import make_source, read_inputs
+from tests.engine.conftest import ROOT, read_metrics
+from tests.engine.test_equality import ZERO
+
+SMALL = ["per_device_train_batch_size=2", "gradient_accumulation_steps=2", "max_steps=3", "warmup_steps=0"]
+
+
+@pytest.fixture(scope="module")
+def runs(recipe_file, dpo_keys, tmp_path_factory):
+    """run(name, key, ...) trains three steps and returns (exit status, run folder)."""
+    folder = tmp_path_factory.mktemp("dpo")
+
+    def run(name: str, *keys: str):
+        return main(["train", str(recipe_file), *dpo_keys, *SMALL, f"output_dir={folder / name}", *keys]), folder / name
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def copied(runs):
+    return runs("copy", "reference=copy", "save_steps=2")[1]
+
+
+@pytest.fixture(scope="module")
+def stored(runs):
+    return runs("precomputed", "reference=precomputed", "save_steps=2")[1]
+
+
+def weights(run, step=3) -> bytes:
+    return (run / f"checkpoint-{step}/model.safetensors").read_bytes()
+
+
+def test_the_first_step_is_at_the_reference(copied, stored, runs):
+    """Margins are exactly 0 and the loss is log 2, wherever the reference comes from."""
+    status, adapted = runs("adapter", "use_peft=true")
+    assert status == 0
+    for run in (copied, stored, adapted):
+        first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+        assert [first[f"rewards/{name}"] for name in ("chosen", "rejected", "margins", "accuracies")] == [0, 0, 0, 0]
+        assert first["grad_norm"] > 0
+        assert read_metrics(run, "rewards/margins")[-1] != 0
+        assert 0 <= read_metrics(run, "eval/rewards/accuracies")[-1] <= 1
+
+
+def test_stored_scores_are_those_of_the_copy(copied, stored):
+    for name in ("loss", "rewards/margins", "eval/rewards/margins"):
+        assert read_metrics(stored, name) == read_metrics(copied, name)
+    assert weights(stored) == weights(copied)
+
+
+@pytest.mark.parametrize("reference", ["copy", "precomputed"])
+def test_a_resumed_run_is_bitwise_the_undisturbed_one(copied, stored, runs, tmp_path, reference):
+    whole = {"copy": copied, "precomputed": stored}[reference]
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("checkpoint-3", "LATEST"))
+    (resumed / "LATEST").write_text("checkpoint-2\n")
+    keys = [f"reference={reference}", "save_steps=2", f"output_dir={resumed}", "resume_from_checkpoint=true"]
+    assert runs("unused", *keys)[0] == 0
+    assert read_metrics(resumed) == read_metrics(whole)
+    assert weights(resumed) == weights(whole)
+
+
+OTHERS = {
+    "model": ([f"model_name_or_path={ROOT}/tests/golden/llada21_tiny"], "another model"),
+    "noise": (["noise_range_low=0.2"], "another noise_range_low: 0.3 there, 0.2 here"),
+    "seed": (["seed=1"], "another seed: 42 there, 1 here"),
+    "longer run": (["max_steps=9"], "has no score of document"),
+}
+
+
+@pytest.mark.parametrize("keys, message", OTHERS.values(), ids=OTHERS)
+def test_stored_scores_of_something_else_are_refused(stored, runs, tmp_path, capsys, keys, message):
+    file = stored / "reference.safetensors"
+    again = ["reference=precomputed", f"reference_path={file}", f"output_dir={tmp_path}/run"]
+    status, _ = runs("unused", *again, *keys)
+    told = capsys.readouterr().err
+    assert status == 1
+    assert f"{file} " in told
+    assert message in told
+
+
+def test_stored_scores_of_other_records_are_refused(recipe_file, dpo_keys, stored, runs, tmp_path, capsys):
+    rows = (load_recipe(recipe_file, dpo_keys).datasets[0].path, tmp_path / "other.jsonl")
+    with open(rows[0]) as old, rows[1].open("w") as new:
+        new.writelines(old.readlines()[:-1])
+    file = stored / "reference.safetensors"
+    keys = ["reference=precomputed", f"reference_path={file}", f"datasets=[{{path: {rows[1]}}}]"]
+    status, _ = runs("unused", *keys, f"output_dir={tmp_path}/run")
+    assert status == 1
+    assert f"{file} was computed from other records" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, b"nonsense"])
+def test_a_file_that_is_no_reference_is_refused(runs, tmp_path, capsys, content):
+    file = tmp_path / "x.safetensors"
+    if content is not None:
+        file.write_bytes(content)
+    status, _ = runs("unused", "reference=precomputed", f"reference_path={file}", f"output_dir={tmp_path}/run")
+    assert status == 1
+    assert f"{file} cannot be read as a precomputed reference" in capsys.readouterr().err
+
+
+def test_a_reference_source_adds_a_column_and_keeps_the_cursor(recipe_file, dpo_keys):
+    recipe = load_recipe(recipe_file, [*dpo_keys, *SMALL])
+    source = make_source(recipe, read_inputs(recipe), rank=0, world_size=1)
+    asked = []
+
+    def reference(batch, data):
+        asked.append(data)
+        return batch.document_id_D.float()
+
+    wrapped = ReferenceSource(source, reference)
+    window = wrapped.next_window()
+    assert [torch.equal(b.columns["reference_elbo_D"], b.document_id_D.float()) for b in window] == [True, True]
+    assert asked == [source.examples.fingerprint] * 2
+    assert wrapped.state_dict() == source.state_dict()
+    assert wrapped.epoch == source.epoch > 0
+    again = ReferenceSource(make_source(recipe, read_inputs(recipe), rank=0, world_size=1), reference)
+    again.load_state_dict(wrapped.state_dict())
+    expected, found = source.next_window(), again.next_window()
+    assert [torch.equal(a.input_ids_RS, b.input_ids_RS) for a, b in zip(expected, found, strict=True)] == [True, True]
+
+
+def test_the_sides_of_a_pair_share_their_noise(recipe_file, dpo_keys):
+    """As far as both answers reach, the same positions behind the prompt are masked."""
+    recipe = load_recipe(recipe_file, [*dpo_keys, *SMALL])
+    batch = make_source(recipe, read_inputs(recipe), rank=0, world_size=1).next_window()[0]
+    position_N = batch.position_ids_RS.flatten()[batch.target_index_N]
+    for pair in range(len(batch.document_id_D) // 2):
+        sides = [(batch.document_N == 2 * pair + side) & (batch.view_N == 1) for side in (0, 1)]
+        both = min(int(batch.response_length_D[2 * pair + side]) for side in (0, 1)) + int(position_N[sides[0]].min())
+        end = both // recipe.block_size * recipe.block_size
+        chosen, rejected = ([p for p in position_N[side].tolist() if p < end] for side in sides)
+        assert chosen == rejected
+
+
+@pytest.mark.slow
+def test_adapters_off_under_zero_3_on_two_processes(recipe_file, dpo_keys, run_jobs, runs, tmp_path):
+    """LoRA on two sharded ranks against one whole rank, whose reference is a copy."""
+    status, whole = runs("whole", "use_peft=true", "reference=copy")
+    assert status == 0
+    sharded = tmp_path / "sharded"
+    keys = [ZERO[3], "use_peft=true", "gradient_accumulation_steps=1", f"output_dir={sharded}"]
+    run_jobs(2, [(recipe_file, [*dpo_keys, *SMALL, *keys])])
+    for name in ("loss", "rewards/margins", "eval/rewards/margins"):
+        expected = torch.tensor(read_metrics(whole, name))
+        torch.testing.assert_close(torch.tensor(read_metrics(sharded, name)), expected, rtol=0, atol=1e-4)
+    assert read_metrics(sharded, "rewards/margins")[0] == 0
