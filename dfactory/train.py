@@ -249,9 +249,9 @@ def make_reference(
     if recipe.stage not in PAIRED_STAGES:
         return lambda source: source
     if recipe.reference_kind == "copy":
-        reference = frozen_copy(recipe, load_initial(recipe))
+        reference = elbo_by(frozen_copy(recipe, load_initial(recipe)))
     elif recipe.reference_kind == "adapter":
-        reference = adapter_off(trainer)
+        reference = elbo_by(adapter_off(trainer))
     else:
         rank, world_size = trainer.rank, trainer.world_size
         sources = [(make_source(recipe, inputs, rank, world_size), num_steps)]

@@ -20,6 +20,9 @@ from dfactory.models.policy import Policy
 from dfactory.objectives.elbo import elbo
 from dfactory.types import TokenScores, ViewBatch
 
+Score = Callable[[ViewBatch], TokenScores]
+"""What a model says of a batch, which it moves to where it is, without gradient. All ranks call it together."""
+
 Reference = Callable[[ViewBatch, int], torch.Tensor]
 """(batch, checksum of the records that it is from) -> ELBO of each document, [D] float32. All ranks call it together."""
 
@@ -32,22 +35,22 @@ class ReferenceSource(MappedSource):
         super().__init__(source, lambda batch: batch.with_columns(reference_elbo_D=reference(batch, data)))
 
 
-def elbo_by(score: Callable[[ViewBatch], TokenScores]) -> Reference:
-    """The reference that asks a model: `score` moves the batch to where the model is."""
+def elbo_by(score: Score) -> Reference:
+    """The reference that asks a model."""
     return lambda batch, _: elbo(batch, score(batch).logprob_N.to(batch.elbo_weight_N.device))
 
 
-def adapter_off(trainer: Trainer) -> Reference:
+def adapter_off(trainer: Trainer) -> Score:
     """The policy in training without its LoRA adapters."""
 
     def score(batch: ViewBatch) -> TokenScores:
         with trainer.policy.model.disable_adapter():
             return trainer.score(batch)
 
-    return elbo_by(score)
+    return score
 
 
-def frozen_copy(recipe: Recipe, policy: Policy) -> Reference:
+def frozen_copy(recipe: Recipe, policy: Policy) -> Score:
     """A second model that is never trained. Under ZeRO-3 its weights are sharded like the policy's, below it is whole."""
     model = policy.eval().requires_grad_(False)
     if zero_stage(recipe) < 3:
@@ -63,4 +66,4 @@ def frozen_copy(recipe: Recipe, policy: Policy) -> Reference:
     def score(batch: ViewBatch) -> TokenScores:
         return model(batch.to(distributed.device()))
 
-    return elbo_by(score)
+    return score
