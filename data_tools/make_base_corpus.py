@@ -1,83 +1,62 @@
-"""Make the corpus that the embedded base model is pre-trained on: plain text, no instructions, no turns.
+"""Make the corpus that the embedded base model is pre-trained on: short problems and their answers as plain text.
 
     python -m data_tools.make_base_corpus --output runs/quickstart_base/corpus.jsonl
 
-Most lines are a statement with its end to be written, `{"prompt": "STONE backwards: ", "completion": "ENOTS."}`; the
-others are running text, `{"text": ...}`: statements, or a piece of the story that reasoning-gym carries. (Random letters
-cannot be predicted, so statements as text alone teach several times slower.) A subject that a held-out record asks about
-does not occur. Equal arguments give equal bytes.
+A line is `{"prompt": "Write backwards: STONE\\n", "completion": "ENOTS"}`, without a chat template and without turns. The
+problems are those of the quickstart's tasks, drawn without end; a question of the held-out records, and a long answer of
+theirs, does not occur. (Random letters cannot be predicted, so only the answers are learnt from.) Equal arguments give
+equal bytes.
 """
 
 import argparse
+import itertools
 import json
 import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from reasoning_gym.data import read_data_file
-
-from data_tools.make_quickstart_data import write_jsonl
-from data_tools.quickstart_tasks import STORY, TASKS, Task
+from data_tools.make_quickstart_data import TASKS, Problem, Task, write_jsonl
 from data_tools.train_tokenizer import RECORDS
 
 DOCUMENTS = 100_000
-KINDS = {"completion": 0.92, "text": 0.06, "story": 0.02}  # shares of the documents
-STORY_WORDS = 45  # in a piece
-SAME_SUBJECT = 0.6  # probability that the next statement of a text says something else about the same subject
+LONG_ANSWERS = {
+    "reverse_letters",
+    "sort_letters",
+    "reverse_words",
+    "sort_numbers",
+}  # tasks whose answer tells the problem
 
 
-def documents(rng: random.Random, count: int, held_out: set[str]) -> Iterator[dict[str, str]]:
-    story = read_data_file(STORY).split()
-    for _ in range(count):
-        (kind,) = rng.choices(list(KINDS), list(KINDS.values()))
-        if kind == "story":
-            start = rng.randrange(len(story) - STORY_WORDS)
-            yield {"text": " ".join(story[start : start + STORY_WORDS])}
-        elif kind == "text":
-            yield {"text": " ".join("".join(parts) for parts in statements(rng, rng.randint(1, 3), held_out))}
-        else:
-            ((prompt, completion),) = statements(rng, 1, held_out)
-            yield {"prompt": prompt, "completion": completion}
-
-
-def statements(rng: random.Random, count: int, held_out: set[str]) -> Iterator[tuple[str, str]]:
-    """(up to the answer, the answer and a full stop), by the tasks' weights; of neighbours many have one subject."""
-    task, subject = draw_subject(rng, held_out)
-    for _ in range(count):
-        problem = task.problem(subject, rng.choice(list(task.changes)))
-        yield rng.choice(task.statements).format(it=problem.subject, how=problem.how), f"{problem.answer}."
-        if rng.random() < SAME_SUBJECT:
-            task = rng.choice([other for other in TASKS if other.kind == task.kind])
-        else:
-            task, subject = draw_subject(rng, held_out)
-
-
-def draw_subject(rng: random.Random, held_out: set[str]) -> tuple[Task, list]:
-    while True:
+def documents(seed: str, count: int, held_out: list[dict]) -> Iterator[dict[str, str]]:
+    rng = random.Random(seed)
+    questions = {row["messages"][0]["content"] for row in held_out}
+    answers = {(row["task"], row["answer"]) for row in held_out if row["task"] in LONG_ANSWERS}
+    streams = {task.name: endless(task, rng) for task in TASKS}
+    while count:
         (task,) = rng.choices(TASKS, [task.weight for task in TASKS])
-        subject = task.draw(rng)
-        if task.show(subject) not in held_out:
-            return task, subject
+        fields, answer = next(streams[task.name])
+        question = rng.choice(task.wordings).format(**fields)
+        if question not in questions and (task.name, answer) not in answers:
+            count -= 1
+            yield {"prompt": f"{question}\n", "completion": answer}
 
 
-def held_out_subjects(path: Path) -> set[str]:
-    return {json.loads(line)["subject"] for line in path.read_text(encoding="utf-8").splitlines()}
+def endless(task: Task, rng: random.Random) -> Iterator[Problem]:
+    """A task's problems, from the start again where they end."""
+    return itertools.chain.from_iterable(task.problems(rng) for _ in itertools.repeat(None))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSONL file to write")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True, help="the corpus, .jsonl")
+    parser.add_argument("--seed", default="base")
     parser.add_argument("--documents", type=int, default=DOCUMENTS, help="default: %(default)s")
-    parser.add_argument(
-        "--held-out", type=Path, default=RECORDS.with_name("heldout.jsonl"), help="records to keep out of the corpus"
-    )
+    parser.add_argument("--heldout", type=Path, default=RECORDS.parent / "heldout.jsonl", help="records to keep out")
     options = parser.parse_args(arguments)
-
-    rng = random.Random(f"{options.seed}/corpus")
-    write_jsonl(options.output, documents(rng, options.documents, held_out_subjects(options.held_out)))
-    print(f"{options.documents} documents, {options.output.stat().st_size / 1e6:.1f} MB: {options.output}")
+    held_out = [json.loads(line) for line in options.heldout.read_text(encoding="utf-8").splitlines()]
+    write_jsonl(options.output, documents(options.seed, options.documents, held_out))
+    print(f"{options.documents} documents: {options.output}")
     return 0
 
 

@@ -3,7 +3,7 @@
     python -m data_tools.quickstart_table RUN_DIR
 
 Reads from RUN_DIR `metrics.jsonl` (a training step has `loss`) and the outputs of `dfactory generate` on the held-out
-records: `before.jsonl` of the untrained model, `after.jsonl` of the trained one. An answer matches when `text`, without
+records: `before.jsonl` of the base model, `after.jsonl` of the trained one. An answer matches when `text`, without
 space around it, equals `answer`.
 """
 

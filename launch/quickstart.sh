@@ -38,7 +38,7 @@ elif [ "$(cat "$run/quickstart.done")" != "$wanted" ]; then
     exit 2
 fi
 
-# 2. Answer the held-out prompts, with the untrained and with the trained model
+# 2. Answer the held-out prompts, with the base and with the trained model
 recipe_value() { sed -n "s/^$1: *//p" "$run/config.yaml"; }
 answer() { # file, then what names the model
     local output=$1
@@ -47,7 +47,7 @@ answer() { # file, then what names the model
     dfactory generate "$@" --input recipes/quickstart/data/heldout.jsonl --output "$output" \
         "decode.block_size=$(recipe_value block_size)" decode.max_new_tokens=32 decode.threshold=0.9
 }
-answer "$run/before.jsonl" --model tiny --init-weights random
+answer "$run/before.jsonl" --model tiny
 answer "$run/after.jsonl" --model "$run"
 
 # 3. Say what changed

@@ -1,7 +1,8 @@
-"""The embedded model: a LLaDA2-MoE of 1.3 million parameters, small enough to train from random weights on a CPU.
+"""The embedded model: a LLaDA2-MoE of 1.3 million parameters, small enough to train on a CPU.
 
-`TINY_DIR` holds config.json, the tokenizer and the chat template, but no weights. `tiny_config` is the configuration of a
-much smaller model for tests. Both use the key names of the original LLaDA2 checkpoints.
+`TINY_DIR` is a whole model directory: config.json, tokenizer, chat template, and the weights in bfloat16 of a base that
+recipes/quickstart/base.yaml pre-trained. `tiny_config` is the configuration of a much smaller model for tests. Both use
+the key names of the original LLaDA2 checkpoints.
 """
 
 import json
