@@ -279,6 +279,7 @@ def load_initial(recipe: Recipe) -> Policy:
 def make_policy(recipe: Recipe) -> Policy:
     """The model to be trained."""
     policy = load_initial(recipe)
+    policy.entropy_temperature = recipe.entropy_temperature
     if recipe.use_peft:
         add_adapters(
             policy,

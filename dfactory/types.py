@@ -158,7 +158,9 @@ class TokenScores(NamedTuple):
     """
 
     logprob_N: torch.Tensor  # float32, log p(target | view); carries the gradient
-    entropy_N: torch.Tensor  # float32, entropy of p(. | view) in nats; carries a gradient too
+    entropy_N: (
+        torch.Tensor
+    )  # float32, entropy of p(. | view) in nats, at Policy.entropy_temperature; carries a gradient too
     hit_N: torch.Tensor  # bool, argmax p == target
     argmax_N: torch.Tensor  # int64, the most probable token: the model's draft
     argmax_logprob_N: torch.Tensor  # float32, its log-probability; no gradient
@@ -176,11 +178,13 @@ class LossTerms:
     """What an objective returns for one micro-batch. The engine divides, once, over the window and all ranks.
 
     `loss[name].total` carries the gradient; `loss[name].count` must equal `objective.counts(batch, scores)[name]`, which
-    the engine needs before the first backward of the window. `metrics` are means that are only logged.
+    the engine needs before the first backward of the window. The loss is the sum of the terms, each times its entry in
+    `weights`, or 1; terms are logged without it. `metrics` are means that are only logged.
     """
 
     loss: dict[str, Mean]
     metrics: dict[str, Mean]
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Objective(Protocol):

@@ -187,20 +187,21 @@ class Scores(NamedTuple):
     hit: torch.Tensor
 
 
-def plain_scores(logits_NV, target_N) -> Scores:
-    """Log-probability of the target, entropy in nats, argmax == target, from whole logits."""
+def plain_scores(logits_NV, target_N, entropy_temperature: float = 1.0) -> Scores:
+    """Log-probability of the target, entropy of softmax(logits / temperature) in nats, argmax == target, from whole logits."""
     log_p = F.log_softmax(logits_NV.float(), dim=-1)
+    log_q = F.log_softmax(logits_NV.float() / entropy_temperature, dim=-1)
     chosen = log_p.gather(1, target_N[:, None])[:, 0]
-    return Scores(chosen, -(log_p.exp() * log_p).sum(-1), log_p.argmax(-1) == target_N)
+    return Scores(chosen, -(log_q.exp() * log_q).sum(-1), log_p.argmax(-1) == target_N)
 
 
-def batch_scores(model: ReferenceModel, batch) -> Scores:
+def batch_scores(model: ReferenceModel, batch, entropy_temperature: float = 1.0) -> Scores:
     """The scores of a ViewBatch's targets, through the dense mask and all logits. Padding sees itself, for a finite sum."""
     seen = dense_table(batch.document_RS, batch.view_RS, batch.block_RS)
     padding = batch.document_RS < 0
     seen = seen | (torch.eye(seen.shape[1], dtype=torch.bool) & padding[:, :, None])
     logits = model(batch.input_ids_RS, batch.position_ids_RS, as_float_mask(seen))
-    return plain_scores(logits.flatten(0, 1)[batch.target_index_N], batch.target_ids_N)
+    return plain_scores(logits.flatten(0, 1)[batch.target_index_N], batch.target_ids_N, entropy_temperature)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -216,12 +217,15 @@ def reference_losses(
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     loss_weight: str = "uniform",
+    confidence_beta: float = 0.0,
+    entropy_temperature: float = 1.0,
     model: ReferenceModel | None = None,
 ) -> list[float]:
     """The loss before each optimiser step of SFT, one step a window (a list of ViewBatches), by AdamW in plain torch.
 
     uniform: sum of -log p over the window / its number of targets. elbo: sum of -log p / t over the window / the response
-    tokens of its documents, once a view. `lr` is one number, or one for each step. Gradients are clipped by their global
+    tokens of its documents, once a view. CAP: plus confidence_beta times the mean entropy of the targets that the argmax
+    predicts. `lr` is one number, or one for each step. Gradients are clipped by their global
     norm; 0 is off. Norms and other vectors do not decay. Give `model` to keep its trained tensors.
     """
     model = model or reference_model(model_dir)
@@ -238,12 +242,15 @@ def reference_losses(
         for group in optimiser.param_groups:
             group["lr"] = lr[step] if isinstance(lr, list) else lr
         total, count = torch.zeros(()), 0
+        entropy, hits = torch.zeros(()), 0
         for batch in window:
-            nll = -batch_scores(model, batch).logprob
+            scores = batch_scores(model, batch, entropy_temperature)
+            entropy, hits = entropy + scores.entropy[scores.hit].sum(), hits + int(scores.hit.sum())
+            nll = -scores.logprob
             total = total + (nll / batch.t_N if loss_weight == "elbo" else nll).sum()
             responses = int((batch.response_length_D * batch.num_views_D).sum())
             count += responses if loss_weight == "elbo" else batch.num_targets
-        loss = total / count
+        loss = total / count + confidence_beta * entropy / max(hits, 1)
         optimiser.zero_grad()
         loss.backward()
         if max_grad_norm:

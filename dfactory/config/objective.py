@@ -41,3 +41,6 @@ class ObjectiveKeys:
         None, "precomputed reference of an earlier run (its reference.safetensors); null: compute it, in output_dir"
     )
     confidence_beta: float = key(2.0, "CAP: weight of the entropy where the prediction is already right", low=0.0)
+    entropy_temperature: float = key(
+        1.0, "CAP: take that entropy of softmax(logits / this); 0.5 is dParallel's", low=0.01
+    )

@@ -65,6 +65,7 @@ class Setup:
     lora_target_modules: tuple[str, ...] = ()
     frozen_copy: bool = False  # a reference model beside the trained one
     logits_bytes: int = CHUNK_BYTES  # of the head's fp32 logits in one chunk
+    trains_entropy: bool = False  # whose gradient is a further chunk
     reduce_bucket: int = REDUCE_BUCKET  # elements
     prefetch_bucket: int = PREFETCH_BUCKET  # elements
 
@@ -163,6 +164,7 @@ def setup_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Setu
         lora_r=recipe.lora_r if recipe.use_peft else None,
         lora_target_modules=tuple(recipe.lora_target_modules),
         frozen_copy=recipe.stage in PAIRED_STAGES and recipe.reference_kind == "copy",
+        trains_entropy=recipe.stage == "cap",
         reduce_bucket=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
         prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET)),
     )
@@ -268,8 +270,9 @@ def _passing_lines(counts: ParameterCounts, full: bool, config: PreTrainedConfig
         lines.append(Line("gradients of a block", 2 * b * block, f"2 x {b} x {size} (with a flat copy)", Phase.LAYER))
     if stage >= 1 and full and setup.world_size > 1:
         lines.append(Line("reduce buckets", 2 * b * setup.reduce_bucket, f"2 x {b} x reduce bucket"))
-    chunk = setup.logits_bytes
-    lines.append(Line("logits of a chunk", chunk * (8 + b) // 4, f"chunk x (4 + 4 + {b}) / 4", Phase.HEAD))
+    parts = [4] * (3 if setup.trains_entropy else 2) + [b]  # bytes of a number of each chunk
+    formula = f"chunk x ({' + '.join(map(str, parts))}) / 4"
+    lines.append(Line("logits of a chunk", setup.logits_bytes * sum(parts) // 4, formula, Phase.HEAD))
     if full:
         cast = b if setup.dtype == "bfloat16" else 0
         lines.append(Line("gradient of the head", (4 + cast) * head, f"(4 + {cast}) x V H", Phase.HEAD))

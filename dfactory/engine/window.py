@@ -5,7 +5,7 @@ With S_ra the sum of rank r and micro-batch a, and Z_ra its count, the loss of t
     L = sum_ra S_ra / Z,    Z = sum_ra Z_ra
 
 so Z is summed over the whole window and all ranks before the first backward, and each micro-batch contributes
-S_ra / Z. However the same documents are cut into ranks and micro-batches, L and its gradient stay what they are.
+S_ra / Z. An objective of several terms, each with its own S and Z, adds them up with their weights. However the same documents are cut into ranks and micro-batches, L and its gradient stay what they are.
 DeepSpeed averages gradients over ranks, which would divide once more: `micro_loss` multiplies by their number.
 """
 
@@ -69,7 +69,8 @@ def window_counts(
 
 def micro_loss(terms: LossTerms, counts: dict[str, float], world_size: int) -> torch.Tensor:
     """What a rank has to backpropagate for one micro-batch, so that averaging over ranks gives the window's gradient."""
-    return sum(mean.total / counts[name] for name, mean in terms.loss.items()) * world_size
+    parts = (terms.weights.get(name, 1.0) * mean.total / counts[name] for name, mean in terms.loss.items())
+    return sum(parts) * world_size
 
 
 class MeanTracker:

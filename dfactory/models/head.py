@@ -4,9 +4,11 @@ With a vocabulary of 157,184 the logits of one row outweigh the model, so they a
 in the forward and, again, in the backward pass. Nothing of size [targets, V] outlives its chunk. The head owns its
 weight and reads it inside its own forward, which is what ZeRO-3 needs to gather it.
 
-With z the logits, p = softmax(z) and H the entropy:
+With z the logits, p = softmax(z), q = softmax(z / T) and H the entropy of q:
 
-    d log p_y / dz = onehot(y) - p          d H / dz = -p * (log p + H)
+    d log p_y / dz = onehot(y) - p          d H / dz = -q * (log q + H) / T
+
+The temperature T concerns the entropy alone ([DP] trains it at 0.5); everything else is said of p.
 """
 
 import torch
@@ -26,11 +28,11 @@ class VocabularyHead(nn.Linear):
         head.__class__ = VocabularyHead
         return head
 
-    def forward(self, hidden: torch.Tensor, target_ids_N: torch.Tensor | None = None):
+    def forward(self, hidden: torch.Tensor, target_ids_N: torch.Tensor | None = None, entropy_temperature: float = 1.0):
         """hidden [..., H] -> logits [..., V]; or hidden [N, H] with targets [N] -> TokenScores."""
         if target_ids_N is None:
             return super().forward(hidden)
-        return TokenScores(*_Scores.apply(hidden, self.weight, target_ids_N))
+        return TokenScores(*_Scores.apply(hidden, self.weight, target_ids_N, entropy_temperature))
 
 
 def _chunks(targets: int, vocabulary: int) -> list[slice]:
@@ -40,9 +42,11 @@ def _chunks(targets: int, vocabulary: int) -> list[slice]:
 
 class _Scores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, target_ids_N):
+    def forward(ctx, hidden_NH, weight_VH, target_ids_N, temperature):
         count = len(target_ids_N)
-        logprob_N, entropy_N, log_sum_N, top_N = (hidden_NH.new_empty(count, dtype=torch.float32) for _ in range(4))
+        # log q = (log p) / T - shift
+        numbers = (hidden_NH.new_zeros(count, dtype=torch.float32) for _ in range(5))
+        logprob_N, entropy_N, log_sum_N, top_N, shift_N = numbers
         argmax_N = torch.empty_like(target_ids_N)
         for part in _chunks(count, len(weight_VH)):
             logits = (hidden_NH[part] @ weight_VH.T).float()
@@ -50,9 +54,13 @@ class _Scores(torch.autograd.Function):
             target = target_ids_N[part, None]
             logprob_N[part] = logits.gather(1, target)[:, 0] - log_sum_N[part]
             top_N[part], argmax_N[part] = logits.max(dim=-1)
-            probability = (logits - log_sum_N[part, None]).exp_()
-            entropy_N[part] = log_sum_N[part] - probability.mul_(logits).sum(dim=-1)
-        ctx.save_for_backward(hidden_NH, weight_VH, target_ids_N, log_sum_N, entropy_N)
+            log_q = logits.sub_(log_sum_N[part, None])
+            if temperature != 1:
+                shift_N[part] = torch.logsumexp(log_q.div_(temperature), dim=-1)
+                log_q.sub_(shift_N[part, None])
+            entropy_N[part] = -log_q.exp().mul_(log_q).sum(dim=-1)
+        ctx.temperature = temperature
+        ctx.save_for_backward(hidden_NH, weight_VH, target_ids_N, log_sum_N, shift_N, entropy_N)
         hit_N = argmax_N == target_ids_N
         argmax_logprob_N = top_N - log_sum_N
         ctx.mark_non_differentiable(hit_N, argmax_N, argmax_logprob_N)
@@ -60,8 +68,8 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logprob_N, grad_entropy_N, *_):
-        hidden_NH, weight_VH, target_ids_N, log_sum_N, entropy_N = ctx.saved_tensors
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        hidden_NH, weight_VH, target_ids_N, log_sum_N, shift_N, entropy_N = ctx.saved_tensors
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         parts = _chunks(len(target_ids_N), len(weight_VH))
         grad_hidden = torch.empty_like(hidden_NH) if needs_hidden else None
         # Chunks add up in fp32: sums of rounded bf16 parts would depend on the chunk size.
@@ -69,14 +77,14 @@ class _Scores(torch.autograd.Function):
         uses_entropy = bool(grad_entropy_N.any())
         for part in parts:
             log_p = (hidden_NH[part] @ weight_VH.T).float().sub_(log_sum_N[part, None])
-            p = log_p.exp()
             upstream = grad_logprob_N[part, None].expand(-1, 1)
-            if uses_entropy:
-                log_p.add_(entropy_N[part, None]).mul_(grad_entropy_N[part, None]).add_(upstream)
-                grad_logits = p.mul_(log_p).neg_()
-            else:
-                grad_logits = p.mul_(-upstream)
+            grad_logits = log_p.exp().mul_(-upstream)
             grad_logits.scatter_add_(1, target_ids_N[part, None], upstream.contiguous())
+            if uses_entropy:
+                log_q = log_p.div_(ctx.temperature).sub_(shift_N[part, None])
+                slope = log_q.exp().mul_(log_q.add_(entropy_N[part, None]))
+                grad_logits.sub_(slope.mul_(grad_entropy_N[part, None] / ctx.temperature))
+                del slope
             grad_logits = grad_logits.to(weight_VH.dtype)
             if needs_hidden:
                 torch.matmul(grad_logits, weight_VH, out=grad_hidden[part])
@@ -85,4 +93,4 @@ class _Scores(torch.autograd.Function):
                     grad_weight.addmm_(grad_logits.T, hidden_NH[part])
                 else:
                     grad_weight += grad_logits.T @ hidden_NH[part]
-        return grad_hidden, grad_weight.to(weight_VH.dtype) if needs_weight else None, None
+        return grad_hidden, grad_weight.to(weight_VH.dtype) if needs_weight else None, None, None

@@ -23,6 +23,7 @@ class Policy(nn.Module):
         self.model = model
         self.source_dir = source_dir  # where `saving` finds the files to carry along
         self.attn_implementation = attn_implementation
+        self.entropy_temperature = 1.0  # TokenScores.entropy_N is that of softmax(logits / this)
         VocabularyHead.adopt(self._causal_lm.lm_head)
 
     @property
@@ -43,7 +44,7 @@ class Policy(nn.Module):
         plan = plan_attention(batch.place_RS, self.attn_implementation)
         hidden_RSH = self.hidden(batch.input_ids_RS, batch.position_ids_RS, plan)
         hidden_NH = hidden_RSH.flatten(0, 1)[batch.target_index_N]
-        return self._causal_lm.lm_head(hidden_NH, batch.target_ids_N)
+        return self._causal_lm.lm_head(hidden_NH, batch.target_ids_N, self.entropy_temperature)
 
     def score(self, batch: ViewBatch) -> TokenScores:
         """`forward`, after moving the batch to the model's device."""

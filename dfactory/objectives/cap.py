@@ -1,10 +1,13 @@
 """Confidence-aware parallel training: be sure where you are right (METHOD section 5, [L20] 5.2, [DP]).
 
-    L = L_SFT + beta * L_conf,    L_conf = sum over correct targets of the entropy of p / number of correct targets
+    L = L_SFT + beta * L_conf,    L_conf = sum over correct targets of their entropy / number of correct targets
 
 A target is correct when argmax p is the token that it stands for. Which ones are is a constant: no gradient runs through
-it. The denominator is the number of correct targets of the whole window over all ranks, so a split into micro-batches
-does not change the loss; with none, L_conf is 0.
+it. Entropy is that of softmax(logits / entropy_temperature), which the head computes; [L20] has 1, [DP] 0.5.
+
+The denominator is the number of correct targets of the whole window over all ranks, so a split into micro-batches does
+not change the loss; with none, L_conf is 0. It has to be known before the first backward: with one micro-batch a rank
+the forward that is trained on tells it; with several, a forward without gradient (and without dropout) goes ahead.
 """
 
 import dataclasses
@@ -25,8 +28,9 @@ class CAP(Objective):
 
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
         terms = SFT(self.loss_weight, self.editing_mask_id)(batch, scores)
-        entropy = (scores.entropy_N * scores.hit_N).sum()
-        count = self.counts(batch, scores)["confidence"]
-        confidence = Mean(self.confidence_beta * entropy, count)
-        metrics = terms.metrics | {"entropy_of_hits": Mean(entropy.detach(), count)}
-        return LossTerms(loss=terms.loss | {"confidence": confidence}, metrics=metrics)
+        confidence = Mean((scores.entropy_N * scores.hit_N).sum(), scores.hit_N.sum())
+        return LossTerms(
+            loss={**terms.loss, "confidence": confidence},
+            metrics=terms.metrics,
+            weights={"confidence": self.confidence_beta},
+        )

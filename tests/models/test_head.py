@@ -22,21 +22,22 @@ def problem(dtype=torch.float32, seed=0):
     return head, hidden, target, upstream
 
 
-def run(head, hidden, target, upstream, plain: bool):
+def run(head, hidden, target, upstream, plain: bool, temperature: float = 1.0):
     """Scores, and the gradients of a random mix of log-probabilities and entropies."""
     if plain:
-        logprob, entropy, hit = plain_scores(hidden @ head.weight.T, target)
+        logprob, entropy, hit = plain_scores(hidden @ head.weight.T, target, temperature)
     else:
-        logprob, entropy, hit, *_ = head(hidden, target)
+        logprob, entropy, hit, *_ = head(hidden, target, temperature)
     grads = torch.autograd.grad((upstream[0] * logprob + upstream[1] * entropy).sum(), (hidden, head.weight))
     return (logprob.detach(), entropy.detach(), hit), grads
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0], ids=lambda temperature: f"T {temperature}")
 @pytest.mark.parametrize("rows", [1, 5, 36, 1000], ids=lambda rows: f"{rows} rows a chunk")
-def test_scores_and_gradients_of_whole_logits(monkeypatch, rows):
+def test_scores_and_gradients_of_whole_logits(monkeypatch, rows, temperature):
     monkeypatch.setattr(head_module, "CHUNK_BYTES", 4 * V * rows)
-    expected_scores, expected_grads = run(*problem(), plain=True)
-    scores, grads = run(*problem(), plain=False)
+    expected_scores, expected_grads = run(*problem(), plain=True, temperature=temperature)
+    scores, grads = run(*problem(), plain=False, temperature=temperature)
     torch.testing.assert_close(scores, expected_scores, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(grads, expected_grads, atol=3e-5, rtol=1e-4)  # entries reach 30
 
@@ -50,20 +51,27 @@ def test_by_hand():
     assert entropy.tolist() == pytest.approx([0.9003, 0.9003], abs=1e-4)  # -sum p ln p
     assert hit.tolist() == [False, True]
     assert argmax.tolist() == [2, 2]
+    sharp = head(torch.ones(2, 1), torch.tensor([1, 2]), entropy_temperature=0.5)  # squares: 1/30, 4/30, 25/30
+    assert sharp.entropy_N.tolist() == pytest.approx([0.5340, 0.5340], abs=1e-4)
+    assert sharp.logprob_N.tolist() == logprob.tolist()
     assert top.exp().tolist() == pytest.approx([5 / 8, 5 / 8])
 
 
-def test_bfloat16_gradients_within_its_rounding():
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_bfloat16_gradients_within_its_rounding(temperature):
     """Against fp32 arithmetic on the same rounded inputs: relative error of whole gradients below 2 percent."""
     head, hidden, target, upstream = problem(torch.bfloat16)
-    _, grads = run(head, hidden, target, upstream, plain=False)
+    (_, entropy, _), grads = run(head, hidden, target, upstream, False, temperature)
     exact_head, exact_hidden, _, _ = problem()
     exact_head.weight.data = head.weight.data.float()
     exact_hidden = hidden.detach().float().requires_grad_()
-    (expected_logprob, _, _), expected = run(exact_head, exact_hidden, target, upstream, plain=True)
+    (expected_logprob, expected_entropy, _), expected = run(
+        exact_head, exact_hidden, target, upstream, True, temperature
+    )
     logprob = head(hidden, target).logprob_N
-    assert logprob.dtype == torch.float32
+    assert logprob.dtype == entropy.dtype == torch.float32
     torch.testing.assert_close(logprob, expected_logprob, atol=0.15, rtol=0)
+    torch.testing.assert_close(entropy, expected_entropy, atol=0.05, rtol=0)
     for got, want in zip(grads, expected, strict=True):
         assert got.dtype == torch.bfloat16
         assert (got.float() - want).norm() / want.norm() < 0.02
