@@ -18,10 +18,12 @@ from dfactory.data.chat import ChatEncoder, SpecialIds, read_chat_template, spec
 from dfactory.data.examples import Examples, load_examples
 from dfactory.data.source import MakeViews, RecordSource
 from dfactory.data.traces import TraceRules
+from dfactory.decoding import DecodeRules
 from dfactory.engine import checkpoint, distributed
 from dfactory.engine.drafting import DraftSource
 from dfactory.engine.metrics import MetricsLog
 from dfactory.engine.preemption import EXIT_PREEMPTED, Preemption
+from dfactory.engine.probe import DecodingProbe, first_questions
 from dfactory.engine.reference import ReferenceSource, adapter_off, elbo_by, frozen_copy
 from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.stored import stored_reference
@@ -53,6 +55,7 @@ def train(recipe: Recipe) -> int:
     inputs = read_inputs(recipe)
     records = make_source(recipe, inputs, rank, world_size)
     objective = make_objective(recipe, inputs.special)
+    probe = make_probe(recipe, inputs)
     num_steps = recipe.max_steps or records.num_windows
     universal = resumed is not None and checkpoint.needs_universal(
         resumed, zero_stage(recipe), world_size, recipe.expert_parallel_size
@@ -82,6 +85,8 @@ def train(recipe: Recipe) -> int:
             if inputs.held_out is not None and (last or is_due(recipe.eval_steps, state.step)):
                 held_out = with_reference(make_eval_source(recipe, inputs, rank, world_size))
                 results = trainer.evaluate(held_out, make_measure(recipe, objective))
+                if probe is not None:
+                    results |= probe.measure(trainer)
                 if log:
                     log.evaluation(state.step, results)
             preempted = distributed.any_rank(preemption.requested)
@@ -239,6 +244,16 @@ def make_objective(recipe: Recipe, special: SpecialIds) -> Objective:
 def make_measure(recipe: Recipe, objective: Objective) -> Measure:
     """What an evaluation reports of each micro-batch."""
     return objective.measure if recipe.stage in PAIRED_STAGES else means_by_t(recipe.eval_noise_levels)
+
+
+def make_probe(recipe: Recipe, inputs: Inputs) -> DecodingProbe | None:
+    """What decodes held-out prompts at every evaluation, if the recipe asks for it."""
+    if not recipe.eval_decode_prompts:
+        return None
+    keys = dataclasses.replace(recipe.decode, block_size=recipe.decode.block_size or recipe.block_size)
+    special = inputs.special
+    rules = DecodeRules.of(keys, mask_token_id=special.mask, eos_token_id=special.eos, special_ids=special.suppressed)
+    return DecodingProbe(first_questions(inputs.held_out, recipe.eval_decode_prompts), rules)
 
 
 def make_reference(

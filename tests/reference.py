@@ -188,7 +188,7 @@ class Scores(NamedTuple):
 
 
 def plain_scores(logits_NV, target_N, entropy_temperature: float = 1.0) -> Scores:
-    """Log-probability of the target, entropy of softmax(logits / temperature) in nats, argmax == target, from whole logits."""
+    """From whole logits: log-probability of the target, entropy of softmax(logits / temperature), argmax == target."""
     log_p = F.log_softmax(logits_NV.float(), dim=-1)
     log_q = F.log_softmax(logits_NV.float() / entropy_temperature, dim=-1)
     chosen = log_p.gather(1, target_N[:, None])[:, 0]

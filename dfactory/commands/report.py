@@ -59,6 +59,11 @@ class Panel(NamedTuple):
 FIGURES: dict[str, tuple[Panel, ...]] = {
     "loss": (Panel("loss", "loss", "eval/loss"),),
     "hit_rate": (Panel("share of masked tokens predicted", "hit_rate", "eval/hit_rate"),),
+    "decoding": (
+        Panel("tokens per forward", "tokens_per_forward", "eval/tokens_per_forward", from_zero=True),
+        Panel("exact match", "exact_match", "eval/exact_match", from_zero=True),
+    ),
+    "confidence": (Panel("entropy of correct predictions", "confidence", from_zero=True),),
     "optimiser": (
         Panel("gradient norm before clipping", "grad_norm", log=True),
         Panel("learning rate", "learning_rate", from_zero=True, exact=True),
@@ -134,9 +139,9 @@ def _draw_run(axes: Axes, run: Run, panel: Panel, index: int, several: bool) -> 
     colour, style = COLOURS[index % len(COLOURS)], LINES[index % len(LINES)]
     steps, values = run.curve(panel.metric)
     training, smoothed = _label(run, "training", several), smooth(values)
-    if panel.exact or smoothed is None:
+    if len(steps) and (panel.exact or smoothed is None):
         axes.plot(steps, values, style, color=colour, linewidth=1.6, marker=_marker(steps), label=training)
-    else:
+    elif len(steps):
         axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35, label=f"{training}, each step")
         axes.plot(steps, smoothed, style, color=colour, linewidth=1.8, label=f"{training}, smoothed")
     if panel.held_out is not None and len((held_out := run.curve(panel.held_out))[0]):
@@ -211,6 +216,14 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px; }
 """
 
 
+HELD_OUT_NUMBERS = {
+    "held-out loss": "eval/loss",
+    "held-out hit rate": "eval/hit_rate",
+    "tokens per forward": "eval/tokens_per_forward",
+    "exact match": "eval/exact_match",
+}
+
+
 def final_numbers(run: Run) -> dict[str, str]:
     """The last line of a run, as a person reads it."""
     steps, _ = run.curve("loss")
@@ -218,7 +231,7 @@ def final_numbers(run: Run) -> dict[str, str]:
     for title, metric in (("training loss", "loss"), ("training hit rate", "hit_rate")):
         if len(values := run.curve(metric)[1]):
             numbers[title] = f"{values[-math.ceil(len(values) / TAIL_SHARE) :].mean():.4f}"
-    for title, metric in (("held-out loss", "eval/loss"), ("held-out hit rate", "eval/hit_rate")):
+    for title, metric in HELD_OUT_NUMBERS.items():
         if len(values := run.curve(metric)[1]):
             numbers[title] = f"{values[-1]:.4f}"
     for title, metric in (("tokens", "tokens"), ("seconds", "seconds")):

@@ -9,15 +9,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from dfactory.config.data import DatasetKeys
-from dfactory.config.decode import DecodeKeys
 from dfactory.config.load import known_keys
 from dfactory.config.merge import MergeKeys
 from dfactory.config.recipe import Recipe
 
 SECTIONS = {
-    "recipe": (Recipe, ""),
+    "recipe; generate and eval take its decode.* keys": (Recipe, ""),
     "each entry of datasets and eval_datasets": (DatasetKeys, ""),
-    "generate and eval": (DecodeKeys, "decode."),
     "export --merge": (MergeKeys, ""),
 }
 
@@ -27,6 +25,8 @@ def schema() -> int:
     for title, (keys, prefix) in SECTIONS.items():
         console.print(f"[bold]{title}[/bold]")
         for name, field in known_keys(keys, prefix).items():
+            if dataclasses.is_dataclass(field.type):
+                continue  # a group: its keys follow
             console.print(escape(f"  {name}: {_type(field.type)} = {_default(field)}"))
             console.print(escape(f"      {_meaning(field)}"))
     return 0

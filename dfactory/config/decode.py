@@ -8,7 +8,9 @@ from dfactory.config.keys import key
 
 @dataclass
 class DecodeKeys:
-    block_size: Optional[int] = key(None, "tokens denoised together; null: as the model was trained, else 32", low=1)
+    block_size: Optional[int] = key(
+        None, "tokens denoised together; null: as the model was trained, else 32; in a recipe, its block_size", low=1
+    )
     max_new_tokens: int = key(512, "longest response, EOS included", low=1)
     threshold: float = key(0.95, "commit a masked position when its confidence exceeds this", low=0.0, high=1.0)
     min_commit: int = key(1, "commit at least so many a forward, the most confident first", low=1)

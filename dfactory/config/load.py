@@ -200,6 +200,15 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
     )
     rule(recipe.lr_min <= recipe.learning_rate, f"lr_min {recipe.lr_min:g} > learning_rate {recipe.learning_rate:g}")
     rule(all(0 < t <= 1 for t in recipe.eval_noise_levels), "eval_noise_levels must lie in (0, 1]")
+    rule(
+        recipe.eval_decode_prompts == 0 or bool(recipe.eval_datasets),
+        f"eval_decode_prompts {recipe.eval_decode_prompts} and no eval_datasets to take prompts from: name a file",
+    )
+    for name in ("mask_token_id", "eos_token_id"):
+        rule(
+            getattr(recipe.decode, name) is None,
+            f"decode.{name} belongs to generate and eval: a recipe has one {name} for training and decoding",
+        )
     rule(set(recipe.report_to) <= {"wandb"}, f"report_to {recipe.report_to}: only wandb is known")
 
 

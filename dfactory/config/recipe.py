@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from dfactory.config.data import DataKeys
+from dfactory.config.decode import DecodeKeys
 from dfactory.config.editing import EditingKeys
+from dfactory.config.keys import key
 from dfactory.config.model import ModelKeys
 from dfactory.config.noise import NoiseKeys
 from dfactory.config.objective import PAIRED_STAGES, ObjectiveKeys
@@ -12,6 +14,8 @@ from dfactory.config.training import TrainingKeys
 
 @dataclass
 class Recipe(TrainingKeys, ObjectiveKeys, EditingKeys, NoiseKeys, DataKeys, ModelKeys):
+    decode: DecodeKeys = key(DecodeKeys, "how prompts are decoded during training")
+
     @property
     def edits(self) -> bool:
         """Whether visible tokens are targets too."""

@@ -37,4 +37,9 @@ class TrainingKeys:
 
     eval_steps: Optional[int] = key(None, "steps between evaluations; null: only at the end", low=1)
     eval_noise_levels: list[float] = key([0.1, 0.3, 0.5, 0.7, 0.9], "the fixed grid of t for the evaluation loss")
+    eval_decode_prompts: int = key(
+        0,
+        "first held-out prompts that are decoded at every evaluation, for tokens per forward and exact match; 0: none",
+        low=0,
+    )
     per_device_eval_batch_size: int = key(1, "rows in an evaluation micro-batch", low=1)

@@ -47,7 +47,7 @@ class Progress(NamedTuple):
     rollout: Rollout | None  # when this forward finished it
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a policy in training goes on with what its modules keep (ZeRO-3's parameters)
 def decode(
     policy: Decodable,
     prompt_ids: Sequence[Sequence[int]],

@@ -51,6 +51,11 @@ class MetricsLog:
         by_t = "  ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in metrics.items() if n.startswith("loss_t"))
         told = _preference(metrics) or f"({by_t})"
         self.say(f"evaluation at step {step}: loss {metrics['loss']:.4f}  hit {metrics['hit_rate']:.3f}  {told}")
+        if "decoded" in metrics:
+            self.say(
+                f"{metrics['decoded']:.0f} prompts decoded: {metrics['tokens_per_forward']:.2f} tokens per forward, "
+                f"exact match {metrics['exact_match']:.1%}"
+            )
 
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)  # a log file's lines are not the terminal's

@@ -31,7 +31,7 @@ class Replayed(Objective):
             loss[name] = Mean(total, counts[name])
         share = 1 / self.num_micro_batches
         metrics = {name: Mean(m.total * share, m.count * share) for name, m in self.terms.metrics.items()}
-        return LossTerms(loss=loss, metrics=metrics)
+        return LossTerms(loss, metrics, self.terms.weights)
 
 
 def replay(

@@ -5,8 +5,9 @@ With S_ra the sum of rank r and micro-batch a, and Z_ra its count, the loss of t
     L = sum_ra S_ra / Z,    Z = sum_ra Z_ra
 
 so Z is summed over the whole window and all ranks before the first backward, and each micro-batch contributes
-S_ra / Z. An objective of several terms, each with its own S and Z, adds them up with their weights. However the same documents are cut into ranks and micro-batches, L and its gradient stay what they are.
-DeepSpeed averages gradients over ranks, which would divide once more: `micro_loss` multiplies by their number.
+S_ra / Z. Several loss terms, each with its own S and Z, add up with their weights. However the same documents are cut
+into ranks and micro-batches, L and its gradient stay what they are. DeepSpeed averages gradients over ranks, which would
+divide once more: `micro_loss` multiplies by their number.
 """
 
 from collections.abc import Callable

@@ -47,6 +47,16 @@ def test_several_runs_go_into_the_first(tmp_path):
     ]  # nothing else was measured
 
 
+def test_what_was_decoded_during_training(tmp_path):
+    """Metrics of held-out prompts only: drawn, and the last one in the table."""
+    rows = [{"step": 1, "loss": 2.0, "confidence": 0.5}]
+    rows += [{"step": s, "eval/tokens_per_forward": s / 2, "eval/exact_match": 0.25} for s in (1, 5)]
+    page = write_report([write_run(tmp_path / "run", rows)])
+    assert {file.name for file in page.parent.glob("*.png")} == {"loss.png", "decoding.png", "confidence.png"}
+    assert "<td>tokens per forward</td><td>2.5000</td>" in page.read_text()
+    assert "<td>exact match</td><td>0.2500</td>" in page.read_text()
+
+
 def test_runs_of_one_name_are_told_apart_by_path(tmp_path):
     runs = [write_run(tmp_path / name / "run", [{"step": 1, "loss": 2.0}]) for name in ("a", "b")]
     assert f"<th>{runs[1]}</th>" in write_report(runs).read_text()

@@ -1,0 +1,97 @@
+"""How a policy in training decodes: tokens per forward and exact match on the first held-out prompts.
+
+ZeRO 0 to 2 leave every rank a whole model, so the ranks share the prompts. Where a forward needs all ranks (ZeRO-3 gathers
+each layer, expert parallelism sends tokens around) they decode the same prompts in step; rank 0's logits decide for all,
+so that rounding cannot lead two ranks apart.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from dfactory.data.examples import Examples
+from dfactory.decoding import DecodeRules, decode
+from dfactory.engine import distributed
+from dfactory.engine.trainer import Trainer
+from dfactory.errors import DataError
+from dfactory.models.policy import Policy
+from dfactory.types import Example, Rollout
+
+
+class Question(NamedTuple):
+    """The beginning of a document up to its first trainable token, and the trainable tokens that follow."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+    @classmethod
+    def of(cls, example: Example) -> "Question":
+        start = int(example.trainable_T.argmax())
+        length = int((~example.trainable_T[start:]).argmax()) or len(example) - start
+        ids = example.input_ids_T.tolist()
+        return cls(ids[:start], ids[start : start + length])
+
+    def is_answered_by(self, rollout: Rollout) -> bool:
+        """The same tokens up to EOS; where the document was cut before it, as far as the document goes."""
+        return rollout.output_ids[: len(self.answer_ids)] == self.answer_ids
+
+
+def first_questions(examples: Examples, count: int) -> list[Question]:
+    """The first `count` documents (of a pair: the chosen one) that have a prompt. Raises DataError if none has."""
+    questions = (Question.of(examples[index]) for index in range(0, len(examples), examples.unit_size))
+    found = [question for question in questions if question.prompt_ids][:count]
+    if not found:
+        raise DataError(
+            f"no document of {', '.join(examples.report.files)} has a prompt before its answer: set eval_decode_prompts to 0"
+        )
+    return found
+
+
+class DecodingProbe:
+    """Decodes a fixed list of questions, as often as it is asked to. All ranks have to call it together."""
+
+    def __init__(self, questions: list[Question], rules: DecodeRules):
+        self.questions, self.rules = questions, rules
+
+    def measure(self, trainer: Trainer) -> dict[str, float]:
+        """tokens_per_forward: answer tokens up to EOS over forwards, both summed; exact_match; decoded: how many."""
+        in_step = trainer.zero_stage == 3 or trainer.recipe.expert_parallel_size > 1
+        mine = slice(None) if in_step else slice(trainer.rank, None, trainer.world_size)
+        questions = self.questions[mine]
+        trainer.engine.eval()
+        rollouts = decode(
+            InStep(trainer.policy, trainer.device) if in_step else trainer.policy,
+            [question.prompt_ids for question in questions],
+            self.rules,
+            noise_ids=range(len(self.questions))[mine],
+        )
+        trainer.engine.train()
+        hits = [question.is_answered_by(rollout) for question, rollout in zip(questions, rollouts, strict=True)]
+        tokens, forwards = (sum(len(r.output_ids) for r in rollouts), sum(r.forwards for r in rollouts))
+        sums = torch.tensor([tokens, forwards, sum(hits), len(hits)], dtype=torch.float64)
+        if not in_step:
+            distributed.all_reduce_sum(sums)
+        tokens, forwards, right, decoded = sums.tolist()
+        return {"tokens_per_forward": tokens / forwards, "exact_match": right / decoded, "decoded": decoded}
+
+
+@dataclasses.dataclass(frozen=True)
+class InStep:
+    """A policy whose forwards need every rank, for the decoder: all ranks get rank 0's logits."""
+
+    policy: Policy
+    device: torch.device
+
+    @property
+    def config(self):
+        return self.policy.config
+
+    def hidden(self, input_ids_RS, position_ids_RS, visibility, cache) -> torch.Tensor:
+        return self.policy.hidden(input_ids_RS, position_ids_RS, visibility, cache)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.policy.logits(hidden)
+        dist.broadcast(logits, src=0)
+        return logits
