@@ -63,14 +63,21 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     evaluate = verb(
-        "eval", _eval, "exact match and tokens per forward on a JSONL file with answers", "decode.key=value"
+        "eval", _eval, "exact match and tokens per forward on records with answers, or the ELBO", "decode.key=value"
     )
     _model_arguments(evaluate)
     evaluate.add_argument(
         "--data", required=True, help="JSONL: messages, prompt or prompt_ids, and answer in each line"
     )
-    evaluate.add_argument("--output", help="also write the responses, as `generate` does")
-    evaluate.add_argument(
+    evaluate.add_argument("--output", help="also write the responses, as `generate` does, or each record's ELBO")
+    instead = evaluate.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--elbo-pairs",
+        type=_positive,
+        metavar="N",
+        help="score the responses of training records instead: ELBO and perplexity bound by N pairs of views",
+    )
+    instead.add_argument(
         "--repair",
         action="store_true",
         help="plant a wrong token in each record's own answer and tell what editing repairs, and what it spoils",
@@ -103,6 +110,12 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: the checkpoint's"
     )
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return int(text)
 
 
 def _train(arguments, overrides) -> int:
@@ -144,6 +157,10 @@ def _eval(arguments, overrides) -> int:
         from dfactory.commands.repair import repair
 
         return repair(arguments, keys)
+    if arguments.elbo_pairs is not None:
+        from dfactory.commands.elbo import evaluate_elbo
+
+        return evaluate_elbo(arguments, keys)
     from dfactory.commands.evaluate import evaluate
 
     return evaluate(arguments, keys)

@@ -8,7 +8,8 @@ expert parallelism also X parameters of routed experts, and m ranks that share t
 What is forecast is the peak of what the program asks for, in two phases that do not coincide: a decoder layer's backward
 and the head's. Assumed: AdamW; MoE blocks are ZeRO-3 leaf modules, gathered whole; flex_attention (no score matrix is
 kept). Activations count the tensors that autograd keeps for a decoder layer (tests/engine/test_memory.py measures them).
-Not counted: the CUDA context, NCCL's own buffers, and what the allocator loses to fragments; leave 10 percent for them.
+Not counted: the CUDA context, NCCL's own buffers, the cache of prompts that are decoded at evaluations, and what the
+allocator loses to fragments; leave 10 percent for them.
 With expert parallelism a rank is taken to receive as many tokens as it sends (it then keeps 3 percent more, measured);
 where routing is uneven it gets more.
 """

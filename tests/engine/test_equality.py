@@ -41,12 +41,12 @@ def plain_losses(recipe_file: Path, overrides: list[str] = (), steps: int = STEP
 OBJECTIVES = {
     "sft": [],
     "elbo": ["loss_weight=elbo", "noise_level=document"],
-    "cap": ["stage=cap", "entropy_temperature=0.5"],
+    "cap": ["stage=cap", "confidence_beta=0.5", "entropy_temperature=0.5"],
 }
 SPLITS = {1: [(8, 1), (1, 8)], 2: [(2, 2)]}  # processes -> rows and accumulation of the same 8 rows
 OTHERS = {  # processes -> (objective, ZeRO stage, rows, accumulation)
-    1: [("elbo", 1, 8, 1), ("cap", 0, 8, 1), ("cap", 2, 1, 8)],
-    2: [("elbo", 1, 4, 1), ("cap", 1, 4, 1), ("cap", 3, 2, 2)],
+    1: [("elbo", 1, 8, 1), ("cap", 0, 8, 1)],
+    2: [("elbo", 1, 4, 1), ("cap", 3, 2, 2)],
 }
 
 
@@ -73,4 +73,4 @@ def test_losses_of_twenty_steps_equal_plain_torch(recipe_file, run_jobs, tmp_pat
             difference = (torch.tensor(read_metrics(run)[:STEPS]) - expected).abs().max().item()
             assert difference < 1e-5, f"{run.name}: losses differ by {difference:.2e}"
     hits = read_metrics(next(run for run in jobs if run.name.startswith("cap")), "hit_rate")
-    assert sum(rate > 0 for rate in hits) >= STEPS // 2  # else the confidence term was not met
+    assert all(rate > 0 for rate in hits)  # else the confidence term was not met

@@ -1,0 +1,172 @@
+"""`dfactory eval --elbo-pairs N`: how likely a model finds the responses of training records, as a bound.
+
+Every record is scored in N complementary pairs of views with exact mask counts, stratified over the pairs, so that the
+ELBO is unbiased over all mask ratios (METHOD section 6); exp(-ELBO / token) is an upper bound of the perplexity. Response
+tokens are those that are trained on, the EOS fill of the last block included. The noise is a function of `decode.seed`.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dfactory.commands.generate import Answerer, write_outputs
+from dfactory.config.data import DatasetKeys
+from dfactory.config.decode import DecodeKeys
+from dfactory.data.examples import Examples, load_examples
+from dfactory.data.source import RecordSource
+from dfactory.objectives.elbo import elbo_by_view
+from dfactory.views import RandomMask
+
+ROW_LENGTH = 8192  # positions that are scored together, unless one record takes more
+
+
+class Bounds(NamedTuple):
+    """The estimates of all documents, in the order of the file."""
+
+    document_id_D: np.ndarray
+    tokens_D: np.ndarray  # response tokens
+    elbo_DN: np.ndarray  # nats; one estimate a pair
+
+    @property
+    def elbo_D(self) -> np.ndarray:
+        return self.elbo_DN.mean(axis=1)
+
+    @property
+    def standard_error_D(self) -> np.ndarray:
+        """Of each document's ELBO. Neighbouring pairs stand in for two draws from one slice (collapsed strata), which
+        tells too much rather than too little. NaN for a single pair."""
+        pairs = self.elbo_DN.shape[1]
+        if pairs == 1:
+            return np.full(len(self.tokens_D), np.nan)
+        return np.sqrt((np.diff(self.elbo_DN, axis=1) ** 2).mean(axis=1) / 2 / pairs)
+
+    @property
+    def per_token(self) -> float:
+        return self.elbo_D.sum() / self.tokens_D.sum()
+
+    @property
+    def error_of_views(self) -> float:
+        """Standard error of `per_token` on these documents: what more pairs would lower."""
+        return np.sqrt((self.standard_error_D**2).sum()) / self.tokens_D.sum()
+
+    @property
+    def error_of_documents(self) -> float:
+        """Standard error of `per_token` as a ratio of means over documents, the views' error included."""
+        count = len(self.tokens_D)
+        residual_D = self.elbo_D - self.per_token * self.tokens_D
+        spread = np.sqrt(count / (count - 1)) if count > 1 else np.nan
+        return spread * np.sqrt((residual_D**2).sum()) / self.tokens_D.sum()
+
+
+def evaluate_elbo(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
+    console = Console(highlight=False)
+    answerer = Answerer(arguments, keys)
+    examples = _read(arguments.data, answerer)
+    started = time.perf_counter()
+    bounds = estimate(answerer, examples, arguments.elbo_pairs, keys.seed, console)
+    if arguments.output:
+        write_outputs(Path(arguments.output), _lines(examples, bounds))
+    console.print(_table(bounds, time.perf_counter() - started))
+    return 0
+
+
+def _read(path: str, answerer: Answerer) -> Examples:
+    block_size, config = answerer.rules.block_size, answerer.policy.config
+    return load_examples(
+        [DatasetKeys(path)],
+        answerer.encoder,
+        max_length=config.max_position_embeddings // block_size * block_size,
+        overlong="refuse",
+        on_bad_row="error",
+        max_bad_fraction=0.0,
+        block_size=block_size,
+        eos_id=answerer.special.eos,
+        vocab_size=config.vocab_size,
+        mask_id=answerer.special.mask,
+    )
+
+
+def estimate(answerer: Answerer, examples: Examples, pairs: int, seed: int, console: Console) -> Bounds:
+    """Score every document once, all its views in one row."""
+    views = RandomMask(
+        answerer.special.mask,
+        seed,
+        low=0.0,
+        high=1.0,
+        num_views=pairs,
+        complementary=True,
+        stratified=True,
+        mask_count="exact",
+    )
+    parts = list(_scored(answerer, _source(answerer, examples, views, seed), 2 * pairs, console))
+    document_id_D, tokens_D, elbo_DK = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = document_id_D.argsort()
+    elbo_DN = elbo_DK.reshape(-1, pairs, 2).mean(axis=2)
+    return Bounds(document_id_D[order], tokens_D[order], elbo_DN[order])
+
+
+def _source(answerer: Answerer, examples: Examples, views: RandomMask, seed: int) -> RecordSource:
+    block_size, num_views = answerer.rules.block_size, 2 * views.num_views
+    clean_E, response_E = examples.block_counts(block_size)
+    longest = block_size * int((clean_E + num_views * response_E).max())
+    return RecordSource(
+        examples,
+        [1.0],
+        views,
+        num_views=num_views,
+        block_size=block_size,
+        eos_id=answerer.special.eos,
+        row_length=max(ROW_LENGTH, longest),
+        seed=seed,
+        max_epochs=1,
+    )
+
+
+@torch.inference_mode()
+def _scored(answerer: Answerer, source: RecordSource, num_views: int, console: Console) -> Iterator[tuple]:
+    """(document_id_D, response tokens, ELBO of each view [D, K]) of each row."""
+    windows = range(source.num_windows)
+    for _ in track(windows, "scoring", console=console, disable=not console.is_terminal):
+        for batch in source.next_window():
+            moved = batch.to(answerer.policy.device)
+            elbo_DK = elbo_by_view(moved, answerer.policy(moved).logprob_N, num_views)
+            yield batch.document_id_D.numpy(), batch.response_length_D.numpy(), elbo_DK.double().cpu().numpy()
+
+
+def _lines(examples: Examples, bounds: Bounds) -> list[dict]:
+    columns = zip(bounds.document_id_D, bounds.elbo_D, bounds.tokens_D, bounds.standard_error_D, strict=True)
+    return [
+        {
+            "origin": examples.origin(int(document_id)),
+            "elbo": float(elbo),
+            "tokens": int(tokens),
+            "standard_error": None if np.isnan(error) else float(error),
+        }
+        for document_id, elbo, tokens, error in columns
+    ]
+
+
+def _table(bounds: Bounds, seconds: float) -> Table:
+    nats, pairs = bounds.per_token, bounds.elbo_DN.shape[1]
+    errors = f"{_number(bounds.error_of_views)} views, {_number(bounds.error_of_documents)} documents"
+    table = Table("", "", title="evidence lower bound", show_header=False)
+    table.add_row("documents", f"{len(bounds.tokens_D)}")
+    table.add_row("response tokens", f"{bounds.tokens_D.sum()}")
+    table.add_row("ELBO, nats per token", f"{nats:.4f}")
+    table.add_row("ELBO, bits per token", f"{nats / np.log(2):.4f}")
+    table.add_row("standard error, nats per token", errors)
+    table.add_row("perplexity, at most", f"{np.exp(-nats):.4f}")
+    table.caption = f"{pairs} complementary pair(s) of views a document, {seconds:.1f} s"
+    return table
+
+
+def _number(value: float) -> str:
+    return "unknown" if np.isnan(value) else f"{value:.4f}"
