@@ -15,8 +15,8 @@ time, wall time, memory, processes and threads, files, and output. How far it is
     namespaces    Own user, mount, process, network, IPC namespaces. It sees Python, shared libraries and its folder (in
                   memory), no other file, no other process, no network device; runs as a user that owns nothing, without
                   capabilities. When it ends, the kernel kills all that it started.
-    landlock      A kernel rule: files as above, no TCP, no signals to others, no ptrace. Process numbers and UDP stay
-                  visible; the guard below adds what a hook can. Orphans are killed by a reaper.
+    landlock      A kernel rule: files as above and no ptrace; no TCP from Linux 6.7 on, no signals to others from 6.12 on.
+                  Process numbers and UDP stay visible; the guard below adds what a hook can. A reaper kills orphans.
     interpreter   Only a hook inside Python forbids sockets, processes, ctypes and foreign files. It stops mistakes and
                   simple cheats. A program written to break CPython passes it.
 

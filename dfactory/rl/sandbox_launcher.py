@@ -12,7 +12,6 @@ it says on standard error, which the program never gets to see; then nothing was
 
 import contextlib
 import ctypes
-import errno
 import json
 import os
 import resource
@@ -21,6 +20,7 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Callable
 
 # linux/sched.h, linux/mount.h, linux/prctl.h, linux/landlock.h; the numbers of new system calls are the same everywhere
 NEW_NAMESPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x04000000  # user mnt pid net ipc uts
@@ -30,7 +30,7 @@ ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 SYS_MOUNT_SETATTR, SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 442, 444, 445, 446
 LANDLOCK_READ = 1 << 0 | 1 << 2 | 1 << 3  # execute, read a file, list a folder
-LANDLOCK_WRITE = LANDLOCK_READ | 1 << 1 | 1 << 5 | 1 << 8  # write, remove and make files; no folders, links, devices
+LANDLOCK_WRITE = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 8  # read, list, write, remove, make files; no folders, links
 CAPABILITIES_V3 = 0x20080522
 
 INSIDE_ID, NOBODY = 1000, 65534  # the program's user inside, and the one it stands for outside when started by root
@@ -100,36 +100,39 @@ def enter_namespaces(spec: dict) -> None:
     user, group = os.geteuid(), os.getegid()
     write_maps = fork_mapper() if spec["from_root"] else None
     check(libc.unshare(NEW_NAMESPACES), "unshare")
-    if write_maps:
-        write_maps()
-    else:
+    spec["two_users"] = write_maps is not None and write_maps()
+    if not spec["two_users"]:
         write("/proc/self/setgroups", "deny")
         write("/proc/self/uid_map", f"{INSIDE_ID} {user} 1")
         write("/proc/self/gid_map", f"{INSIDE_ID} {group} 1")
-    write("/proc/sys/user/max_user_namespaces", "0")  # the program cannot become root of a namespace of its own
+    # The program shall not become root of a namespace of its own. Some containers have a read-only /proc/sys: then it can,
+    # but what is mounted here stays locked for it.
+    with contextlib.suppress(OSError):
+        write("/proc/sys/user/max_user_namespaces", "0")
     build_root(spec["folder"], spec["file_bytes"])
 
 
-def fork_mapper():
+def fork_mapper() -> Callable[[], bool]:
     """Root may stand for two users inside: itself for setting up, and nobody for the program. Only a process outside of
-    the namespace may write that map; it is forked before, and told when."""
+    the namespace may write that map; it is forked before, and told when. Root of a container that has no second user
+    cannot: then the program runs as root's user, without capabilities."""
     target = os.getpid()
     told, tell = os.pipe()
     mapper = os.fork()
     if mapper == 0:
         os.close(tell)
-        if os.read(told, 1):
-            for name in ("uid_map", "gid_map"):
+        try:
+            for name in ("uid_map", "gid_map") if os.read(told, 1) else ():
                 write(f"/proc/{target}/{name}", f"0 0 1\n{INSIDE_ID} {NOBODY} 1")
+        except OSError:
+            os._exit(1)
         os._exit(0)
     os.close(told)
 
-    def write_maps() -> None:
+    def write_maps() -> bool:
         os.write(tell, b"x")
         os.close(tell)
-        _, status = os.waitpid(mapper, 0)
-        if status:
-            raise OSError(errno.EPERM, "the user map cannot be written")
+        return os.waitpid(mapper, 0)[1] == 0
 
     return write_maps
 
@@ -277,7 +280,7 @@ def start_program(spec: dict) -> None:
     complaints = os.dup(2)
     try:
         os.setsid()  # no signal to "our group" reaches init or launcher
-        if spec["isolation"] == "namespaces" and spec["from_root"]:
+        if spec["isolation"] == "namespaces" and spec["two_users"]:
             os.setgroups([])
             os.setresgid(*[INSIDE_ID] * 3)
             os.setresuid(*[INSIDE_ID] * 3)

@@ -12,6 +12,7 @@ The program is the last fenced block of the response that is Python, or the whol
 import ast
 import functools
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from typing import Any
 
 from dfactory.rl.rewards.text import completion_text
 from dfactory.rl.sandbox import Call, Ending, Limits, Sandbox
+
+logger = logging.getLogger(__name__)
 
 FENCED = re.compile(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
 PYTHON = ("", "py", "python", "python3")
@@ -59,7 +62,13 @@ def code_tests(
 @functools.cache
 def sandbox(timeout_s: float, memory_mb: int, isolation: str) -> Sandbox:
     limits = Limits(wall_s=timeout_s, cpu_s=int(timeout_s) + 1, memory_mb=memory_mb)
-    return Sandbox(limits, isolation)
+    box = Sandbox(limits, isolation)
+    for stronger, reason in box.weaknesses.items():
+        if isolation == "auto":
+            logger.warning(
+                "generated code runs with isolation %s only, as %s fails: %s", box.isolation, stronger, reason
+            )
+    return box
 
 
 def run_tests(box: Sandbox, program: str, tests: list, tolerance: float) -> tuple[float, Ending]:

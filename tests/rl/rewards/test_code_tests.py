@@ -5,8 +5,8 @@ import time
 import pytest
 
 from dfactory.errors import ConfigError
-from dfactory.rl.rewards.code_tests import code_tests, program_of, read_test
-from dfactory.rl.sandbox import Call
+from dfactory.rl.rewards.code_tests import code_tests, program_of, read_test, sandbox
+from dfactory.rl.sandbox import Call, Isolation
 
 SQUARE = "def square(x): return x * x"
 
@@ -92,3 +92,13 @@ def test_questions_hold_no_answers():
 def test_an_unknown_isolation_is_refused():
     with pytest.raises(ConfigError, match="isolation 'jail'"):
         score(SQUARE, "assert square(2) == 4", isolation="jail")
+
+
+def test_a_weaker_isolation_is_reported(monkeypatch, caplog):
+    monkeypatch.setattr(
+        "dfactory.rl.sandbox.strongest_isolation", lambda: (Isolation.INTERPRETER, {"namespaces": "no"})
+    )
+    sandbox.cache_clear()
+    assert score(SQUARE, "assert square(2) == 4") == 1
+    assert "isolation interpreter only, as namespaces fails: no" in caplog.text
+    sandbox.cache_clear()
