@@ -144,15 +144,14 @@ for n in range(3, 64):
 def add(a, b): return 0
 """,
     "answers before it is asked": """
-import gc, io, json
+import gc, json, os
 def add(a, b):
-    for o in gc.get_objects():
-        if isinstance(o, dict) and 'nonce' in o:
-            for n in range(3, 64):
-                try: os.write(n, json.dumps(o | {'value': a + b}).encode() + b'\\n')
-                except OSError: pass
-    return a + b
-import os
+    asked = [o for o in gc.get_objects() if isinstance(o, dict) and 'nonce' in o]
+    for o in asked:
+        for n in range(3, 64):
+            try: os.write(n, json.dumps(o | {'value': a + b}).encode() + b'\\n')
+            except OSError: pass
+    return a + b if asked else 0
 """,
     "talks without end on the channel": """
 import os
