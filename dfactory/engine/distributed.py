@@ -10,7 +10,7 @@ import torch.distributed as dist
 def start() -> tuple[int, int]:
     """Join the process group (once) and return (rank, world size). Without a launcher: a group of one, without a port."""
     if not dist.is_initialized():
-        if "RANK" not in os.environ:
+        if "MASTER_ADDR" not in os.environ:  # no launcher; a parent process like this one may have left its RANK
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
             dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # no port to be taken
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's old names
