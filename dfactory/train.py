@@ -42,7 +42,7 @@ from dfactory.objectives.cap import CAP
 from dfactory.objectives.dpo import DPO
 from dfactory.objectives.sft import SFT
 from dfactory.types import Objective, TrainState
-from dfactory.views import Drafts, EditTargets, GridMask, RandomMask, TraceViews
+from dfactory.views import Drafts, EditTargets, GridMask, MaskEmbeddingNoise, RandomMask, TraceViews
 
 
 def train(recipe: Recipe) -> int:
@@ -185,6 +185,7 @@ def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> R
         block_size=recipe.block_size,
         eos_id=inputs.special.eos,
         block_phases=recipe.block_phases,
+        add_columns=make_embedding_noise(recipe, inputs.special.mask),
         row_length=recipe.row_length or recipe.longest_record,
         packing=recipe.packing,
         seed=recipe.seed,
@@ -194,6 +195,12 @@ def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> R
         accumulation=recipe.gradient_accumulation_steps,
         max_epochs=recipe.num_train_epochs if recipe.max_steps is None else None,
     )
+
+
+def make_embedding_noise(recipe: Recipe, mask_id: int) -> MaskEmbeddingNoise | None:
+    if recipe.mask_embedding_noise == 0:
+        return None
+    return MaskEmbeddingNoise(mask_id, recipe.seed, recipe.mask_embedding_noise, recipe.mask_embedding_noise_steps)
 
 
 def make_eval_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> RecordSource:

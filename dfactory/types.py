@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+NOISE_TABLE_ROWS = 1024  # vectors that the noise on mask embeddings is taken from, in one step
 PADDING = -1  # the document number of a position that holds no token: it sees nothing and is seen by nothing
 
 

@@ -266,7 +266,8 @@ def _tell_documents(page: Page, name: str, report: DataReport) -> None:
     trainable, fill = report.trainable_tokens / report.tokens, report.aligned_tokens - report.tokens
     page.line(
         name,
-        f"{report.kept:,} documents of {', '.join(report.files)}",
+        f"{report.kept:,} documents of {', '.join(report.files)}"
+        + f", {report.further_parts:,} of them go on with a split text" * (report.further_parts > 0),
         f"{report.tokens:,} tokens, {trainable:.1%} trainable; {fill:,} more of EOS fill; longest {report.longest:,}, "
         f"mean {report.tokens / report.kept:,.0f}; {report.truncated / report.kept:.1%} cut at max_length",
     )
@@ -348,7 +349,8 @@ def _rows_and_steps(page: Page, recipe: Recipe, inputs: Inputs, ranks: tuple[int
     for count, steps in steps_of.items():
         rows = count * source.rows_per_window
         numbers = (count, rows, rows * last.tokens, math.ceil(last.epoch_rows / rows), steps)
-        cells.append((*(f"{number:,.0f}" for number in numbers), f"{_epochs(phases, steps, rows):.2f}"))
+        epochs = recipe.num_train_epochs if recipe.max_steps is None else _epochs(phases, steps, rows)
+        cells.append((*(f"{number:,.0f}" for number in numbers), f"{epochs:.2f}"))
     columns = ("ranks", "rows a step", "tokens a step", "steps an epoch", "steps", "epochs")
     page.line("steps", _right_aligned(columns, cells))
     rule = "ranks x per_device_train_batch_size x gradient_accumulation_steps"
@@ -437,6 +439,11 @@ def _schedule(page: Page, recipe: Recipe, steps: int) -> None:
         f"0 to {rate:g} in {recipe.warmup_steps} steps, then {recipe.lr_scheduler_type}"
         + ("" if recipe.lr_scheduler_type == "constant" else f" to {recipe.lr_min:g}"),
     )
+    if recipe.mask_embedding_noise:
+        std, last = recipe.mask_embedding_noise, recipe.mask_embedding_noise_steps
+        page.line(
+            "noise on masks", f"in their embeddings, of standard deviation {std:g} at step 0 and 0 from step {last} on"
+        )
     if recipe.warmup_steps >= steps:
         page.warn(
             f"warmup_steps {recipe.warmup_steps}, but the run has {steps}: the learning rate never reaches its peak"

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dfactory.config.decode import DecodeKeys
 from dfactory.config.merge import MergeKeys
-from dfactory.config.objective import PAIRED_STAGES
+from dfactory.config.objective import PAIRED_STAGES, PLAIN_STAGES
 from dfactory.config.recipe import Recipe
 from dfactory.errors import ConfigError
 
@@ -175,6 +175,7 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
         f"use {recipe.max_length // recipe.block_size * recipe.block_size or recipe.block_size}",
     )
     _check_block_sizes(recipe, rule)
+    _check_embedding_noise(recipe, rule)
     rule(
         recipe.overlong != "split" or recipe.documents_per_record == 1,
         f"overlong split with stage {recipe.stage}: pairs have prompts and cannot be split; use truncate",
@@ -241,8 +242,29 @@ def _check_block_sizes(recipe: Recipe, rule: Callable[[bool, str], None]) -> Non
         f"{shown} begins its last block size at step {steps[-1]}, but max_steps is {recipe.max_steps}: begin it earlier",
     )
     rule(
-        recipe.documents_per_record == 1,
-        f"{shown} with stage {recipe.stage}: a pair and its reference are scored at one block size; set it to null",
+        recipe.stage in PLAIN_STAGES,
+        f"{shown} with stage {recipe.stage}: only {', '.join(PLAIN_STAGES)} change their block size; set it to null",
+    )
+    rule(
+        recipe.view_source != "trace",
+        f"{shown} with view_source trace: a trace has the block size that it was decoded with; set it to null",
+    )
+
+
+def _check_embedding_noise(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
+    std, steps = recipe.mask_embedding_noise, recipe.mask_embedding_noise_steps
+    rule(
+        (std > 0) == (steps > 0),
+        f"mask_embedding_noise {std:g} with mask_embedding_noise_steps {steps}: give both, or neither",
+    )
+    rule(
+        std == 0 or recipe.stage in PLAIN_STAGES,
+        f"mask_embedding_noise with stage {recipe.stage}: only {', '.join(PLAIN_STAGES)} have it; set it to 0",
+    )
+    rule(
+        std == 0 or not recipe.edits,
+        f"mask_embedding_noise {std:g} with edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns}: drafts would "
+        "take the place of masks that have noise; set it to 0",
     )
 
 

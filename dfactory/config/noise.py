@@ -21,6 +21,13 @@ class NoiseKeys:
     complementary: bool = key(
         True, "each view gets a twin that masks exactly the other response tokens: 2 x num_views views"
     )
+    mask_embedding_noise: float = key(
+        0.0,
+        "standard deviation, in each component, of Gaussian noise on the embeddings of masks at the first step; embeddings "
+        "of trained models have 0.02 to 0.1; 0: off",
+        low=0.0,
+    )
+    mask_embedding_noise_steps: int = key(0, "steps in which that noise falls linearly to 0", low=0)
     stratified: bool = key(False, "t of the n-th of num_views views falls into the n-th of as many equal slices")
     mask_count: str = key(
         "bernoulli",

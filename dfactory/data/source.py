@@ -23,6 +23,9 @@ from dfactory.data.pack import PackedDocument, Packer, align, block_of, collate
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.types import AlignedDocument, Example, View, ViewBatch
 
+AddColumns = Callable[[ViewBatch, int], ViewBatch]
+"""(micro-batch, its window's number from 0) -> the same with further columns."""
+
 MakeViews = Callable[[AlignedDocument, int], Sequence[View]]
 """(document, visit) -> its views. `visit` counts from 0 how often the document was seen; at weight 1 it is the epoch."""
 
@@ -60,6 +63,7 @@ class RecordSource:
         eos_id: int,
         row_length: int,
         block_phases: Sequence[tuple[int, int]] | None = None,
+        add_columns: AddColumns | None = None,
         packing: bool = True,
         seed: int = 0,
         rank: int = 0,
@@ -68,7 +72,7 @@ class RecordSource:
         accumulation: int = 1,
         max_epochs: float | None = None,
     ):
-        self.examples, self.make_views = examples, make_views
+        self.examples, self.make_views, self.add_columns = examples, make_views, add_columns
         self.eos_id, self.row_length, self.packing = eos_id, row_length, packing
         self._final_block_size = block_size
         self.rank, self.world_size = rank, world_size
@@ -111,7 +115,8 @@ class RecordSource:
         self._windows += 1
         mine = rows[self.rank :: self.world_size]
         micro_batches = (mine[i : i + self.micro_batch_rows] for i in range(0, len(mine), self.micro_batch_rows))
-        return [self._build(batch, block_size) for batch in micro_batches]
+        batches = [self._build(batch, block_size) for batch in micro_batches]
+        return [self.add_columns(batch, self._windows - 1) for batch in batches] if self.add_columns else batches
 
     def visits(self, num_windows: int) -> Iterator[tuple[int, int]]:
         """(document id, visit) of every unit of the first windows of all ranks, found by packing without tokens."""

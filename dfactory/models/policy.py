@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from dfactory.models.attention import AttentionPlan, plan_attention
 from dfactory.models.head import VocabularyHead
-from dfactory.types import TokenScores, ViewBatch
+from dfactory.types import NOISE_TABLE_ROWS, TokenScores, ViewBatch
 
 
 class Policy(nn.Module):
@@ -42,7 +42,7 @@ class Policy(nn.Module):
     def forward(self, batch: ViewBatch) -> TokenScores:
         """log p, entropy and hit of every target of the batch, in the batch's target order."""
         plan = plan_attention(batch.place_RS, self.attn_implementation)
-        hidden_RSH = self.hidden(batch.input_ids_RS, batch.position_ids_RS, plan)
+        hidden_RSH = self.hidden(batch.input_ids_RS, batch.position_ids_RS, plan, noise_RSH=self._noise(batch))
         hidden_NH = hidden_RSH.flatten(0, 1)[batch.target_index_N]
         return self._causal_lm.lm_head(hidden_NH, batch.target_ids_N, self.entropy_temperature)
 
@@ -50,16 +50,38 @@ class Policy(nn.Module):
         """`forward`, after moving the batch to the model's device."""
         return self(batch.to(self.device))
 
-    def hidden(self, input_ids_RS, position_ids_RS, visibility: AttentionPlan, cache=None) -> torch.Tensor:
-        """Final hidden states [R, S, H]. `cache` is a transformers Cache whose keys the plan counts too."""
+    def hidden(
+        self,
+        input_ids_RS,
+        position_ids_RS,
+        visibility: AttentionPlan,
+        cache=None,
+        noise_RSH: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Final hidden states [R, S, H]. `cache` is a transformers Cache whose keys the plan counts too; `noise_RSH` is
+        added to the input embeddings."""
+        inputs = {"input_ids": input_ids_RS}
+        if noise_RSH is not None:
+            inputs = {"inputs_embeds": self._causal_lm.get_input_embeddings()(input_ids_RS) + noise_RSH}
         outputs = self._causal_lm.model(
-            input_ids=input_ids_RS,
+            **inputs,
             position_ids=position_ids_RS,
             visibility=visibility,
             past_key_values=cache,
             use_cache=cache is not None,
         )
         return outputs.last_hidden_state
+
+    def _noise(self, batch: ViewBatch) -> torch.Tensor | None:
+        """The noise on input embeddings that the batch asks for (see views/embedding.py), in the model's precision."""
+        row_RS = batch.columns.get("embedding_noise_row_RS")
+        if row_RS is None:
+            return None
+        generator = torch.Generator().manual_seed(batch.columns["embedding_noise_seed_1"].item())
+        # drawn on the CPU: other devices have other random numbers
+        table_TH = torch.randn(NOISE_TABLE_ROWS, self.config.hidden_size, generator=generator).to(row_RS.device)
+        std_RS1 = torch.where(row_RS >= 0, batch.columns["embedding_noise_std_1"], 0.0)[..., None]
+        return (std_RS1 * table_TH[row_RS.clamp(min=0)]).to(self._causal_lm.dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., V], in the model's precision."""
