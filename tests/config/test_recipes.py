@@ -20,7 +20,7 @@ def test_every_recipe_parses(file):
         ("complementary=true", "complementary true with view_source trace: a transition has no twin"),
         ("stage=dpo", "view_source trace with stage dpo: a pair has no trace"),
         ("edit_share=0.1", "view_source trace with edit_share 0.1"),
-        ("block_size_schedule=[[0,4],[9,16]]", "block_size_schedule with view_source trace"),
+        ("block_size_schedule=[[0,4],[9,16]]", r"block_size_schedule \[\[0, 4\], \[9, 16\]\] with view_source trace"),
         ("trace_stride=0", "trace_stride 0 in .*: it must be at least 1"),
         ("trace_filter=wrong", "trace_filter wrong .* one of correct, all"),
         ("view_source=traces", "view_source traces .* did you mean trace"),
