@@ -40,20 +40,32 @@ from dfactory.models.registry import (
 )
 from dfactory.objectives.cap import CAP
 from dfactory.objectives.dpo import DPO
+from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.objectives.sft import SFT
+from dfactory.rl.source import Feed, RolloutSource
+from dfactory.rl.views import rollout_views
 from dfactory.types import Objective, TrainState
 from dfactory.views import Drafts, EditTargets, GridMask, MaskEmbeddingNoise, RandomMask, TraceViews
 
 
 def train(recipe: Recipe) -> int:
     """Run a recipe to its end. Returns the exit status: 0 done, 75 preempted after a saved checkpoint."""
+    if recipe.stage == "rl":
+        from dfactory.rl.cluster import run  # Ray is an extra
+
+        return run(recipe, learn)
+    return learn(recipe)
+
+
+def learn(recipe: Recipe, feed: Feed | None = None) -> int:
+    """The training loop on one rank. `feed` is where its rollouts come from, in reinforcement learning."""
     preemption = Preemption()
     rank, world_size = distributed.start()
     folder = RunFolder(recipe.output_dir)
     resumed = folder.find_resume(recipe.resume_from_checkpoint, recipe.overwrite_output_dir)
 
     inputs = read_inputs(recipe)
-    records = make_source(recipe, inputs, rank, world_size)
+    records = make_source(recipe, inputs, rank, world_size) if inputs.train is not None else None
     objective = make_objective(recipe, inputs.special)
     probe = make_probe(recipe, inputs)
     num_steps = recipe.max_steps or records.num_windows
@@ -62,7 +74,10 @@ def train(recipe: Recipe) -> int:
     )
     trainer = Trainer(recipe, make_policy(recipe), num_steps, load_universal=universal)
     with_reference = make_reference(recipe, inputs, trainer, num_steps, resuming=resumed is not None)
-    source = with_reference(with_drafts(recipe, inputs.special, records, trainer))
+    if feed is None:
+        source = with_reference(with_drafts(recipe, inputs.special, records, trainer))
+    else:
+        source = make_rollout_source(recipe, inputs, feed, trainer)
 
     state = TrainState()
     if resumed is not None:
@@ -74,10 +89,11 @@ def train(recipe: Recipe) -> int:
 
     with MetricsLog(recipe, folder, num_steps, state.step) if rank == 0 else contextlib.nullcontext() as log:
         if log:
-            log.say(f"{inputs.train.report}")
-            log.say(f"{num_steps} steps of {records.rows_per_window} rows from step {state.step}, into {folder.path}")
+            if records is not None:
+                log.say(f"{inputs.train.report}\n{records.rows_per_window} rows a step")
+            log.say(f"{num_steps} steps from step {state.step}, into {folder.path}")
         while state.step < num_steps and (window := source.next_window()) is not None:
-            metrics = trainer.train_window(window, objective)
+            metrics = trainer.train_window(window, objective) | source.metrics
             state.advance(metrics)
             if log:
                 log.step(state.step, source.epoch, metrics)
@@ -111,7 +127,7 @@ class Inputs:
     special: SpecialIds
     vocab_size: int
     encoder: ChatEncoder | None
-    train: Examples
+    train: Examples | None  # none in reinforcement learning: its controller reads prompts
     held_out: Examples | None
 
 
@@ -142,6 +158,8 @@ def read_inputs(recipe: Recipe) -> Inputs:
         )
 
     held_out = load(recipe.eval_datasets) if recipe.eval_datasets else None
+    if recipe.stage == "rl":
+        return Inputs(special, vocab_size, encoder, None, held_out)
     trained = load(recipe.datasets, recipe.block_size if recipe.view_source == "trace" else None)
     return Inputs(special, vocab_size, encoder, trained, held_out)
 
@@ -235,11 +253,42 @@ def with_drafts(recipe: Recipe, special: SpecialIds, source: Source, trainer: Tr
     return DraftSource(source, trainer.score, rewrites) if rewrites else source
 
 
+def make_rollout_source(recipe: Recipe, inputs: Inputs, feed: Feed, trainer: Trainer) -> Source:
+    """Rollouts as windows. The KL term's reference is the initial model: call this before a checkpoint is loaded."""
+    reference = None
+    if recipe.kl_coef:
+        reference = adapter_off(trainer) if recipe.use_peft else frozen_copy(recipe, load_initial(recipe))
+    return RolloutSource(
+        feed,
+        trainer.weights,
+        trainer.score,
+        rollout_views(recipe, make_views(recipe, inputs)),
+        reference=reference,
+        block_size=recipe.block_size,
+        row_length=recipe.row_length or recipe.longest_record,
+        rank=trainer.rank,
+        world_size=trainer.world_size,
+        micro_batch_rows=recipe.per_device_train_batch_size,
+        num_iterations=recipe.num_iterations,
+    )
+
+
 def make_objective(recipe: Recipe, special: SpecialIds) -> Objective:
     editing_mask = special.mask if recipe.edits else None
     makers = {
         "sft": lambda: SFT(recipe.loss_weight, editing_mask),
         "cpt": lambda: SFT(recipe.loss_weight, editing_mask),
+        "rl": lambda: PolicyGradient(
+            level="sequence" if recipe.policy_loss == "ebpo" else "token",
+            normaliser=recipe.ratio_normalisation,
+            epsilon=recipe.epsilon,
+            epsilon_high=recipe.epsilon if recipe.epsilon_high is None else recipe.epsilon_high,
+            clip=recipe.ratio_clip,
+            aggregation=recipe.loss_aggregation,
+            max_new_tokens=recipe.decode.max_new_tokens,
+            kl_coef=recipe.kl_coef,
+            kl_estimator=recipe.kl_estimator,
+        ),
         "cap": lambda: CAP(recipe.loss_weight, recipe.confidence_beta, editing_mask),
         "dpo": lambda: DPO(
             recipe.beta, recipe.loss_type, recipe.label_smoothing, recipe.length_normalize, recipe.sft_loss_coef
@@ -303,12 +352,5 @@ def make_policy(recipe: Recipe) -> Policy:
     policy = load_initial(recipe)
     policy.entropy_temperature = recipe.entropy_temperature
     if recipe.use_peft:
-        add_adapters(
-            policy,
-            r=recipe.lora_r,
-            alpha=recipe.lora_alpha,
-            dropout=recipe.lora_dropout,
-            target_modules=recipe.lora_target_modules,
-            seed=recipe.seed,
-        )
+        add_adapters(policy, **recipe.lora_options, seed=recipe.seed)
     return policy

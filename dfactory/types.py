@@ -255,6 +255,13 @@ class Rollout:
     def tokens_per_forward(self) -> float:
         return len(self.output_ids) / max(self.forwards, 1)
 
+    @property
+    def step_in_block(self) -> np.ndarray:
+        """`commit_step` counted from the first forward of each token's block; int64, as long as `token_ids`."""
+        prompt = len(self.prompt_ids)
+        block = (prompt + np.arange(len(self.token_ids))) // self.block_size - prompt // self.block_size
+        return np.array(self.commit_step) - (np.cumsum(self.block_forwards) - self.block_forwards)[block]
+
 
 @dataclasses.dataclass
 class TrainState:

@@ -72,6 +72,12 @@ def _resolve_paths(layer: DictConfig, base: Path) -> None:
     model = layer.get("model_name_or_path")
     if isinstance(model, str) and (base / model).is_dir():
         layer["model_name_or_path"] = absolute(model)
+    rewards = layer.get("reward_funcs")
+    for index, entry in enumerate(rewards if isinstance(rewards, ListConfig) else []):  # `file.py:function`
+        if isinstance(entry, str) and ".py:" in entry:
+            rewards[index] = absolute(entry)
+        elif isinstance(entry, DictConfig) and ".py:" in str(entry.get("name")):
+            entry["name"] = absolute(entry["name"])
     for name in ("datasets", "eval_datasets"):
         entries = layer.get(name)
         if isinstance(entries, ListConfig):
@@ -191,6 +197,7 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
         "init_weights random with use_peft: the base that the adapters belong to would be lost; train it first",
     )
     _check_preferences(recipe, rule)
+    _check_rl(recipe, rule)
     _check_editing(recipe, rule)
     _check_traces(recipe, rule)
     rule(bool(recipe.datasets), "datasets is empty: name at least one file")
@@ -335,3 +342,40 @@ def _check_traces(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
         recipe.block_size_schedule is None,
         "block_size_schedule with view_source trace: a trace has the block size that it was decoded with; set it to null",
     )
+
+
+def _check_rl(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
+    """Rules between the keys of reinforcement learning."""
+    if recipe.stage != "rl":
+        return
+    rule(bool(recipe.reward_funcs), "reward_funcs is empty with stage rl: name at least one, such as exact_match")
+    rule(recipe.max_steps is not None, "max_steps null with stage rl: rollouts never end; say how many steps")
+    rule(
+        recipe.decode.temperature > 0,
+        "decode.temperature 0 with stage rl: all rollouts of a prompt would be the same; use 1.0",
+    )
+    rule(
+        recipe.decode.acceptance == "top",
+        f"decode.acceptance {recipe.decode.acceptance} with stage rl starves rare tokens and biases the ratio; use top",
+    )
+    rule(
+        recipe.policy_loss != "trace" or recipe.decode.editing_threshold is None,
+        f"decode.editing_threshold {recipe.decode.editing_threshold} with policy_loss trace: the likelihood of edits is not "
+        "computed; set it to null, or use ebpo",
+    )
+    rule(
+        recipe.decode.top_p is None and recipe.decode.top_k is None and recipe.decode.temperature == 1,
+        "decode.temperature, top_k or top_p other than 1.0, null, null with stage rl: the learner's likelihood is that of "
+        "the unprocessed distribution",
+    )
+    rule(recipe.decode.block_size in (None, recipe.block_size), "decode.block_size with stage rl: it is block_size")
+    rule(
+        recipe.decode.max_new_tokens < recipe.max_length,
+        f"decode.max_new_tokens {recipe.decode.max_new_tokens} leaves no room for a prompt in max_length "
+        f"{recipe.max_length}",
+    )
+    rule(
+        recipe.expert_parallel_size == 1,
+        f"expert_parallel_size {recipe.expert_parallel_size} with stage rl is not supported: its tensors have other names",
+    )
+    rule(not recipe.edits, "edit_share or num_turns with stage rl: rollouts are trained on as they were decoded")

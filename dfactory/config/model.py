@@ -37,3 +37,13 @@ class ModelKeys:
         None, "DeepSpeed JSON, by path (relative to the recipe); null: ZeRO 1 in bfloat16, ZeRO 0 in float32"
     )
     deepspeed_overrides: dict[str, Any] = key({}, "DeepSpeed keys laid over that file")
+
+    @property
+    def lora_options(self) -> dict[str, Any]:
+        """The adapters' shape, as `models.registry.add_adapters` takes it."""
+        return {
+            "r": self.lora_r,
+            "alpha": self.lora_alpha,
+            "dropout": self.lora_dropout,
+            "target_modules": self.lora_target_modules,
+        }

@@ -5,7 +5,7 @@ from typing import Optional
 
 from dfactory.config.keys import key
 
-STAGES = ("sft", "cpt", "cap", "dpo")
+STAGES = ("sft", "cpt", "cap", "dpo", "rl")
 PAIRED_STAGES = ("dpo",)  # those whose record is a pair of documents
 PLAIN_STAGES = ("sft", "cpt", "cap")  # those that train on records as they are, without a second model or own samples
 

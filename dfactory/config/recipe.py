@@ -9,11 +9,12 @@ from dfactory.config.keys import key
 from dfactory.config.model import ModelKeys
 from dfactory.config.noise import NoiseKeys
 from dfactory.config.objective import PAIRED_STAGES, ObjectiveKeys
+from dfactory.config.rl import RLKeys
 from dfactory.config.training import TrainingKeys
 
 
 @dataclass
-class Recipe(TrainingKeys, ObjectiveKeys, EditingKeys, NoiseKeys, DataKeys, ModelKeys):
+class Recipe(TrainingKeys, RLKeys, ObjectiveKeys, EditingKeys, NoiseKeys, DataKeys, ModelKeys):
     decode: DecodeKeys = key(DecodeKeys, "how prompts are decoded during training")
 
     @property

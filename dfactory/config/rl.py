@@ -63,7 +63,7 @@ class RLKeys:
         "advantage's sign (unconditional)",
         choices=("ppo", "unconditional"),
     )
-    loss_type: str = key(
+    loss_aggregation: str = key(
         "grpo",
         "token-level losses: mean by response, then over responses (grpo); over tokens (dapo); over a constant (dr_grpo)",
         choices=("grpo", "dapo", "dr_grpo"),
@@ -80,7 +80,9 @@ class RLKeys:
         "a group whose rewards are all equal teaches nothing: leave it out of the step, or take another prompt",
         choices=("drop", "resample"),
     )
-    max_steps_without_signal: int = key(10, "stop when no group of so many steps had a signal", low=1)
+    max_steps_without_signal: int = key(
+        10, "stop when no group had a signal, among as many as so many steps take", low=1
+    )
     max_staleness: int = key(
         0, "policy versions that a rollout may lie behind the step that trains on it; 0: synchronous", low=0
     )

@@ -84,6 +84,7 @@ class RecordSource:
         self.phases = [Phase(n, size, self._costs(num_views, size)) for n, size in block_phases or [(0, block_size)]]
         self._stream = self._new_stream()
         self._windows = 0
+        self.metrics: dict[str, float] = {}
 
     @property
     def rows_per_window(self) -> int:

@@ -4,7 +4,6 @@ A checkpoint is written into a hidden partial directory, synced, renamed, and on
 many ranks as before restores DeepSpeed's shards as they are; on another number they go through its universal format.
 """
 
-import contextlib
 import dataclasses
 import json
 import shutil
@@ -12,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch.distributed as dist
 
 from dfactory.data.chat import read_chat_template
@@ -37,7 +35,7 @@ def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | Non
     save_policy(
         trainer.policy,
         partial,
-        gathered=_gatherer(trainer),
+        gathered=trainer.gathered,
         whole_layer=WholeLayers(trainer.policy, keep=trainer.rank == 0),
         write=trainer.rank == 0,
         block_size=trainer.recipe.block_size,
@@ -125,9 +123,3 @@ def _repair_universal(trainer: Trainer, hyperparameters: list[dict]) -> None:
     for state in optimizer.state.values():
         if hasattr(state.get("step"), "clone"):
             state["step"] = state["step"].clone()
-
-
-def _gatherer(trainer: Trainer):
-    if trainer.zero_stage < 3:
-        return lambda parameters: contextlib.nullcontext()
-    return lambda parameters: deepspeed.zero.GatheredParameters(parameters)

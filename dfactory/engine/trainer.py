@@ -4,8 +4,10 @@ DeepSpeed owns sharding, precision, clipping, the optimiser and its schedule. Wh
 gets a scalar a micro-batch, already divided by the window's counts (see window.py).
 """
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from dfactory.engine.window import MeanTracker, Measure, Objective, Source, micr
 from dfactory.errors import ConfigError
 from dfactory.models.policy import Policy
 from dfactory.models.registry import family_of
+from dfactory.models.saving import layer_groups
 from dfactory.types import Mean, TokenScores, ViewBatch
 
 
@@ -177,6 +180,21 @@ class Trainer:
         scores = self.engine(batch.to(self.device))
         self.engine.train()
         return scores
+
+    def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
+        """A context in which these parameters are whole on this rank; under ZeRO-3 all ranks have to enter it."""
+        return deepspeed.zero.GatheredParameters(parameters) if self.zero_stage == 3 else contextlib.nullcontext()
+
+    def weights(self) -> Iterator[dict[str, torch.Tensor]]:
+        """What training changes, by its names in `policy.model`, a layer at a time: of LoRA the adapters only.
+
+        All ranks have to run through it together. A yielded tensor holds until the next one is asked for.
+        """
+        trainable = {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
+        groups = [list(trainable.items())] if self.recipe.use_peft else layer_groups(self.policy.model)
+        for group in groups:
+            with self.gathered([tensor for _, tensor in group if isinstance(tensor, nn.Parameter)]):
+                yield {name: tensor.detach() for name, tensor in group}
 
     def _plain_grad_norm(self) -> torch.Tensor | float:
         """DeepSpeed tells the norm of sharded gradients only; plain ones are averaged over the ranks by now."""

@@ -27,6 +27,10 @@ class Source(Protocol):
     @property
     def epoch(self) -> float: ...
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the source itself has to tell about its last window; logged beside the loss."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -45,6 +49,10 @@ class MappedSource(Source):
     @property
     def epoch(self) -> float:
         return self.source.epoch
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.source.metrics
 
     def state_dict(self) -> dict[str, Any]:
         return self.source.state_dict()

@@ -35,7 +35,7 @@ class PolicyGradient(Objective):
     epsilon: float = 0.2
     epsilon_high: float = 0.2
     clip: str = "ppo"  # ppo | unconditional
-    loss_type: str = "grpo"  # of tokens: grpo | dapo | dr_grpo
+    aggregation: str = "grpo"  # of tokens: grpo | dapo | dr_grpo
     max_new_tokens: int = 1  # the constant of dr_grpo
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
@@ -53,10 +53,10 @@ class PolicyGradient(Objective):
         tokens = float((batch.columns["share_D"] * batch.response_length_D).sum())
         if self.clip == "unconditional":
             policy = float(self._clipped_weight(self._log_ratio(batch, scores)).sum())
-        elif self.level == "sequence" or self.loss_type == "grpo":
+        elif self.level == "sequence" or self.aggregation == "grpo":
             policy = rollouts
         else:
-            policy = tokens if self.loss_type == "dapo" else rollouts * self.max_new_tokens
+            policy = tokens if self.aggregation == "dapo" else rollouts * self.max_new_tokens
         return {"policy": policy} | ({"kl": tokens} if self.kl_coef else {})
 
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
@@ -112,7 +112,7 @@ class PolicyGradient(Objective):
         return torch.zeros(len(rollout_U), device=value_D.device).index_copy(0, index_D, value_D.float())
 
     def _token_weight(self, batch: ViewBatch) -> torch.Tensor:
-        if self.loss_type != "grpo":
+        if self.aggregation != "grpo":
             return batch.elbo_weight_N
         return batch.elbo_weight_N / batch.response_length_D[batch.document_N]
 

@@ -24,6 +24,11 @@ def view_positions(document: AlignedDocument) -> np.ndarray:
     return np.flatnonzero(np.repeat(blocks, document.block_size)).astype(np.int32)
 
 
+def response_blocks(document: AlignedDocument) -> int:
+    """How many blocks hold a response token."""
+    return int(document.trainable_T.reshape(-1, document.block_size).any(axis=1).sum())
+
+
 def masked_view(
     document: AlignedDocument,
     position_P: np.ndarray,

@@ -17,7 +17,7 @@ OBJECTIVES = {
     "sequence": PolicyGradient(level="sequence", normaliser="mean", epsilon=0.05, epsilon_high=0.05),
     "sum": PolicyGradient(level="sequence", normaliser="sum", epsilon=10.0, epsilon_high=10.0, kl_coef=0.1),
     "unconditional": PolicyGradient(level="sequence", normaliser="block", clip="unconditional", epsilon=0.5),
-    "tokens": PolicyGradient(level="token", loss_type="grpo", kl_coef=0.1, kl_estimator="k2"),
+    "tokens": PolicyGradient(level="token", aggregation="grpo", kl_coef=0.1, kl_estimator="k2"),
 }
 
 

@@ -1,0 +1,185 @@
+"""Start or join a Ray cluster, place the processes, run the learners to their end, and leave nothing behind.
+
+A local cluster listens on 127.0.0.1 only. Inside of a Ray job, or with RAY_ADDRESS set, the existing cluster is joined.
+"""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import ray
+import torch
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from dfactory.config.recipe import Recipe
+from dfactory.errors import DFactoryError, RolloutError
+from dfactory.rl.actors import LearnerActor, RolloutActor
+from dfactory.rl.controller import Controller
+from dfactory.rl.rollouts import RolloutBatch
+from dfactory.rl.weights import put_weights
+
+Learn = Callable[[Recipe, "ControllerFeed"], int]
+"""The training loop on one rank, with its batch source on the feed. Returns the exit status."""
+
+
+def run(recipe: Recipe, learn: Learn) -> int:
+    """Run a recipe of stage rl: the exit status of its learners, or an error that names what failed."""
+    own = _join()
+    group = None
+    try:
+        group = _place(recipe)
+        controller = _start_controller(recipe, group)
+        return _run_learners(recipe, learn, controller, group)
+    finally:
+        if group is not None:
+            remove_placement_group(group)
+        if own:
+            ray.shutdown()
+
+
+def _join() -> bool:
+    """Connect; True where the cluster is our own and has to be shut down."""
+    if ray.is_initialized():
+        return False
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", log_to_driver=True)
+        return True
+    ray.init(
+        num_cpus=os.cpu_count(),
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        log_to_driver=True,
+        logging_level="warning",
+    )
+    return True
+
+
+def _bundle() -> dict[str, float]:
+    """What one process with a model asks for: a GPU where the cluster has any, else a core."""
+    return {"CPU": 1.0, "GPU": 1.0} if ray.cluster_resources().get("GPU") else {"CPU": 1.0}
+
+
+def _place(recipe: Recipe) -> PlacementGroup:
+    """A bundle for every learner, then one for every rollout actor. Raises RolloutError with demand and supply."""
+    count = recipe.num_learners + recipe.num_rollout_workers
+    group = placement_group([_bundle()] * count, strategy="PACK")
+    try:
+        ray.get(group.ready(), timeout=recipe.cluster_timeout_s)
+    except GetTimeoutError:
+        remove_placement_group(group)
+        demand = Counter()
+        for _ in range(count):
+            demand.update(_bundle())
+        kinds = ("CPU", "GPU")
+        supply = {kind: ray.cluster_resources().get(kind, 0.0) for kind in kinds}
+        free = {kind: ray.available_resources().get(kind, 0.0) for kind in kinds}
+        raise RolloutError(
+            f"the cluster could not place num_learners {recipe.num_learners} + num_rollout_workers "
+            f"{recipe.num_rollout_workers} within {recipe.cluster_timeout_s:.0f} s: they need {dict(demand)}, the cluster "
+            f"has {supply}, free now {free}: lower their number, add nodes, or raise cluster_timeout_s"
+        ) from None
+    return group
+
+
+def _options(group: PlacementGroup, index: int, threads: int) -> dict:
+    bundle = _bundle()
+    return {
+        "num_cpus": bundle["CPU"],
+        "num_gpus": bundle.get("GPU", 0),
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+    }
+
+
+def _threads(recipe: Recipe) -> int:
+    """Threads of a process with a model: the node's cores shared out."""
+    processes = recipe.num_learners + recipe.num_rollout_workers
+    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, (os.cpu_count() or 1) // processes)
+
+
+def _start_controller(recipe: Recipe, group: PlacementGroup):
+    first, threads = recipe.num_learners, _threads(recipe)
+
+    def make_rollout_actor(index: int):
+        return ray.remote(RolloutActor).options(**_options(group, first + index, threads)).remote(recipe)
+
+    # Beside the driver: it writes into the run folder.
+    return ray.remote(Controller).options(num_cpus=0, max_concurrency=1000).remote(recipe, make_rollout_actor)
+
+
+def _run_learners(recipe: Recipe, learn: Learn, controller, group: PlacementGroup) -> int:
+    threads, size = _threads(recipe), recipe.num_learners
+    learners = [
+        ray.remote(LearnerActor).options(**_options(group, rank, threads)).remote(rank, size, 0) for rank in range(size)
+    ]
+    address = ray.get(learners[0].address.remote(), timeout=recipe.cluster_timeout_s)
+    feed = ControllerFeed(controller, recipe)
+    waiting = {learner.run.remote(recipe, learn, address, feed): rank for rank, learner in enumerate(learners)}
+    statuses = []
+    try:
+        while waiting:
+            done, _ = ray.wait(list(waiting), num_returns=1)
+            rank = waiting.pop(done[0])
+            statuses.append(_result(done[0], rank, recipe))
+    finally:
+        for actor in (*learners, controller):
+            ray.kill(actor)
+    return max(statuses)
+
+
+def _result(reference, rank: int, recipe: Recipe) -> int:
+    """Exit status of a learner. Raises RolloutError, with the last checkpoint named, for one that was lost or failed."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as problem:
+        cause = problem.cause
+        if isinstance(cause, DFactoryError):
+            raise type(cause)(f"learner rank {rank}: {cause}; {_last_checkpoint(recipe)}") from problem
+        raise RolloutError(f"learner rank {rank} failed: {problem}; {_last_checkpoint(recipe)}") from problem
+    except (RayActorError, ActorDiedError) as problem:
+        raise RolloutError(
+            f"learner rank {rank} was lost ({type(problem).__name__}); {_last_checkpoint(recipe)}"
+        ) from problem
+
+
+def _last_checkpoint(recipe: Recipe) -> str:
+    latest = Path(recipe.output_dir) / "LATEST"
+    if not latest.is_file():
+        return "no checkpoint had been saved"
+    return (
+        f"the last checkpoint is {latest.parent / latest.read_text().strip()}: go on with resume_from_checkpoint=true"
+    )
+
+
+class ControllerFeed:
+    """The controller as a learner sees it: plain calls that wait, and name what they waited for."""
+
+    def __init__(self, controller, recipe: Recipe):
+        self.controller = controller
+        attempts = recipe.max_rollout_attempts + 1
+        self.timeout_s = attempts * (recipe.rollout_timeout_s + recipe.reward_timeout_s) * 4 + recipe.cluster_timeout_s
+
+    def publish(self, version: int, groups: Iterable[dict[str, torch.Tensor]]) -> dict[str, float]:
+        started = time.perf_counter()
+        weights = put_weights(version, groups)
+        self._wait(self.controller.publish.remote(weights), f"the controller to take weights of version {version}")
+        return {"seconds/sync": time.perf_counter() - started, "sync_bytes": float(weights.nbytes)}
+
+    def next_batch(self, version: int, next_group: int) -> RolloutBatch:
+        return self._wait(self.controller.next_batch.remote(version, next_group), f"the rollouts of step {version + 1}")
+
+    def _wait(self, reference, what: str):
+        try:
+            return ray.get(reference, timeout=self.timeout_s)
+        except GetTimeoutError:
+            raise RolloutError(f"waited {self.timeout_s:.0f} s for {what}: see the log of the controller") from None
+        except RayTaskError as problem:
+            if isinstance(problem.cause, DFactoryError):
+                raise problem.cause from problem
+            raise
+        except RayActorError as problem:
+            raise RolloutError(f"the controller was lost while waiting for {what}: {problem}") from problem

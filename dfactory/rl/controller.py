@@ -1,0 +1,238 @@
+"""The controller: which groups are decoded when, by whom and with which weights, and what becomes of a group that fails.
+
+Groups of G rollouts are numbered in the order of the prompts. A step trains on the next `prompts_per_step` groups with a
+signal. A group may be submitted when the step that will train on it is at most `max_staleness` versions ahead of the
+weights that there are:
+
+    steps handed out + groups outstanding // prompts_per_step  <=  version + max_staleness
+
+With max_staleness 0 that is synchronous training: nothing is decoded until the new weights are there. Groups are consumed
+in the order of their numbers, so in that mode a run, and its resumption, decode exactly the same.
+
+A group is answered once: its number is the key. A rollout actor that dies, or does not answer in time, is killed and
+replaced, and its groups go back to the front of the queue; what the old one might still say is never heard.
+"""
+
+import asyncio
+import collections
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from dfactory.config.recipe import Recipe
+from dfactory.errors import RolloutError
+from dfactory.rl.advantage import group_advantages
+from dfactory.rl.metrics import batch_metrics
+from dfactory.rl.prompts import PromptStream
+from dfactory.rl.rollouts import DecodedGroup, GroupCall, RolloutBatch
+from dfactory.rl.scoring import ScoredGroup, Scorer
+from dfactory.rl.weights import WeightSet
+
+
+class Controller:
+    """An asynchronous Ray actor; every learner rank calls `next_batch`, rank 0 also `publish`.
+
+    `make_actor` starts a rollout actor (in its bundle of the placement group).
+    """
+
+    def __init__(self, recipe: Recipe, make_actor: Callable[[int], Any]):
+        self.recipe = recipe
+        self.prompts = PromptStream(recipe)
+        self.scorer = Scorer(recipe, self.prompts)
+        self.workers = [RolloutWorker(self, index, make_actor) for index in range(recipe.num_rollout_workers)]
+        self.waiting: collections.deque[_Group] = collections.deque()  # submitted, not with a worker
+        self.groups: collections.deque[_Group] = collections.deque()  # submitted, not consumed, by number
+        self.weights: WeightSet | None = None
+        self.handed_out = 0
+        self.next_group = 0
+        self.batches: dict[int, asyncio.Future] = {}
+        self.restarts = 0
+        self.changed = asyncio.Event()
+        self.failure: BaseException | None = None
+
+    async def publish(self, weights: WeightSet) -> None:
+        """Make these the weights of all decoding that begins from now on."""
+        self.weights = weights
+        self._submit()
+
+    async def next_batch(self, version: int, next_group: int) -> RolloutBatch:
+        """The rollouts of the step that makes version + 1. All ranks ask; they get one answer."""
+        if version not in self.batches:
+            for done in [other for other in self.batches if other < version]:
+                del self.batches[done]
+            self.batches[version] = asyncio.ensure_future(self._collect(version, next_group))
+        return await asyncio.shield(self.batches[version])
+
+    async def faults(self) -> dict[str, int]:
+        return {"rollout_restarts": self.restarts, **self.scorer.outcomes()}
+
+    async def worker_pids(self) -> list[int]:
+        return [await worker.actor.pid.remote() for worker in self.workers if worker.actor is not None]
+
+    # --- groups ------------------------------------------------------------------------------------------------------
+
+    async def _collect(self, version: int, next_group: int) -> RolloutBatch:
+        started = time.perf_counter()
+        if not self.groups and next_group != self.next_group:
+            self.next_group = next_group  # a resumed run goes on where its checkpoint stood
+        self.handed_out = version
+        self._submit()
+        used: list[ScoredGroup] = []
+        seen: list[ScoredGroup] = []
+        while len(used) < self.recipe.prompts_per_step or not any(group.has_signal for group in used):
+            scored = await self._finished(self.groups[0])
+            self.groups.popleft()
+            seen.append(scored)
+            if scored.has_signal or self.recipe.zero_signal == "drop":
+                used.append(scored)
+            self._refuse_barren(seen)
+            goes_on = not any(group.has_signal for group in used)
+            self._submit(collected=min(len(used), self.recipe.prompts_per_step - goes_on))
+        self.handed_out = version + 1
+        metrics = batch_metrics(seen, version) | {
+            "seconds/rollout_wait": time.perf_counter() - started,
+            "rollout_restarts": float(self.restarts),
+        }
+        self.scorer.write_samples(version, seen)
+        rollouts = [rollout for scored in used if scored.has_signal for rollout in scored.rollouts()]
+        self._submit()
+        return RolloutBatch(rollouts, seen[-1].number + 1, metrics)
+
+    def _submit(self, collected: int = 0) -> None:
+        if self.weights is None:
+            return
+        size = self.recipe.prompts_per_step
+        while (
+            self.handed_out + (collected + len(self.groups)) // size <= self.weights.version + self.recipe.max_staleness
+        ):
+            group = _Group(self.prompts.call(self.next_group))
+            self.next_group += 1
+            self.groups.append(group)
+            self.waiting.append(group)
+        for worker in self.workers:
+            worker.wake()
+
+    async def _finished(self, group: "_Group") -> ScoredGroup:
+        limit = (
+            self.recipe.rollout_timeout_s * (self.recipe.max_rollout_attempts + 1) + self.recipe.reward_timeout_s * 4
+        )
+        try:
+            return await asyncio.wait_for(asyncio.shield(group.done), limit)
+        except TimeoutError:
+            raise RolloutError(
+                f"no rollouts of {group.call.number} ({self.prompts.origin(group.call.number)}) after {limit:.0f} s: "
+                "are the rollout actors alive? rollout_timeout_s bounds one decoding call"
+            ) from None
+
+    def _refuse_barren(self, seen: list[ScoredGroup]) -> None:
+        """Raises RolloutError when as many groups as max_steps_without_signal steps have had no signal."""
+        limit = self.recipe.max_steps_without_signal * self.recipe.prompts_per_step
+        if len(seen) < limit or any(group.has_signal for group in seen):
+            return
+        rewards = [reward for group in seen for reward in group.rewards if reward is not None]
+        self.scorer.write_samples(self.handed_out, seen)
+        raise RolloutError(
+            f"no group of {len(seen)} had a signal: all {self.recipe.num_generations} rewards of every group were equal "
+            f"(mean {statistics.fmean(rewards) if rewards else float('nan'):.3f}); reward outcomes "
+            f"{self.scorer.outcomes()}; check the reward on the completions in {self.scorer.samples_path}, or raise "
+            "decode.temperature or num_generations"
+        )
+
+    def take(self, most: int) -> list["_Group"]:
+        """Waiting groups for a free worker, the oldest first: an even share for each worker."""
+        share = max(1, -(-len(self.waiting) // len(self.workers)))
+        return [self.waiting.popleft() for _ in range(min(most, share, len(self.waiting)))]
+
+    def give_back(self, groups: list["_Group"], reason: str) -> None:
+        """Groups whose worker failed go first again, unless they were tried too often."""
+        for group in reversed(groups):
+            group.attempts += 1
+            if group.attempts >= self.recipe.max_rollout_attempts:
+                group.fail(
+                    RolloutError(
+                        f"group {group.call.number} ({self.prompts.origin(group.call.number)}) failed "
+                        f"{group.attempts} times, the last time because {reason}"
+                    )
+                )
+            else:
+                self.waiting.appendleft(group)
+
+    async def score(self, group: "_Group", decoded: DecodedGroup) -> None:
+        """Reward and advantages of a decoded group. An exception ends the run: rewards count their own failures."""
+        try:
+            outcome = await self.scorer.score(decoded)
+            advantages = group_advantages(
+                outcome.rewards, baseline=self.recipe.advantage_baseline, scale=self.recipe.scale_rewards
+            )
+            group.finish(outcome.with_advantages(advantages))
+        except Exception as problem:  # handed to whoever waits for the group
+            group.fail(problem)
+
+
+class _Group:
+    """A group from its submission to its consumption."""
+
+    def __init__(self, call: GroupCall):
+        self.call = call
+        self.attempts = 0
+        self.scoring: asyncio.Future | None = None  # held, or the loop might drop it
+        self.done: asyncio.Future = asyncio.get_running_loop().create_future()
+
+    def finish(self, scored: ScoredGroup) -> None:
+        if not self.done.done():
+            self.done.set_result(scored)
+
+    def fail(self, problem: BaseException) -> None:
+        if not self.done.done():
+            self.done.set_exception(problem)
+
+
+class RolloutWorker:
+    """Feeds one rollout actor, and replaces it when it fails."""
+
+    def __init__(self, controller: Controller, index: int, make_actor: Callable[[int], Any]):
+        self.controller, self.index, self.make_actor = controller, index, make_actor
+        self.actor = None
+        self.version = -1
+        self.event = asyncio.Event()
+        self.task = asyncio.ensure_future(self._serve())
+
+    def wake(self) -> None:
+        self.event.set()
+
+    async def _serve(self) -> None:
+        while True:
+            await self.event.wait()
+            self.event.clear()
+            while self.controller.weights is not None and (groups := self.controller.take(most=64)):
+                await self._decode(groups)
+
+    async def _decode(self, groups: list[_Group]) -> None:
+        recipe = self.controller.recipe
+        try:
+            if self.actor is None:
+                self.actor, self.version = self.make_actor(self.index), -1
+                await asyncio.wait_for(self.actor.pid.remote(), recipe.cluster_timeout_s)  # it reads its weights first
+            weights = self.controller.weights
+            if weights.version != self.version:
+                await asyncio.wait_for(self.actor.set_weights.remote(weights), recipe.rollout_timeout_s)
+                self.version = weights.version
+            calls = [group.call for group in groups]
+            decoded = await asyncio.wait_for(self.actor.generate.remote(calls), recipe.rollout_timeout_s)
+        except RayTaskError as problem:  # the code raised: it would again
+            for group in groups:
+                group.fail(problem)
+        except (RayActorError, TimeoutError) as problem:
+            reason = "the rollout actor died" if isinstance(problem, RayActorError) else "the rollout actor hung"
+            print(f"rollout actor {self.index}: {reason}; restarting it", flush=True)
+            ray.kill(self.actor)
+            self.actor = None
+            self.controller.restarts += 1
+            self.controller.give_back(groups, reason)
+        else:
+            for group, result in zip(groups, decoded, strict=True):
+                group.scoring = asyncio.ensure_future(self.controller.score(group, result))

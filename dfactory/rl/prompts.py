@@ -1,0 +1,68 @@
+"""The endless stream of prompts: group n is answered to prompt n of a shuffled order that begins anew every epoch."""
+
+from dfactory.config.recipe import Recipe
+from dfactory.data.chat import ChatEncoder, read_chat_template, special_ids
+from dfactory.data.prompts import Row, encode_prompt, prompt_messages, read_rows
+from dfactory.data.source import EpochOrder
+from dfactory.errors import DataError
+from dfactory.models.registry import read_config, read_tokenizer, resolve_model_dir
+from dfactory.rl.rollouts import GroupCall
+
+GROUP_BITS = 16  # of a rollout's noise id: its index within the group
+
+
+class PromptStream:
+    """Prompts by group number. Raises DataError with file:line for a row that cannot be answered or is too long."""
+
+    def __init__(self, recipe: Recipe):
+        model_dir = resolve_model_dir(recipe.model_name_or_path)
+        self.tokenizer = read_tokenizer(model_dir)
+        template = read_chat_template(recipe.chat_template_path)
+        vocab_size = read_config(model_dir).vocab_size
+        self.special = special_ids(self.tokenizer, recipe.mask_token_id, recipe.eos_token_id, vocab_size, template)
+        encoder = ChatEncoder(self.tokenizer, template, self.special) if self.tokenizer is not None else None
+        self.rows: list[Row] = []
+        weights: list[float] = []
+        for entry in recipe.datasets:
+            rows = read_rows(entry.path)
+            self.rows += rows
+            weights += [entry.weight] * len(rows)
+        self.prompt_ids = [encode_prompt(row, encoder) for row in self.rows]
+        self._refuse_long_prompts(recipe.max_length - recipe.decode.max_new_tokens)
+        self._order = EpochOrder(weights, recipe.seed)
+        self._num_generations = recipe.num_generations
+
+    def call(self, group: int) -> GroupCall:
+        noise = [group << GROUP_BITS | index for index in range(self._num_generations)]
+        return GroupCall(group, self.prompt_ids[self._index(group)], noise)
+
+    def row(self, group: int) -> Row:
+        return self.rows[self._index(group)]
+
+    def origin(self, group: int) -> str:
+        return self.row(group).origin
+
+    def text(self, output_ids: list[int]) -> str:
+        """A response as rewards read it: up to EOS, special tokens left out."""
+        end = -1 if output_ids and output_ids[-1] == self.special.eos else None
+        return self.tokenizer.decode(output_ids[:end], skip_special_tokens=True)
+
+    def prompt(self, group: int) -> str | list[dict]:
+        """As TRL hands it to rewards: messages, or text."""
+        row = self.row(group)
+        messages = prompt_messages(row)
+        return messages if messages is not None else str(row.fields.get("prompt", ""))
+
+    def _index(self, group: int) -> int:
+        epoch = 0
+        while group >= len(visits := self._order.visits(epoch)[0]):
+            group, epoch = group - len(visits), epoch + 1
+        return int(visits[group])
+
+    def _refuse_long_prompts(self, room: int) -> None:
+        for row, ids in zip(self.rows, self.prompt_ids, strict=True):
+            if len(ids) > room:
+                raise DataError(
+                    f"{row.origin}: the prompt has {len(ids)} tokens, max_length less decode.max_new_tokens leaves {room}: "
+                    "raise max_length or leave the prompt out"
+                )

@@ -1,0 +1,156 @@
+"""RolloutSource: the batch source of reinforcement learning. The training loop cannot tell it from one that reads records.
+
+`next_window` does, on every learner rank alike:
+
+    1. publish the weights of this policy version (all ranks gather, rank 0 puts)
+    2. ask the controller for the scored rollouts of this step; all ranks get the same ones
+    3. documents, views, rows; each rank takes its share of the rows
+    4. score them as the policy is now: the old log-probabilities, on the very views that are trained on; and as the
+       reference is, where there is a KL term
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from dfactory.data.pack import PackedDocument, collate, pack_rows
+from dfactory.rl.rollouts import RolloutBatch, ScoredRollout
+from dfactory.rl.views import RolloutViews
+from dfactory.types import AlignedDocument, TokenScores, ViewBatch
+from dfactory.views import response_blocks
+
+Score = Callable[[ViewBatch], TokenScores]
+
+
+class Feed(Protocol):
+    """The controller, as a learner sees it."""
+
+    def publish(self, version: int, groups: Iterable[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Make a version of the weights the rollout actors' next one; times and bytes. Only rank 0 calls it."""
+
+    def next_batch(self, version: int, next_group: int) -> RolloutBatch: ...
+
+
+class RolloutSource:
+    """Windows of micro-batches from rollouts.
+
+    Two callables come from the engine. `weights` yields the groups of named tensors to publish; every rank has to run
+    through it, because sharded parameters are gathered by all. `score` is the policy in training, without gradient;
+    `reference` the same of the reference, None without a KL term. `num_iterations` windows are made of the same rollouts,
+    with the same views.
+    """
+
+    def __init__(
+        self,
+        feed: Feed,
+        weights: Callable[[], Iterable[dict[str, torch.Tensor]]],
+        score: Score,
+        make_views: RolloutViews,
+        *,
+        block_size: int,
+        row_length: int,
+        rank: int,
+        world_size: int,
+        micro_batch_rows: int,
+        num_iterations: int = 1,
+        reference: Score | None = None,
+    ):
+        self.feed, self.weights, self.make_views = feed, weights, make_views
+        self.score, self.reference = score, reference
+        self.block_size, self.row_length = block_size, row_length
+        self.rank, self.world_size, self.micro_batch_rows = rank, world_size, micro_batch_rows
+        self.num_iterations = num_iterations
+        self.version = 0  # policy versions made so far: optimiser steps
+        self.next_group = 0
+        self.metrics: dict[str, float] = {}
+        self._window: list[ViewBatch] = []
+        self._uses = 0
+
+    @property
+    def epoch(self) -> float:
+        """Groups of rollouts so far: there is no other measure of progress through an endless stream."""
+        return float(self.next_group)
+
+    def next_window(self) -> list[ViewBatch] | None:
+        if self._uses == 0:
+            published = self._publish()
+            batch = self.feed.next_batch(self.version, self.next_group)
+            self._window = [self._with_scores(batch) for batch in self._build(batch.rollouts)]
+            self.next_group = batch.next_group
+            self.metrics = batch.metrics | published
+        self._uses = (self._uses + 1) % self.num_iterations
+        self.version += 1
+        return self._window
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"version": self.version, "next_group": self.next_group}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.version, self.next_group = state["version"], state["next_group"]
+
+    def _publish(self) -> dict[str, float]:
+        groups = self.weights()
+        if self.rank == 0:
+            return self.feed.publish(self.version, groups)
+        for _ in groups:  # the gathers are collective
+            pass
+        return {}
+
+    def _build(self, rollouts: list[ScoredRollout]) -> list[ViewBatch]:
+        """Every rank packs all rows alike and keeps every world_size-th; all get equally many micro-batches."""
+        parts = [part for number, scored in enumerate(rollouts) for part in self._parts(number, scored)]
+        rows = [[parts[i] for i in row] for row in pack_rows((p.document.cost for p in parts), self.row_length)]
+        per_rank = -(-max(len(rows), 1) // self.world_size)
+        size = self.micro_batch_rows
+        micro_batches = -(-per_rank // size)
+        rows += [[] for _ in range(micro_batches * size * self.world_size - len(rows))]
+        mine = rows[self.rank :: self.world_size]
+        return [self._collate(mine[i : i + size]) for i in range(0, len(mine), size)]
+
+    def _with_scores(self, batch: ViewBatch) -> ViewBatch:
+        columns = {"old_logprob_N": self.score(batch).logprob_N.cpu()}
+        if self.reference is not None:
+            columns["reference_logprob_N"] = self.reference(batch).logprob_N.cpu()
+        return batch.with_columns(**columns)
+
+    def _parts(self, number: int, scored: ScoredRollout) -> list["_Part"]:
+        """The rollout with as many views as a row holds, as often as it takes."""
+        document, views = self.make_views(rollout_document(scored, self.block_size), scored.index)
+        packed, here = [], []
+        for view in views:
+            if here and PackedDocument(document, [*here, view]).cost > self.row_length:
+                packed.append(PackedDocument(document, here))
+                here = []
+            here.append(view)
+        packed.append(PackedDocument(document, here))
+        return [_Part(number, scored.advantage, 1 / len(packed), document) for document in packed]
+
+    def _collate(self, rows: list[list["_Part"]]) -> ViewBatch:
+        batch = collate([[part.document for part in row] for row in rows], self.block_size, pad_to=self.row_length)
+        parts = [part for row in rows for part in row]
+        return batch.with_columns(
+            advantage_D=torch.tensor([part.advantage for part in parts], dtype=torch.float32),
+            rollout_D=torch.tensor([part.number for part in parts], dtype=torch.int64),
+            share_D=torch.tensor([part.share for part in parts], dtype=torch.float32),
+            response_blocks_D=torch.tensor([part.response_blocks for part in parts], dtype=torch.int64),
+        )
+
+
+class _Part:
+    """A rollout with those of its views that lie in one row."""
+
+    def __init__(self, number: int, advantage: float, share: float, document: PackedDocument):
+        self.number, self.advantage, self.share, self.document = number, advantage, share, document
+        self.response_blocks = response_blocks(document.document)
+
+
+def rollout_document(scored: ScoredRollout, block_size: int) -> AlignedDocument:
+    """Prompt and response to the end of the last decoded block, which is whole; all of the response is trainable."""
+    rollout = scored.rollout
+    ids = np.array([*rollout.prompt_ids, *rollout.token_ids], np.int32)
+    prompt = len(rollout.prompt_ids)
+    steps = np.full(len(ids), -1, np.int16)
+    steps[prompt:] = rollout.step_in_block
+    return AlignedDocument(scored.group, ids, np.arange(len(ids)) >= prompt, block_size, commit_step_T=steps)

@@ -1,0 +1,133 @@
+"""RolloutSource: rollouts as rows that every rank packs alike, each view once, cursors for resuming."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from dfactory.rl.rollouts import RolloutBatch, ScoredRollout
+from dfactory.rl.source import RolloutSource, rollout_document
+from dfactory.types import FinishReason, Rollout, TokenScores
+from dfactory.views.mask import RandomMask
+
+BLOCK, MASK = 4, 99
+
+
+def rollout(prompt: int, response: int, first: int = 10) -> Rollout:
+    """A response of whole blocks behind `prompt` tokens, one token committed a forward, left to right."""
+    ids = list(range(first, first + response))
+    sizes = np.diff([0, *range(BLOCK - prompt % BLOCK, response, BLOCK), response]).tolist()
+    return Rollout(
+        prompt_ids=[1] * prompt,
+        token_ids=ids,
+        commit_step=list(range(response)),
+        commit_logprob=[-1.0] * response,
+        first_commit_step=list(range(response)),
+        edits=[],
+        block_size=BLOCK,
+        block_forwards=sizes,
+        output_ids=ids,
+        forwards=response,
+        finish_reason=FinishReason.LENGTH,
+    )
+
+
+ROLLOUTS = [
+    ScoredRollout(group=3, index=0, rollout=rollout(6, 2), reward=1.0, advantage=0.5),
+    ScoredRollout(group=3, index=1, rollout=rollout(6, 10), reward=0.0, advantage=-0.5),
+    ScoredRollout(group=4, index=0, rollout=rollout(3, 5), reward=1.0, advantage=1.0),
+]
+
+
+class FakeFeed:
+    def __init__(self):
+        self.published, self.asked = [], []
+
+    def publish(self, version, groups):
+        self.published.append((version, [sorted(group) for group in groups]))
+        return {"seconds/sync": 0.0}
+
+    def next_batch(self, version, next_group):
+        self.asked.append((version, next_group))
+        return RolloutBatch(ROLLOUTS, next_group + 2, {"reward": 0.5})
+
+
+def make_source(feed=None, rank=0, world_size=1, **options) -> RolloutSource:
+    pairs = RandomMask(mask_id=MASK, seed=1, low=0.3, high=0.8, complementary=True, num_views=2)
+
+    def views(document, index):
+        return document, pairs(document, index)
+
+    defaults = {"block_size": BLOCK, "row_length": 64, "micro_batch_rows": 1, "num_iterations": 1}
+    weights = lambda: iter([{"a": torch.zeros(1)}, {"b": torch.zeros(1)}])  # noqa: E731
+
+    def score(batch):
+        logprob_N = -batch.target_ids_N.float()
+        return TokenScores(*[logprob_N] * len(TokenScores._fields))
+
+    return RolloutSource(
+        feed or FakeFeed(), weights, score, views, rank=rank, world_size=world_size, **{**defaults, **options}
+    )
+
+
+def targets(windows) -> Counter:
+    """(rollout number, advantage, target token) of every target."""
+    found = Counter()
+    for batch in windows:
+        number_N = batch.columns["rollout_D"][batch.document_N].tolist()
+        advantage_N = batch.columns["advantage_D"][batch.document_N].tolist()
+        found.update(zip(number_N, advantage_N, batch.target_ids_N.tolist(), strict=True))
+    return found
+
+
+def test_every_response_token_is_a_target_once_a_pair():
+    window = make_source().next_window()
+    expected = Counter()
+    for number, scored in enumerate(ROLLOUTS):
+        expected.update({(number, scored.advantage, token): 2 for token in scored.rollout.token_ids})
+    assert targets(window) == expected
+
+
+@pytest.mark.parametrize("world_size, micro_batch_rows", [(1, 4), (2, 1), (3, 2)])
+def test_ranks_share_the_same_rows(world_size, micro_batch_rows):
+    options = {"row_length": 40, "micro_batch_rows": micro_batch_rows, "world_size": world_size}
+    windows = [make_source(rank=rank, **options).next_window() for rank in range(world_size)]
+    assert len({len(window) for window in windows}) == 1, "all ranks need equally many micro-batches"
+    whole = make_source(row_length=40).next_window()
+    assert sum((targets(window) for window in windows), Counter()) == targets(whole)
+
+
+def test_a_rollout_whose_views_do_not_fit_one_row_is_shared_out():
+    window = make_source(row_length=36).next_window()
+    share = Counter()
+    for batch in window:
+        for number, part in zip(batch.columns["rollout_D"].tolist(), batch.columns["share_D"].tolist(), strict=True):
+            share[number] += part
+    assert dict(share) == pytest.approx({0: 1.0, 1: 1.0, 2: 1.0})
+    assert len(window) > 2
+
+
+def test_weights_are_published_before_the_rollouts_are_asked_for():
+    feed = FakeFeed()
+    source = make_source(feed, num_iterations=2)
+    for _ in range(4):
+        source.next_window()
+    assert feed.published == [(0, [["a"], ["b"]]), (2, [["a"], ["b"]])]
+    assert feed.asked == [(0, 0), (2, 2)]
+    assert source.metrics == {"reward": 0.5, "seconds/sync": 0.0}
+    resumed = make_source(feed)
+    resumed.load_state_dict(source.state_dict())
+    resumed.next_window()
+    assert feed.asked[-1] == (4, 4)
+
+
+def test_the_old_log_probabilities_are_those_of_the_policy_now():
+    for batch in make_source().next_window():
+        assert batch.columns["old_logprob_N"].tolist() == (-batch.target_ids_N.float()).tolist()
+
+
+def test_a_rollout_as_a_document():
+    document = rollout_document(ROLLOUTS[1], BLOCK)
+    assert document.trainable_T.tolist() == [False] * 6 + [True] * 10
+    assert document.commit_step_T.tolist() == [-1] * 6 + [0, 1, 0, 1, 2, 3, 0, 1, 2, 3]
