@@ -18,7 +18,7 @@ from dfactory.rl.reward_pool import Outcome, RewardGroup, RewardPool, failure_me
 from dfactory.rl.rewards.specs import RewardSpec, parse_rewards
 
 HERE = Path(__file__).parent
-TIMEOUT_S = 1.0
+TIMEOUT_S = 5.0  # generous: the processes share a busy machine
 
 
 def bad(name, **changes):
@@ -61,7 +61,7 @@ def test_a_failure_costs_only_its_own_call(pool, mood):
     outcome, message = FAILURES[mood]
     started = time.monotonic()
     before, found, after = pool.score([group("ab", "abc"), group(mood, "abc"), group("ab", "abc")])
-    assert time.monotonic() - started < TIMEOUT_S + 5
+    assert time.monotonic() - started < TIMEOUT_S + 30
     assert before.reward_G == after.reward_G == [12, 13]
     moody = found.functions["moody"]
     assert moody.outcome_G == [outcome] * 2
@@ -181,13 +181,13 @@ def test_rewards_that_cannot_be_loaded(spec, message, tmp_path):
 def test_builtins_through_the_pool():
     """A recipe's entries, from YAML form to rewards; hostile answers among them."""
     entries = [
-        {"name": "math_verify", "timeout_s": 1},
+        {"name": "math_verify", "timeout_s": 5},
         {"name": "length_shaping", "weight": 0.5, "max_length": 8, "cache": 4},
         {"name": "format_regex", "pattern": "(a+)+b|.*42.*", "weight": 0.1},
     ]
     texts = ["42", r"\boxed{42}", "41", "9^9^9^9", "a" * 60]
     asked = RewardGroup("p", texts, {"answer": "42"}, {"completion_ids": [[0] * n for n in (2, 8, 6, 2, 2)]})
-    with RewardPool(parse_rewards(entries), workers=2, timeout_s=4) as pool:
+    with RewardPool(parse_rewards(entries), workers=2, timeout_s=12) as pool:
         result = pool.score([asked])[0]
     assert result.functions["math_verify"].score_G == [1, 1, 0, 0, 0]
     assert result.functions["format_regex"].outcome_G[4] is Outcome.TIMEOUT
@@ -195,7 +195,7 @@ def test_builtins_through_the_pool():
 
 
 def test_generated_code_through_the_pool():
-    specs = parse_rewards([{"name": "code_tests", "timeout_s": 0.5}], allow_code_execution=True)
+    specs = parse_rewards([{"name": "code_tests", "timeout_s": 2}], allow_code_execution=True)
     programs = ["def f(x): return x", "while True: pass", "import os; os._exit(0)", "def f(x): return 1"]
     with RewardPool(specs, workers=2) as pool:
         result = pool.score([group(*programs, tests=["assert f(1) == 1", "assert f(2) == 2"])])[0]
