@@ -37,7 +37,7 @@ def pool():
 
 
 FAILURES = {
-    "hang": (Outcome.TIMEOUT, "no answer within 1 s"),
+    "hang": (Outcome.TIMEOUT, f"no answer within {TIMEOUT_S:g} s"),
     "spin": (Outcome.TIMEOUT, "its process was replaced"),
     "deaf": (Outcome.TIMEOUT, "no answer"),
     "stop": (Outcome.TIMEOUT, "no answer"),
