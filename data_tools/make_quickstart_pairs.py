@@ -2,18 +2,19 @@
 
     python -m data_tools.make_quickstart_pairs --output recipes/quickstart/data
 
-Writes `pairs_train.jsonl` and `pairs_heldout.jsonl`. A line has `prompt`, `chosen` and `rejected` (lists of messages), `task`
-and `subject`. "Write in order: STONE" can mean ENOST or ENOTS; both are answers that the instruction records teach, so a
-model that was trained on those knows how to write either and has no reason to prefer the one that is wanted here:
+Writes `pairs_train.jsonl` and `pairs_heldout.jsonl`. A line has `prompt`, `chosen` and `rejected` (lists of messages),
+`task` and `subject`. "Write in order: STONE" can mean ENOST or ENOTS; the instruction records teach both ways of answering,
+so a model that was trained on them can do either, and nothing told it which one is wanted here:
 
     letters   in alphabetical order, not backwards          numbers   from the largest, not from the smallest
     words     the first one, not the last                   digits    the smallest one, not the largest
 
-One pair in six asks plainly ("Reverse the letters: STONE"): there the right answer is chosen, so that what is asked for keeps
-its say. A subject is in one of the two files only. Equal arguments give equal bytes.
+One pair in three asks plainly ("Reverse the letters: STONE"): there the right answer is chosen, so that what is asked for
+keeps its say. A subject is in one of the two files only, and none is in `heldout.jsonl`. Equal arguments give equal bytes.
 """
 
 import argparse
+import json
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -22,9 +23,10 @@ from pathlib import Path
 
 from data_tools.make_quickstart_data import letter_strings, listed, word_lists, write_jsonl
 
+HELDOUT = Path(__file__).parents[1] / "recipes/quickstart/data/heldout.jsonl"
 TRAIN_PAIRS = 1500
 HELDOUT_PAIRS = 200
-PLAIN_SHARE = 1 / 6
+PLAIN_SHARE = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,9 @@ CHOICES = (
 )
 
 
-def pairs_of(choice: Choice, rng: random.Random) -> Iterator[dict]:
-    """Endless pairs, no subject twice."""
-    seen = set()
+def pairs_of(choice: Choice, rng: random.Random, kept_out: set[str]) -> Iterator[dict]:
+    """Endless pairs, no subject twice, none of `kept_out`."""
+    seen = set(kept_out)
     for parts in choice.subjects(rng):
         subject, answers = choice.show(parts), (choice.preferred(parts), choice.other(parts))
         if subject in seen or len({subject, *answers}) < 3:
@@ -133,6 +135,12 @@ def pairs_of(choice: Choice, rng: random.Random) -> Iterator[dict]:
         }
 
 
+def held_out_subjects(file: Path) -> set[str]:
+    """What the held-out instructions are about: all that stands behind their colon."""
+    questions = (json.loads(line)["messages"][0]["content"] for line in file.read_text(encoding="utf-8").splitlines())
+    return {question.partition(": ")[2].rstrip("?") for question in questions}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -141,9 +149,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=int, default=TRAIN_PAIRS, help="training pairs (default: %(default)s)")
     parser.add_argument("--heldout", type=int, default=HELDOUT_PAIRS, help="held-out pairs (default: %(default)s)")
+    parser.add_argument(
+        "--held-out", type=Path, default=HELDOUT, help="instruction records whose subjects are left out"
+    )
     options = parser.parse_args(arguments)
 
-    streams = {choice.name: pairs_of(choice, random.Random(f"{options.seed}/{choice.name}")) for choice in CHOICES}
+    kept_out = held_out_subjects(options.held_out)
+    streams = {c.name: pairs_of(c, random.Random(f"{options.seed}/{c.name}"), kept_out) for c in CHOICES}
     rng = random.Random(f"{options.seed}/pairs")
     names, weights = [choice.name for choice in CHOICES], [choice.weight for choice in CHOICES]
     for name, count in (("pairs_heldout", options.heldout), ("pairs_train", options.train)):

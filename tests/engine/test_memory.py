@@ -195,12 +195,13 @@ def test_a_setup_from_a_recipe(tmp_path):
     )
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
 @pytest.mark.parametrize("name, ranks", [("mini", (8, 16)), ("flash", (16, 32))])
-def test_the_recipes_state_their_forecast(name, ranks):
+def test_the_recipes_state_their_forecast(name, ranks, stage):
     """The head of each YAML says what is forecast for it; and it fits GPUs of 80 GB with a tenth to spare."""
     from dfactory.engine.trainer import deepspeed_config
 
-    path = RECIPES / f"llada2_{name}" / "sft.yaml"
+    path = RECIPES / f"llada2_{name}" / f"{stage}.yaml"
     header = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
     recipe = load_recipe(path)
     for world_size in ranks:
