@@ -106,6 +106,9 @@ def test_what_a_reward_leaves_behind_dies_with_its_process():
     with RewardPool([bad("moody")], workers=1, timeout_s=TIMEOUT_S) as pool:
         assert pool.score([group("child")])[0].reward_G == [1]
         (left,) = [child for child in psutil.Process().children(recursive=True) if child.name() == "sleep"]
+    deadline = time.monotonic() + 10  # the signal is sent at once, the kernel takes its time
+    while time.monotonic() < deadline and left.is_running() and left.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.05)
     assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
 
 
