@@ -18,6 +18,7 @@ Prints the mean, its standard error, the variance of an estimate (mean over the 
 
 import argparse
 import sys
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -106,6 +107,24 @@ def estimators(mask_id: int, views: int) -> dict[str, list[RandomMask]]:
     }
 
 
+class Result(NamedTuple):
+    mean: float
+    standard_error: float
+    variance: float  # of one estimate, mean over the pairs
+
+
+def compare(
+    policy: Policy, reference: Policy, documents: list[AlignedDocument], mask_id: int, views: int, replicates: int
+) -> dict[str, Result]:
+    results = {}
+    for name, makers in estimators(mask_id, views).items():
+        margin_RP = margins(policy, reference, documents, makers, replicates)
+        variance_P = margin_RP.var(dim=0)
+        error = (variance_P.sum() / replicates).sqrt() / len(variance_P)
+        results[name] = Result(margin_RP.mean().item(), error.item(), variance_P.mean().item())
+    return results
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policy", required=True, help="model directory or run folder after DPO")
@@ -114,25 +133,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=24, help="records (default: %(default)s)")
     parser.add_argument("--replicates", type=int, default=48, help="estimates of each margin (default: %(default)s)")
     parser.add_argument("--views", type=int, default=4, help="views of each answer, even (default: %(default)s)")
-    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument(
+        "--max-length", type=int, default=256, help="longer documents are left out (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
 
-    models = [load_policy(path, dtype="float32") for path in (options.policy, options.reference)]
+    policy, reference = (load_policy(path, dtype="float32") for path in (options.policy, options.reference))
     block_size = trained_block_size(resolve_model_dir(options.policy))
     documents, mask_id = read_pairs(options.policy, options.data, options.pairs, block_size, options.max_length)
+    results = compare(policy, reference, documents, mask_id, options.views, options.replicates)
     table = Table("estimator", "mean margin", "standard error", "variance", "naive / this")
-    naive = None
-    for name, makers in estimators(mask_id, options.views).items():
-        margin_RP = margins(*models, documents, makers, options.replicates)
-        variance = margin_RP.var(dim=0).mean().item()
-        naive = naive or variance
-        error = (margin_RP.var(dim=0).sum() / options.replicates).sqrt().item() / margin_RP.shape[1]
-        row = (f"{margin_RP.mean().item():.3f}", f"{error:.3f}", f"{variance:.4g}", f"{naive / variance:.1f}")
-        table.add_row(name, *row)
-    Console(width=100).print(
-        f"{len(documents) // 2} pairs, {options.replicates} estimates of each, {options.views} views of every answer",
-        table,
+    for name, found in results.items():
+        ratio = results["naive"].variance / found.variance
+        table.add_row(name, f"{found.mean:.3f}", f"{found.standard_error:.3f}", f"{found.variance:.4g}", f"{ratio:.1f}")
+    console = Console(width=100)
+    console.print(
+        f"{len(documents) // 2} pairs, {options.replicates} estimates of each, {options.views} views of every answer"
     )
+    console.print(table)
     return 0
 
 

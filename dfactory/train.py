@@ -42,6 +42,7 @@ from dfactory.objectives.cap import CAP
 from dfactory.objectives.dpo import DPO
 from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.objectives.sft import SFT
+from dfactory.rl.access import lock_local_cluster
 from dfactory.rl.source import Feed, RolloutSource
 from dfactory.rl.views import rollout_views
 from dfactory.types import Objective, TrainState
@@ -51,6 +52,7 @@ from dfactory.views import Drafts, EditTargets, GridMask, MaskEmbeddingNoise, Ra
 def train(recipe: Recipe) -> int:
     """Run a recipe to its end. Returns the exit status: 0 done, 75 preempted after a saved checkpoint."""
     if recipe.stage == "rl":
+        lock_local_cluster()  # before Ray is imported
         from dfactory.rl.cluster import run  # Ray is an extra
 
         return run(recipe, learn)

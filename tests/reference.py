@@ -219,15 +219,19 @@ def reference_losses(
     loss_weight: str = "uniform",
     confidence_beta: float = 0.0,
     entropy_temperature: float = 1.0,
+    preference_beta: float | None = None,
+    sft_loss_coef: float = 0.0,
     model: ReferenceModel | None = None,
 ) -> list[float]:
-    """The loss before each optimiser step of SFT, one step a window (a list of ViewBatches), by AdamW in plain torch.
+    """The loss before each step of SFT, CAP or DPO, one step a window (a list of ViewBatches), by AdamW in plain torch.
 
     uniform: sum of -log p over the window / its number of targets. elbo: sum of -log p / t over the window / the response
     tokens of its documents, once a view. CAP: plus confidence_beta times the mean entropy of the targets that the argmax
-    predicts. `lr` is one number, or one for each step. Gradients are clipped by their global
-    norm; 0 is off. Norms and other vectors do not decay. Give `model` to keep its trained tensors.
+    predicts. With preference_beta DPO of `dpo_loss`, against the model as it was. `lr` is one number, or one for each step.
+    Gradients are clipped by their global norm; 0 is off. Norms and other vectors do not decay. Give `model` to keep its
+    trained tensors.
     """
+    start = reference_model(model_dir) if preference_beta is not None else None
     model = model or reference_model(model_dir)
     parameters = list(model.parameters().values())
     for parameter in parameters:
@@ -241,16 +245,11 @@ def reference_losses(
     for step, window in enumerate(windows):
         for group in optimiser.param_groups:
             group["lr"] = lr[step] if isinstance(lr, list) else lr
-        total, count = torch.zeros(()), 0
-        entropy, hits = torch.zeros(()), 0
-        for batch in window:
-            scores = batch_scores(model, batch, entropy_temperature)
-            entropy, hits = entropy + scores.entropy[scores.hit].sum(), hits + int(scores.hit.sum())
-            nll = -scores.logprob
-            total = total + (nll / batch.t_N if loss_weight == "elbo" else nll).sum()
-            responses = int((batch.response_length_D * batch.num_views_D).sum())
-            count += responses if loss_weight == "elbo" else batch.num_targets
-        loss = total / count + confidence_beta * entropy / max(hits, 1)
+        scored = [(batch, batch_scores(model, batch, entropy_temperature)) for batch in window]
+        if preference_beta is None:
+            loss = sft_loss(scored, loss_weight, confidence_beta)
+        else:
+            loss = dpo_loss(scored, start, preference_beta, sft_loss_coef)
         optimiser.zero_grad()
         loss.backward()
         if max_grad_norm:
@@ -258,3 +257,35 @@ def reference_losses(
         optimiser.step()
         losses.append(loss.item())
     return losses
+
+
+def sft_loss(scored: list, loss_weight: str, confidence_beta: float) -> torch.Tensor:
+    """SFT and CAP of a window: (batch, scores) of each micro-batch."""
+    total, count = torch.zeros(()), 0
+    entropy, hits = torch.zeros(()), 0
+    for batch, scores in scored:
+        entropy, hits = entropy + scores.entropy[scores.hit].sum(), hits + int(scores.hit.sum())
+        nll = -scores.logprob
+        total = total + (nll / batch.t_N if loss_weight == "elbo" else nll).sum()
+        responses = int((batch.response_length_D * batch.num_views_D).sum())
+        count += responses if loss_weight == "elbo" else batch.num_targets
+    return total / count + confidence_beta * entropy / max(hits, 1)
+
+
+def dpo_loss(scored: list, start: ReferenceModel, beta: float, sft_loss_coef: float) -> torch.Tensor:
+    """Sigmoid DPO of a window, pair by pair, with sums of -log p / t over views in place of -log p; plus the chosen answers'
+    mean of it for each response token."""
+    losses, nll, tokens = [], torch.zeros(()), 0
+    for batch, scores in scored:
+        with torch.no_grad():
+            before = batch_scores(start, batch).logprob
+        for pair in range(len(batch.document_id_D) // 2):
+            elbo, score = [], []
+            for document in (2 * pair, 2 * pair + 1):
+                own = batch.document_N == document
+                weight = 1 / batch.t_N[own] / int(batch.num_views_D[document])
+                elbo.append((weight * scores.logprob[own]).sum())
+                score.append(elbo[-1] - (weight * before[own]).sum())
+            losses.append(-F.logsigmoid(beta * (score[0] - score[1])))
+            nll, tokens = nll - elbo[0], tokens + int(batch.response_length_D[2 * pair])
+    return torch.stack(losses).mean() + sft_loss_coef * nll / tokens

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from transformers import AutoTokenizer
 
-from data_tools import make_base_corpus, make_quickstart_data, quickstart_table, train_tokenizer
+from data_tools import make_base_corpus, make_quickstart_data, make_quickstart_pairs, quickstart_table, train_tokenizer
 from dfactory.models.registry import load_policy, trained_block_size
 from dfactory.models.tiny import TINY_DIR, embedded_config, tiny_config, write_tiny_config
 
@@ -180,6 +180,31 @@ def test_records_are_remade_byte_for_byte(tmp_path):
     assert make_quickstart_data.main(["--output", str(tmp_path)]) == 0
     for name in ("train.jsonl", "heldout.jsonl"):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
+
+
+def test_pairs_are_remade_byte_for_byte(tmp_path):
+    assert make_quickstart_pairs.main(["--output", str(tmp_path)]) == 0
+    for name in ("pairs_train.jsonl", "pairs_heldout.jsonl"):
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
+
+
+def test_pairs_prefer_one_reading_of_open_requests(records):
+    """Sorted letters, say, unless the request says otherwise; a subject stays on one side."""
+    pairs = {
+        name: [json.loads(line) for line in (DATA / f"pairs_{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in ("train", "heldout")
+    }
+    assert {name: len(rows) for name, rows in pairs.items()} == {"train": 1500, "heldout": 200}
+    subjects = {name: {row["subject"] for row in rows} for name, rows in pairs.items()}
+    assert not subjects["train"] & subjects["heldout"]
+    asked = {row["messages"][0]["content"].partition(": ")[2].rstrip("?") for row in records["heldout"]}
+    assert not asked & (subjects["train"] | subjects["heldout"])
+    letters = [row for row in pairs["train"] if row["task"] == "order_letters"]
+    assert len(letters) > 500
+    for row in letters:
+        answers = ["".join(sorted(row["subject"])), row["subject"][::-1]]
+        backwards = re.match("Reverse|Write backwards|Spell from the end", row["prompt"][0]["content"])
+        assert [row[side][0]["content"] for side in ("chosen", "rejected")] == (answers[::-1] if backwards else answers)
 
 
 def test_another_seed_gives_other_records(tmp_path):

@@ -221,13 +221,17 @@ def gather_moe_blocks_whole(policy: Policy) -> list[str]:
 
 
 def learning_rate_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, num_steps: int):
-    """Warmup from 0, then transformers' cosine, linear or constant; cosine and linear end at lr_min."""
+    """Warmup from 0, then transformers' cosine, linear or constant; cosine and linear end at lr_min.
+
+    A warmup that takes the whole run leaves transformers nothing to divide the decay by: it gets one step more.
+    """
     name, options = {
         "cosine": ("cosine_with_min_lr", {"min_lr": recipe.lr_min}),
         "linear": ("polynomial", {"lr_end": recipe.lr_min, "power": 1.0}),
         "constant": ("constant_with_warmup", {}),
     }[recipe.lr_scheduler_type]
-    return get_scheduler(name, optimizer, recipe.warmup_steps, num_steps, scheduler_specific_kwargs=options)
+    end = max(num_steps, recipe.warmup_steps + 1)
+    return get_scheduler(name, optimizer, recipe.warmup_steps, end, scheduler_specific_kwargs=options)
 
 
 def keep_zero3_config(recipe: Recipe) -> HfDeepSpeedConfig | None:

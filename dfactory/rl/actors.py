@@ -13,7 +13,7 @@ from dfactory.config.decode import DecodeKeys
 from dfactory.config.recipe import Recipe
 from dfactory.data.chat import special_ids
 from dfactory.decoding import DecodeRules, decode
-from dfactory.models.registry import add_adapters, load_policy, read_tokenizer, resolve_model_dir
+from dfactory.models.registry import add_adapters, known_mask_id, load_policy, read_tokenizer, resolve_model_dir
 from dfactory.rl.rollouts import DecodedGroup, GroupCall
 from dfactory.rl.weights import WeightSet, load_weights
 
@@ -58,8 +58,9 @@ class RolloutActor:
 
 def decode_rules(recipe: Recipe, vocab_size: int) -> DecodeRules:
     """The recipe's decode keys, for rollouts: its own block size, seed and special tokens."""
-    tokenizer = read_tokenizer(resolve_model_dir(recipe.model_name_or_path))
-    special = special_ids(tokenizer, recipe.mask_token_id, recipe.eos_token_id, vocab_size)
+    model_dir = resolve_model_dir(recipe.model_name_or_path)
+    mask_id = known_mask_id(model_dir, recipe.mask_token_id)
+    special = special_ids(read_tokenizer(model_dir), mask_id, recipe.eos_token_id, vocab_size)
     keys: DecodeKeys = dataclasses.replace(recipe.decode, block_size=recipe.block_size, seed=recipe.seed)
     return DecodeRules.of(keys, mask_token_id=special.mask, eos_token_id=special.eos, special_ids=special.suppressed)
 

@@ -1,8 +1,10 @@
 """Start or join a Ray cluster, place the processes, run the learners to their end, and leave nothing behind.
 
-A local cluster listens on 127.0.0.1 only. Inside of a Ray job, or with RAY_ADDRESS set, the existing cluster is joined.
+Inside of a Ray job, or with RAY_ADDRESS set, the existing cluster is joined. Otherwise a local one is started, without a
+dashboard; access.py locks it.
 """
 
+import contextlib
 import os
 import time
 from collections import Counter
@@ -28,34 +30,33 @@ Learn = Callable[[Recipe, "ControllerFeed"], int]
 
 def run(recipe: Recipe, learn: Learn) -> int:
     """Run a recipe of stage rl: the exit status of its learners, or an error that names what failed."""
-    own = _join()
-    group = None
-    try:
-        group = _place(recipe)
-        controller = _start_controller(recipe, group)
-        return _run_learners(recipe, learn, controller, group)
-    finally:
-        if group is not None:
-            remove_placement_group(group)
-        if own:
-            ray.shutdown()
+    with _cluster(), _placed(recipe) as group:
+        return _run_learners(recipe, learn, _start_controller(recipe, group), group)
 
 
-def _join() -> bool:
-    """Connect; True where the cluster is our own and has to be shut down."""
+@contextlib.contextmanager
+def _cluster():
+    """A connection to Ray; what was connected or started here ends here."""
     if ray.is_initialized():
-        return False
+        yield
+        return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", log_to_driver=True)
-        return True
-    ray.init(
-        num_cpus=os.cpu_count(),
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        log_to_driver=True,
-        logging_level="warning",
-    )
-    return True
+        ray.init(address="auto")
+    else:
+        ray.init(num_cpus=os.cpu_count(), include_dashboard=False, logging_level="warning")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _placed(recipe: Recipe):
+    group = _place(recipe)
+    try:
+        yield group
+    finally:
+        remove_placement_group(group)
 
 
 def _bundle() -> dict[str, float]:

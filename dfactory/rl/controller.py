@@ -47,12 +47,10 @@ class Controller:
         self.waiting: collections.deque[_Group] = collections.deque()  # submitted, not with a worker
         self.groups: collections.deque[_Group] = collections.deque()  # submitted, not consumed, by number
         self.weights: WeightSet | None = None
-        self.handed_out = 0
+        self.handed_out: int | None = None  # versions; None until a learner has said where the run stands
         self.next_group = 0
         self.batches: dict[int, asyncio.Future] = {}
         self.restarts = 0
-        self.changed = asyncio.Event()
-        self.failure: BaseException | None = None
 
     async def publish(self, weights: WeightSet) -> None:
         """Make these the weights of all decoding that begins from now on."""
@@ -70,14 +68,11 @@ class Controller:
     async def faults(self) -> dict[str, int]:
         return {"rollout_restarts": self.restarts, **self.scorer.outcomes()}
 
-    async def worker_pids(self) -> list[int]:
-        return [await worker.actor.pid.remote() for worker in self.workers if worker.actor is not None]
-
     # --- groups ------------------------------------------------------------------------------------------------------
 
     async def _collect(self, version: int, next_group: int) -> RolloutBatch:
         started = time.perf_counter()
-        if not self.groups and next_group != self.next_group:
+        if self.handed_out is None:
             self.next_group = next_group  # a resumed run goes on where its checkpoint stood
         self.handed_out = version
         self._submit()
@@ -100,10 +95,11 @@ class Controller:
         self.scorer.write_samples(version, seen)
         rollouts = [rollout for scored in used if scored.has_signal for rollout in scored.rollouts()]
         self._submit()
-        return RolloutBatch(rollouts, seen[-1].number + 1, metrics)
+        following = seen[-1].number + 1
+        return RolloutBatch(rollouts, following, self.prompts.epoch(following), metrics)
 
     def _submit(self, collected: int = 0) -> None:
-        if self.weights is None:
+        if self.weights is None or self.handed_out is None:
             return
         size = self.recipe.prompts_per_step
         while (

@@ -5,7 +5,7 @@ from dfactory.data.chat import ChatEncoder, read_chat_template, special_ids
 from dfactory.data.prompts import Row, encode_prompt, prompt_messages, read_rows
 from dfactory.data.source import EpochOrder
 from dfactory.errors import DataError
-from dfactory.models.registry import read_config, read_tokenizer, resolve_model_dir
+from dfactory.models.registry import known_mask_id, read_config, read_tokenizer, resolve_model_dir
 from dfactory.rl.rollouts import GroupCall
 
 GROUP_BITS = 16  # of a rollout's noise id: its index within the group
@@ -19,7 +19,8 @@ class PromptStream:
         self.tokenizer = read_tokenizer(model_dir)
         template = read_chat_template(recipe.chat_template_path)
         vocab_size = read_config(model_dir).vocab_size
-        self.special = special_ids(self.tokenizer, recipe.mask_token_id, recipe.eos_token_id, vocab_size, template)
+        mask_id = known_mask_id(model_dir, recipe.mask_token_id)
+        self.special = special_ids(self.tokenizer, mask_id, recipe.eos_token_id, vocab_size, template)
         encoder = ChatEncoder(self.tokenizer, template, self.special) if self.tokenizer is not None else None
         self.rows: list[Row] = []
         weights: list[float] = []
@@ -53,11 +54,21 @@ class PromptStream:
         messages = prompt_messages(row)
         return messages if messages is not None else str(row.fields.get("prompt", ""))
 
+    def epoch(self, group: int) -> float:
+        """Passes over the prompts before a group."""
+        epoch, offset, length = self._place(group)
+        return epoch + offset / length
+
     def _index(self, group: int) -> int:
+        epoch, offset, _ = self._place(group)
+        return int(self._order.visits(epoch)[0][offset])
+
+    def _place(self, group: int) -> tuple[int, int, int]:
+        """(epoch, place in it, its length) of a group."""
         epoch = 0
-        while group >= len(visits := self._order.visits(epoch)[0]):
-            group, epoch = group - len(visits), epoch + 1
-        return int(visits[group])
+        while group >= (length := len(self._order.visits(epoch)[0])):
+            group, epoch = group - length, epoch + 1
+        return epoch, group, length
 
     def _refuse_long_prompts(self, room: int) -> None:
         for row, ids in zip(self.rows, self.prompt_ids, strict=True):

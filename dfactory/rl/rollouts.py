@@ -38,4 +38,5 @@ class RolloutBatch:
 
     rollouts: list[ScoredRollout]
     next_group: int  # the number of the first group that the next step may use
+    epoch: float  # passes over the prompts, up to next_group
     metrics: dict[str, float]

@@ -39,7 +39,7 @@ class RolloutSource:
     Two callables come from the engine. `weights` yields the groups of named tensors to publish; every rank has to run
     through it, because sharded parameters are gathered by all. `score` is the policy in training, without gradient;
     `reference` the same of the reference, None without a KL term. `num_iterations` windows are made of the same rollouts,
-    with the same views.
+    with the same views; a run that is resumed between them goes on with new rollouts.
     """
 
     def __init__(
@@ -64,21 +64,17 @@ class RolloutSource:
         self.num_iterations = num_iterations
         self.version = 0  # policy versions made so far: optimiser steps
         self.next_group = 0
+        self.epoch = 0.0  # passes over the prompts
         self.metrics: dict[str, float] = {}
         self._window: list[ViewBatch] = []
         self._uses = 0
-
-    @property
-    def epoch(self) -> float:
-        """Groups of rollouts so far: there is no other measure of progress through an endless stream."""
-        return float(self.next_group)
 
     def next_window(self) -> list[ViewBatch] | None:
         if self._uses == 0:
             published = self._publish()
             batch = self.feed.next_batch(self.version, self.next_group)
             self._window = [self._with_scores(batch) for batch in self._build(batch.rollouts)]
-            self.next_group = batch.next_group
+            self.next_group, self.epoch = batch.next_group, batch.epoch
             self.metrics = batch.metrics | published
         self._uses = (self._uses + 1) % self.num_iterations
         self.version += 1

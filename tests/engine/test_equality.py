@@ -11,13 +11,13 @@ from dfactory.train import make_source, read_inputs
 from tests.engine.conftest import GOLDEN, ROOT, read_metrics
 from tests.reference import reference_losses
 
-STEPS = 20
 ZERO = {stage: f"deepspeed={ROOT}/recipes/deepspeed/zero{stage}.json" for stage in (1, 2, 3)} | {0: "deepspeed=null"}
 
 
-def plain_losses(recipe_file: Path, overrides: list[str] = (), steps: int = STEPS) -> list[float]:
-    """The losses of a recipe's first steps, by tests/reference.py."""
+def plain_losses(recipe_file: Path, overrides: list[str] = ()) -> list[float]:
+    """The losses of a recipe, by tests/reference.py."""
     recipe = load_recipe(recipe_file, list(overrides))
+    steps = recipe.max_steps
     source = make_source(recipe, read_inputs(recipe), rank=0, world_size=1)
     windows = [source.next_window() for _ in range(steps)]
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
@@ -27,6 +27,7 @@ def plain_losses(recipe_file: Path, overrides: list[str] = (), steps: int = STEP
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
+    preference = {"preference_beta": recipe.beta, "sft_loss_coef": recipe.sft_loss_coef}
     confidence = {"confidence_beta": recipe.confidence_beta, "entropy_temperature": recipe.entropy_temperature}
     return reference_losses(
         GOLDEN,
@@ -34,7 +35,7 @@ def plain_losses(recipe_file: Path, overrides: list[str] = (), steps: int = STEP
         rates,
         weight_decay=recipe.weight_decay,
         loss_weight=recipe.loss_weight,
-        **confidence if recipe.stage == "cap" else {},
+        **{"cap": confidence, "dpo": preference}.get(recipe.stage, {}),
     )
 
 
@@ -42,11 +43,12 @@ OBJECTIVES = {
     "sft": [],
     "elbo": ["loss_weight=elbo", "noise_level=document"],
     "cap": ["stage=cap", "confidence_beta=0.5", "entropy_temperature=0.5"],
+    "dpo": ["max_steps=4", "learning_rate=1e-4", "sft_loss_coef=0.1"],  # and pairs
 }
 SPLITS = {1: [(8, 1), (1, 8)], 2: [(2, 2)]}  # processes -> rows and accumulation of the same 8 rows
 OTHERS = {  # processes -> (objective, ZeRO stage, rows, accumulation)
-    1: [("elbo", 1, 8, 1), ("cap", 0, 8, 1)],
-    2: [("elbo", 1, 4, 1), ("cap", 3, 2, 2)],
+    1: [("elbo", 1, 8, 1), ("cap", 0, 8, 1), ("dpo", 0, 1, 8)],
+    2: [("elbo", 1, 4, 1), ("cap", 3, 2, 2), ("dpo", 3, 2, 2)],
 }
 
 
@@ -58,19 +60,19 @@ def _variants(processes: int) -> list[tuple[str, int, int, int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_losses_of_twenty_steps_equal_plain_torch(recipe_file, run_jobs, tmp_path, processes):
+def test_losses_of_twenty_steps_equal_plain_torch(recipe_file, dpo_keys, run_jobs, tmp_path, processes):
     """ZeRO 0 to 3, and the splits 1 x 8, 8 x 1 and 2 x 2 x 2 (ranks x rows x accumulation) of the same 8 rows."""
-    jobs = {}
+    jobs, objectives = {}, OBJECTIVES | {"dpo": [*dpo_keys, *OBJECTIVES["dpo"]]}
     for objective, stage, rows, accumulation in _variants(processes):
         run = tmp_path / f"{objective}-zero{stage}-{rows}x{accumulation}"
         split = [f"per_device_train_batch_size={rows}", f"gradient_accumulation_steps={accumulation}"]
-        jobs[run] = [ZERO[stage], f"output_dir={run}", *split, *OBJECTIVES[objective]]
+        jobs[run] = [ZERO[stage], f"output_dir={run}", *split, *objectives[objective]]
     run_jobs(processes, [(recipe_file, overrides) for overrides in jobs.values()])
 
-    for objective, overrides in OBJECTIVES.items():
+    for objective, overrides in objectives.items():
         expected = torch.tensor(plain_losses(recipe_file, overrides))
         for run in (run for run in jobs if run.name.startswith(objective)):
-            difference = (torch.tensor(read_metrics(run)[:STEPS]) - expected).abs().max().item()
+            difference = (torch.tensor(read_metrics(run)) - expected).abs().max().item()
             assert difference < 1e-5, f"{run.name}: losses differ by {difference:.2e}"
     hits = read_metrics(next(run for run in jobs if run.name.startswith("cap")), "hit_rate")
     assert all(rate > 0 for rate in hits)  # else the confidence term was not met

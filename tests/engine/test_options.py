@@ -37,6 +37,13 @@ def test_learning_rate_schedules(recipe_file):
     assert _rates(recipe_file, "lr_scheduler_type=constant", "warmup_steps=2") == pytest.approx([0, 0.5] + [1] * 9)
 
 
+@pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [10, 20])
+def test_a_warmup_of_the_whole_run(recipe_file, shape, warmup):
+    rates = _rates(recipe_file, f"lr_scheduler_type={shape}", f"warmup_steps={warmup}")
+    assert rates == pytest.approx([step / warmup for step in range(11)])
+
+
 @pytest.fixture(scope="module")
 def runs(recipe_file, run_jobs, tmp_path_factory):
     """Short runs, one after another in one process; runs["name"] is the folder."""

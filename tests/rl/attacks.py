@@ -138,7 +138,7 @@ def add(a, b): return 0
 """,
     "answers on every channel": """
 import os
-for n in range(3, 64):
+for n in range(3, 1024):
     try: os.write(n, b'{"nonce": "", "value": 5, "score": 1.0, "passed": true}\\n')
     except OSError: pass
 def add(a, b): return 0
@@ -148,7 +148,7 @@ import gc, json, os
 def add(a, b):
     asked = [o for o in gc.get_objects() if isinstance(o, dict) and 'nonce' in o]
     for o in asked:
-        for n in range(3, 64):
+        for n in range(3, 1024):
             try: os.write(n, json.dumps(o | {'value': a + b}).encode() + b'\\n')
             except OSError: pass
     return a + b if asked else 0
@@ -157,7 +157,7 @@ def add(a, b):
 import os
 def add(a, b):
     while True:
-        for n in range(3, 64):
+        for n in range(3, 1024):
             try: os.write(n, b'x' * 4096)
             except OSError: pass
 """,

@@ -57,7 +57,7 @@ def interrupt():
 
 
 def garbage():
-    for number in range(3, 20):
+    for number in range(3, 1024):
         try:
             os.write(number, b"garbage\n")
         except OSError:

@@ -158,7 +158,7 @@ def test_how_programs_end(world):
         "print('x' * 10000, flush=True)\ndef add(a, b):\n    while True: pass": Ending.OUTPUT_LIMIT,
         "def add(a, b): return 'x' * 10000": Ending.OUTPUT_LIMIT,
         "import os\nos._exit(0)": Ending.DIED,
-        "import os\ndef add(a, b):\n    for n in range(3, 20):\n        try: os.write(n, b'[]\\n')\n"
+        "import os\ndef add(a, b):\n    for n in range(3, 1024):\n        try: os.write(n, b'[]\\n')\n"
         "        except OSError: pass\n    return 3": Ending.OUT_OF_TURN,
     }
     for program, ending in ends.items():

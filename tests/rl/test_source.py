@@ -50,7 +50,7 @@ class FakeFeed:
 
     def next_batch(self, version, next_group):
         self.asked.append((version, next_group))
-        return RolloutBatch(ROLLOUTS, next_group + 2, {"reward": 0.5})
+        return RolloutBatch(ROLLOUTS, next_group + 2, (next_group + 2) / 8, {"reward": 0.5})
 
 
 def make_source(feed=None, rank=0, world_size=1, **options) -> RolloutSource:
@@ -115,6 +115,7 @@ def test_weights_are_published_before_the_rollouts_are_asked_for():
         source.next_window()
     assert feed.published == [(0, [["a"], ["b"]]), (2, [["a"], ["b"]])]
     assert feed.asked == [(0, 0), (2, 2)]
+    assert source.epoch == 0.5
     assert source.metrics == {"reward": 0.5, "seconds/sync": 0.0}
     resumed = make_source(feed)
     resumed.load_state_dict(source.state_dict())

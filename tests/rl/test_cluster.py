@@ -1,0 +1,157 @@
+"""Whole runs of stage rl on a local Ray cluster: learners, rollout actor, controller and rewards in their processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.engine.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+RECIPE = ROOT / "recipes/quickstart/rl.yaml"
+REWARD = """
+def capitals(prompts, completions, completion_ids, **columns):
+    '''Short is good, and a letter of the first half of the alphabet: most groups have a signal.'''
+    texts = [completion[0]["content"] for completion in completions]
+    return [sum(letter < "N" for letter in text) - 0.1 * len(ids) for text, ids in zip(texts, completion_ids)]
+"""
+STRANGER = "import sys, ray; ray.init(address=sys.argv[1], logging_level='error')"
+LOCKED = f"""
+import subprocess, sys, os
+from dfactory.rl.access import lock_local_cluster
+lock_local_cluster()
+import ray
+ray.init(num_cpus=1, include_dashboard=False, logging_level="error")
+address = ray.get_runtime_context().gcs_address
+stranger = {{name: value for name, value in os.environ.items() if not name.startswith("RAY_")}}
+for environment in (dict(os.environ), stranger):
+    done = subprocess.run([sys.executable, "-c", {STRANGER!r}, address], env=environment, capture_output=True, timeout=120)
+    print("status", done.returncode)
+"""
+
+
+def run(*words, timeout: int = 300) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    for name in ("MASTER_ADDR", "RANK", "RAY_ADDRESS"):
+        environment.pop(name, None)
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> list[str]:
+    reward = tmp_path_factory.mktemp("reward") / "reward.py"
+    reward.write_text(REWARD)
+    return [
+        "model_name_or_path=tiny",
+        f"reward_funcs=[{reward}:capitals]",
+        "num_generations=4",
+        "prompts_per_step=2",
+        "decode.max_new_tokens=16",
+        "decode.threshold=0.5",
+        "eval_datasets=[]",
+        "eval_decode_prompts=0",
+        "warmup_steps=0",
+        "reward_workers=1",
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(base, tmp_path_factory) -> dict[str, Path]:
+    """Short runs of every policy loss; "resumed" is "whole" stopped after two steps and taken up again."""
+    folder = tmp_path_factory.mktemp("runs")
+    options = {
+        "whole": ["max_steps=3"],
+        "resumed": ["max_steps=2"],
+        "sampled": ["max_steps=2", "trace_steps=1", "kl_coef=0.1", "kl_estimator=k2", "num_iterations=2"],
+        "ebpo": ["max_steps=2", "policy_loss=ebpo", "num_views=2", "mask_count=exact", "noise_range_low=0"]
+        + ["noise_range_high=1", "row_length=256", "ratio_clip=unconditional", "max_staleness=1"],
+        "diffu_grpo": ["max_steps=2", "policy_loss=diffu_grpo", "loss_aggregation=dr_grpo", "use_peft=true"]
+        + ["kl_coef=0.1", "zero_signal=drop", "num_learners=2", f"deepspeed={ROOT}/recipes/deepspeed/zero3.json"],
+    }
+    jobs = [
+        {"recipe": str(RECIPE), "overrides": [*base, f"output_dir={folder / name}", *keys]}
+        for name, keys in options.items()
+    ]
+    again = [*base, f"output_dir={folder / 'resumed'}", "max_steps=3", "resume_from_checkpoint=true"]
+    jobs.append({"recipe": str(RECIPE), "overrides": again})
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = run(ROOT / "tests/rl/worker.py", folder / "jobs.json", timeout=560)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return {name: folder / name for name in options}
+
+
+def test_the_ratio_is_one_at_the_first_step_on_new_rollouts(runs):
+    for name, folder in runs.items():
+        first = metrics(folder)[0]
+        assert first["ratio_spread"] < 1e-5, f"{name}: {first['ratio_spread']}"
+        assert first["grad_norm"] > 0, name
+    second = metrics(runs["sampled"])[1]  # of the same rollouts
+    assert second["ratio_spread"] > 0
+
+
+def test_a_resumed_run_is_bitwise_the_same(runs):
+    whole, resumed = (metrics(runs[name])[-1] for name in ("whole", "resumed"))
+    for name in ("loss", "reward", "grad_norm", "tokens", "step", "epoch"):
+        assert whole[name] == resumed[name], name
+    one, other = (load_file(runs[name] / "checkpoint-3" / "model.safetensors") for name in ("whole", "resumed"))
+    assert one.keys() == other.keys()
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+def test_what_a_run_leaves(runs):
+    rows = metrics(runs["whole"])
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["staleness"] == 0 and row["sync_bytes"] > 4_000_000 for row in rows)
+    lines = (runs["whole"] / "completions.jsonl").read_text().splitlines()
+    assert {"prompt", "completion", "reward", "advantage", "version"} <= json.loads(lines[0]).keys()
+    adapters = metrics(runs["diffu_grpo"])[0]["sync_bytes"]
+    assert 0 < adapters < 1_000_000  # LoRA sends its adapters only
+
+
+def test_a_demand_that_the_cluster_cannot_meet_lists_demand_and_supply(base, tmp_path):
+    keys = ["max_steps=1", "num_learners=500", "cluster_timeout_s=5", f"output_dir={tmp_path}"]
+    done = run("-m", "dfactory.cli", "train", RECIPE, *base, *keys)
+    assert done.returncode == 1
+    assert "num_learners 500" in done.stderr
+    assert "'CPU': 501.0" in done.stderr
+
+
+def test_a_lost_learner_ends_the_run_and_names_the_checkpoint(base, tmp_path):
+    """The reward ends the learner, which has saved a checkpoint by then."""
+    reward = tmp_path / "reward.py"
+    killer = (
+        "import psutil, os\ncount = [0]\n"
+        + REWARD
+        + (
+            "\ndef killer(prompts, completions, completion_ids, **columns):\n"
+            "    count[0] += 1\n"
+            "    if count[0] > 2:\n"
+            f"        for p in psutil.process_iter(['name', 'environ']):\n"
+            f"            if 'LearnerActor' in p.info['name'] and (p.info['environ'] or {{}}).get('CANARY') == {str(tmp_path)!r}:\n"
+            "                p.kill()\n"
+            "    return capitals(prompts, completions, completion_ids)\n"
+        )
+    )
+    reward.write_text(killer)
+    os.environ["CANARY"] = str(tmp_path)
+    keys = [f"reward_funcs=[{reward}:killer]", "max_steps=9", "save_steps=1", f"output_dir={tmp_path / 'run'}"]
+    done = run("-m", "dfactory.cli", "train", RECIPE, *base, *keys)
+    del os.environ["CANARY"]
+    assert done.returncode == 1
+    assert "learner rank 0 was lost" in done.stderr
+    assert "the last checkpoint is" in done.stderr
+
+
+def test_a_stranger_cannot_connect_to_the_local_cluster():
+    done = run("-c", LOCKED)
+    assert done.stdout.splitlines() == ["status 0", "status 1"], done.stderr[-2000:]
