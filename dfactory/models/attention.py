@@ -66,7 +66,7 @@ class MaskPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Neighbouring queries of a row, the keys that any of them sees, and the mask among those; None: all see all."""
+    """Neighbouring queries of a row, the keys that any of them sees, and the mask among those (None: all see all)."""
 
     row: int
     queries: slice
@@ -96,9 +96,6 @@ class SegmentPlan:
             parts = []
             for c in chunks:
                 q = query[c.row : c.row + 1, :, c.queries]
-                if c.keys is None:
-                    parts.append(torch.zeros_like(q))  # padding sees nothing
-                    continue
                 k, v = key[c.row : c.row + 1, :, c.keys], value[c.row : c.row + 1, :, c.keys]
                 parts.append(_attention(q, k, v, c.mask, scaling))
             rows.append(torch.cat(parts, dim=2))
@@ -124,8 +121,8 @@ def _chunks(row: int, place_S: Place, chunk: int, device: torch.device) -> list[
                 break
             last += 1
         queries = slice(int(starts[first]), int(starts[last - 1] + sizes[last - 1]))
-        if padding:
-            chunks.append(Chunk(row, queries, None, None))
+        if padding:  # nobody reads it; a key of its own keeps rows of nothing else in the graph, as ZeRO-3 needs
+            chunks.append(Chunk(row, queries, slice(queries.start, queries.start + 1), None))
         else:
             here = Place(*(field[first:last, None] for field in segment))
             sees = visible(here, Place(*(field[None] for field in segment)))

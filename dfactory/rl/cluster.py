@@ -43,7 +43,9 @@ def _cluster():
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto")
     else:
-        ray.init(num_cpus=os.cpu_count(), include_dashboard=False, logging_level="warning")
+        ray.init(
+            num_cpus=os.cpu_count(), include_dashboard=False, logging_level="warning", _node_ip_address="127.0.0.1"
+        )
     try:
         yield
     finally:

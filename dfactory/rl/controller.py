@@ -47,6 +47,7 @@ class Controller:
         self.waiting: collections.deque[_Group] = collections.deque()  # submitted, not with a worker
         self.groups: collections.deque[_Group] = collections.deque()  # submitted, not consumed, by number
         self.weights: WeightSet | None = None
+        self.new_weights = asyncio.Event()  # another one for every version
         self.handed_out: int | None = None  # versions; None until a learner has said where the run stands
         self.next_group = 0
         self.batches: dict[int, asyncio.Future] = {}
@@ -55,6 +56,8 @@ class Controller:
     async def publish(self, weights: WeightSet) -> None:
         """Make these the weights of all decoding that begins from now on."""
         self.weights = weights
+        self.new_weights.set()
+        self.new_weights = asyncio.Event()
         self._submit()
 
     async def next_batch(self, version: int, next_group: int) -> RolloutBatch:
@@ -75,6 +78,8 @@ class Controller:
         if self.handed_out is None:
             self.next_group = next_group  # a resumed run goes on where its checkpoint stood
         self.handed_out = version
+        while self.weights is None or self.weights.version + self.recipe.max_staleness < version:
+            await self.new_weights.wait()  # another rank may ask before rank 0 has published
         self._submit()
         used: list[ScoredGroup] = []
         seen: list[ScoredGroup] = []

@@ -20,6 +20,17 @@ def capitals(prompts, completions, completion_ids, **columns):
     texts = [completion[0]["content"] for completion in completions]
     return [sum(letter < "N" for letter in text) - 0.1 * len(ids) for text, ids in zip(texts, completion_ids)]
 """
+KILLER = """
+def killer(prompts, completions, completion_ids, **columns):
+    import os, pathlib, psutil
+
+    canary = os.environ["CANARY"]
+    if (pathlib.Path(canary) / "run" / "LATEST").exists():
+        for process in psutil.process_iter(["name"]):
+            if "LearnerActor" in process.info["name"] and process.environ().get("CANARY") == canary:
+                process.kill()
+    return capitals(prompts, completions, completion_ids)
+"""
 STRANGER = "import sys, ray; ray.init(address=sys.argv[1], logging_level='error')"
 LOCKED = f"""
 import subprocess, sys, os
@@ -73,10 +84,14 @@ def runs(base, tmp_path_factory) -> dict[str, Path]:
         "whole": ["max_steps=3"],
         "resumed": ["max_steps=2"],
         "sampled": ["max_steps=2", "trace_steps=1", "kl_coef=0.1", "kl_estimator=k2", "num_iterations=2"],
-        "ebpo": ["max_steps=2", "policy_loss=ebpo", "num_views=2", "mask_count=exact", "noise_range_low=0"]
-        + ["noise_range_high=1", "row_length=256", "ratio_clip=unconditional", "max_staleness=1"],
-        "diffu_grpo": ["max_steps=2", "policy_loss=diffu_grpo", "loss_aggregation=dr_grpo", "use_peft=true"]
-        + ["kl_coef=0.1", "zero_signal=drop", "num_learners=2", f"deepspeed={ROOT}/recipes/deepspeed/zero3.json"],
+        "ebpo": [
+            *("max_steps=2", "policy_loss=ebpo", "num_views=2", "mask_count=exact", "noise_range_low=0"),
+            *("noise_range_high=1", "row_length=320", "ratio_clip=unconditional", "max_staleness=1"),
+        ],
+        "diffu_grpo": [
+            *("max_steps=2", "policy_loss=diffu_grpo", "loss_aggregation=dr_grpo", "use_peft=true", "kl_coef=0.1"),
+            *("zero_signal=drop", "num_learners=2", f"deepspeed={ROOT}/recipes/deepspeed/zero3.json"),
+        ],
     }
     jobs = [
         {"recipe": str(RECIPE), "overrides": [*base, f"output_dir={folder / name}", *keys]}
@@ -126,27 +141,12 @@ def test_a_demand_that_the_cluster_cannot_meet_lists_demand_and_supply(base, tmp
     assert "'CPU': 501.0" in done.stderr
 
 
-def test_a_lost_learner_ends_the_run_and_names_the_checkpoint(base, tmp_path):
-    """The reward ends the learner, which has saved a checkpoint by then."""
-    reward = tmp_path / "reward.py"
-    killer = (
-        "import psutil, os\ncount = [0]\n"
-        + REWARD
-        + (
-            "\ndef killer(prompts, completions, completion_ids, **columns):\n"
-            "    count[0] += 1\n"
-            "    if count[0] > 2:\n"
-            f"        for p in psutil.process_iter(['name', 'environ']):\n"
-            f"            if 'LearnerActor' in p.info['name'] and (p.info['environ'] or {{}}).get('CANARY') == {str(tmp_path)!r}:\n"
-            "                p.kill()\n"
-            "    return capitals(prompts, completions, completion_ids)\n"
-        )
-    )
-    reward.write_text(killer)
-    os.environ["CANARY"] = str(tmp_path)
-    keys = [f"reward_funcs=[{reward}:killer]", "max_steps=9", "save_steps=1", f"output_dir={tmp_path / 'run'}"]
+def test_a_lost_learner_ends_the_run_and_names_the_checkpoint(base, tmp_path, monkeypatch):
+    """A reward kills the learner of its run as soon as that has saved a checkpoint."""
+    monkeypatch.setenv("CANARY", str(tmp_path))
+    (tmp_path / "reward.py").write_text(REWARD + KILLER)
+    keys = [f"reward_funcs=[{tmp_path}/reward.py:killer]", "max_steps=9", "save_steps=1", f"output_dir={tmp_path}/run"]
     done = run("-m", "dfactory.cli", "train", RECIPE, *base, *keys)
-    del os.environ["CANARY"]
     assert done.returncode == 1
     assert "learner rank 0 was lost" in done.stderr
     assert "the last checkpoint is" in done.stderr

@@ -135,11 +135,18 @@ def test_steps_get_the_groups_in_order_with_fresh_weights(start):
     assert all(sum(r.advantage for r in batch.rollouts) == pytest.approx(0, abs=1e-6) for batch in batches)
 
 
-def test_every_rank_gets_the_same_batch(start):
+def test_every_rank_gets_the_same_batch_whenever_it_asks(start):
     controller = start()
-    ray.get(controller.publish.remote(WeightSet(0, [], 0, 0.0)))
-    one, other = ray.get([controller.next_batch.remote(0, 0) for _ in range(2)])
-    assert one == other
+    batches = []
+    for version in range(2):
+        early = controller.next_batch.remote(version, 0)
+        assert not ray.wait([early], timeout=0.5)[0]
+        ray.get(controller.publish.remote(WeightSet(version, [], 0, 0.0)))
+        late = controller.next_batch.remote(version, 0)
+        one, other = ray.get([early, late], timeout=60)
+        assert one == other
+        batches.append(one)
+    assert groups_of(batches) == list(range(6))
 
 
 def test_a_resumed_run_goes_on_with_its_next_group(start):
