@@ -3,8 +3,11 @@
     python -m data_tools.make_quickstart_pairs --output recipes/quickstart/data
 
 Writes `pairs_train.jsonl` and `pairs_heldout.jsonl`. A line has `prompt`, `chosen` and `rejected` (lists of messages),
-`task` and `subject`. "Write in order: STONE" can mean ENOST or ENOTS; the instruction records teach both ways of answering,
-so a model that was trained on them can do either, and nothing told it which one is wanted here:
+`task` and `subject`. And `preferred_train.jsonl` and `preferred_heldout.jsonl`: the same requests as instruction records
+(`messages`, `answer`, `task`) with the preferred answer, which is what a reward knows in reinforcement learning.
+
+"Write in order: STONE" can mean ENOST or ENOTS; the instruction records teach both ways of answering, so a model that was
+trained on them can do either, and nothing told it which one is wanted here:
 
     letters   in alphabetical order, not backwards          numbers   from the largest, not from the smallest
     words     the first one, not the last                   digits    the smallest one, not the largest
@@ -135,6 +138,11 @@ def pairs_of(choice: Choice, rng: random.Random, kept_out: set[str]) -> Iterator
         }
 
 
+def preferred_record(pair: dict) -> dict:
+    answer = pair["chosen"][0]["content"]
+    return {"messages": pair["prompt"] + pair["chosen"], "answer": answer, "task": pair["task"]}
+
+
 def held_out_subjects(file: Path) -> set[str]:
     """What the held-out instructions are about: all that stands behind their colon."""
     questions = (json.loads(line)["messages"][0]["content"] for line in file.read_text(encoding="utf-8").splitlines())
@@ -143,9 +151,7 @@ def held_out_subjects(file: Path) -> set[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder for pairs_train.jsonl and pairs_heldout.jsonl"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the four files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=int, default=TRAIN_PAIRS, help="training pairs (default: %(default)s)")
     parser.add_argument("--heldout", type=int, default=HELDOUT_PAIRS, help="held-out pairs (default: %(default)s)")
@@ -158,10 +164,11 @@ def main(arguments: list[str] | None = None) -> int:
     streams = {c.name: pairs_of(c, random.Random(f"{options.seed}/{c.name}"), kept_out) for c in CHOICES}
     rng = random.Random(f"{options.seed}/pairs")
     names, weights = [choice.name for choice in CHOICES], [choice.weight for choice in CHOICES]
-    for name, count in (("pairs_heldout", options.heldout), ("pairs_train", options.train)):
+    for name, count in (("heldout", options.heldout), ("train", options.train)):
         rows = [next(streams[drawn]) for drawn in rng.choices(names, weights, k=count)]
-        write_jsonl(options.output / f"{name}.jsonl", rows)
-        print(f"{count} pairs: {options.output / name}.jsonl")
+        write_jsonl(options.output / f"pairs_{name}.jsonl", rows)
+        write_jsonl(options.output / f"preferred_{name}.jsonl", map(preferred_record, rows))
+        print(f"{count} pairs: {options.output}/pairs_{name}.jsonl, and as records preferred_{name}.jsonl")
     return 0
 
 

@@ -184,7 +184,7 @@ def test_records_are_remade_byte_for_byte(tmp_path):
 
 def test_pairs_are_remade_byte_for_byte(tmp_path):
     assert make_quickstart_pairs.main(["--output", str(tmp_path)]) == 0
-    for name in ("pairs_train.jsonl", "pairs_heldout.jsonl"):
+    for name in ("pairs_train.jsonl", "pairs_heldout.jsonl", "preferred_train.jsonl", "preferred_heldout.jsonl"):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
 
 

@@ -63,6 +63,20 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
         Panel("tokens per forward", "tokens_per_forward", "eval/tokens_per_forward", from_zero=True),
         Panel("exact match", "exact_match", "eval/exact_match", from_zero=True),
     ),
+    "preferences": (
+        Panel("chosen above rejected", "rewards/accuracies", "eval/rewards/accuracies", from_zero=True),
+        Panel("margin", "rewards/margins", "eval/rewards/margins"),
+    ),
+    "rewards": (
+        Panel("mean reward of the rollouts", "reward", from_zero=True),
+        Panel("different answers in a group", "unique_fraction", from_zero=True),
+        Panel("groups without a signal", "frac_reward_zero_std", from_zero=True),
+        Panel("tokens of a response", "completions/mean_length", from_zero=True),
+    ),
+    "rollouts": (
+        Panel("seconds waited for rollouts", "seconds/rollout_wait", from_zero=True),
+        Panel("policy versions behind", "staleness", from_zero=True, exact=True),
+    ),
     "confidence": (Panel("entropy of correct predictions", "confidence", from_zero=True),),
     "optimiser": (
         Panel("gradient norm before clipping", "grad_norm", log=True),

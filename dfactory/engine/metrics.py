@@ -41,7 +41,7 @@ class MetricsLog:
         if step % self.recipe.logging_steps == 0 or step == self.num_steps:
             self.say(
                 f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {metrics['loss']:.4f}  "
-                f"hit {metrics['hit_rate']:.3f}  {_preference(metrics)}"
+                f"hit {metrics['hit_rate']:.3f}  {_told(metrics)}"
                 f"grad {metrics['grad_norm']:.3f}  lr {metrics['learning_rate']:.2e}  "
                 f"{metrics['tokens_per_second']:,.0f} tok/s"
             )
@@ -49,7 +49,7 @@ class MetricsLog:
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._write({"step": step, **{f"eval/{name}": value for name, value in metrics.items()}})
         by_t = "  ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in metrics.items() if n.startswith("loss_t"))
-        told = _preference(metrics) or f"({by_t})"
+        told = _told(metrics) or f"({by_t})"
         self.say(f"evaluation at step {step}: loss {metrics['loss']:.4f}  hit {metrics['hit_rate']:.3f}  {told}")
         if "decoded" in metrics:
             self.say(
@@ -66,8 +66,14 @@ class MetricsLog:
             self.wandb.log(metrics, step=metrics["step"])
 
 
-def _preference(metrics: dict[str, float]) -> str:
-    """How pairs are told apart, where there are pairs."""
-    if "rewards/margins" not in metrics:
-        return ""
-    return f"accuracy {metrics['rewards/accuracies']:.3f}  margin {metrics['rewards/margins']:.4f}  "
+def _told(metrics: dict[str, float]) -> str:
+    """What a stage is about: how pairs are told apart, or what rollouts are rewarded with."""
+    if "rewards/margins" in metrics:
+        return f"accuracy {metrics['rewards/accuracies']:.3f}  margin {metrics['rewards/margins']:.4f}  "
+    if "groups" in metrics:
+        reward = f"{metrics['reward']:.3f}" if "reward" in metrics else "none"
+        return (
+            f"reward {reward}  unique {metrics['unique_fraction']:.2f}  "
+            f"no signal {metrics['frac_reward_zero_std']:.0%}  {metrics['tokens_per_forward']:.2f} tokens/forward  "
+        )
+    return ""
