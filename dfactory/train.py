@@ -3,50 +3,33 @@
     records -> Examples -> RecordSource --(window of ViewBatches)--> Trainer --(TokenScores)--> Objective
                                ^ views/ adds the noise                  ^ models/ has the model     ^ sums and counts
 
-The loop at the bottom is the whole of training. Another objective changes `make_objective`, another origin of batches
-changes `make_source`; nothing else knows which one it is.
+The loop at the bottom is the whole of training. Another objective changes `assembly.make_objective`, another origin of
+batches changes `assembly.make_source`; nothing else knows which one it is.
 """
 
 import contextlib
-import dataclasses
-import functools
-from collections.abc import Callable
 
-from dfactory.config.objective import PAIRED_STAGES
+from dfactory.assembly import (
+    make_eval_source,
+    make_measure,
+    make_objective,
+    make_policy,
+    make_probe,
+    make_reference,
+    make_rollout_source,
+    make_source,
+    read_inputs,
+    with_drafts,
+)
 from dfactory.config.recipe import Recipe
-from dfactory.data.chat import ChatEncoder, SpecialIds, read_chat_template, special_ids
-from dfactory.data.examples import Examples, load_examples
-from dfactory.data.source import MakeViews, RecordSource
-from dfactory.data.traces import TraceRules
-from dfactory.decoding import DecodeRules
 from dfactory.engine import checkpoint, distributed
-from dfactory.engine.drafting import DraftSource
 from dfactory.engine.metrics import MetricsLog
 from dfactory.engine.preemption import EXIT_PREEMPTED, Preemption
-from dfactory.engine.probe import DecodingProbe, first_questions
-from dfactory.engine.reference import ReferenceSource, adapter_off, elbo_by, frozen_copy
 from dfactory.engine.runfolder import RunFolder
-from dfactory.engine.stored import stored_reference
-from dfactory.engine.trainer import Trainer, keep_zero3_config, zero_stage
-from dfactory.engine.window import Measure, Source, means_by_t
-from dfactory.models.policy import Policy
-from dfactory.models.registry import (
-    add_adapters,
-    known_mask_id,
-    load_policy,
-    read_config,
-    read_tokenizer,
-    resolve_model_dir,
-)
-from dfactory.objectives.cap import CAP
-from dfactory.objectives.dpo import DPO
-from dfactory.objectives.policy_gradient import PolicyGradient
-from dfactory.objectives.sft import SFT
+from dfactory.engine.trainer import Trainer, zero_stage
 from dfactory.rl.access import lock_local_cluster
-from dfactory.rl.source import Feed, RolloutSource
-from dfactory.rl.views import rollout_views
-from dfactory.types import Objective, TrainState
-from dfactory.views import Drafts, EditTargets, GridMask, MaskEmbeddingNoise, RandomMask, TraceViews
+from dfactory.rl.source import Feed
+from dfactory.types import TrainState
 
 
 def train(recipe: Recipe) -> int:
@@ -68,7 +51,7 @@ def learn(recipe: Recipe, feed: Feed | None = None) -> int:
 
     inputs = read_inputs(recipe)
     records = make_source(recipe, inputs, rank, world_size) if inputs.train is not None else None
-    objective = make_objective(recipe, inputs.special)
+    objective = make_objective(recipe, inputs)
     probe = make_probe(recipe, inputs)
     num_steps = recipe.max_steps or records.num_windows
     universal = resumed is not None and checkpoint.needs_universal(
@@ -77,7 +60,7 @@ def learn(recipe: Recipe, feed: Feed | None = None) -> int:
     trainer = Trainer(recipe, make_policy(recipe), num_steps, load_universal=universal)
     with_reference = make_reference(recipe, inputs, trainer, num_steps, resuming=resumed is not None)
     if feed is None:
-        source = with_reference(with_drafts(recipe, inputs.special, records, trainer))
+        source = with_reference(with_drafts(recipe, inputs, records, trainer))
     else:
         source = make_rollout_source(recipe, inputs, feed, trainer)
 
@@ -120,239 +103,3 @@ def learn(recipe: Recipe, feed: Feed | None = None) -> int:
 
 def is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What is read before anything is built: the special ids, the encoder, and the documents."""
-
-    special: SpecialIds
-    vocab_size: int
-    encoder: ChatEncoder | None
-    train: Examples | None  # none in reinforcement learning: its controller reads prompts
-    held_out: Examples | None
-
-
-def read_inputs(recipe: Recipe) -> Inputs:
-    """Tokenizer and records of a recipe. Raises ConfigError or DataError; no weights are touched."""
-    model_dir = resolve_model_dir(recipe.model_name_or_path)
-    vocab_size = read_config(model_dir).vocab_size
-    tokenizer = read_tokenizer(model_dir)
-    template = read_chat_template(recipe.chat_template_path)
-    mask_id = known_mask_id(model_dir, recipe.mask_token_id)
-    special = special_ids(tokenizer, mask_id, recipe.eos_token_id, vocab_size, template)
-    encoder = ChatEncoder(tokenizer, template, special) if tokenizer is not None else None
-
-    def load(datasets, trace_block_size: int | None = None):
-        return load_examples(
-            datasets,
-            encoder,
-            max_length=recipe.max_length,
-            overlong=recipe.overlong,
-            on_bad_row=recipe.on_bad_row,
-            max_bad_fraction=recipe.max_bad_fraction,
-            block_size=recipe.block_size,
-            eos_id=special.eos,
-            vocab_size=vocab_size,
-            mask_id=special.mask,
-            paired=recipe.documents_per_record == 2,
-            traces=TraceRules(trace_block_size, recipe.trace_filter == "correct"),
-        )
-
-    held_out = load(recipe.eval_datasets) if recipe.eval_datasets else None
-    if recipe.stage == "rl":
-        return Inputs(special, vocab_size, encoder, None, held_out)
-    trained = load(recipe.datasets, recipe.block_size if recipe.view_source == "trace" else None)
-    return Inputs(special, vocab_size, encoder, trained, held_out)
-
-
-def make_views(recipe: Recipe, inputs: Inputs) -> MakeViews:
-    """The views of training: masks, and with token editing wrong tokens as well; or the states of a decoder."""
-    if recipe.view_source == "trace":
-        return TraceViews(inputs.special.mask, recipe.seed, recipe.trace_stride, recipe.num_views, recipe.stratified)
-    masks = RandomMask(
-        mask_id=inputs.special.mask,
-        seed=recipe.seed,
-        low=recipe.noise_range_low,
-        high=recipe.noise_range_high,
-        per_block=recipe.noise_level == "block",
-        num_views=recipe.num_views,
-        complementary=recipe.complementary,
-        stratified=recipe.stratified,
-        mask_count=recipe.mask_count,
-    )
-    if not recipe.edits:
-        return masks
-    return EditTargets(
-        masks,
-        mask_id=inputs.special.mask,
-        text_ids=inputs.special.text_ids(inputs.vocab_size),
-        seed=recipe.seed,
-        edit_share=recipe.edit_share,
-        keep_share=recipe.keep_share,
-        source=recipe.edit_source,
-        num_turns=recipe.num_turns,
-        draft_share=recipe.draft_share,
-    )
-
-
-def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> RecordSource:
-    return RecordSource(
-        inputs.train,
-        [entry.weight for entry in recipe.datasets],
-        make_views(recipe, inputs),
-        num_views=recipe.views_per_document,
-        block_size=recipe.block_size,
-        eos_id=inputs.special.eos,
-        block_phases=recipe.block_phases,
-        add_columns=make_embedding_noise(recipe, inputs.special.mask),
-        row_length=recipe.row_length or recipe.longest_record,
-        packing=recipe.packing,
-        seed=recipe.seed,
-        rank=rank,
-        world_size=world_size,
-        micro_batch_rows=recipe.per_device_train_batch_size,
-        accumulation=recipe.gradient_accumulation_steps,
-        max_epochs=recipe.num_train_epochs if recipe.max_steps is None else None,
-    )
-
-
-def make_embedding_noise(recipe: Recipe, mask_id: int) -> MaskEmbeddingNoise | None:
-    if recipe.mask_embedding_noise == 0:
-        return None
-    return MaskEmbeddingNoise(mask_id, recipe.seed, recipe.mask_embedding_noise, recipe.mask_embedding_noise_steps)
-
-
-def make_eval_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> RecordSource:
-    """The held-out documents once, with the same noise at every evaluation: one view at every mask ratio of the grid, or
-    for pairs those of training, because what is measured then is the objective itself."""
-    levels = tuple(recipe.eval_noise_levels)
-    views, num_views = GridMask(inputs.special.mask, recipe.seed, levels), len(levels)
-    if recipe.stage in PAIRED_STAGES:
-        views, num_views = make_views(recipe, inputs), recipe.views_per_document
-    return RecordSource(
-        inputs.held_out,
-        [1.0 for _ in recipe.eval_datasets],
-        views,
-        num_views=num_views,
-        block_size=recipe.block_size,
-        eos_id=inputs.special.eos,
-        row_length=recipe.documents_per_record * recipe.max_length * (1 + num_views),
-        packing=recipe.packing,
-        seed=recipe.seed,
-        rank=rank,
-        world_size=world_size,
-        micro_batch_rows=recipe.per_device_eval_batch_size,
-        max_epochs=1,
-    )
-
-
-def with_drafts(recipe: Recipe, special: SpecialIds, source: Source, trainer: Trainer) -> Source:
-    """The source, and with token editing by the model's own predictions the drafts in its batches."""
-    drafts = Drafts(recipe.views_per_turn, special.suppressed, recipe.draft_threshold)
-    rewrites = [drafts.replace_masked] if recipe.edit_source == "model" else []
-    rewrites += [functools.partial(drafts.next_turn, turn=turn) for turn in range(2, recipe.num_turns + 1)]
-    return DraftSource(source, trainer.score, rewrites) if rewrites else source
-
-
-def make_rollout_source(recipe: Recipe, inputs: Inputs, feed: Feed, trainer: Trainer) -> Source:
-    """Rollouts as windows. The KL term's reference is the initial model: call this before a checkpoint is loaded."""
-    reference = None
-    if recipe.kl_coef:
-        reference = adapter_off(trainer) if recipe.use_peft else frozen_copy(recipe, load_initial(recipe))
-    return RolloutSource(
-        feed,
-        trainer.weights,
-        trainer.score,
-        rollout_views(recipe, make_views(recipe, inputs)),
-        reference=reference,
-        block_size=recipe.block_size,
-        row_length=recipe.row_length or recipe.longest_record,
-        rank=trainer.rank,
-        world_size=trainer.world_size,
-        micro_batch_rows=recipe.per_device_train_batch_size,
-        num_iterations=recipe.num_iterations,
-    )
-
-
-def make_objective(recipe: Recipe, special: SpecialIds) -> Objective:
-    editing_mask = special.mask if recipe.edits else None
-    makers = {
-        "sft": lambda: SFT(recipe.loss_weight, editing_mask),
-        "cpt": lambda: SFT(recipe.loss_weight, editing_mask),
-        "rl": lambda: PolicyGradient(
-            level="sequence" if recipe.policy_loss == "ebpo" else "token",
-            normaliser=recipe.ratio_normalisation,
-            epsilon=recipe.epsilon,
-            epsilon_high=recipe.epsilon if recipe.epsilon_high is None else recipe.epsilon_high,
-            clip=recipe.ratio_clip,
-            aggregation=recipe.loss_aggregation,
-            max_new_tokens=recipe.decode.max_new_tokens,
-            kl_coef=recipe.kl_coef,
-            kl_estimator=recipe.kl_estimator,
-        ),
-        "cap": lambda: CAP(recipe.loss_weight, recipe.confidence_beta, editing_mask),
-        "dpo": lambda: DPO(
-            recipe.beta, recipe.loss_type, recipe.label_smoothing, recipe.length_normalize, recipe.sft_loss_coef
-        ),
-    }
-    return makers[recipe.stage]()
-
-
-def make_measure(recipe: Recipe, objective: Objective) -> Measure:
-    """What an evaluation reports of each micro-batch."""
-    return objective.measure if recipe.stage in PAIRED_STAGES else means_by_t(recipe.eval_noise_levels)
-
-
-def make_probe(recipe: Recipe, inputs: Inputs) -> DecodingProbe | None:
-    """What decodes held-out prompts at every evaluation, if the recipe asks for it."""
-    if not recipe.eval_decode_prompts:
-        return None
-    keys = dataclasses.replace(recipe.decode, block_size=recipe.decode.block_size or recipe.block_size)
-    special = inputs.special
-    rules = DecodeRules.of(keys, mask_token_id=special.mask, eos_token_id=special.eos, special_ids=special.suppressed)
-    return DecodingProbe(first_questions(inputs.held_out, recipe.eval_decode_prompts), rules)
-
-
-def make_reference(
-    recipe: Recipe, inputs: Inputs, trainer: Trainer, num_steps: int, resuming: bool
-) -> Callable[[Source], Source]:
-    """What puts the scores of the initial model beside a source's batches, where the objective compares with it. To be
-    called before a checkpoint is loaded: the trainer's policy is the initial model until then."""
-    if recipe.stage not in PAIRED_STAGES:
-        return lambda source: source
-    if recipe.reference_kind == "copy":
-        reference = elbo_by(frozen_copy(recipe, load_initial(recipe)))
-    elif recipe.reference_kind == "adapter":
-        reference = elbo_by(adapter_off(trainer))
-    else:
-        rank, world_size = trainer.rank, trainer.world_size
-        sources = [(make_source(recipe, inputs, rank, world_size), num_steps)]
-        if inputs.held_out is not None:
-            held_out = make_eval_source(recipe, inputs, rank, world_size)
-            sources.append((held_out, held_out.num_windows))
-        reference = stored_reference(recipe, sources, elbo_by(trainer.score), resuming)
-    return lambda source: ReferenceSource(source, reference)
-
-
-def load_initial(recipe: Recipe) -> Policy:
-    """The model that a run starts from, without adapters."""
-    zero3 = keep_zero3_config(recipe)  # has to outlive the loading
-    policy = load_policy(
-        recipe.model_name_or_path,
-        dtype=recipe.dtype,
-        init_weights=recipe.init_weights,
-        seed=recipe.seed,
-        attn_implementation=recipe.attn_implementation,
-    )
-    del zero3
-    return policy
-
-
-def make_policy(recipe: Recipe) -> Policy:
-    """The model to be trained."""
-    policy = load_initial(recipe)
-    policy.entropy_temperature = recipe.entropy_temperature
-    if recipe.use_peft:
-        add_adapters(policy, **recipe.lora_options, seed=recipe.seed)
-    return policy

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from dfactory.assembly import Inputs, make_source, read_inputs
 from dfactory.commands import preview
 from dfactory.config.recipe import Recipe
 from dfactory.data.chat import GENERATION_MARKER, PROBE_TURN, ChatEncoder, SpecialIds, read_chat_template, special_ids
@@ -48,7 +49,8 @@ from dfactory.models.registry import (
     resolve_model_dir,
     trained_block_size,
 )
-from dfactory.train import Inputs, make_source, read_inputs
+from dfactory.rl.prompts import PromptStream
+from dfactory.rl.rewards.specs import load_reward, parse_rewards, required_columns
 
 RANK_COUNTS = (1, 8, 16, 32, 64, 128)
 MEASURED_ROWS = 64  # rows that are really built, to measure how full they are
@@ -69,8 +71,10 @@ def check(recipe: Recipe, gpus: int | None) -> int:
         if recipe.init_weights == "pretrained":
             page.section("weights", _weights, model)
         special = page.section("tokens", _tokens, recipe, model)
+        if recipe.stage == "rl":
+            page.section("rollouts", _rollouts, recipe)
         inputs = page.section("data", _data, recipe) if special is not None else None
-        if inputs is not None:
+        if inputs is not None and inputs.train is not None:
             page.section("example", _example, recipe, inputs)
             page.section("rows and steps", _rows_and_steps, recipe, inputs, ranks)
         page.section("memory", _memory, recipe, model, ranks)
@@ -252,14 +256,45 @@ def _data(page: Page, recipe: Recipe) -> Inputs:
         except DataError:
             raise problem from None
         page.problem(problem)
-    _tell_documents(page, "training", inputs.train.report)
+    if inputs.train is not None:
+        _tell_documents(page, "training", inputs.train.report)
+        _warn_of_lengths(page, recipe, inputs.train.report)
     if inputs.held_out is None:
         page.warn("eval_datasets is empty: nothing will tell whether the model learns or memorises")
     else:
         _tell_documents(page, "held out", inputs.held_out.report)
-        _warn_of_leak(page, inputs)
-    _warn_of_lengths(page, recipe, inputs.train.report)
+        if inputs.train is not None:
+            _warn_of_leak(page, inputs)
     return inputs
+
+
+def _rollouts(page: Page, recipe: Recipe) -> None:
+    """Prompts, rewards and processes of reinforcement learning. The rewards are imported, as they would be."""
+    prompts = PromptStream(recipe)
+    longest = max(map(len, prompts.prompt_ids))
+    page.line(
+        "prompts", f"{len(prompts.rows):,}, the longest of {longest} tokens; {recipe.decode.max_new_tokens} new ones"
+    )
+    rewards = parse_rewards(
+        recipe.reward_funcs, recipe.reward_weights, allow_code_execution=recipe.allow_code_execution
+    )
+    for reward in rewards:
+        columns = required_columns(load_reward(reward))
+        asks = f"asks for the columns {', '.join(columns)}" if columns else "asks for no column"
+        page.line("reward", f"{reward.name}, weight {reward.weight:g}; {asks}")
+        if missing := [name for name in columns if name not in prompts.rows[0].fields]:
+            page.warn(f"reward {reward.name} asks for {missing}, but {prompts.rows[0].origin} has no such column")
+    page.line(
+        "a step",
+        f"{recipe.prompts_per_step} prompts x {recipe.num_generations} rollouts = "
+        f"{recipe.prompts_per_step * recipe.num_generations}, {recipe.num_iterations} optimiser step(s) on them",
+        f"rollouts at most {recipe.max_staleness} policy version(s) old",
+    )
+    page.line(
+        "processes",
+        f"{recipe.num_learners} learner(s) and {recipe.num_rollout_workers} rollout actor(s) with the model, a GPU each; "
+        f"{recipe.reward_workers} reward process(es)",
+    )
 
 
 def _tell_documents(page: Page, name: str, report: DataReport) -> None:
@@ -316,7 +351,7 @@ def _example(page: Page, recipe: Recipe, inputs: Inputs) -> None:
 
 def _show_example(page: Page, recipe: Recipe, inputs: Inputs, name: str, index: int) -> None:
     example = inputs.train[index]
-    decode = preview.decoder_of(inputs.encoder.tokenizer if inputs.encoder else None)
+    decode = preview.decoder_of(inputs.vocabulary.tokenizer)
     document = align(example, recipe.block_size, inputs.special.eos)
     ids_T, trainable_T = document.input_ids_T, document.trainable_T
     views = make_source(recipe, inputs, rank=0, world_size=1).make_views(document, 0)

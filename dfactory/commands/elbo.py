@@ -82,22 +82,22 @@ def _read(path: str, answerer: Answerer) -> Examples:
     block_size, config = answerer.rules.block_size, answerer.policy.config
     return load_examples(
         [DatasetKeys(path)],
-        answerer.encoder,
+        answerer.vocabulary.encoder,
         max_length=config.max_position_embeddings // block_size * block_size,
         overlong="refuse",
         on_bad_row="error",
         max_bad_fraction=0.0,
         block_size=block_size,
-        eos_id=answerer.special.eos,
+        eos_id=answerer.vocabulary.special.eos,
         vocab_size=config.vocab_size,
-        mask_id=answerer.special.mask,
+        mask_id=answerer.vocabulary.special.mask,
     )
 
 
 def estimate(answerer: Answerer, examples: Examples, pairs: int, seed: int, console: Console) -> Bounds:
     """Score every document once, all its views in one row."""
     views = RandomMask(
-        answerer.special.mask,
+        answerer.vocabulary.special.mask,
         seed,
         low=0.0,
         high=1.0,
@@ -123,7 +123,7 @@ def _source(answerer: Answerer, examples: Examples, views: RandomMask, seed: int
         views,
         num_views=num_views,
         block_size=block_size,
-        eos_id=answerer.special.eos,
+        eos_id=answerer.vocabulary.special.eos,
         row_length=max(ROW_LENGTH, longest),
         seed=seed,
         max_epochs=1,

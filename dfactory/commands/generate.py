@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.progress import track
 
 from dfactory.config.decode import DecodeKeys
-from dfactory.data.chat import ChatEncoder, SpecialIds, special_ids
 from dfactory.data.prompts import Row, encode_prompt, read_rows
-from dfactory.decoding import DecodeRules, decode
+from dfactory.decoding import decode
 from dfactory.models.policy import Policy
-from dfactory.models.registry import known_mask_id, load_policy, read_tokenizer, resolve_model_dir, trained_block_size
+from dfactory.models.registry import load_policy, resolve_model_dir, trained_block_size
 from dfactory.rl.rewards.exact_match import same_text
 from dfactory.types import Rollout
+from dfactory.vocabulary import read_vocabulary
 
 PROMPTS_AT_ONCE = 512  # prompts handed to the decoder together; slots are refilled among these
 
@@ -37,20 +37,14 @@ class Answerer:
         self.policy: Policy = load_policy(
             model_dir, dtype=arguments.dtype, device=device, init_weights=arguments.init_weights
         )
-        self.tokenizer = read_tokenizer(model_dir)
-        vocab_size = self.policy.config.vocab_size
-        mask_id = known_mask_id(model_dir, keys.mask_token_id)
-        self.special: SpecialIds = special_ids(self.tokenizer, mask_id, keys.eos_token_id, vocab_size)
-        self.encoder = ChatEncoder(self.tokenizer, special=self.special) if self.tokenizer is not None else None
-        self.rules = DecodeRules.of(
-            dataclasses.replace(keys, block_size=keys.block_size or trained_block_size(model_dir)),
-            mask_token_id=self.special.mask,
-            eos_token_id=self.special.eos,
-            special_ids=self.special.suppressed,
+        self.vocabulary = read_vocabulary(
+            arguments.model, mask_token_id=keys.mask_token_id, eos_token_id=keys.eos_token_id
         )
+        block_size = keys.block_size or trained_block_size(model_dir)
+        self.rules = self.vocabulary.rules(dataclasses.replace(keys, block_size=block_size))
 
     def answer(self, rows: list[Row], console: Console) -> Iterator[tuple[Row, Rollout]]:
-        prompts = [encode_prompt(row, self.encoder) for row in rows]
+        prompts = [encode_prompt(row, self.vocabulary.encoder) for row in rows]
         starts = range(0, len(rows), PROMPTS_AT_ONCE)
         for start in track(starts, "decoding", console=console, disable=not console.is_terminal):
             part = slice(start, start + PROMPTS_AT_ONCE)
@@ -59,13 +53,9 @@ class Answerer:
 
     def output(self, row: Row, rollout: Rollout) -> dict[str, Any]:
         """The input line with what ARCHITECTURE promises of an output line."""
-        end = -1 if rollout.output_ids and rollout.output_ids[-1] == self.special.eos else None
-        text = None
-        if self.tokenizer is not None:
-            text = self.tokenizer.decode(rollout.output_ids[:end], skip_special_tokens=True)
         return row.fields | {
             "output_ids": rollout.output_ids,
-            "text": text,
+            "text": self.vocabulary.text(rollout.output_ids),
             "forwards": rollout.forwards,
             "tokens_per_forward": rollout.tokens_per_forward,
             "finish_reason": rollout.finish_reason.value,

@@ -78,21 +78,21 @@ def _examples(answerer: Answerer, path: str) -> Examples:
     block_size = answerer.rules.block_size
     return load_examples(
         [DatasetKeys(path)],
-        answerer.encoder,
+        answerer.vocabulary.encoder,
         max_length=LONGEST_BLOCKS * block_size,
         overlong="refuse",
         on_bad_row="error",
         max_bad_fraction=0.0,
         block_size=block_size,
-        eos_id=answerer.special.eos,
-        vocab_size=answerer.policy.config.vocab_size,
-        mask_id=answerer.special.mask,
+        eos_id=answerer.vocabulary.special.eos,
+        vocab_size=answerer.vocabulary.size,
+        mask_id=answerer.vocabulary.special.mask,
     )
 
 
 def plant(answerer: Answerer, examples: Examples, seed: int) -> list[Planted]:
     """One error for each record. Raises DataError for a record that does not end with an answer that has text."""
-    text_ids = answerer.special.text_ids(answerer.policy.config.vocab_size)
+    text_ids = answerer.vocabulary.special.text_ids(answerer.vocabulary.size)
     records = []
     for example in (examples[index] for index in range(len(examples))):
         before = np.flatnonzero(~example.trainable_T)
@@ -103,7 +103,7 @@ def plant(answerer: Answerer, examples: Examples, seed: int) -> list[Planted]:
         where, token = generator(seed, example.document_id, 0, 0, Purpose.PLANT).random(2)
         position = text[int(where * len(text))]
         wrong = other_tokens(example.input_ids_T[position : position + 1], np.array([token]), text_ids)
-        ids = align(example, answerer.rules.block_size, answerer.special.eos).input_ids_T.tolist()
+        ids = align(example, answerer.rules.block_size, answerer.vocabulary.special.eos).input_ids_T.tolist()
         length = len(example)
         records.append(
             Planted(example.origin, ids[:start], ids[start:length], ids[length:], int(position) - start, int(wrong[0]))

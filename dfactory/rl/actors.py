@@ -9,13 +9,12 @@ from collections.abc import Callable
 import ray
 import torch
 
-from dfactory.config.decode import DecodeKeys
 from dfactory.config.recipe import Recipe
-from dfactory.data.chat import special_ids
-from dfactory.decoding import DecodeRules, decode
-from dfactory.models.registry import add_adapters, known_mask_id, load_policy, read_tokenizer, resolve_model_dir
+from dfactory.decoding import decode
+from dfactory.models.registry import add_adapters, load_policy, resolve_model_dir
 from dfactory.rl.rollouts import DecodedGroup, GroupCall
 from dfactory.rl.weights import WeightSet, load_weights
+from dfactory.vocabulary import recipe_vocabulary
 
 
 class RolloutActor:
@@ -30,7 +29,8 @@ class RolloutActor:
         if recipe.use_peft:
             add_adapters(self.policy, **recipe.lora_options, seed=recipe.seed)
             self.policy.to(device).eval()
-        self.rules = decode_rules(recipe, self.policy.config.vocab_size)
+        keys = dataclasses.replace(recipe.decode, block_size=recipe.block_size, seed=recipe.seed)
+        self.rules = recipe_vocabulary(recipe).rules(keys)
         self.timeout_s = recipe.rollout_timeout_s
         self.version = -1
 
@@ -54,15 +54,6 @@ class RolloutActor:
 
     def pid(self) -> int:
         return os.getpid()
-
-
-def decode_rules(recipe: Recipe, vocab_size: int) -> DecodeRules:
-    """The recipe's decode keys, for rollouts: its own block size, seed and special tokens."""
-    model_dir = resolve_model_dir(recipe.model_name_or_path)
-    mask_id = known_mask_id(model_dir, recipe.mask_token_id)
-    special = special_ids(read_tokenizer(model_dir), mask_id, recipe.eos_token_id, vocab_size)
-    keys: DecodeKeys = dataclasses.replace(recipe.decode, block_size=recipe.block_size, seed=recipe.seed)
-    return DecodeRules.of(keys, mask_token_id=special.mask, eos_token_id=special.eos, special_ids=special.suppressed)
 
 
 class LearnerActor:

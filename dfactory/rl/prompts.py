@@ -1,12 +1,11 @@
 """The endless stream of prompts: group n is answered to prompt n of a shuffled order that begins anew every epoch."""
 
 from dfactory.config.recipe import Recipe
-from dfactory.data.chat import ChatEncoder, read_chat_template, special_ids
 from dfactory.data.prompts import Row, encode_prompt, prompt_messages, read_rows
 from dfactory.data.source import EpochOrder
 from dfactory.errors import DataError
-from dfactory.models.registry import known_mask_id, read_config, read_tokenizer, resolve_model_dir
 from dfactory.rl.rollouts import GroupCall
+from dfactory.vocabulary import recipe_vocabulary
 
 GROUP_BITS = 16  # of a rollout's noise id: its index within the group
 
@@ -15,20 +14,14 @@ class PromptStream:
     """Prompts by group number. Raises DataError with file:line for a row that cannot be answered or is too long."""
 
     def __init__(self, recipe: Recipe):
-        model_dir = resolve_model_dir(recipe.model_name_or_path)
-        self.tokenizer = read_tokenizer(model_dir)
-        template = read_chat_template(recipe.chat_template_path)
-        vocab_size = read_config(model_dir).vocab_size
-        mask_id = known_mask_id(model_dir, recipe.mask_token_id)
-        self.special = special_ids(self.tokenizer, mask_id, recipe.eos_token_id, vocab_size, template)
-        encoder = ChatEncoder(self.tokenizer, template, self.special) if self.tokenizer is not None else None
+        self.vocabulary = recipe_vocabulary(recipe)
         self.rows: list[Row] = []
         weights: list[float] = []
         for entry in recipe.datasets:
             rows = read_rows(entry.path)
             self.rows += rows
             weights += [entry.weight] * len(rows)
-        self.prompt_ids = [encode_prompt(row, encoder) for row in self.rows]
+        self.prompt_ids = [encode_prompt(row, self.vocabulary.encoder) for row in self.rows]
         self._refuse_long_prompts(recipe.max_length - recipe.decode.max_new_tokens)
         self._order = EpochOrder(weights, recipe.seed)
         self._num_generations = recipe.num_generations
@@ -42,11 +35,6 @@ class PromptStream:
 
     def origin(self, group: int) -> str:
         return self.row(group).origin
-
-    def text(self, output_ids: list[int]) -> str:
-        """A response as rewards read it: up to EOS, special tokens left out."""
-        end = -1 if output_ids and output_ids[-1] == self.special.eos else None
-        return self.tokenizer.decode(output_ids[:end], skip_special_tokens=True)
 
     def prompt(self, group: int) -> str | list[dict]:
         """As TRL hands it to rewards: messages, or text."""

@@ -71,7 +71,7 @@ class Scorer:
     async def score(self, decoded: DecodedGroup) -> ScoredGroup:
         loop = asyncio.get_running_loop()
         started = loop.time()
-        texts = [self.prompts.text(rollout.output_ids) for rollout in decoded.rollouts]
+        texts = [self.prompts.vocabulary.text(rollout.output_ids) for rollout in decoded.rollouts]
         prompt = self.prompts.prompt(decoded.number)
         chat = not isinstance(prompt, str)
         group = RewardGroup(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from dfactory.assembly import make_source, read_inputs
 from dfactory.cli import main
 from dfactory.config.load import load_recipe
 from dfactory.engine.memory import count_parameters
 from dfactory.models.tiny import TINY_DIR
-from dfactory.train import make_source, read_inputs
 from tests.commands.conftest import GOLDEN, ROOT, save_plain, write_recipe
 
 
@@ -188,6 +188,26 @@ def test_lora_trains_few_parameters(check, tmp_path):
 
 
 # --- warnings ---------------------------------------------------------------------------------------------------------
+
+
+def test_reinforcement_learning(recipe, check, tmp_path):
+    (tmp_path / "reward.py").write_text("def long(prompts, completions, *, target, **columns): ...\n")
+    rl = {
+        "stage": "rl",
+        "max_steps": 3,
+        "reward_funcs": ["exact_match", "reward.py:long"],
+        "decode": {"max_new_tokens": 32, "temperature": 1.0, "acceptance": "top"},
+    }
+    line = json.dumps({"prompt": "Which day follows Monday?", "answer": "Tuesday"})
+    status, told = check(recipe([line] * 3, **rl))
+    assert status == 0, told
+    assert "prompts 3, the longest of" in told
+    assert "exact_match, weight 1; asks for the columns answer" in told
+    assert "8 prompts x 8 rollouts = 64" in told
+    assert "reward long asks for ['target'], but" in told
+    status, told = check(recipe([line], **rl | {"reward_funcs": ["nowhere.py:long"]}))
+    assert status == 2
+    assert "training would not start" in told
 
 
 def test_warnings(recipe, check):

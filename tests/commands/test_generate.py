@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from dfactory.assembly import read_inputs
 from dfactory.cli import main
 from dfactory.config.load import load_recipe
-from dfactory.train import read_inputs
 from dfactory.types import Edit, FinishReason, Rollout
 from dfactory.views import state_before
 from tests.commands.conftest import GOLDEN, ROOT, dfactory, write_recipe

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
+from dfactory.assembly import make_source, read_inputs, with_drafts
 from dfactory.config.load import load_recipe
 from dfactory.engine.drafting import DraftSource
 from dfactory.models.registry import load_policy
-from dfactory.train import make_source, read_inputs, with_drafts
 from tests.engine.conftest import GOLDEN, MASK, read_metrics
 from tests.reference import as_float_mask, dense_table, reference_model
 
@@ -61,7 +61,7 @@ def drafted_by_hand(batch, views_per_turn: int) -> torch.Tensor:
 def test_drafts_equal_an_obvious_loop(recipe_file):
     recipe = load_recipe(recipe_file, [*EDITING, "per_device_train_batch_size=1"])
     inputs, scorer = read_inputs(recipe), Scorer()
-    source = with_drafts(recipe, inputs.special, make_source(recipe, inputs, 0, 1), scorer)
+    source = with_drafts(recipe, inputs, make_source(recipe, inputs, 0, 1), scorer)
     plain = make_source(recipe, inputs, 0, 1)
     (batch,), (laid_out,) = source.next_window(), plain.next_window()
     assert scorer.asked == 2  # one for the replacements, one for the second turn
@@ -75,14 +75,14 @@ def test_without_drafts_there_is_no_wrapper(recipe_file):
     recipe = load_recipe(recipe_file, ["edit_share=0.2"])
     inputs = read_inputs(recipe)
     source = make_source(recipe, inputs, 0, 1)
-    assert with_drafts(recipe, inputs.special, source, Scorer()) is source
+    assert with_drafts(recipe, inputs, source, Scorer()) is source
     assert "drafted_N" not in source.next_window()[0].columns
 
 
 def test_a_run_that_is_over_asks_nothing(recipe_file):
     recipe = load_recipe(recipe_file, [*EDITING, "max_steps=null", "num_train_epochs=0.1"])
     inputs, scorer = read_inputs(recipe), Scorer()
-    source = with_drafts(recipe, inputs.special, make_source(recipe, inputs, 0, 1), scorer)
+    source = with_drafts(recipe, inputs, make_source(recipe, inputs, 0, 1), scorer)
     assert isinstance(source, DraftSource)
     assert source.next_window() is not None
     assert source.next_window() is None

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dfactory.assembly import make_source, read_inputs
 from dfactory.config.load import load_recipe
 from dfactory.engine.trainer import learning_rate_schedule
-from dfactory.train import make_source, read_inputs
 from tests.engine.conftest import GOLDEN, ROOT, read_metrics
 from tests.reference import reference_losses
 

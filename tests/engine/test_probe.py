@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from dfactory.assembly import make_probe, read_inputs
 from dfactory.config.load import load_recipe
 from dfactory.decoding import decode
 from dfactory.engine.probe import Question, first_questions
 from dfactory.errors import DataError
 from dfactory.models.registry import load_policy
-from dfactory.train import make_probe, read_inputs
 from dfactory.types import Example
 from tests.engine.conftest import read_metrics
 from tests.engine.test_equality import ZERO

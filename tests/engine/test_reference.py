@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 
+from dfactory.assembly import make_source, read_inputs
 from dfactory.cli import main
 from dfactory.config.load import load_recipe
 from dfactory.engine.reference import ReferenceSource
-from dfactory.train import make_source, read_inputs
 from tests.engine.conftest import ROOT, read_metrics
 from tests.engine.test_equality import ZERO
 

@@ -1,0 +1,55 @@
+"""A model's tokenizer, special ids and chat encoder, which belong together: whoever turns text to ids reads all three."""
+
+from typing import Any, NamedTuple
+
+from dfactory.config.decode import DecodeKeys
+from dfactory.config.recipe import Recipe
+from dfactory.data.chat import ChatEncoder, SpecialIds, read_chat_template, special_ids
+from dfactory.decoding import DecodeRules
+from dfactory.models.registry import known_mask_id, read_config, read_tokenizer, resolve_model_dir
+
+
+class Vocabulary(NamedTuple):
+    """`tokenizer` (transformers') and `encoder` are None for a model directory without a tokenizer."""
+
+    size: int
+    special: SpecialIds
+    tokenizer: Any
+    encoder: ChatEncoder | None
+
+    def text(self, output_ids: list[int]) -> str | None:
+        """A response as people read it: up to EOS, special tokens left out. None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        end = -1 if output_ids and output_ids[-1] == self.special.eos else None
+        return self.tokenizer.decode(output_ids[:end], skip_special_tokens=True)
+
+    def rules(self, keys: DecodeKeys) -> DecodeRules:
+        """How responses are decoded by these keys."""
+        special = self.special
+        return DecodeRules.of(
+            keys, mask_token_id=special.mask, eos_token_id=special.eos, special_ids=special.suppressed
+        )
+
+
+def recipe_vocabulary(recipe: Recipe) -> Vocabulary:
+    return read_vocabulary(
+        recipe.model_name_or_path,
+        mask_token_id=recipe.mask_token_id,
+        eos_token_id=recipe.eos_token_id,
+        chat_template_path=recipe.chat_template_path,
+    )
+
+
+def read_vocabulary(
+    model: str, *, mask_token_id: int | None, eos_token_id: int | None, chat_template_path: str | None = None
+) -> Vocabulary:
+    """Of a model directory, or a name that stands for one. Raises ConfigError where a special id is neither known nor
+    given; reads no weights."""
+    model_dir = resolve_model_dir(model)
+    size = read_config(model_dir).vocab_size
+    tokenizer = read_tokenizer(model_dir)
+    template = read_chat_template(chat_template_path)
+    special = special_ids(tokenizer, known_mask_id(model_dir, mask_token_id), eos_token_id, size, template)
+    encoder = ChatEncoder(tokenizer, template, special) if tokenizer is not None else None
+    return Vocabulary(size, special, tokenizer, encoder)
