@@ -14,6 +14,7 @@ from dfactory.config.decode import DecodeKeys
 from dfactory.data.chat import SpecialIds
 from dfactory.data.examples import load_examples
 from dfactory.decoding import DecodeRules, decode
+from dfactory.vocabulary import Vocabulary
 from tests.commands.conftest import write_records
 
 MASK, EOS = 39, 38
@@ -36,7 +37,7 @@ class Follower:
 
     device = torch.device("cpu")
     config = SimpleNamespace(vocab_size=40)
-    special = SpecialIds(MASK, EOS, (35, MASK), (36,))
+    vocabulary = Vocabulary(40, SpecialIds(MASK, EOS, (35, MASK), (36,)), None, None)
 
     def __init__(self):
         keys = DecodeKeys(block_size=8, editing_threshold=0.5, mask_token_id=MASK, eos_token_id=EOS)
