@@ -26,7 +26,7 @@ from dfactory.objectives.cap import CAP
 from dfactory.objectives.dpo import DPO
 from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.objectives.sft import SFT
-from dfactory.rl.source import Feed, RolloutSource
+from dfactory.rl.source import RATIO_TOLERANCE, Feed, RolloutSource
 from dfactory.rl.views import rollout_views
 from dfactory.types import Objective
 from dfactory.views import Drafts, EditTargets, GridMask, MaskEmbeddingNoise, RandomMask, TraceViews
@@ -179,6 +179,7 @@ def make_rollout_source(recipe: Recipe, inputs: Inputs, feed: Feed, trainer: Tra
         world_size=trainer.world_size,
         micro_batch_rows=recipe.per_device_train_batch_size,
         num_iterations=recipe.num_iterations,
+        ratio_tolerance=RATIO_TOLERANCE[recipe.dtype],
     )
 
 

@@ -79,6 +79,7 @@ def learn(recipe: Recipe, feed: Feed | None = None) -> int:
             log.say(f"{num_steps} steps from step {state.step}, into {folder.path}")
         while state.step < num_steps and (window := source.next_window()) is not None:
             metrics = trainer.train_window(window, objective) | source.metrics
+            source.check(metrics)
             state.advance(metrics)
             if log:
                 log.step(state.step, source.epoch, metrics)

@@ -167,8 +167,7 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
             f"mask_count exact draws from no mask to all, noise_range_low is {low:g} and noise_range_high {high:g}: "
             "set them to 0 and 1",
         )
-    elif recipe.loss_weight == "elbo" or recipe.stage == "dpo":
-        weighing = "stage dpo" if recipe.stage == "dpo" else "loss_weight elbo"
+    elif weighing := _elbo_weights_of(recipe):
         rule(low > 0, f"noise_range_low 0 with {weighing} divides by zero: raise it to 0.001")
         twin_is_finite = not recipe.complementary or high < 1
         rule(
@@ -218,6 +217,15 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
             f"decode.{name} belongs to generate and eval: a recipe has one {name} for training and decoding",
         )
     rule(set(recipe.report_to) <= {"wandb"}, f"report_to {recipe.report_to}: only wandb is known")
+
+
+def _elbo_weights_of(recipe: Recipe) -> str | None:
+    """The keys, if any, because of which targets weigh 1/t."""
+    if recipe.stage == "rl":
+        return "policy_loss ebpo" if recipe.policy_loss == "ebpo" else None
+    if recipe.stage in PAIRED_STAGES:
+        return f"stage {recipe.stage}"
+    return "loss_weight elbo" if recipe.loss_weight == "elbo" else None
 
 
 def _check_block_sizes(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
@@ -377,5 +385,10 @@ def _check_rl(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
     rule(
         recipe.expert_parallel_size == 1,
         f"expert_parallel_size {recipe.expert_parallel_size} with stage rl is not supported: its tensors have other names",
+    )
+    rule(
+        recipe.view_source == "mask",
+        f"view_source {recipe.view_source} with stage rl: say policy_loss trace to train on the decoder's own steps, and "
+        "leave view_source at mask",
     )
     rule(not recipe.edits, "edit_share or num_turns with stage rl: rollouts are trained on as they were decoded")

@@ -105,6 +105,9 @@ class RecordSource:
             windows += 1
         return windows
 
+    def check(self, metrics: dict[str, float]) -> None:
+        """Nothing that records say bounds what training finds."""
+
     def next_window(self) -> list[ViewBatch] | None:
         """This rank's `accumulation` micro-batches of the next window; None when the run is over.
 

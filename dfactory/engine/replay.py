@@ -2,7 +2,8 @@
 
 Pass 1, without gradient: the log-probability of every target of the window, and with them, for each loss term S,
 c_i = dS / d log p_i. Pass 2, micro-batch by micro-batch: backpropagate sum_i c_i log p_i. By the chain rule that is the
-gradient of S itself, exactly, since both passes compute the same log-probabilities.
+gradient of S itself, exactly, as long as both passes compute the same log-probabilities: `replay_gap` tells by how much
+they differ, in nats a target.
 """
 
 import dataclasses
@@ -31,6 +32,8 @@ class Replayed(Objective):
             loss[name] = Mean(total, counts[name])
         share = 1 / self.num_micro_batches
         metrics = {name: Mean(m.total * share, m.count * share) for name, m in self.terms.metrics.items()}
+        gap_N = scores.logprob_N.detach() - batch.columns["first_logprob_N"]
+        metrics["replay_gap"] = Mean(gap_N.abs().sum(), batch.num_targets)
         return LossTerms(loss, metrics, self.terms.weights)
 
 
@@ -42,7 +45,7 @@ def replay(
     others = (torch.cat([score[field] for score in scores]) for field in range(1, len(TokenScores._fields)))
     terms = objective(join(window), TokenScores(leaf_N, *others))
     sizes = [batch.num_targets for batch in window]
-    columns: list[dict[str, torch.Tensor]] = [{} for _ in window]
+    columns = [{"first_logprob_N": score.logprob_N} for score in scores]
     for name, mean in terms.loss.items():
         gradient_N = torch.autograd.grad(mean.total, leaf_N, retain_graph=True)[0]
         for column, part_N in zip(columns, gradient_N.split(sizes), strict=True):

@@ -31,6 +31,9 @@ class Source(Protocol):
     def metrics(self) -> dict[str, float]:
         """What the source itself has to tell about its last window; logged beside the loss."""
 
+    def check(self, metrics: dict[str, float]) -> None:
+        """Raise an error if what training found on the last window cannot be, by what the source knows of it."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -53,6 +56,9 @@ class MappedSource(Source):
     @property
     def metrics(self) -> dict[str, float]:
         return self.source.metrics
+
+    def check(self, metrics: dict[str, float]) -> None:
+        self.source.check(metrics)
 
     def state_dict(self) -> dict[str, Any]:
         return self.source.state_dict()

@@ -8,7 +8,8 @@ With A the advantage of a rollout and w the weight of a target's view,
 A unit is a token (TraceRL, CJ-GRPO, diffu-GRPO: w multiplies its term instead of its log-ratio), or a sequence (EBPO, ESPO:
 w estimates the ELBO). The normaliser of a sequence is 1 (`sum`), its response tokens (`mean`) or its response blocks
 (`block`); epsilon has to be meant for it. `clip: unconditional` weighs with the clipped ratio whatever the sign of A, as
-a constant, and divides by the sum of the weights (StableDRL).
+a constant, and divides by the sum of the weights (StableDRL); those of tokens are multiplied by w, and by 1 / length with
+aggregation grpo, there too.
 
     L = -J / Z + kl_coef * KL / tokens,   Z = rollouts (sequences; tokens divided by their rollout's length: grpo),
                                               tokens (dapo), or rollouts * max_new_tokens (dr_grpo)
@@ -52,7 +53,8 @@ class PolicyGradient(Objective):
         rollouts = float(batch.columns["share_D"].sum())
         tokens = float((batch.columns["share_D"] * batch.response_length_D).sum())
         if self.clip == "unconditional":
-            policy = float(self._clipped_weight(self._log_ratio(batch, scores)).sum())
+            weight_U = self._clipped_weight(self._log_ratio(batch, scores))
+            policy = float((weight_U * self._unit_weight(batch)).sum())
         elif self.level == "sequence" or self.aggregation == "grpo":
             policy = rollouts
         else:
@@ -70,12 +72,12 @@ class PolicyGradient(Objective):
             clipped_U = ratio_U.clamp(1 - self.epsilon, 1 + self.epsilon_high)
             gain_U = torch.minimum(ratio_U * advantage_U, clipped_U * advantage_U)
             outside_U = gain_U < ratio_U * advantage_U
-        if self.level == "token":
-            gain_U = gain_U * self._token_weight(batch)
-        loss = {"policy": Mean(-gain_U.sum(), counts["policy"])}
+        loss = {"policy": Mean(-(gain_U * self._unit_weight(batch)).sum(), counts["policy"])}
         metrics = token_metrics(-scores.logprob_N, scores, batch.num_targets)
         metrics["clip_ratio"] = Mean(outside_U.sum(), len(log_ratio_U))
         metrics["ratio_spread"] = Mean(log_ratio_U.detach().abs().sum(), len(log_ratio_U))
+        moved_N = scores.logprob_N.detach() - batch.columns["old_logprob_N"]
+        metrics["logprob_change"] = Mean(moved_N.abs().sum(), batch.num_targets)
         if self.kl_coef:
             loss["kl"] = Mean(self.kl_coef * self._kl(batch, scores), counts["kl"])
         return LossTerms(loss=loss, metrics=metrics)
@@ -111,7 +113,10 @@ class PolicyGradient(Objective):
         index_D = torch.searchsorted(rollout_U, batch.columns["rollout_D"])
         return torch.zeros(len(rollout_U), device=value_D.device).index_copy(0, index_D, value_D.float())
 
-    def _token_weight(self, batch: ViewBatch) -> torch.Tensor:
+    def _unit_weight(self, batch: ViewBatch) -> torch.Tensor | float:
+        """What multiplies a unit's gain: that of its view for a token; the view's is in a sequence's ratio already."""
+        if self.level == "sequence":
+            return 1.0
         if self.aggregation != "grpo":
             return batch.elbo_weight_N
         return batch.elbo_weight_N / batch.response_length_D[batch.document_N]

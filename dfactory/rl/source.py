@@ -7,6 +7,8 @@
     3. documents, views, rows; each rank takes its share of the rows
     4. score them as the policy is now: the old log-probabilities, on the very views that are trained on; and as the
        reference is, where there is a KL term
+
+`check` then holds training to it: at the first step on new rollouts the ratio is 1, because no step lies between.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,12 +18,16 @@ import numpy as np
 import torch
 
 from dfactory.data.pack import PackedDocument, collate, pack_rows
+from dfactory.errors import RolloutError
 from dfactory.rl.rollouts import RolloutBatch, ScoredRollout
 from dfactory.rl.views import RolloutViews
 from dfactory.types import AlignedDocument, TokenScores, ViewBatch
 from dfactory.views import response_blocks
 
 Score = Callable[[ViewBatch], TokenScores]
+
+RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+"""By dtype: how far, in nats a target on average, two forwards of the same policy may lie apart."""
 
 
 class Feed(Protocol):
@@ -56,21 +62,24 @@ class RolloutSource:
         micro_batch_rows: int,
         num_iterations: int = 1,
         reference: Score | None = None,
+        ratio_tolerance: float = RATIO_TOLERANCE["float32"],
     ):
         self.feed, self.weights, self.make_views = feed, weights, make_views
         self.score, self.reference = score, reference
         self.block_size, self.row_length = block_size, row_length
         self.rank, self.world_size, self.micro_batch_rows = rank, world_size, micro_batch_rows
-        self.num_iterations = num_iterations
+        self.num_iterations, self.ratio_tolerance = num_iterations, ratio_tolerance
         self.version = 0  # policy versions made so far: optimiser steps
         self.next_group = 0
         self.epoch = 0.0  # passes over the prompts
         self.metrics: dict[str, float] = {}
         self._window: list[ViewBatch] = []
         self._uses = 0
+        self._new = False  # whether the last window was the first one of its rollouts
 
     def next_window(self) -> list[ViewBatch] | None:
-        if self._uses == 0:
+        self._new = self._uses == 0
+        if self._new:
             published = self._publish()
             batch = self.feed.next_batch(self.version, self.next_group)
             self._window = [self._with_scores(batch) for batch in self._build(batch.rollouts)]
@@ -79,6 +88,18 @@ class RolloutSource:
         self._uses = (self._uses + 1) % self.num_iterations
         self.version += 1
         return self._window
+
+    def check(self, metrics: dict[str, float]) -> None:
+        """Raises RolloutError if the policy had changed before the first step on new rollouts. `logprob_change` compares
+        with the old log-probabilities; the two passes of a window that is replayed are compared as `replay_gap`."""
+        for name in ("logprob_change", "replay_gap"):
+            if self._new and not metrics.get(name, 0.0) <= self.ratio_tolerance:
+                raise RolloutError(
+                    f"{name} {metrics[name]:.3g} at the first step on new rollouts, in nats a target; at most "
+                    f"{self.ratio_tolerance:g} is rounding: two forwards of one policy must agree, or the ratio is not 1. "
+                    "Likely causes: lora_dropout (set it to 0), or a kernel that is not deterministic (try another "
+                    "attn_implementation)"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": self.version, "next_group": self.next_group}

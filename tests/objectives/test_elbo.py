@@ -1,11 +1,9 @@
 """ELBO estimates against the value enumerated over all masks, for every way to draw views, and exact cases by hand.
 
-The model is a table: log p of the token at each position for every set of masked positions of its block, from a random
-softmax over a vocabulary of 3. Documents are 2 prompt tokens and 4 response tokens.
+The model is the table of tests/enumerated.py.
 """
 
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -15,25 +13,21 @@ from dfactory.data.pack import PackedDocument, collate
 from dfactory.objectives.elbo import elbo, elbo_by_view
 from dfactory.types import AlignedDocument, ViewBatch
 from dfactory.views import RandomMask
+from tests.enumerated import (
+    IDS,
+    LENGTH,
+    MASK,
+    PROMPT,
+    enumerated,
+    logprob,
+    over_all_t,
+    over_pair,
+    over_range,
+    scored,
+    standard_error,
+)
 
-VOCABULARY, PROMPT, LENGTH, MASK = 3, 2, 6, 3
-IDS = np.random.default_rng(0).integers(0, VOCABULARY, LENGTH).astype(np.int32)
-TABLE = (2 * torch.randn(LENGTH, 2**LENGTH, VOCABULARY, generator=torch.Generator().manual_seed(0))).log_softmax(-1)
 DRAWS = 500
-
-
-def logprob(position: int, masked: tuple[int, ...]) -> float:
-    """log p(token at `position` | exactly these positions of its block are masked)."""
-    return TABLE[position, sum(2**i for i in masked), IDS[position]].item()
-
-
-def scored(batch: ViewBatch) -> torch.Tensor:
-    """The table's log-probability of every target of a batch."""
-    position_N = batch.position_ids_RS.flatten()[batch.target_index_N]
-    place = (batch.document_N * (int(batch.num_views_D.max()) + 1) + batch.view_N) * LENGTH
-    block_N = place + batch.block_RS.flatten()[batch.target_index_N]
-    code = torch.zeros(int(block_N.max()) + 1, dtype=torch.long).index_add(0, block_N, 2**position_N)
-    return TABLE[position_N, code[block_N], batch.target_ids_N]
 
 
 def draw(block_size: int, documents: int = DRAWS, low=0.3, high=0.8, **options) -> ViewBatch:
@@ -42,38 +36,6 @@ def draw(block_size: int, documents: int = DRAWS, low=0.3, high=0.8, **options) 
     trainable = np.arange(LENGTH) >= PROMPT
     aligned = [AlignedDocument(number, IDS, trainable, block_size) for number in range(documents)]
     return collate([[PackedDocument(document, make(document, 0)) for document in aligned]], block_size)
-
-
-def enumerated(block_size: int, coefficient) -> float:
-    """Sum over blocks, masked sets S and i in S of coefficient(n, |S|) log p(i | S)."""
-    total = 0.0
-    for start in range(0, LENGTH, block_size):
-        response = range(max(start, PROMPT), start + block_size)
-        for size in range(1, len(response) + 1):
-            for masked in itertools.combinations(response, size):
-                total += coefficient(len(response), size) * sum(logprob(i, masked) for i in masked)
-    return total
-
-
-def over_all_t(n: int, masks: int) -> float:
-    """Integral of (1/t) t^l (1 - t)^(n - l) over [0, 1]: 1/l over the number of sets of size l."""
-    return 1 / (masks * math.comb(n, masks))
-
-
-def over_range(low: float, high: float):
-    """The mean of (1/t) t^l (1 - t)^(n - l) over [low, high], by Gauss-Legendre quadrature."""
-    node, weight = np.polynomial.legendre.leggauss(20)
-    t = low + (high - low) * (node + 1) / 2
-    return lambda n, masks: float((weight / 2 * t ** (masks - 1) * (1 - t) ** (n - masks)).sum())
-
-
-def over_pair(low: float, high: float):
-    one, twin = over_range(low, high), over_range(1 - high, 1 - low)
-    return lambda n, masks: (one(n, masks) + twin(n, masks)) / 2
-
-
-def standard_error(estimates: torch.Tensor) -> float:
-    return (estimates.std() / math.sqrt(len(estimates))).item()
 
 
 OPTIONS = [
