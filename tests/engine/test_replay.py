@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from dfactory.data.pack import collate
 from dfactory.engine.replay import join, replay
 from dfactory.engine.window import micro_loss, window_counts
 from dfactory.models.registry import load_policy
@@ -16,7 +17,7 @@ VOCABULARY = 160
 OBJECTIVES = {
     "sequence": PolicyGradient(level="sequence", normaliser="mean", epsilon=0.05, epsilon_high=0.05),
     "sum": PolicyGradient(level="sequence", normaliser="sum", epsilon=10.0, epsilon_high=10.0, kl_coef=0.1),
-    "unconditional": PolicyGradient(level="sequence", normaliser="block", clip="unconditional", epsilon=0.5),
+    "unconditional": PolicyGradient("sequence", normaliser="block", clip="unconditional", epsilon=0.5, kl_coef=0.1),
     "tokens": PolicyGradient(level="token", aggregation="grpo", kl_coef=0.1, kl_estimator="k2"),
 }
 
@@ -28,7 +29,7 @@ def policy():
 
 @pytest.fixture(scope="module")
 def window(policy):
-    """Three micro-batches; two rollouts, each with its views in several of them."""
+    """Four micro-batches, the last one empty; two rollouts, each with its views in several of them."""
     generator = torch.Generator().manual_seed(1)
     documents = [random_document(generator, 12, 4, 3, VOCABULARY, prompt=3) for _ in range(2)]
     batches = []
@@ -46,7 +47,9 @@ def window(policy):
                 reference_logprob_N=old_N + 0.1,
             )
         )
-    return batches
+    empty = collate([[]], 4)
+    columns = {name: column[:0] for name, column in batches[0].columns.items()}
+    return [*batches, empty.with_columns(**columns)]
 
 
 def gradients(policy, loss):
@@ -68,13 +71,25 @@ def test_two_passes_equal_the_whole_graph(policy, window, name):
     with torch.no_grad():
         ahead = [policy(batch) for batch in window]
     second, batches = replay(objective, window, ahead)
-    assert window_counts(second, batches, [None] * 3, lambda total: None) == pytest.approx(counts)
+    assert window_counts(second, batches, [None] * 4, lambda total: None) == pytest.approx(counts)
     policy.zero_grad()
-    losses = []
+    losses, gaps = [], []
     for batch in batches:
-        loss = micro_loss(second(batch, policy(batch)), counts, 1)
+        terms = second(batch, policy(batch))
+        loss = micro_loss(terms, counts, 1)
         loss.backward()
         losses.append(loss.item())
+        gaps.append(terms.metrics["replay_gap"].total.item())
     actual = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
     assert sum(losses) == pytest.approx(expected_loss.item(), rel=1e-5)
     assert (actual - expected).norm() / expected.norm() < 1e-5
+    assert max(gaps) < 1e-4  # the two passes compute the same
+
+
+def test_passes_that_differ_are_told(window, policy):
+    with torch.no_grad():
+        scores = [policy(batch) for batch in window]
+    second, batches = replay(OBJECTIVES["sequence"], window, scores)
+    other = scores[0]._replace(logprob_N=scores[0].logprob_N + 0.25)
+    gap = second(batches[0], other).metrics["replay_gap"]
+    assert gap.total.item() / gap.count == pytest.approx(0.25, rel=1e-5)
