@@ -186,10 +186,12 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
         f"overlong split with stage {recipe.stage}: pairs have prompts and cannot be split; use truncate",
     )
     if recipe.row_length is not None:
-        need = recipe.longest_record
+        rollouts = recipe.stage == "rl"  # they are cut between views
+        need = 2 * recipe.max_length if rollouts else recipe.longest_record
+        held = "a rollout of max_length with one view" if rollouts else "a record of max_length with its views"
         rule(
             recipe.row_length >= need,
-            f"row_length {recipe.row_length} cannot hold a record of max_length with its views: raise it to {need}",
+            f"row_length {recipe.row_length} cannot hold {held}: raise it to {need}",
         )
     rule(
         not (recipe.use_peft and recipe.init_weights == "random"),

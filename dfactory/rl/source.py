@@ -4,7 +4,7 @@
 
     1. publish the weights of this policy version (all ranks gather, rank 0 puts)
     2. ask the controller for the scored rollouts of this step; all ranks get the same ones
-    3. documents, views, rows; each rank takes its share of the rows
+    3. documents, views, rows; each rank takes its share of the rollouts
     4. score them as the policy is now: the old log-probabilities, on the very views that are trained on; and as the
        reference is, where there is a KL term
 
@@ -116,15 +116,20 @@ class RolloutSource:
         return {}
 
     def _build(self, rollouts: list[ScoredRollout]) -> list[ViewBatch]:
-        """Every rank packs all rows alike and keeps every world_size-th; all get equally many micro-batches."""
-        parts = [part for number, scored in enumerate(rollouts) for part in self._parts(number, scored)]
-        rows = [[parts[i] for i in row] for row in pack_rows((p.document.cost for p in parts), self.row_length)]
-        per_rank = -(-max(len(rows), 1) // self.world_size)
+        """Every rank packs the rows of all ranks alike and keeps its own; all get equally many micro-batches. A rollout
+        is all on one rank, because the ratio of a sequence needs all of its views (engine/replay.py)."""
+        parts_of = [self._parts(number, scored) for number, scored in enumerate(rollouts)]
+        shares = share_out([sum(part.document.cost for part in parts) for parts in parts_of], self.world_size)
+        packed = [self._pack([part for number in share for part in parts_of[number]]) for share in shares]
         size = self.micro_batch_rows
-        micro_batches = -(-per_rank // size)
-        rows += [[] for _ in range(micro_batches * size * self.world_size - len(rows))]
-        mine = rows[self.rank :: self.world_size]
+        micro_batches = -(-max(1, *map(len, packed)) // size)
+        mine = packed[self.rank]
+        mine += [[] for _ in range(micro_batches * size - len(mine))]
         return [self._collate(mine[i : i + size]) for i in range(0, len(mine), size)]
+
+    def _pack(self, parts: list["_Part"]) -> list[list["_Part"]]:
+        rows = pack_rows((part.document.cost for part in parts), self.row_length)
+        return [[parts[index] for index in row] for row in rows]
 
     def _with_scores(self, batch: ViewBatch) -> ViewBatch:
         columns = {"old_logprob_N": self.score(batch).logprob_N.cpu()}
@@ -161,6 +166,21 @@ class _Part:
     def __init__(self, number: int, advantage: float, share: float, document: PackedDocument):
         self.number, self.advantage, self.share, self.document = number, advantage, share, document
         self.response_blocks = response_blocks(document.document)
+
+
+def share_out(cost_U: list[int], num_ranks: int) -> list[list[int]]:
+    """Units by rank, ascending: the costliest first, each to the rank that has the least so far.
+
+    >>> share_out([5, 9, 3, 4], 2)
+    [[1, 2], [0, 3]]
+    """
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for unit in sorted(range(len(cost_U)), key=lambda unit: -cost_U[unit]):
+        rank = loads.index(min(loads))
+        shares[rank].append(unit)
+        loads[rank] += cost_U[unit]
+    return [sorted(share) for share in shares]
 
 
 def rollout_document(scored: ScoredRollout, block_size: int) -> AlignedDocument:

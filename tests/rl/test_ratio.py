@@ -13,7 +13,7 @@ from dfactory.types import TokenScores
 from tests.engine.conftest import ROOT
 from tests.rl.test_source import BLOCK, FakeFeed, make_source
 
-EBPO = ["policy_loss=ebpo", "num_views=2", "complementary=false", "row_length=48"]  # two rows, and so two micro-batches
+EBPO = ["policy_loss=ebpo", "num_views=2", "complementary=false", "row_length=32"]  # a rollout in two micro-batches
 
 
 @pytest.fixture

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from dfactory.engine.replay import join
+from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.rl.rollouts import RolloutBatch, ScoredRollout
-from dfactory.rl.source import RolloutSource, rollout_document
+from dfactory.rl.source import RolloutSource, rollout_document, share_out
 from dfactory.types import FinishReason, Rollout, TokenScores
 from dfactory.views.mask import RandomMask
 
@@ -90,7 +92,7 @@ def test_every_response_token_is_a_target_once_a_pair():
 
 
 @pytest.mark.parametrize("world_size, micro_batch_rows", [(1, 4), (2, 1), (3, 2)])
-def test_ranks_share_the_same_rows(world_size, micro_batch_rows):
+def test_ranks_share_the_rollouts(world_size, micro_batch_rows):
     options = {"row_length": 40, "micro_batch_rows": micro_batch_rows, "world_size": world_size}
     windows = [make_source(rank=rank, **options).next_window() for rank in range(world_size)]
     assert len({len(window) for window in windows}) == 1, "all ranks need equally many micro-batches"
@@ -98,8 +100,32 @@ def test_ranks_share_the_same_rows(world_size, micro_batch_rows):
     assert sum((targets(window) for window in windows), Counter()) == targets(whole)
 
 
+def test_a_sequence_is_whole_on_its_rank():
+    """Whatever the ranks and however its views are cut into rows, the sums of a sequence's loss stay what they are."""
+    objective = PolicyGradient(level="sequence", normaliser="mean", epsilon=9.0, epsilon_high=9.0)
+
+    def total(**options) -> tuple[float, float]:
+        sums = [0.0, 0.0]
+        for rank in range(options.get("world_size", 1)):
+            whole = join(make_source(rank=rank, **options).next_window())
+            logprob_N = whole.columns["old_logprob_N"] + 0.01 * whole.target_ids_N
+            term = objective(whole, TokenScores(*[logprob_N] * len(TokenScores._fields))).loss["policy"]
+            sums = [sums[0] + term.total.item(), sums[1] + term.count]
+        return tuple(sums)
+
+    expected = total()
+    assert expected[1] == 3
+    for options in ({"row_length": 36}, {"row_length": 24}, {"row_length": 24, "world_size": 2}):
+        assert total(**options) == pytest.approx(expected, rel=1e-5), options
+
+
+def test_shares_of_ranks_are_even():
+    assert share_out([5, 9, 3, 4], 2) == [[1, 2], [0, 3]]
+    assert share_out([1, 1], 3) == [[0], [1], []]
+
+
 def test_a_rollout_whose_views_do_not_fit_one_row_is_shared_out():
-    window = make_source(row_length=36).next_window()
+    window = make_source(row_length=24).next_window()
     share = Counter()
     for batch in window:
         for number, part in zip(batch.columns["rollout_D"].tolist(), batch.columns["share_D"].tolist(), strict=True):
