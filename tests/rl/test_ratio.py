@@ -31,7 +31,9 @@ def run(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("keys", [["policy_loss=trace"], EBPO], ids=["tokens", "sequences"])
+@pytest.mark.parametrize(
+    "keys", [["policy_loss=trace"], EBPO, [*EBPO, "dtype=bfloat16"]], ids=["tokens", "sequences", "bfloat16"]
+)
 def test_only_the_first_of_several_steps_on_the_same_rollouts_has_ratio_1(run, keys):
     change = [row["logprob_change"] for row in run("num_iterations=2", *keys)]
     assert change[0] < 1e-5
