@@ -68,6 +68,8 @@ def _fails(capsys, tmp_path, words: list[str], status: int, *expected: str) -> N
         ("mask_count=exact", ("mask_count exact", "noise_range_low is 0.3", "set them to 0 and 1")),
         ("decode.treshold=0.9", ("unknown key decode.treshold", "did you mean decode.threshold?")),
         ("decode.threshold=2", ("decode.threshold 2", "at most 1")),
+        ("decode.step_schedule=ascending", ("decode.step_schedule ascending without decode.steps", "set decode.steps")),
+        ("decode.steps=9", ("decode.steps 9 > block_size 8", "lower it")),
         ("decode.mask_token_id=3", ("decode.mask_token_id", "a recipe has one mask_token_id")),
         ("eval_decode_prompts=4", ("eval_decode_prompts 4", "no eval_datasets")),
         ("deepspeed=nowhere.json", ("deepspeed nowhere.json does not exist",)),

@@ -11,7 +11,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dfactory.config.decode import DecodeKeys
+from dfactory.config.decode import DecodeKeys, decode_problem
 from dfactory.config.merge import MergeKeys
 from dfactory.config.objective import PAIRED_STAGES, PLAIN_STAGES
 from dfactory.config.recipe import Recipe
@@ -41,7 +41,11 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
 def load_decode_keys(overrides: list[str]) -> DecodeKeys:
     """`decode.threshold=0.9 ...` -> DecodeKeys; the prefix may be left out."""
     bare = [item.removeprefix("--").removeprefix("decode.") for item in overrides]
-    return _merge(DecodeKeys, [("the command line", _parse_overrides(bare))])
+    keys = _merge(DecodeKeys, [("the command line", _parse_overrides(bare))])
+    problem = decode_problem(keys, keys.block_size)
+    if problem is not None:
+        raise ConfigError(f"{problem} in the command line")
+    return keys
 
 
 def load_merge_keys(words: list[str]) -> MergeKeys:
@@ -201,6 +205,8 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
     _check_rl(recipe, rule)
     _check_editing(recipe, rule)
     _check_traces(recipe, rule)
+    problem = decode_problem(recipe.decode, recipe.decode.block_size or recipe.block_size)
+    rule(problem is None, str(problem))
     rule(bool(recipe.datasets), "datasets is empty: name at least one file")
     rule(all(entry.weight > 0 for entry in recipe.datasets), "datasets.weight 0: leave the file out instead")
     rule(

@@ -1,7 +1,7 @@
 """The block decoder: ragged prompts in slots, every slot at its own block, an exact cache (METHOD section 9).
 
 One forward serves all slots (see cache.py for what it runs over). The tokens live on the host; a forward takes the ids
-and gives back three numbers for each open position, in one transfer. Open are the masked positions; with editing, all
+and gives back four numbers for each open position, in one transfer. Open are the masked positions; with editing, all
 positions of the response. A finished response frees its slot for the next prompt at once.
 
 What a response draws is a pure function of (rules.seed, its prompt's noise id, its own forward): it depends neither on
@@ -221,17 +221,19 @@ class _Decoder:
         if not rules.distribution.is_greedy:
             uniform_N = torch.from_numpy(np.stack([response.uniform_B() for response in self.live]))[open_RB]
 
-        proposal_RB = Proposal(*(torch.zeros(open_RB.shape, dtype=t) for t in (torch.long, torch.float, torch.float)))
+        proposal_RB = Proposal(*(torch.zeros(open_RB.shape, dtype=t) for t in (torch.long, torch.float) * 2))
         for field_RB, field_N in zip(proposal_RB, self._propose(hidden_NH, index_N, uniform_N), strict=True):
             field_RB[open_RB] = field_N.to(field_RB.dtype)
-        commit_RB = rules.commit.commit(proposal_RB, masked_RB)
+        step_R = torch.tensor([response.mask_steps for response in self.live])
+        confidence_RB = rules.acceptance.confidence(proposal_RB, masked_RB, step_R)
+        commit_RB = rules.commit.commit(confidence_RB, masked_RB, step_R)
         edit_RB = torch.zeros_like(commit_RB)
         if rules.editing is not None:
-            edit_RB = rules.editing.edit(proposal_RB, tokens_RB, open_RB & ~masked_RB)
+            edit_RB = rules.editing.edit(confidence_RB, proposal_RB.token != tokens_RB, open_RB & ~masked_RB)
         return proposal_RB, commit_RB.numpy(), edit_RB.numpy()
 
     def _propose(self, hidden_NH: torch.Tensor, index_N: torch.Tensor, uniform_N: torch.Tensor | None) -> torch.Tensor:
-        """Proposals of the tokens at `index_N`: float64 [3, N] on the host, the one transfer of a forward."""
+        """Proposals of the tokens at `index_N`: float64 [4, N] on the host, the one transfer of a forward."""
         device = hidden_NH.device
         rows = max(1, LOGITS_BYTES // (4 * self.policy.config.vocab_size))
         parts = []

@@ -2,12 +2,16 @@
 
 A forward gives the open positions of a block their logits; the rules turn them into a decision:
 
-    logits --Distribution--> Proposal --Threshold--> which masks become tokens
-                                      --Editing----> which tokens become other tokens
+    logits --Distribution--> Proposal --Acceptance--> confidence --Threshold--> which masks become tokens
+                                                                 --Editing----> which tokens become other tokens
 
 Confidence, sample and recorded log-probability come from one distribution, the processed one: special tokens suppressed,
 then temperature, top-k and top-p. At temperature 0 the token is the most probable one and the distribution is the
 plain softmax, without top-k and top-p.
+
+With acceptance `top`, confidence is a function of the distributions alone, whatever penalty or schedule there is: these
+choose the positions, and the tokens at them are drawn independently. So the probability of a trace is exactly the product
+of the recorded ones.
 
 Letters: N scored positions, R responses that are decoded together, B block size, V vocabulary.
 """
@@ -20,23 +24,20 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from dfactory.config.decode import DecodeKeys
+from dfactory.config.decode import STEP_SCHEDULES, DecodeKeys, decode_problem, most_steps
 from dfactory.errors import ConfigError
 
 
 class Proposal(NamedTuple):
     """What the model would put at each position; tensors of one shape.
 
-    vocabulary (a b c) with p = (0.5 0.3 0.2), b drawn:  token b   logprob ln 0.3   top_logprob ln 0.5
+    vocabulary (a b c) with p = (0.5 0.3 0.2), b drawn:  token b   logprob ln 0.3   top_token a   top_logprob ln 0.5
     """
 
     token: torch.Tensor  # int64
     logprob: torch.Tensor  # float32, of `token` under the processed distribution
-    top_logprob: torch.Tensor  # float32, of the most probable token
-
-    def confidence(self, acceptance: str) -> torch.Tensor:
-        """The probability that a threshold is compared with: of `token` (`sampled`) or of the top token (`top`)."""
-        return (self.logprob if acceptance == "sampled" else self.top_logprob).exp()
+    top_token: torch.Tensor  # int64, the most probable one
+    top_logprob: torch.Tensor  # float32, its
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +59,11 @@ class Distribution:
         if self.is_greedy:
             top_N, token_N = logits_NV.max(dim=-1)
             logprob_N = top_N - logits_NV.logsumexp(dim=-1)
-            return Proposal(token_N, logprob_N, logprob_N)
+            return Proposal(token_N, logprob_N, token_N, logprob_N)
         logprob_NV = logits_NV.log_softmax(dim=-1)
         token_N = _draw(logprob_NV, uniform_N)
-        return Proposal(token_N, logprob_NV.gather(-1, token_N[:, None])[:, 0], logprob_NV.amax(dim=-1))
+        top_logprob_N, top_token_N = logprob_NV.max(dim=-1)
+        return Proposal(token_N, logprob_NV.gather(-1, token_N[:, None])[:, 0], top_token_N, top_logprob_N)
 
     def _processed(self, logits_NV: torch.Tensor) -> torch.Tensor:
         """float32 logits of the processed distribution: -inf where a token cannot come out."""
@@ -105,11 +107,54 @@ def uniform_numbers(seed: int, prompt: int, step: int, count: int) -> np.ndarray
     return np.random.Generator(stream).integers(0, 2**48, size=count) / 2**48
 
 
+@dataclasses.dataclass(frozen=True)
+class Acceptance:
+    """From a proposal to its confidence: the probability of `token` (`sampled`) or of `top_token` (`top`).
+
+    EOS early rejection [CJ]: where that token is EOS, confidence is multiplied by a factor that rises linearly over the
+    `num_steps` forwards that a block with masks may take. As it looks at the token whose probability is compared, with
+    `top` it does not depend on what was drawn; the authors' code looks at the token drawn.
+
+    eos_penalty 0.6, num_steps 4    step    0    1    2    3    no mask left
+                                    factor  0.4  0.6  0.8  1    1
+    """
+
+    by: str = "sampled"
+    eos_penalty: float = 0.0
+    eos_token_id: int = -1
+    num_steps: int = 1
+
+    def confidence(self, proposal_RB: Proposal, masked_RB: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
+        """float32 [R, B]. `step_R`: forwards that the block of each row has taken with masks, before this one."""
+        token_RB, logprob_RB = proposal_RB[:2] if self.by == "sampled" else proposal_RB[2:]
+        if self.eos_penalty == 0:
+            return logprob_RB.exp()
+        progress_R = torch.where(masked_RB.any(dim=-1), step_R / max(self.num_steps - 1, 1), 1.0)
+        factor_R1 = (1 - self.eos_penalty * (1 - progress_R))[:, None]
+        return logprob_RB.exp() * torch.where(token_RB == self.eos_token_id, factor_R1, 1.0)
+
+
+def least_counts(masks_R: torch.Tensor, steps_left_R: torch.Tensor, schedule: str) -> torch.Tensor:
+    """How many of `masks_R` masks the next of `steps_left_R` steps commits, int64 [R]; at least 1.
+
+    Told anew at every step, so that it also holds where a step commits more, and where prompt or draft fill a part of
+    the block. `ascending` [CJ]: as if the steps left took 1, 2, 4, ... of 2^steps - 1 equal shares; a share is rounded
+    down, and the last step takes the rest. Fewer masks than steps: one a step, and the block ends early.
+
+    32 masks, 6 steps   even  6 6 5 5 5 5   ascending  1 1 2 4 8 16      10 masks, 3 steps   even  4 3 3   ascending  1 3 6
+    """
+    if schedule == "even":
+        return -(-masks_R // steps_left_R)
+    shares_R = 2 ** steps_left_R.clamp(max=62) - 1  # beyond, no share reaches one token, and int64 ends
+    return (masks_R // shares_R).clamp(min=1)
+
+
 class CommitRule(Protocol):
     """Which masked positions become tokens. It must take at least one of every row that has one, or decoding stalls."""
 
-    def commit(self, proposal_RB: Proposal, masked_RB: torch.Tensor) -> torch.Tensor:
-        """bool [R, B], True only where `masked_RB` is. What the proposal holds elsewhere has no meaning."""
+    def commit(self, confidence_RB: torch.Tensor, masked_RB: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
+        """bool [R, B], True only where `masked_RB` is. What `confidence_RB` holds elsewhere has no meaning; `step_R` as
+        in `Acceptance.confidence`."""
 
     def most_steps(self, block_size: int) -> int:
         """Forwards within which every block has lost its masks."""
@@ -121,26 +166,37 @@ class Threshold:
 
     confidence  0.97  0.60  0.99  0.20     threshold 0.95: positions 0 and 2
                 0.50  0.60  0.30  0.20     min_commit 1:   position 1
+
+    With `steps`, the least number is that of `least_counts` instead; with threshold 1.0 it is also the most.
     """
 
     threshold: float
     min_commit: int = 1
-    acceptance: str = "sampled"
+    steps: int | None = None
+    schedule: str = "even"
 
     def __post_init__(self):
         if self.min_commit < 1:
             raise ConfigError(f"min_commit {self.min_commit}: at least one token a forward, or decoding never ends")
+        if self.schedule not in STEP_SCHEDULES:
+            raise ConfigError(f"step_schedule {self.schedule}: it must be one of {', '.join(STEP_SCHEDULES)}")
 
-    def commit(self, proposal_RB: Proposal, masked_RB: torch.Tensor) -> torch.Tensor:
-        confidence_RB = proposal_RB.confidence(self.acceptance).masked_fill(~masked_RB, -math.inf)
+    def commit(self, confidence_RB: torch.Tensor, masked_RB: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
+        confidence_RB = confidence_RB.masked_fill(~masked_RB, -math.inf)
         above_RB = confidence_RB > self.threshold
         rank_RB = confidence_RB.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        best_RB = masked_RB & (rank_RB < self.min_commit)
-        too_few_R1 = above_RB.sum(dim=-1, keepdim=True) < self.min_commit
+        least_R1 = self._least(masked_RB.sum(dim=-1), step_R)[:, None]
+        best_RB = masked_RB & (rank_RB < least_R1)
+        too_few_R1 = above_RB.sum(dim=-1, keepdim=True) < least_R1
         return torch.where(too_few_R1, best_RB, above_RB)
 
+    def _least(self, masks_R: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
+        if self.steps is None:
+            return torch.full_like(masks_R, self.min_commit)
+        return least_counts(masks_R, (self.steps - step_R).clamp(min=1), self.schedule)
+
     def most_steps(self, block_size: int) -> int:
-        return math.ceil(block_size / self.min_commit)
+        return most_steps(block_size, self.min_commit, self.steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,12 +209,11 @@ class Editing:
 
     threshold: float
     max_post_steps: int = 16
-    acceptance: str = "sampled"
 
-    def edit(self, proposal_RB: Proposal, tokens_RB: torch.Tensor, editable_RB: torch.Tensor) -> torch.Tensor:
-        """bool [R, B], True only where `editable_RB` is: response tokens that are not masked."""
-        sure_RB = proposal_RB.confidence(self.acceptance) > self.threshold
-        return editable_RB & sure_RB & (proposal_RB.token != tokens_RB)
+    def edit(self, confidence_RB: torch.Tensor, differs_RB: torch.Tensor, editable_RB: torch.Tensor) -> torch.Tensor:
+        """bool [R, B], True only where `editable_RB` is: response tokens that are not masked. `differs_RB`: the token
+        proposed is not the one there."""
+        return editable_RB & differs_RB & (confidence_RB > self.threshold)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +225,7 @@ class DecodeRules:
     mask_token_id: int
     eos_token_id: int
     distribution: Distribution
+    acceptance: Acceptance
     commit: CommitRule
     editing: Editing | None = None
     batch_size: int = 32
@@ -188,10 +244,14 @@ class DecodeRules:
 
         `special_ids` are never emitted unless they are EOS or `suppress_special` is false; the mask is one of them
         without being named. Leave out the special tokens that responses are trained to hold, as the one that ends a
-        turn. Raises ConfigError without a block size, and where neither keys nor caller know the mask or EOS.
+        turn. Raises ConfigError without a block size, where neither keys nor caller know the mask or EOS, and for keys
+        that make no sense together.
         """
         if keys.block_size is None:
             raise ConfigError("decode.block_size is null and the model does not tell it: set decode.block_size")
+        problem = decode_problem(keys, keys.block_size)
+        if problem is not None:
+            raise ConfigError(problem)
         mask = mask_token_id if keys.mask_token_id is None else keys.mask_token_id
         eos = eos_token_id if keys.eos_token_id is None else keys.eos_token_id
         for name, value in (("mask_token_id", mask), ("eos_token_id", eos)):
@@ -202,14 +262,17 @@ class DecodeRules:
         suppressed = sorted({*special_ids, mask} - {eos}) if keys.suppress_special else []
         editing = None
         if keys.editing_threshold is not None:
-            editing = Editing(keys.editing_threshold, keys.max_post_steps, keys.acceptance)
+            editing = Editing(keys.editing_threshold, keys.max_post_steps)
+        commit = Threshold(keys.threshold, keys.min_commit, keys.steps, keys.step_schedule)
+        num_steps = commit.most_steps(keys.block_size)
         return cls(
             block_size=keys.block_size,
             max_new_tokens=keys.max_new_tokens,
             mask_token_id=mask,
             eos_token_id=eos,
             distribution=Distribution(keys.temperature, keys.top_k, keys.top_p, tuple(suppressed)),
-            commit=Threshold(keys.threshold, keys.min_commit, keys.acceptance),
+            acceptance=Acceptance(keys.acceptance, keys.eos_penalty, eos, num_steps),
+            commit=commit,
             editing=editing,
             batch_size=keys.batch_size,
             seed=keys.seed,

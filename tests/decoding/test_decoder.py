@@ -18,7 +18,7 @@ from dfactory.errors import ConfigError, DataError
 from dfactory.models.registry import load_policy
 from dfactory.types import GIVEN, FinishReason
 from tests.decoding.conftest import EOS, MASK, Scripted, log_odds, same_rollouts, sharpen
-from tests.decoding.uncached import Settings, block_causal_logits, processed, uncached
+from tests.decoding.uncached import Settings, block_causal_logits, budget, least, processed, uncached
 from tests.models.conftest import CONFIGS
 
 SUPPRESSED = (MASK, 150, 151, 157)
@@ -42,7 +42,10 @@ def settings_of(rules: DecodeRules) -> Settings:
         temperature=rules.distribution.temperature,
         top_k=rules.distribution.top_k,
         top_p=rules.distribution.top_p,
-        acceptance=rules.commit.acceptance,
+        acceptance=rules.acceptance.by,
+        steps=rules.commit.steps,
+        step_schedule=rules.commit.schedule,
+        eos_penalty=rules.acceptance.eos_penalty,
         suppressed_ids=rules.distribution.suppressed_ids,
     )
 
@@ -89,6 +92,10 @@ LENGTHS = (3, 8, 13, 24)  # within a block, one block, ragged, three blocks
         {"threshold": 0.7, "editing_threshold": 0.5},
         {"threshold": 0.5, "editing_threshold": 0.0, "max_post_steps": 3},
         {"threshold": 0.5, "editing_threshold": 0.4, "max_post_steps": 0},
+        {"threshold": 1.0, "steps": 3},
+        {"threshold": 1.0, "steps": 4, "step_schedule": "ascending"},
+        {"threshold": 0.6, "steps": 5, "step_schedule": "ascending", "temperature": 1.0, "acceptance": "top"},
+        {"threshold": 0.7, "steps": 3, "step_schedule": "ascending", "editing_threshold": 0.5},
         {"threshold": 0.7, "temperature": 1.0},
         {"threshold": 0.7, "temperature": 0.7, "acceptance": "top", "top_k": 20},
         {"threshold": 0.6, "temperature": 1.3, "acceptance": "top", "top_p": 0.8},
@@ -253,23 +260,27 @@ def test_never_stalls_and_never_emits_special_tokens(make_policy):
             assert min(rollout.commit_step) >= 0
 
 
-def test_log_probabilities_are_those_of_the_processed_distribution(policy):
-    """Replay: at every step the recorded number is what the one-pass model says of that token in that state."""
-    rules = make_rules(temperature=0.8, top_k=40, top_p=0.95, acceptance="top", threshold=0.4)
-    (prompt,) = random_prompts(13)
-    (rollout,) = decode(policy, [prompt], rules)
-    steps = torch.tensor([-1] * len(prompt) + rollout.commit_step)
-    final = torch.tensor(prompt + rollout.token_ids)
-    settings = settings_of(rules)
+def replayed(policy, rollout, rules) -> list[float]:
+    """What the one-pass model says of every token in the state that it was committed in."""
+    start, settings = len(rollout.prompt_ids), settings_of(rules)
+    steps = torch.tensor([-1] * start + rollout.commit_step)
+    final = torch.tensor(rollout.prompt_ids + rollout.token_ids)
+    logprob = {}
     with torch.inference_mode():
         for step in range(rollout.forwards):
             taken = (steps == step).nonzero()[:, 0].tolist()
             end = (taken[0] // rules.block_size + 1) * rules.block_size
-            state = final.where(steps < step, torch.tensor(MASK))[:end]
+            state = final.where(steps < step, torch.tensor(rules.mask_token_id))[:end]
             logits = block_causal_logits(policy, state, rules.block_size)
-            for i in taken:
-                expected = processed(logits[i], settings)[final[i]].log().item()
-                assert rollout.commit_logprob[i - len(prompt)] == pytest.approx(expected, abs=1e-4)
+            logprob |= {i: processed(logits[i], settings)[final[i]].log().item() for i in taken}
+    return [logprob[i] for i in range(start, len(final))]
+
+
+def test_log_probabilities_are_those_of_the_processed_distribution(policy):
+    rules = make_rules(temperature=0.8, top_k=40, top_p=0.95, acceptance="top", threshold=0.4)
+    (prompt,) = random_prompts(13)
+    (rollout,) = decode(policy, [prompt], rules)
+    assert rollout.commit_logprob == pytest.approx(replayed(policy, rollout, rules), abs=1e-4)
 
 
 def script_of(table: dict[int, dict], vocab_size: int = 160, otherwise: dict | None = None):
@@ -378,44 +389,151 @@ def test_top_acceptance_keeps_the_distribution_and_sampled_starves_rare_tokens()
     assert share["sampled"] < 0.1
 
 
-def test_top_acceptance_equals_the_enumerated_model(make_policy):
-    """All 27 responses of three tokens over a vocabulary of three: frequencies against the model's own product."""
-    policy = make_policy(head=10.0, vocab_size=5, pad_token_id=3)
-    keys = DecodeKeys(
-        block_size=3,
-        max_new_tokens=3,
-        threshold=0.5,
-        temperature=1.0,
-        acceptance="top",
-        batch_size=500,
-        mask_token_id=4,
-        eos_token_id=3,
-    )
-    rules = DecodeRules.of(keys, special_ids=[3])
-    rules = dataclasses.replace(rules, distribution=dataclasses.replace(rules.distribution, suppressed_ids=(3, 4)))
-    settings, prompt = settings_of(rules), [0, 1, 2]
-    exact = collections.Counter()
+OPTIONS_OF_THREE = [
+    {},
+    {"steps": 2, "threshold": 1.0},
+    {"steps": 2, "threshold": 1.0, "step_schedule": "ascending"},
+    {"eos_penalty": 0.9},
+    {"eos_penalty": 0.9, "steps": 2, "threshold": 0.8, "step_schedule": "ascending"},
+]
 
-    def enumerate_from(state, weight):
+
+def rules_of_three(**options) -> DecodeRules:
+    """Blocks of three over the tokens 0, 1 and EOS, all of them in view of the prompt; 3 and 4 cannot come out."""
+    keys = {"block_size": 3, "max_new_tokens": 3, "threshold": 0.5, "temperature": 1.0, "acceptance": "top"}
+    ids = {"mask_token_id": 4, "eos_token_id": 2}
+    return DecodeRules.of(DecodeKeys(**keys | options | ids, batch_size=500), special_ids=[3])
+
+
+@pytest.fixture(scope="module")
+def policy_of_three(make_policy):
+    return make_policy(head=10.0, vocab_size=5, pad_token_id=3)
+
+
+def enumerated(policy, prompt: list[int], rules: DecodeRules) -> tuple[collections.Counter, set]:
+    """The probability of each of the 27 responses: the model's own product along the order in which the rules, which
+    do not look at what was drawn, commit positions; and the sets of positions that were committed together."""
+    settings = settings_of(rules)
+    exact, together = collections.Counter(), set()
+
+    def go_on(state, step, weight):
         masked = [i for i in range(3) if state[i] == 4]
         if not masked:
             exact[tuple(state)] += weight
             return
         p = [processed(z, settings) for z in block_causal_logits(policy, torch.tensor(prompt + state), 3)[3:]]
-        commit = [i for i in masked if p[i].max() > 0.5] or [max(masked, key=lambda i: p[i].max())]
+        factor = 1 - settings.eos_penalty * (1 - step / (budget(settings) - 1))
+        sure = {i: p[i].max().item() * (factor if p[i].argmax() == 2 else 1) for i in masked}
+        commit = [i for i in masked if sure[i] > settings.threshold]
+        count = least(settings, len(masked), step)
+        if len(commit) < count:
+            commit = sorted(masked, key=sure.get, reverse=True)[:count]
+        together.add((tuple(masked), tuple(sorted(commit))))
         for tokens in itertools.product(range(3), repeat=len(commit)):
             after, chance = list(state), weight
             for i, token in zip(commit, tokens, strict=True):
                 after[i], chance = token, chance * p[i][token].item()
-            enumerate_from(after, chance)
+            go_on(after, step + 1, chance)
 
     with torch.inference_mode():
-        enumerate_from([4, 4, 4], 1.0)
-    count = 4000
-    seen = collections.Counter(tuple(r.token_ids) for r in decode(policy, [prompt] * count, rules))
+        go_on([4, 4, 4], 0, 1.0)
+    return exact, together
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_THREE, ids=str)
+def test_top_acceptance_equals_the_enumerated_model(policy_of_three, options):
+    """All 27 responses of three tokens over a vocabulary of three: frequencies against the model's own product.
+
+    A penalty or a schedule chooses another order, and a model that is not consistent has another joint distribution
+    under it. What stays: each token comes from the model's conditional distribution in the state that it was drawn in,
+    and the product of the recorded probabilities is the probability of the response.
+    """
+    rules, prompt, count = rules_of_three(**options), [0, 1, 2], 4000
+    exact, together = enumerated(policy_of_three, prompt, rules)
+    assert bool(options) == (together != enumerated(policy_of_three, prompt, rules_of_three())[1])
+    rollouts = decode(policy_of_three, [prompt] * count, rules)
+    seen = collections.Counter(tuple(r.token_ids) for r in rollouts)
     assert sum(exact.values()) == pytest.approx(1, abs=1e-5)
     chi_square = sum((seen[y] - count * p) ** 2 / (count * p) for y, p in exact.items())
     assert chi_square < 55  # 26 degrees of freedom: exceeded once in a thousand
+    for rollout in {tuple(r.token_ids): r for r in rollouts}.values():
+        assert math.exp(sum(rollout.commit_logprob)) == pytest.approx(exact[tuple(rollout.token_ids)], rel=1e-4)
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_THREE, ids=str)
+def test_recorded_log_probabilities_equal_replayed_ones(policy_of_three, options):
+    rules, prompt = rules_of_three(**options), [0, 1, 2]
+    rollouts = decode(policy_of_three, [prompt] * 20, rules)
+    for rollout in rollouts:
+        assert rollout.commit_logprob == pytest.approx(replayed(policy_of_three, rollout, rules), abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def eos_policy(make_policy):
+    """A model that is often sure of EOS."""
+    policy = make_policy()
+    with torch.no_grad():
+        policy.model.lm_head.weight[EOS] *= 4
+    return policy
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"threshold": 0.6},
+        {"threshold": 0.9, "min_commit": 2, "temperature": 1.0},
+        {"threshold": 0.5, "temperature": 1.0, "acceptance": "top", "steps": 5, "step_schedule": "ascending"},
+        {"threshold": 0.7, "editing_threshold": 0.5, "temperature": 0.7, "acceptance": "top"},
+    ],
+    ids=str,
+)
+def test_eos_penalty_equals_the_uncached_loop(eos_policy, keys):
+    prompts = random_prompts(*LENGTHS, 5, 11)
+    penalised = equals_uncached(eos_policy, prompts, make_rules(eos_penalty=0.8, **keys))
+    plain = decode(eos_policy, prompts, make_rules(**keys))
+    assert sum(EOS in rollout.token_ids for rollout in plain) > 2
+    assert sum(a.commit_step != b.commit_step for a, b in zip(penalised, plain, strict=True)) > 2
+
+
+def test_eos_waits_until_the_penalty_is_gone():
+    """EOS is the surest at position 6, and comes last: 0.9 x (0.1, 0.4, 0.7, 1) against 0.4 to 0.6."""
+    table = {4: {"t1": 0.6}, 5: {"t1": 0.5}, 6: {f"t{EOS}": 0.9}, 7: {"t1": 0.7}}
+    keys = {"block_size": 4, "max_new_tokens": 4, "threshold": 1.0}
+    (plain,) = decode(script_of(table), [[7] * 4], make_rules(**keys))
+    (late,) = decode(script_of(table), [[7] * 4], make_rules(eos_penalty=0.9, **keys))
+    assert (plain.commit_step, late.commit_step) == ([2, 3, 0, 1], [1, 3, 2, 0])
+    assert plain.token_ids == late.token_ids == [1, 1, EOS, 1]
+    assert plain.commit_logprob == pytest.approx(late.commit_logprob)
+
+
+def test_the_penalty_of_top_acceptance_does_not_look_at_what_was_drawn():
+    """Positions with p(EOS) from 0.6 to 0.675: many of the draws are other tokens, the steps are always the same."""
+    table = {i: {f"t{EOS}": 0.5 + i / 40, "t1": 0.25} for i in range(4, 8)} | {5: {"t2": 0.45, f"t{EOS}": 0.4}}
+    keys = {"block_size": 4, "max_new_tokens": 4, "threshold": 0.5, "temperature": 1.0, "eos_penalty": 0.9}
+    top = decode(script_of(table), [[7] * 4] * 50, make_rules(acceptance="top", **keys))
+    assert {tuple(r.commit_step) for r in top} == {(3, 0, 2, 1)}
+    assert len({tuple(r.token_ids) for r in top}) > 10
+    sampled = decode(script_of(table), [[7] * 4] * 50, make_rules(acceptance="sampled", **keys))
+    assert len({tuple(r.commit_step) for r in sampled}) > 5
+
+
+@pytest.mark.parametrize(
+    "keys, counts",
+    [
+        ({"steps": 3}, [3, 3, 2]),
+        ({"steps": 4, "step_schedule": "ascending"}, [1, 1, 2, 4]),
+        ({"steps": 3, "step_schedule": "ascending"}, [1, 2, 5]),
+        ({"steps": 8}, [1] * 8),
+    ],
+)
+def test_steps_commit_exactly_their_counts_with_threshold_one(policy, keys, counts):
+    """The first block of the second prompt begins with five prompt tokens: three masks are left for its steps."""
+    rules = make_rules(threshold=1.0, temperature=1.0, acceptance="top", **keys)
+    whole, ragged = decode(policy, random_prompts(8, 13), rules)
+    steps = whole.step_in_block.reshape(-1, 8)
+    assert all([int((row == step).sum()) for step in range(len(counts))] == counts for row in steps)
+    assert whole.block_forwards == [len(counts)] * len(steps)
+    assert ragged.block_forwards == [min(3, len(counts))] + [len(counts)] * (len(ragged.block_forwards) - 1)
 
 
 def test_seeds(policy):

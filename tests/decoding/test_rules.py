@@ -1,19 +1,48 @@
 """The decoding rules on cases of four tokens that a person can check."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from dfactory.config.decode import DecodeKeys
-from dfactory.decoding.rules import DecodeRules, Distribution, Editing, Proposal, Threshold, uniform_numbers
+from dfactory.config.decode import STEP_SCHEDULES, DecodeKeys
+from dfactory.config.load import load_decode_keys
+from dfactory.decoding.rules import (
+    Acceptance,
+    DecodeRules,
+    Distribution,
+    Editing,
+    Proposal,
+    Threshold,
+    least_counts,
+    uniform_numbers,
+)
 from dfactory.errors import ConfigError
 
 
-def proposal(token, p, top_p=None) -> Proposal:
-    p = torch.tensor([p])
-    return Proposal(torch.tensor([token]), p.log(), p.log() if top_p is None else torch.tensor([top_p]).log())
+def proposal(token, p, top, top_p) -> Proposal:
+    return Proposal(torch.tensor([token]), torch.tensor([p]).log(), torch.tensor([top]), torch.tensor([top_p]).log())
+
+
+def confidence(acceptance, proposed, step=0, masked=None) -> list[float]:
+    masked = yes(1, 1, 1, 1) if masked is None else masked
+    return acceptance.confidence(proposed, masked, torch.tensor([step]))[0].tolist()
+
+
+def commit(rule, confidence, masked, step=0) -> torch.Tensor:
+    return rule.commit(torch.tensor([confidence]), masked, torch.tensor([step]))
+
+
+def counts_of(masks, steps, schedule) -> list[int]:
+    """What the steps of a block commit, one after the other, until no mask is left."""
+    counts = []
+    while masks:
+        (count,) = least_counts(torch.tensor([masks]), torch.tensor([steps - len(counts)]), schedule).tolist()
+        counts.append(count)
+        masks -= count
+    return counts
 
 
 def yes(*flags) -> torch.Tensor:
@@ -47,6 +76,7 @@ def test_processed_distribution(distribution, expected):
     torch.testing.assert_close(frequency, torch.tensor(expected, dtype=torch.float), atol=1e-4, rtol=0)
     torch.testing.assert_close(drawn.logprob.exp(), torch.tensor(expected)[drawn.token].float(), atol=1e-4, rtol=0)
     assert drawn.top_logprob.exp().allclose(torch.tensor(float(max(expected))), atol=1e-4)
+    assert torch.equal(drawn.top_token, torch.full_like(drawn.top_token, expected.index(max(expected))))
 
 
 def test_draw_at_the_edges_never_takes_an_impossible_token():
@@ -75,51 +105,119 @@ def test_bf16_logits_are_normalised_in_float32():
 
 
 def test_threshold_commits_all_above_it():
-    rule = Threshold(0.95)
-    committed = rule.commit(proposal([1, 1, 1, 1], [0.97, 0.60, 0.99, 0.20]), yes(1, 1, 1, 1))
-    assert torch.equal(committed, yes(1, 0, 1, 0))
+    assert torch.equal(commit(Threshold(0.95), [0.97, 0.60, 0.99, 0.20], yes(1, 1, 1, 1)), yes(1, 0, 1, 0))
 
 
 def test_threshold_falls_back_to_the_most_confident_masked_ones():
-    confidence = proposal([1, 1, 1, 1], [0.50, 0.60, 0.30, 0.99])
-    assert torch.equal(Threshold(0.95).commit(confidence, yes(1, 1, 1, 0)), yes(0, 1, 0, 0))
-    assert torch.equal(Threshold(0.95, 2).commit(confidence, yes(1, 1, 1, 0)), yes(1, 1, 0, 0))
-    assert torch.equal(Threshold(0.95, 2).commit(confidence, yes(0, 0, 1, 0)), yes(0, 0, 1, 0))
-    assert torch.equal(Threshold(0.55, 2).commit(confidence, yes(1, 1, 1, 0)), yes(1, 1, 0, 0))
-    assert torch.equal(Threshold(0.95).commit(confidence, yes(0, 0, 0, 0)), yes(0, 0, 0, 0))
+    confidence = [0.50, 0.60, 0.30, 0.99]
+    assert torch.equal(commit(Threshold(0.95), confidence, yes(1, 1, 1, 0)), yes(0, 1, 0, 0))
+    assert torch.equal(commit(Threshold(0.95, 2), confidence, yes(1, 1, 1, 0)), yes(1, 1, 0, 0))
+    assert torch.equal(commit(Threshold(0.95, 2), confidence, yes(0, 0, 1, 0)), yes(0, 0, 1, 0))
+    assert torch.equal(commit(Threshold(0.55, 2), confidence, yes(1, 1, 1, 0)), yes(1, 1, 0, 0))
+    assert torch.equal(commit(Threshold(0.95), confidence, yes(0, 0, 0, 0)), yes(0, 0, 0, 0))
 
 
 def test_threshold_is_exceeded_not_reached_and_ties_go_to_the_left():
-    assert torch.equal(Threshold(1.0).commit(proposal([1] * 4, [1.0] * 4), yes(0, 1, 1, 1)), yes(0, 1, 0, 0))
+    assert torch.equal(commit(Threshold(1.0), [1.0] * 4, yes(0, 1, 1, 1)), yes(0, 1, 0, 0))
 
 
 def test_rows_are_judged_one_by_one():
-    p = torch.tensor([[0.97, 0.20], [0.30, 0.40]])
-    both = Proposal(torch.ones(2, 2, dtype=torch.long), p.log(), p.log())
-    assert Threshold(0.95).commit(both, torch.ones(2, 2, dtype=torch.bool)).tolist() == [[True, False], [False, True]]
+    confidence = torch.tensor([[0.97, 0.20], [0.30, 0.40]])
+    masked = torch.ones(2, 2, dtype=torch.bool)
+    assert Threshold(0.95).commit(confidence, masked, torch.tensor([0, 1])).tolist() == [[True, False], [False, True]]
+    by_step = Threshold(1.0, steps=2, schedule="ascending").commit(confidence, masked, torch.tensor([0, 1]))
+    assert by_step.tolist() == [[True, False], [True, True]]  # a first step and a last one
 
 
 def test_acceptance_looks_at_the_sample_or_at_the_top():
-    rare_sample = proposal([1, 1, 1, 1], [0.01, 0.5, 0.5, 0.5], top_p=[0.99, 0.5, 0.6, 0.5])
-    assert torch.equal(Threshold(0.9, acceptance="top").commit(rare_sample, yes(1, 1, 1, 1)), yes(1, 0, 0, 0))
-    assert torch.equal(Threshold(0.9, acceptance="sampled").commit(rare_sample, yes(1, 1, 1, 1)), yes(0, 1, 0, 0))
+    rare_sample = proposal([1, 1, 1, 1], [0.01, 0.5, 0.5, 0.5], top=[2, 1, 3, 1], top_p=[0.99, 0.5, 0.6, 0.5])
+    assert confidence(Acceptance("top"), rare_sample) == pytest.approx([0.99, 0.5, 0.6, 0.5])
+    assert confidence(Acceptance("sampled"), rare_sample) == pytest.approx([0.01, 0.5, 0.5, 0.5])
+
+
+def test_confidence_of_eos_rises_over_the_steps():
+    """EOS is 7: drawn at positions 0 and 1, on top at 1 and 2."""
+    both = proposal([7, 7, 1, 1], [0.2, 0.8, 0.1, 0.5], top=[1, 7, 7, 1], top_p=[0.4, 0.8, 0.9, 0.5])
+    for step, factor in enumerate([0.4, 0.6, 0.8, 1.0]):
+        sampled, top = (Acceptance(by, 0.6, 7, num_steps=4) for by in ("sampled", "top"))
+        assert confidence(sampled, both, step) == pytest.approx([0.2 * factor, 0.8 * factor, 0.1, 0.5])
+        assert confidence(top, both, step) == pytest.approx([0.4, 0.8 * factor, 0.9 * factor, 0.5])
+    assert confidence(top, both, 0, yes(0, 0, 0, 0)) == pytest.approx([0.4, 0.8, 0.9, 0.5])  # nothing left to wait for
+    assert confidence(Acceptance("top", 1.0, 7, num_steps=4), both) == pytest.approx([0.4, 0, 0, 0.5])
+    assert confidence(Acceptance("top", 0.0, 7, num_steps=4), both) == pytest.approx([0.4, 0.8, 0.9, 0.5])
+
+
+def test_rows_are_at_their_own_step():
+    eos = torch.full((3, 2), 7)
+    half = torch.full((3, 2), 0.5).log()
+    masked = torch.tensor([[True, True], [False, True], [False, False]])
+    judged = Acceptance("top", 0.8, 7, num_steps=3).confidence(
+        Proposal(eos, half, eos, half), masked, torch.tensor([0, 1, 1])
+    )
+    torch.testing.assert_close(judged, torch.tensor([[0.1, 0.1], [0.3, 0.3], [0.5, 0.5]]))
 
 
 def test_steps_of_a_block():
     assert Threshold(0.9, 1).most_steps(32) == 32
     assert Threshold(0.9, 3).most_steps(32) == 11
+    assert Threshold(0.9, steps=6, schedule="ascending").most_steps(32) == 6
 
 
-def test_min_commit_zero_is_refused():
-    with pytest.raises(ConfigError, match="min_commit 0"):
-        Threshold(0.9, 0)
+@pytest.mark.parametrize(
+    "schedule, masks, steps, expected",
+    [
+        ("even", 32, 6, [6, 6, 5, 5, 5, 5]),
+        ("even", 32, 32, [1] * 32),
+        ("even", 10, 3, [4, 3, 3]),
+        ("ascending", 32, 6, [1, 1, 2, 4, 8, 16]),
+        ("ascending", 32, 5, [1, 2, 4, 8, 17]),
+        ("ascending", 128, 7, [1, 2, 4, 8, 16, 32, 65]),  # as the authors' code
+        ("ascending", 32, 3, [4, 9, 19]),
+        ("ascending", 32, 8, [1, 1, 1, 1, 1, 3, 8, 16]),
+        ("ascending", 7, 1, [7]),
+        ("ascending", 2, 4, [1, 1]),  # a block that a prompt or a draft has all but filled
+    ],
+)
+def test_counts_of_the_steps(schedule, masks, steps, expected):
+    assert counts_of(masks, steps, schedule) == expected
+
+
+@pytest.mark.parametrize("schedule", STEP_SCHEDULES)
+def test_counts_add_up_and_never_fall_where_they_ascend(schedule):
+    for masks, steps in [(m, s) for m in range(1, 41) for s in range(1, m + 1)] + [(4096, 4000), (4096, 13)]:
+        counts = counts_of(masks, steps, schedule)
+        assert (len(counts), sum(counts)) == (steps, masks)
+        assert min(counts) >= 1
+        if schedule == "ascending":
+            assert counts == sorted(counts)
+            assert all(2 * a <= b or a == 1 for a, b in itertools.pairwise(counts))
+            assert counts[0] < counts[-1] or steps in (1, masks)
+        else:
+            assert max(counts) - min(counts) <= 1
+
+
+def test_steps_bound_a_threshold_from_below():
+    rule, masked = Threshold(0.8, steps=3, schedule="ascending"), yes(*[1] * 7)
+    sure_of_none, sure_of_five = [0.1, 0.7, 0.3, 0.2, 0.6, 0.5, 0.4], [0.9] * 5 + [0.1, 0.2]
+    assert torch.equal(commit(rule, sure_of_none, masked, 0), yes(0, 1, 0, 0, 0, 0, 0))
+    assert torch.equal(commit(rule, sure_of_five, masked, 0), yes(1, 1, 1, 1, 1, 0, 0))
+    assert torch.equal(commit(rule, sure_of_none, masked, 1), yes(0, 1, 0, 0, 1, 0, 0))
+    assert torch.equal(commit(rule, sure_of_none, masked, 2), masked)
+
+
+@pytest.mark.parametrize(
+    "rule, message",
+    [({"min_commit": 0}, "min_commit 0"), ({"schedule": "rising"}, "step_schedule rising: .* ascending")],
+)
+def test_rules_that_cannot_be(rule, message):
+    with pytest.raises(ConfigError, match=message):
+        Threshold(0.9, **rule)
 
 
 def test_editing_replaces_other_tokens_that_are_sure():
-    tokens = torch.tensor([[5, 6, 7, 8]])
-    proposed = proposal([5, 9, 9, 9], [0.9, 0.9, 0.4, 0.9])
-    assert torch.equal(Editing(0.5).edit(proposed, tokens, yes(1, 1, 1, 0)), yes(0, 1, 0, 0))
-    assert torch.equal(Editing(0.0).edit(proposed, tokens, yes(1, 1, 1, 0)), yes(0, 1, 1, 0))
+    confidence, differs = torch.tensor([[0.9, 0.9, 0.4, 0.9]]), yes(0, 1, 1, 1)
+    assert torch.equal(Editing(0.5).edit(confidence, differs, yes(1, 1, 1, 0)), yes(0, 1, 0, 0))
+    assert torch.equal(Editing(0.0).edit(confidence, differs, yes(1, 1, 1, 0)), yes(0, 1, 1, 0))
 
 
 def test_noise_depends_on_seed_prompt_and_step_only():
@@ -136,9 +234,47 @@ def test_rules_of_keys():
     keys = DecodeKeys(block_size=8, editing_threshold=0.0, max_post_steps=3, acceptance="top", min_commit=2)
     rules = DecodeRules.of(keys, mask_token_id=9, eos_token_id=7, special_ids=[5, 7])
     assert rules.distribution.suppressed_ids == (5, 9)
-    assert rules.editing == Editing(0.0, 3, "top")
-    assert rules.commit == Threshold(0.95, 2, "top")
+    assert rules.editing == Editing(0.0, 3)
+    assert rules.commit == Threshold(0.95, 2)
+    assert rules.acceptance == Acceptance("top", 0.0, 7, 4)
     assert DecodeRules.of(DecodeKeys(block_size=8), mask_token_id=9, eos_token_id=7).editing is None
+
+
+def test_rules_of_keys_of_steps():
+    ids = {"mask_token_id": 9, "eos_token_id": 7}
+    keys = DecodeKeys(block_size=8, steps=4, step_schedule="ascending", eos_penalty=0.5)
+    rules = DecodeRules.of(keys, **ids)
+    assert rules.commit == Threshold(0.95, 1, 4, "ascending")
+    assert rules.acceptance == Acceptance("sampled", 0.5, 7, 4)
+    assert DecodeRules.of(DecodeKeys(block_size=8, eos_penalty=0.5), **ids).acceptance.num_steps == 8
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("step_schedule=ascending", "decode.step_schedule ascending without decode.steps"),
+        ("steps=4 min_commit=2", "decode.min_commit 2 with decode.steps 4: both say"),
+        ("steps=9", "decode.steps 9 > block_size 8"),
+        ("steps=1 step_schedule=ascending", "ascending with decode.steps 1 and block_size 8: no step"),
+        ("steps=8 step_schedule=ascending", "ascending with decode.steps 8 and block_size 8: no step"),
+        ("steps=1 eos_penalty=0.5", "decode.eos_penalty 0.5 where a block of 8 takes one forward"),
+        ("min_commit=8 eos_penalty=0.5", "decode.eos_penalty 0.5 where"),
+        ("eos_penalty=1.5", "eos_penalty 1.5 in the command line: it must be at most 1"),
+        ("step_schedule=ascend", "step_schedule ascend in .* did you mean ascending"),
+        ("steps=0", "steps 0 in .* at least 1"),
+    ],
+)
+def test_keys_of_steps_that_make_no_sense(words, message):
+    with pytest.raises(ConfigError, match=message):
+        load_decode_keys(["decode.block_size=8", *words.split()])
+
+
+def test_rules_repeat_what_keys_could_not_know():
+    """`generate` without a block size: the model tells it after the keys are read."""
+    keys = load_decode_keys(["decode.steps=9"])
+    keys.block_size = 8
+    with pytest.raises(ConfigError, match=r"decode\.steps 9 > block_size 8"):
+        DecodeRules.of(keys, mask_token_id=9, eos_token_id=7)
 
 
 def test_keys_come_before_the_tokenizer():

@@ -30,6 +30,9 @@ class Settings:
     top_k: int | None = None
     top_p: float | None = None
     acceptance: str = "sampled"
+    steps: int | None = None
+    step_schedule: str = "even"
+    eos_penalty: float = 0.0
     suppressed_ids: tuple[int, ...] = ()
 
 
@@ -81,6 +84,27 @@ def draw(p_V: torch.Tensor, uniform: float, s: Settings) -> int:
     return int((cumulative_V <= uniform * cumulative_V[-1]).sum())
 
 
+def budget(s: Settings) -> int:
+    """Forwards with masks that a block takes at most."""
+    return s.steps if s.steps is not None else math.ceil(s.block_size / s.min_commit)
+
+
+def least(s: Settings, masks: int, step: int) -> int:
+    """What the forward numbered `step` of a block that has `masks` masks left commits at least."""
+    if s.steps is None:
+        return s.min_commit
+    if s.step_schedule == "even":
+        return math.ceil(masks / (s.steps - step))
+    shares = sum(2**later for later in range(s.steps - step))
+    return max(1, math.floor(masks / shares))
+
+
+def judged(p_V: torch.Tensor, token: int, s: Settings, factor: float) -> float:
+    """The confidence of a position at which `token` was drawn."""
+    looked_at = int(p_V.argmax()) if s.acceptance == "top" else token
+    return float(p_V[looked_at]) * (factor if looked_at == s.eos_token_id else 1.0)
+
+
 @torch.inference_mode()
 def uncached(
     policy, prompt: list[int], s: Settings, uniform: Callable[[int], list[float]] | None = None, draft: list[int] = ()
@@ -100,10 +124,14 @@ def uncached(
         while True:
             places = [i for i in range(block * B, (block + 1) * B) if i >= n]
             masked = [i for i in places if x[i] == mask]
-            if masked and mask_steps == math.ceil(B / s.min_commit):
+            if masked and mask_steps == budget(s):
                 break
             if not masked and (s.editing_threshold is None or post_steps == s.max_post_steps):
                 break
+            count, factor = 0, 1.0
+            if masked:
+                count = least(s, len(masked), mask_steps)
+                factor = 1 - s.eos_penalty * (1 - mask_steps / max(budget(s) - 1, 1))
             mask_steps += bool(masked)
             post_steps += not masked
 
@@ -114,11 +142,11 @@ def uncached(
                 p_V = processed(logits[i], s)
                 token[i] = draw(p_V, numbers[i - block * B], s)
                 logprob[i] = math.log(p_V[token[i]])
-                confidence[i] = float(p_V.max() if s.acceptance == "top" else p_V[token[i]])
+                confidence[i] = judged(p_V, token[i], s, factor)
 
             commit = [i for i in masked if confidence[i] > s.threshold]
-            if len(commit) < s.min_commit:
-                commit = sorted(masked, key=lambda i: -confidence[i])[: s.min_commit]
+            if len(commit) < count:
+                commit = sorted(masked, key=lambda i: -confidence[i])[:count]
             change = []
             if s.editing_threshold is not None:
                 visible = [i for i in places if i not in masked]

@@ -207,6 +207,7 @@ def check_states(rollout: Rollout, after: list[list[int]], mask: int, draft: lis
         {"threshold": 0.9},
         {"threshold": 0.3, "block_size": 4, "min_commit": 2},
         {"threshold": 0.6, "temperature": 1.0, "acceptance": "top"},
+        {"threshold": 1.0, "steps": 3, "step_schedule": "ascending", "eos_penalty": 0.6},
         {"threshold": 0.7, "editing_threshold": 0.5},
         {"threshold": 0.5, "editing_threshold": 0.0, "max_post_steps": 3},
         {"threshold": 0.3, "editing_threshold": 0.1, "temperature": 1.0, "block_size": 4},
