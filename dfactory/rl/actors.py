@@ -20,7 +20,8 @@ from dfactory.vocabulary import recipe_vocabulary
 class RolloutActor:
     """Holds a policy and answers prompts. One call at a time, so weights never change within a rollout."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, folder: str):
+        os.chdir(folder)  # relative paths in a recipe are those of the driver
         model_dir = resolve_model_dir(recipe.model_name_or_path)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.policy = load_policy(
@@ -59,8 +60,10 @@ class RolloutActor:
 class LearnerActor:
     """One DeepSpeed rank. It runs the training loop that it is given; the loop does not know that Ray is there."""
 
-    def __init__(self, rank: int, world_size: int, local_rank: int):
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    def __init__(self, rank: int, world_size: int, folder: str):
+        os.chdir(folder)  # as above
+        # Ray shows an actor its own GPU only (CUDA_VISIBLE_DEVICES), so that is number 0 in every learner.
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
 
     def address(self) -> tuple[str, int]:
         """Where the ranks can meet, asked of rank 0: its node's address and a port that is free there."""

@@ -15,7 +15,7 @@ import ray
 import torch
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from dfactory.config.recipe import Recipe
 from dfactory.errors import DFactoryError, RolloutError
@@ -44,7 +44,11 @@ def _cluster():
         ray.init(address="auto")
     else:
         ray.init(
-            num_cpus=os.cpu_count(), include_dashboard=False, logging_level="warning", _node_ip_address="127.0.0.1"
+            address="local",  # without it Ray joins any cluster that it finds on this machine
+            num_cpus=os.cpu_count(),
+            include_dashboard=False,
+            logging_level="warning",
+            _node_ip_address="127.0.0.1",
         )
     try:
         yield
@@ -105,19 +109,22 @@ def _threads(recipe: Recipe) -> int:
 
 
 def _start_controller(recipe: Recipe, group: PlacementGroup):
-    first, threads = recipe.num_learners, _threads(recipe)
+    first, threads, folder = recipe.num_learners, _threads(recipe), os.getcwd()
 
     def make_rollout_actor(index: int):
-        return ray.remote(RolloutActor).options(**_options(group, first + index, threads)).remote(recipe)
+        return ray.remote(RolloutActor).options(**_options(group, first + index, threads)).remote(recipe, folder)
 
-    # Beside the driver: it writes into the run folder.
-    return ray.remote(Controller).options(num_cpus=0, max_concurrency=1000).remote(recipe, make_rollout_actor)
+    # Beside the driver, whose rewards and datasets it reads. Without a word Ray puts an actor of no cores anywhere.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
+    return ray.remote(Controller).options(**options).remote(recipe, make_rollout_actor, folder)
 
 
 def _run_learners(recipe: Recipe, learn: Learn, controller, group: PlacementGroup) -> int:
     threads, size = _threads(recipe), recipe.num_learners
     learners = [
-        ray.remote(LearnerActor).options(**_options(group, rank, threads)).remote(rank, size, 0) for rank in range(size)
+        ray.remote(LearnerActor).options(**_options(group, rank, threads)).remote(rank, size, os.getcwd())
+        for rank in range(size)
     ]
     address = ray.get(learners[0].address.remote(), timeout=recipe.cluster_timeout_s)
     feed = ControllerFeed(controller, recipe)

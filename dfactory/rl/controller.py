@@ -15,6 +15,7 @@ replaced, and its groups go back to the front of the queue; what the old one mig
 
 import asyncio
 import collections
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -36,10 +37,11 @@ from dfactory.rl.weights import WeightSet
 class Controller:
     """An asynchronous Ray actor; every learner rank calls `next_batch`, rank 0 also `publish`.
 
-    `make_actor` starts a rollout actor (in its bundle of the placement group).
+    `make_actor` starts a rollout actor (in its bundle of the placement group); `folder` is the driver's.
     """
 
-    def __init__(self, recipe: Recipe, make_actor: Callable[[int], Any]):
+    def __init__(self, recipe: Recipe, make_actor: Callable[[int], Any], folder: str = "."):
+        os.chdir(folder)
         self.recipe = recipe
         self.prompts = PromptStream(recipe)
         self.scorer = Scorer(recipe, self.prompts)
