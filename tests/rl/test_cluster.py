@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -76,6 +79,15 @@ def base(tmp_path_factory) -> list[str]:
     ]
 
 
+@pytest.fixture
+def ray_folder(monkeypatch) -> Iterator[Path]:
+    """Where Ray keeps what belongs to the whole machine, such as the address of the cluster that was started last."""
+    folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # short: the path of a socket has at most 107 bytes
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="module")
 def runs(base, tmp_path_factory) -> dict[str, Path]:
     """Short runs of every policy loss; "resumed" is "whole" stopped after two steps and taken up again."""
@@ -133,7 +145,22 @@ def test_what_a_run_leaves(runs):
     assert 0 < adapters < 1_000_000  # LoRA sends its adapters only
 
 
-def test_a_demand_that_the_cluster_cannot_meet_lists_demand_and_supply(base, tmp_path):
+def test_learners_on_two_nodes_meet(base, ray_folder, tmp_path):
+    """Three nodes of one core hold two learners and a rollout actor: one each."""
+    keys = ["max_steps=1", "num_learners=2", f"output_dir={tmp_path}/run"]
+    done = run(ROOT / "tests/rl/nodes.py", RECIPE, tmp_path, *base, *keys)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["learner"] != second["learner"]
+    assert first["ranks"] == second["ranks"] == 2
+    assert first["controller"] == first["driver"]
+    assert metrics(tmp_path / "run")[0]["grad_norm"] > 0
+
+
+def test_a_demand_that_the_cluster_cannot_meet_lists_demand_and_supply(base, ray_folder, tmp_path):
+    """Also a local cluster is started, although another one was left on this machine."""
+    (ray_folder / "ray").mkdir()
+    (ray_folder / "ray" / "ray_current_cluster").write_text("127.0.0.2:1")
     keys = ["max_steps=1", "num_learners=500", "cluster_timeout_s=5", f"output_dir={tmp_path}"]
     done = run("-m", "dfactory.cli", "train", RECIPE, *base, *keys)
     assert done.returncode == 1
