@@ -76,5 +76,6 @@ class LearnerActor:
         os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
         return learn(recipe, controller)
 
-    def pid(self) -> int:
-        return os.getpid()
+    def process(self) -> tuple[str, int]:
+        """Node and process id."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()

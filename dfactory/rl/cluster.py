@@ -6,6 +6,7 @@ dashboard; access.py locks it.
 
 import contextlib
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -126,19 +127,49 @@ def _run_learners(recipe: Recipe, learn: Learn, controller, group: PlacementGrou
         ray.remote(LearnerActor).options(**_options(group, rank, threads)).remote(rank, size, os.getcwd())
         for rank in range(size)
     ]
-    address = ray.get(learners[0].address.remote(), timeout=recipe.cluster_timeout_s)
+    first = [learners[0].address.remote(), learners[0].process.remote()]
+    address, process = ray.get(first, timeout=recipe.cluster_timeout_s)
     feed = ControllerFeed(controller, recipe)
     waiting = {learner.run.remote(recipe, learn, address, feed): rank for rank, learner in enumerate(learners)}
     statuses = []
     try:
-        while waiting:
-            done, _ = ray.wait(list(waiting), num_returns=1)
-            rank = waiting.pop(done[0])
-            statuses.append(_result(done[0], rank, recipe))
+        with _preemption_signals() as signals:
+            while waiting:
+                done, _ = ray.wait(list(waiting), num_returns=1, timeout=1.0)
+                while signals:
+                    _send(signals.pop(), *process)  # one rank that knows is enough: see distributed.any_rank
+                statuses += [_result(reference, waiting.pop(reference), recipe) for reference in done]
     finally:
         for actor in (*learners, controller):
             ray.kill(actor)
     return max(statuses)
+
+
+@contextlib.contextmanager
+def _preemption_signals():
+    """The list of those that came, which engine.preemption would answer in a run without Ray. A second one ends us."""
+    came: list[int] = []
+
+    def remember(number, frame) -> None:
+        came.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _send(number: int, node_id: str, pid: int) -> None:
+    """A signal to a process on any node."""
+
+    def send() -> None:
+        os.kill(pid, number)
+
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    ray.remote(send).options(num_cpus=0, scheduling_strategy=there).remote()
 
 
 def _result(reference, rank: int, recipe: Recipe) -> int:

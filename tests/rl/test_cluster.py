@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,12 +51,16 @@ for environment in (dict(os.environ), stranger):
 """
 
 
-def run(*words, timeout: int = 300) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+def environment() -> dict[str, str]:
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     for name in ("MASTER_ADDR", "RANK", "RAY_ADDRESS"):
-        environment.pop(name, None)
+        variables.pop(name, None)
+    return variables
+
+
+def run(*words, timeout: int = 300) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=timeout, check=False)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -177,6 +183,20 @@ def test_a_lost_learner_ends_the_run_and_names_the_checkpoint(base, tmp_path, mo
     assert done.returncode == 1
     assert "learner rank 0 was lost" in done.stderr
     assert "the last checkpoint is" in done.stderr
+
+
+def test_a_terminated_run_saves_and_says_preempted(base, tmp_path):
+    keys = ["max_steps=500", f"output_dir={tmp_path}/run"]
+    command = [sys.executable, "-m", "dfactory.cli", "train", RECIPE, *base, *keys]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+    file, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+    while not (file.is_file() and file.read_text()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 75, (tmp_path / "log").read_text()[-3000:]
+    last = metrics(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / "run" / "LATEST").read_text().strip() == f"checkpoint-{last}"
 
 
 def test_a_stranger_cannot_connect_to_the_local_cluster():
