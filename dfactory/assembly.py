@@ -217,7 +217,8 @@ def make_probe(recipe: Recipe, inputs: Inputs) -> DecodingProbe | None:
     if not recipe.eval_decode_prompts:
         return None
     keys = dataclasses.replace(recipe.decode, block_size=recipe.decode.block_size or recipe.block_size)
-    return DecodingProbe(first_questions(inputs.held_out, recipe.eval_decode_prompts), inputs.vocabulary.rules(keys))
+    questions = first_questions(inputs.held_out, recipe.eval_decode_prompts)
+    return DecodingProbe(questions, inputs.vocabulary.rules(keys), inputs.vocabulary)
 
 
 def make_reference(

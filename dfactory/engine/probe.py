@@ -18,6 +18,7 @@ from dfactory.engine.trainer import Trainer
 from dfactory.errors import DataError
 from dfactory.models.policy import Policy
 from dfactory.types import Example, Rollout
+from dfactory.vocabulary import Vocabulary
 
 
 class Question(NamedTuple):
@@ -33,9 +34,12 @@ class Question(NamedTuple):
         ids = example.input_ids_T.tolist()
         return cls(ids[:start], ids[start : start + length])
 
-    def is_answered_by(self, rollout: Rollout) -> bool:
-        """The same tokens up to EOS; where the document was cut before it, as far as the document goes."""
-        return rollout.output_ids[: len(self.answer_ids)] == self.answer_ids
+    def is_answered_by(self, rollout: Rollout, vocabulary: Vocabulary) -> bool:
+        """The same tokens up to EOS, as far as a cut document goes; or else the same text, as `dfactory eval` counts."""
+        if rollout.output_ids[: len(self.answer_ids)] == self.answer_ids:
+            return True
+        given, right = (vocabulary.text(ids) for ids in (rollout.output_ids, self.answer_ids))
+        return given is not None and given.strip() == right.strip()
 
 
 def first_questions(examples: Examples, count: int) -> list[Question]:
@@ -52,8 +56,8 @@ def first_questions(examples: Examples, count: int) -> list[Question]:
 class DecodingProbe:
     """Decodes a fixed list of questions, as often as it is asked to. All ranks have to call it together."""
 
-    def __init__(self, questions: list[Question], rules: DecodeRules):
-        self.questions, self.rules = questions, rules
+    def __init__(self, questions: list[Question], rules: DecodeRules, vocabulary: Vocabulary):
+        self.questions, self.rules, self.vocabulary = questions, rules, vocabulary
 
     def measure(self, trainer: Trainer) -> dict[str, float]:
         """tokens_per_forward: answer tokens up to EOS over forwards, both summed; exact_match; decoded: how many."""
@@ -68,7 +72,8 @@ class DecodingProbe:
             noise_ids=range(len(self.questions))[mine],
         )
         trainer.engine.train()
-        hits = [question.is_answered_by(rollout) for question, rollout in zip(questions, rollouts, strict=True)]
+        answered = zip(questions, rollouts, strict=True)
+        hits = [question.is_answered_by(rollout, self.vocabulary) for question, rollout in answered]
         tokens, forwards = (sum(len(r.output_ids) for r in rollouts), sum(r.forwards for r in rollouts))
         sums = torch.tensor([tokens, forwards, sum(hits), len(hits)], dtype=torch.float64)
         if not in_step:

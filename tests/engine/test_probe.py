@@ -8,11 +8,13 @@ import pytest
 
 from dfactory.assembly import make_probe, read_inputs
 from dfactory.config.load import load_recipe
+from dfactory.data.chat import SpecialIds
 from dfactory.decoding import decode
 from dfactory.engine.probe import Question, first_questions
 from dfactory.errors import DataError
 from dfactory.models.registry import load_policy
 from dfactory.types import Example
+from dfactory.vocabulary import Vocabulary, read_vocabulary
 from tests.engine.conftest import read_metrics
 from tests.engine.test_equality import ZERO
 
@@ -32,7 +34,16 @@ def test_a_question_is_the_document_up_to_its_first_answer():
 
 @pytest.mark.parametrize("output, expected", [([7, 8, 0], True), ([7, 0], False), ([7, 8, 8], False), ([7], False)])
 def test_an_answer_has_the_same_tokens_up_to_eos(output, expected):
-    assert Question([5], [7, 8, 0]).is_answered_by(SimpleNamespace(output_ids=output)) is expected
+    plain = Vocabulary(9, SpecialIds(1, 0, (1,), ()), None, None)
+    assert Question([5], [7, 8, 0]).is_answered_by(SimpleNamespace(output_ids=output), plain) is expected
+
+
+def test_an_answer_has_the_same_text():
+    tiny = read_vocabulary("tiny", mask_token_id=None, eos_token_id=None)
+    text, end = tiny.encoder.encode_text("Friday"), tiny.tokenizer.convert_tokens_to_ids("<|role_end|>")
+    question = Question([5], [*text, end, tiny.special.eos])
+    assert question.is_answered_by(SimpleNamespace(output_ids=[*text, tiny.special.eos]), tiny)
+    assert not question.is_answered_by(SimpleNamespace(output_ids=[*text, *text, tiny.special.eos]), tiny)
 
 
 def test_documents_without_a_prompt_are_passed_over(recipe_file, tmp_path):
