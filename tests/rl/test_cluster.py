@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from dfactory.engine.checkpoint import read_state
 from tests.engine.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -36,6 +37,25 @@ def killer(prompts, completions, completion_ids, **columns):
                 process.kill()
     return capitals(prompts, completions, completion_ids)
 """
+SABOTEUR = """
+def saboteur(prompts, completions, completion_ids, **columns):
+    # Its first call kills the rollout actor, the next ones raise, hang, and lose a reward.
+    import os, pathlib, time, psutil
+
+    canary = os.environ["CANARY"]
+    call = len(list(pathlib.Path(canary).glob("call-*")))
+    (pathlib.Path(canary) / f"call-{call}").touch()
+    if call == 0:
+        for process in psutil.process_iter(["name"]):
+            if "RolloutActor" in process.info["name"] and process.environ().get("CANARY") == canary:
+                process.kill()
+    if call == 1:
+        raise ValueError("poisoned")
+    if call == 2:
+        time.sleep(600)
+    rewards = capitals(prompts, completions, completion_ids)
+    return rewards[:1] if call == 3 else rewards
+"""
 STRANGER = "import sys, ray; ray.init(address=sys.argv[1], logging_level='error')"
 LOCKED = f"""
 import subprocess, sys, os
@@ -51,16 +71,18 @@ for environment in (dict(os.environ), stranger):
 """
 
 
-def environment() -> dict[str, str]:
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+def environment(**more: str) -> dict[str, str]:
+    variables = os.environ | more | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     for name in ("MASTER_ADDR", "RANK", "RAY_ADDRESS"):
         variables.pop(name, None)
     return variables
 
 
-def run(*words, timeout: int = 300) -> subprocess.CompletedProcess:
+def run(*words, timeout: int = 300, **variables: str) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=timeout, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(**variables), timeout=timeout, check=False
+    )
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -96,8 +118,10 @@ def ray_folder(monkeypatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def runs(base, tmp_path_factory) -> dict[str, Path]:
-    """Short runs of every policy loss; "resumed" is "whole" stopped after two steps and taken up again."""
+    """Short runs of every policy loss; "resumed" is "whole" stopped after two steps and taken up again; "faulty" loses its
+    rollout actor and some rewards."""
     folder = tmp_path_factory.mktemp("runs")
+    (folder / "reward.py").write_text(REWARD + SABOTEUR)
     options = {
         "whole": ["max_steps=3"],
         "resumed": ["max_steps=2"],
@@ -110,6 +134,7 @@ def runs(base, tmp_path_factory) -> dict[str, Path]:
             *("max_steps=2", "policy_loss=diffu_grpo", "loss_aggregation=dr_grpo", "use_peft=true", "kl_coef=0.1"),
             *("zero_signal=drop", "num_learners=2", f"deepspeed={ROOT}/recipes/deepspeed/zero3.json"),
         ],
+        "faulty": ["max_steps=3", f"reward_funcs=[{folder}/reward.py:saboteur]", "reward_timeout_s=10"],
     }
     jobs = [
         {"recipe": str(RECIPE), "overrides": [*base, f"output_dir={folder / name}", *keys]}
@@ -118,7 +143,7 @@ def runs(base, tmp_path_factory) -> dict[str, Path]:
     again = [*base, f"output_dir={folder / 'resumed'}", "max_steps=3", "resume_from_checkpoint=true"]
     jobs.append({"recipe": str(RECIPE), "overrides": again})
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = run(ROOT / "tests/rl/worker.py", folder / "jobs.json", timeout=560)
+    done = run(ROOT / "tests/rl/worker.py", folder / "jobs.json", timeout=590, CANARY=str(folder))
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return {name: folder / name for name in options}
 
@@ -149,6 +174,16 @@ def test_what_a_run_leaves(runs):
     assert {"prompt", "completion", "reward", "advantage", "version"} <= json.loads(lines[0]).keys()
     adapters = metrics(runs["diffu_grpo"])[0]["sync_bytes"]
     assert 0 < adapters < 1_000_000  # LoRA sends its adapters only
+
+
+def test_a_run_survives_a_killed_rollout_actor_and_poisoned_rewards(runs):
+    rows = metrics(runs["faulty"])
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["rollout_restarts"] >= 1
+    unscored = sum(row["unscored"] * row["groups"] for row in rows)
+    assert unscored == pytest.approx(3)  # one group raised, one hung, one lost a reward
+    state = read_state(runs["faulty"] / "checkpoint-3")
+    assert state.source["next_group"] == sum(row["groups"] for row in rows)  # each prompt once
 
 
 def test_learners_on_two_nodes_meet(base, ray_folder, tmp_path):
