@@ -6,4 +6,4 @@ set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 cd "$REPO"
-exec python -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile "$@"
+exec python -m pytest -n "${TEST_PROCESSES:-2}" --dist loadgroup "$@"
