@@ -1,0 +1,164 @@
+"""The cached decoder beside the obvious loop: tokens a second of both in one run, and that the tokens are the same.
+
+    python -m benchmarks.decoding
+
+One prompt of 256 tokens and 512 new ones; then 32 ragged prompts of 40 to 256 tokens in 8 slots, where a finished response
+makes room for the next prompt. The obvious loop (tests/decoding/uncached.py) takes one prompt at a time and runs every
+forward over the whole prefix, with logits at all positions. Of the ragged prompts it decodes a sample only, evenly spaced,
+and its seconds are scaled to all of them; each of the sample has to be identical.
+
+The model is that of benchmarks.workload with random weights, whose head is wider so that tokens are chosen clearly. Every
+forward commits `min_commit` tokens of a block of 32, and no response ends early. Sides take turns; the medians are of
+rounds, after one that is not timed.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.workload import BLOCK, Timed, interleave, special_ids, text_ids, write_config
+from dfactory.config.decode import DecodeKeys
+from dfactory.decoding import DecodeRules, decode
+from dfactory.models.policy import Policy
+from dfactory.models.registry import load_policy
+from dfactory.types import Rollout
+from tests.decoding.uncached import Outcome, Settings, uncached
+
+HEAD = 4.0  # times the drawn weights
+
+
+def draw_policy(vocabulary: int) -> Policy:
+    """In fp32. Logits of EOS are 0, far below the largest ones, so that it never comes out."""
+    with tempfile.TemporaryDirectory() as folder:
+        policy = load_policy(write_config(Path(folder), vocabulary), dtype="float32", init_weights="random")
+    with torch.no_grad():
+        head = policy.model.get_output_embeddings().weight
+        head.mul_(HEAD)
+        head[special_ids(vocabulary)[1]] = 0
+    return policy
+
+
+class Workload(NamedTuple):
+    """Prompts, the rules in both forms, and which prompts the obvious loop decodes."""
+
+    name: str
+    prompts: list[list[int]]
+    rules: DecodeRules
+    settings: Settings
+    sample: list[int]
+
+
+def make_workload(name: str, lengths: list[int], sample: int, slots: int, options: argparse.Namespace) -> Workload:
+    mask, eos = special_ids(options.vocabulary)
+    rng = random.Random(0)
+    prompts = [rng.choices(text_ids(options.vocabulary), k=length) for length in lengths]
+    shared = {"block_size": BLOCK, "max_new_tokens": options.new_tokens, "threshold": 0.95}
+    shared |= {"min_commit": options.min_commit, "mask_token_id": mask, "eos_token_id": eos}
+    rules = DecodeRules.of(DecodeKeys(batch_size=slots, **shared))
+    settings = Settings(**shared, suppressed_ids=rules.distribution.suppressed_ids)
+    step = len(prompts) / min(sample, len(prompts))
+    return Workload(name, prompts, rules, settings, [int(i * step) for i in range(min(sample, len(prompts)))])
+
+
+class Result(NamedTuple):
+    workload: Workload
+    timed: dict[str, Timed]
+
+    @property
+    def scale(self) -> float:
+        return len(self.workload.prompts) / len(self.workload.sample)
+
+    @property
+    def ratios(self) -> list[float]:
+        pairs = zip(self.timed["obvious"].seconds, self.timed["cached"].seconds, strict=True)
+        return [slow * self.scale / fast for slow, fast in pairs]
+
+    @property
+    def identical(self) -> int:
+        """Of how many prompts of the sample every round gave the same tokens at the same forwards on both sides."""
+        rounds = list(zip(self.timed["cached"].results, self.timed["obvious"].results, strict=True))
+        return sum(
+            all(_same(cached[prompt], obvious[row]) for cached, obvious in rounds)
+            for row, prompt in enumerate(self.workload.sample)
+        )
+
+    @property
+    def is_equal(self) -> bool:
+        return self.identical == len(self.workload.sample)
+
+
+def _same(rollout: Rollout, outcome: Outcome) -> bool:
+    return rollout.token_ids == outcome.token_ids and rollout.commit_step == outcome.commit_step
+
+
+def measure(policy: Policy, work: Workload, rounds: int) -> Result:
+    calls = {
+        "obvious": lambda _: [uncached(policy, work.prompts[i], work.settings) for i in work.sample],
+        "cached": lambda _: decode(policy, work.prompts, work.rules),
+    }
+    return Result(work, interleave(calls, rounds))
+
+
+def add_rows(table: Table, result: Result) -> None:
+    work = result.workload
+    tokens = len(work.prompts) * work.rules.max_new_tokens
+    seconds = {"obvious": result.timed["obvious"].median * result.scale, "cached": result.timed["cached"].median}
+    forwards = statistics.mean(rollout.forwards for rollout in result.timed["cached"].results[0])
+    for name, value in seconds.items():
+        first = name == "obvious"
+        table.add_row(
+            work.name if first else "",
+            f"{name}, {len(work.sample)} of {len(work.prompts)}" if first and result.scale > 1 else name,
+            f"{value:.2f}",
+            f"{tokens / value:,.0f}",
+            f"{forwards:.0f}",
+            "" if first else f"{statistics.median(result.ratios):.1f}",
+            "" if first else f"{result.identical} of {len(work.sample)}",
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of the one prompt (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=32, help="ragged ones (default: %(default)s)")
+    parser.add_argument("--shortest", type=int, default=40, help="ragged prompt (default: %(default)s)")
+    parser.add_argument("--slots", type=int, default=8, help="for ragged prompts (default: %(default)s)")
+    parser.add_argument("--sample", type=int, default=4, help="that the obvious loop decodes (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=512, help="(default: %(default)s)")
+    parser.add_argument("--min-commit", type=int, default=4, help="tokens a forward (default: %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=8192, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="that are timed (default: %(default)s)")
+    parser.add_argument("--smoke", action="store_true", help="sizes for tests")
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        small = {"prompt": 40, "prompts": 4, "slots": 2, "sample": 2, "new_tokens": 64, "vocabulary": 512}
+        vars(options).update(small | {"shortest": 8, "min_commit": 16, "rounds": 1})
+
+    policy, rng = draw_policy(options.vocabulary), random.Random(1)
+    ragged = [rng.randint(options.shortest, options.prompt) for _ in range(options.prompts)]
+    name = f"{options.prompts} prompts of {options.shortest} to {options.prompt}, {options.slots} slots"
+    results = [
+        measure(policy, work, options.rounds)
+        for work in (
+            make_workload(f"prompt of {options.prompt}", [options.prompt], 1, 1, options),
+            make_workload(name, ragged, options.sample, options.slots, options),
+        )
+    ]
+    columns = ["seconds", "tokens a second", "forwards a response", "obvious / this", "identical"]
+    table = Table("", "side", *columns, title=f"{options.new_tokens} new tokens, {torch.get_num_threads()} thread(s)")
+    for result in results:
+        add_rows(table, result)
+    Console(width=130, highlight=False).print(table)
+    return 0 if all(result.is_equal for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
