@@ -108,8 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
     total = np.array(lengths).sum(axis=1)
     console.print(
         f"{len(lengths)} records of {total.min()} to {total.max()} tokens, mean {total.mean():.0f}, responses "
-        f"{np.array(lengths)[:, 1].mean():.0f}; {rows} packed rows: {share:.1%} of positions hold a token, {without_fill:.1%} "
-        f"without EOS fill; padded clean rows {padded:.1%}; {torch.get_num_threads()} thread(s)"
+        f"{np.array(lengths)[:, 1].mean():.0f}; {rows} packed rows: {share:.1%} of positions hold a token, "
+        f"{without_fill:.1%} without EOS fill; padded clean rows {padded:.1%}; {torch.get_num_threads()} thread(s)"
     )
     table = Table("", "documents a batch", "tokens a second", "s a batch", "first loss", "last loss")
     for name, side in timed.items():

@@ -6,15 +6,20 @@
 A step is forward, backward, clipping and AdamW on `batch` documents of `length` tokens, half of them prompt, with a
 complementary pair of views in blocks of 32. The obvious version (tests/reference.py) runs noisy ++ clean rows of twice
 the length once a view, with a dense float mask, a loop over experts, and fp32 logits at all positions; its views' graphs
-do not live at the same time. Sides take turns, a step each; the first step of each is not timed. Losses are compared over
-all steps, so that gradients and updates are too. Memory is measured before, each side alone in memory.
+do not live at the same time. Sides take turns, a step each on new documents; the first step of each is not timed. Losses
+are compared over all steps, so that gradients and updates are too. Memory is that of a second step, each side in a process
+of its own that has run a small model before.
 """
 
 import argparse
+import contextlib
 import functools
 import gc
+import multiprocessing
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.workload import (
+    Documents,
     Lengths,
     Memory,
     Obvious,
@@ -36,6 +42,7 @@ from benchmarks.workload import (
     write_model,
     write_records,
 )
+from dfactory.types import ViewBatch
 
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-4, 2e-2  # of a loss, relative to the obvious version's
 SIDES = {"obvious": (Obvious, "float32"), "fp32": (Ours, "float32"), "bf16": (Ours, "bfloat16")}
@@ -48,12 +55,11 @@ class Size(NamedTuple):
 
 
 TABLE = [Size(1024, 4, 8192), Size(2048, 2, 8192), Size(512, 2, 157184)]
-SMOKE = [Size(128, 2, 512)]
+SMOKE, SMOKE_STEPS = Size(64, 2, 512), 1
 
 
 class Result(NamedTuple):
     timed: dict[str, Timed]
-    memory: dict[str, Memory]
 
     def ratio(self, slow: str, fast: str) -> float:
         return self.timed[slow].median / self.timed[fast].median
@@ -66,46 +72,71 @@ class Result(NamedTuple):
         return self.difference("fp32") < FP32_TOLERANCE and self.difference("bf16") < BF16_TOLERANCE
 
 
-def measure(size: Size, steps: int) -> Result:
+class Workload(NamedTuple):
+    make: dict[str, Callable[[], Ours | Obvious]]
+    windows: list[tuple[ViewBatch, Documents]]
+
+
+@contextlib.contextmanager
+def workload(size: Size, steps: int) -> Iterator[Workload]:
+    """A model directory and `steps` windows of documents, in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         model_dir = write_model(Path(folder), size.vocabulary)
         prompt = size.length // 2
-        lengths = [Lengths(prompt, size.length - prompt)] * (size.batch * (steps + 1))
-        records = write_records(Path(folder) / "records.jsonl", lengths, size.vocabulary)
+        lengths = [Lengths(prompt, size.length - prompt)] * (size.batch * steps)
+        file = write_records(Path(folder) / "records.jsonl", lengths, size.vocabulary)
         keys = {"max_length": size.length, "packing": False, "per_device_train_batch_size": size.batch}
-        makers = {
-            name: functools.partial(kind, sft_recipe(model_dir, records, size.vocabulary, dtype=dtype, **keys))
-            for name, (kind, dtype) in SIDES.items()
-        }
-        source = Records(sft_recipe(model_dir, records, size.vocabulary, **keys))
-        batches = [source.source.next_window()[0] for _ in range(steps + 1)]
-        given = [(batch, source.padded(batch)) for batch in batches]
-
-        memory = {}
-        for name in reversed(SIDES):  # what malloc keeps of an earlier side can only flatter the obvious one
-            memory[name] = measure_memory(makers[name], *given[0])
-            gc.collect()
-        sides = {name: make() for name, make in makers.items()}
-        calls = {name: lambda number, side=side: side.step(*given[number]) for name, side in sides.items()}
-        return Result(interleave(calls, steps), memory)
+        recipe = functools.partial(sft_recipe, model_dir, file, size.vocabulary, **keys)
+        records = Records(recipe())
+        batches = [records.source.next_window()[0] for _ in range(steps)]
+        make = {name: functools.partial(kind, recipe(dtype=dtype)) for name, (kind, dtype) in SIDES.items()}
+        yield Workload(make, [(batch, records.padded(batch)) for batch in batches])
 
 
-def add_rows(table: Table, size: Size, result: Result) -> None:
-    for name in SIDES:
-        timed, memory = result.timed[name], result.memory[name]
+def time_steps(size: Size, steps: int) -> Result:
+    with workload(size, steps + 1) as work:
+        sides = {name: make() for name, make in work.make.items()}
+        calls = {name: lambda number, side=side: side.step(*work.windows[number]) for name, side in sides.items()}
+        return Result(interleave(calls, steps))
+
+
+def memory_of(name: str, size: Size) -> Memory:
+    with workload(size, 1) as work:
+        return measure_memory(work.make[name], *work.windows[0])
+
+
+def memory_alone(name: str, size: Size) -> Memory:
+    """In a new process, behind a small run that loads what any run loads."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(memory_of, name, SMOKE).result()
+        pool.submit(gc.collect).result()
+        return pool.submit(memory_of, name, size).result()
+
+
+def add_rows(table: Table, size: Size, result: Result, memory: dict[str, Memory]) -> None:
+    for name, timed in result.timed.items():
         first = name == "obvious"
         table.add_row(
             f"L {size.length}, batch {size.batch}, V {size.vocabulary}" if first else "",
             name,
-            f"{timed.median:.2f}",
-            f"{min(timed.seconds):.2f} - {max(timed.seconds):.2f}",
+            f"{timed.median:.2f} ({min(timed.seconds):.2f} - {max(timed.seconds):.2f})",
             "" if first else f"{result.ratio('obvious', name):.1f}",
-            f"{memory.above_parameters / 2**20:,.0f}",
-            f"{memory.above_state / 2**20:,.0f}",
+            *([f"{value / 2**20:,.0f}" for value in memory[name]] if memory else ["", ""]),
             f"{timed.results[0]:.6f}",
             f"{timed.results[-1]:.6f}",
             "" if first else f"{result.difference(name):.1e}",
         )
+
+
+def describe(size: Size, result: Result, memory: dict[str, Memory]) -> str:
+    parts = [f"{size}: bf16 {result.ratio('fp32', 'bf16'):.2f} times as fast as fp32"]
+    if memory:
+        share = memory["fp32"].above_parameters / memory["obvious"].above_parameters
+        state_share = memory["fp32"].above_state / memory["obvious"].above_state
+        parts.append(f"memory of fp32 {share:.3f} of the obvious, above the state {state_share:.3f}")
+    if not result.is_equal:
+        parts.append(f"LOSSES DIFFER by more than {FP32_TOLERANCE:g} in fp32 or {BF16_TOLERANCE:g} in bf16")
+    return "; ".join(parts)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -114,27 +145,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=4, help="documents (default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=8192, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each side (default: %(default)s)")
-    parser.add_argument("--smoke", action="store_true", help="a size for tests")
+    parser.add_argument("--no-memory", action="store_true", help="seconds and losses only")
+    parser.add_argument("--smoke", action="store_true", help="a size for tests, without memory")
     options = parser.parse_args(arguments)
 
-    sizes = SMOKE if options.smoke else TABLE
+    sizes, steps = ([SMOKE], SMOKE_STEPS) if options.smoke else (TABLE, options.steps)
     if options.length is not None:
         sizes = [Size(options.length, options.batch, options.vocabulary)]
-    console, equal = Console(width=150, highlight=False), True
-    columns = ["size", "side", "s a step", "range", "obvious / this", "MiB above parameters", "MiB above state"]
-    table = Table(
-        *columns, "first loss", "last loss", "largest difference", title=f"{torch.get_num_threads()} thread(s)"
-    )
+    console, all_equal = Console(width=130, highlight=False), True
+    columns = ["size", "side", "s a step (range)", "obvious / this", "MiB above parameters", "above state"]
+    table = Table(*columns, "first loss", "last loss", "difference", title=f"{torch.get_num_threads()} thread(s)")
     for size in sizes:
-        result = measure(size, options.steps)
-        add_rows(table, size, result)
-        memory = result.memory["fp32"].above_parameters / result.memory["obvious"].above_parameters
-        console.print(f"{size}: memory {memory:.2f} of the obvious; bf16 {result.ratio('fp32', 'bf16'):.2f} x fp32")
-        equal = equal and result.is_equal
+        with_memory = not (options.smoke or options.no_memory)
+        memory = {name: memory_alone(name, size) for name in SIDES} if with_memory else {}
+        result = time_steps(size, steps)
+        add_rows(table, size, result, memory)
+        console.print(describe(size, result, memory))
+        all_equal = all_equal and result.is_equal
     console.print(table)
-    if not equal:
-        console.print(f"losses differ by more than {FP32_TOLERANCE:g} in fp32 or {BF16_TOLERANCE:g} in bf16")
-    return 0 if equal else 1
+    return 0 if all_equal else 1
 
 
 if __name__ == "__main__":

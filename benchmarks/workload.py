@@ -196,33 +196,34 @@ class Obvious:
 
 
 class Memory(NamedTuple):
-    """Bytes of resident memory at the peak of a step, above what stood before."""
+    """Bytes of resident memory at the peak of a step."""
 
-    above_parameters: int  # gradients and AdamW's moments included
-    above_state: int  # what stands between two steps
+    above_parameters: int  # gradients, AdamW's moments and fp32 copies of bf16 weights included
+    above_state: int  # above what stands between two steps
 
 
 def measure_memory(make: Callable[[], Ours | Obvious], batch: ViewBatch, documents: Documents) -> Memory:
     """Of the second step: the first one makes the moments. Peaks are sampled, because the kernel's never falls again."""
-    with PeakMemory() as loading:
-        side = make()
-        for parameter in side.parameters:
-            parameter.detach().sum()  # a mapped file counts once it was read
-        loaded = loading.now()
-        side.step(batch, documents)
-        gc.collect()
+    before = resident_memory()
+    side = make()
+    parameters = sum(parameter.nbytes for parameter in side.parameters)
+    side.step(batch, documents)
+    gc.collect()
+    state = resident_memory()
     with PeakMemory() as stepping:
-        state = stepping.now()
         side.step(batch, documents)
-    return Memory(stepping.peak - loaded, stepping.peak - state)
+    return Memory(stepping.peak - before - parameters, stepping.peak - state)
+
+
+def resident_memory() -> int:
+    return psutil.Process().memory_info().rss
 
 
 class PeakMemory:
     """Samples the resident memory of this process in a thread."""
 
     def __enter__(self) -> "PeakMemory":
-        self.process, self.done = psutil.Process(), threading.Event()
-        self.peak = self.now()
+        self.peak, self.done = resident_memory(), threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         return self
@@ -230,14 +231,11 @@ class PeakMemory:
     def __exit__(self, *_) -> None:
         self.done.set()
         self.thread.join()
-        self.peak = max(self.peak, self.now())
-
-    def now(self) -> int:
-        return self.process.memory_info().rss
+        self.peak = max(self.peak, resident_memory())
 
     def _watch(self) -> None:
         while not self.done.wait(MEMORY_SAMPLES):
-            self.peak = max(self.peak, self.now())
+            self.peak = max(self.peak, resident_memory())
 
 
 class Timed(NamedTuple):

@@ -1,8 +1,12 @@
 """The claims of benchmarks/ that can be shown in seconds."""
 
-import pytest
+import time
 
-from benchmarks import dpo_variance
+import pytest
+import torch
+
+from benchmarks import decoding, dpo_variance, packing, step
+from benchmarks.workload import Timed, interleave, measure_memory
 from dfactory.cli import main
 from dfactory.models.registry import load_policy
 from tests.test_assets import DATA
@@ -29,3 +33,49 @@ def test_shared_noise_and_pairs_cut_the_variance_of_a_margin_by_twenty(tmp_path,
         == 0
     )
     assert "naive / this" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("benchmark", [step, packing, decoding])
+def test_both_sides_of_a_benchmark_of_speed_compute_the_same(benchmark, capsys):
+    """Losses over all steps, or tokens; a benchmark whose sides differ ends with status 1."""
+    assert benchmark.main(["--smoke"]) == 0
+    assert "obvious" in capsys.readouterr().out
+
+
+MIB = 2**20
+
+
+class Side:
+    """Parameters of 64 MiB; a step keeps 64 MiB from its first time on, and takes 128 MiB for a while."""
+
+    def __init__(self):
+        self.parameters, self.kept = [torch.ones(16 * MIB)], None
+
+    def step(self, batch, documents):
+        if self.kept is None:
+            self.kept = torch.ones(16 * MIB)
+        passing = torch.ones(32 * MIB)
+        time.sleep(0.2)
+        del passing
+
+
+def test_memory_of_a_step_is_told_above_parameters_and_above_what_stays():
+    memory = measure_memory(Side, None, None)
+    assert memory.above_parameters / MIB == pytest.approx(192, abs=48)
+    assert memory.above_state / MIB == pytest.approx(128, abs=48)
+
+
+@pytest.mark.parametrize("bf16, fp32, equal", [(2.03, 2.0001, True), (2.0, 2.001, False), (2.1, 2.0, False)])
+def test_a_loss_that_differs_in_any_step_is_noticed(bf16, fp32, equal):
+    losses = {"obvious": [3.0, 2.0, 1.0], "fp32": [3.0, fp32, 1.0], "bf16": [3.0, bf16, 1.0]}
+    timed = {name: Timed([1.0], values) for name, values in losses.items()}
+    assert step.Result(timed).is_equal == equal
+
+
+def test_sides_take_turns_and_warm_up_is_not_timed():
+    order = []
+    timed = interleave({"a": lambda n: order.append(("a", n)), "b": lambda n: order.append(("b", n))}, rounds=2)
+    assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert [len(side.seconds) for side in timed.values()] == [2, 2]
+    assert [len(side.results) for side in timed.values()] == [3, 3]
