@@ -11,10 +11,12 @@ neither views nor fill count.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from benchmarks.workload import (
     Obvious,
     Ours,
     Records,
+    Timed,
     interleave,
     largest_difference,
     sft_recipe,
@@ -36,6 +39,7 @@ from benchmarks.workload import (
 )
 from dfactory.assembly import read_inputs
 from dfactory.config.load import load_recipe
+from dfactory.config.recipe import Recipe
 from dfactory.types import ViewBatch
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart" / "sft.yaml"
@@ -70,6 +74,53 @@ def fullness(records: Records) -> tuple[int, float, float]:
     return rows, filled / positions, (filled - fill) / positions
 
 
+class Result(NamedTuple):
+    timed: dict[str, Timed]
+    batches: list[ViewBatch]  # those timed
+    tokens: list[int]  # of the documents of each
+    padded: int  # positions of their padded clean rows
+
+    @property
+    def ratios(self) -> list[float]:
+        return [
+            slow / fast for slow, fast in zip(self.timed["obvious"].seconds, self.timed["packed"].seconds, strict=True)
+        ]
+
+    @property
+    def difference(self) -> float:
+        return largest_difference(self.timed["packed"].results, self.timed["obvious"].results)
+
+    def speed(self, name: str) -> float:
+        """Tokens a second, the median batch."""
+        return statistics.median(n / seconds for n, seconds in zip(self.tokens, self.timed[name].seconds, strict=True))
+
+
+def train_both(recipe: Recipe, count: int) -> Result:
+    """Time `count` micro-batches, behind one that is not timed."""
+    records = Records(recipe)
+    batches = [records.source.next_window()[0] for _ in range(count + 1)]
+    given = [(batch, records.padded(batch)) for batch in batches]
+    sides = {"obvious": Obvious(recipe), "packed": Ours(recipe)}
+    calls = {name: lambda number, side=side: side.step(*given[number]) for name, side in sides.items()}
+    timed = interleave(calls, count)
+    tokens = [records.real_tokens(batch) for batch in batches[1:]]
+    return Result(timed, batches[1:], tokens, sum(documents.clean_DL.numel() for _, documents in given[1:]))
+
+
+def show(console: Console, result: Result) -> None:
+    table = Table("", "documents a batch", "tokens a second", "s a batch", "first loss", "last loss")
+    documents = statistics.mean(len(batch.document_id_D) for batch in result.batches)
+    for name, side in result.timed.items():
+        losses = [f"{side.results[0]:.6f}", f"{side.results[-1]:.6f}"]
+        table.add_row(name, f"{documents:.1f}", f"{result.speed(name):,.0f}", f"{side.median:.2f}", *losses)
+    console.print(table)
+    console.print(
+        f"packed / obvious {statistics.median(result.ratios):.1f} (median of {len(result.ratios)} batches, "
+        f"{min(result.ratios):.1f} to {max(result.ratios):.1f}); padded clean rows hold "
+        f"{sum(result.tokens) / result.padded:.1%} tokens; largest difference of losses {result.difference:.1e}"
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=int, default=512, help="(default: %(default)s)")
@@ -84,45 +135,24 @@ def main(arguments: list[str] | None = None) -> int:
         small = {"records": 48, "factor": 2.0, "row_length": 512, "rows": 1, "vocabulary": 512, "batches": 2}
         vars(options).update(small)
 
+    console = Console(width=120, highlight=False)
     longest = options.row_length // 3 // BLOCK * BLOCK  # with two views
     with tempfile.TemporaryDirectory() as folder:
         model_dir = write_model(Path(folder), options.vocabulary)
         lengths = draw_lengths(options.records, options.factor, longest)
         file = write_records(Path(folder) / "records.jsonl", lengths, options.vocabulary)
         keys = {"max_length": longest, "row_length": options.row_length}
-        rows, share, without_fill = fullness(Records(sft_recipe(model_dir, file, options.vocabulary, **keys)))
-
-        recipe = sft_recipe(model_dir, file, options.vocabulary, per_device_train_batch_size=options.rows, **keys)
-        records = Records(recipe)
-        batches: list[ViewBatch] = [records.source.next_window()[0] for _ in range(options.batches + 1)]
-        given = [(batch, records.padded(batch)) for batch in batches]
-        sides = {"obvious": Obvious(recipe), "packed": Ours(recipe)}
-        calls = {name: lambda number, side=side: side.step(*given[number]) for name, side in sides.items()}
-        timed = interleave(calls, options.batches)
-
-    tokens = [records.real_tokens(batch) for batch in batches[1:]]
-    padded = sum(tokens) / sum(documents.clean_DL.numel() for _, documents in given[1:])
-    ratios = [slow / fast for slow, fast in zip(timed["obvious"].seconds, timed["packed"].seconds, strict=True)]
-    difference = largest_difference(timed["packed"].results, timed["obvious"].results)
-    console = Console(width=120, highlight=False)
-    total = np.array(lengths).sum(axis=1)
-    console.print(
-        f"{len(lengths)} records of {total.min()} to {total.max()} tokens, mean {total.mean():.0f}, responses "
-        f"{np.array(lengths)[:, 1].mean():.0f}; {rows} packed rows: {share:.1%} of positions hold a token, "
-        f"{without_fill:.1%} without EOS fill; padded clean rows {padded:.1%}; {torch.get_num_threads()} thread(s)"
-    )
-    table = Table("", "documents a batch", "tokens a second", "s a batch", "first loss", "last loss")
-    for name, side in timed.items():
-        speed = statistics.median(count / seconds for count, seconds in zip(tokens, side.seconds, strict=True))
-        documents = statistics.mean(len(batch.document_id_D) for batch in batches[1:])
-        losses = [f"{side.results[0]:.6f}", f"{side.results[-1]:.6f}"]
-        table.add_row(name, f"{documents:.1f}", f"{speed:,.0f}", f"{side.median:.2f}", *losses)
-    console.print(table)
-    console.print(
-        f"packed / obvious {statistics.median(ratios):.1f} (median of {len(ratios)} batches, {min(ratios):.1f} to "
-        f"{max(ratios):.1f}); largest difference of losses {difference:.1e}"
-    )
-    return 0 if difference < FP32_TOLERANCE else 1
+        recipe = functools.partial(sft_recipe, model_dir, file, options.vocabulary, **keys)
+        rows, share, without_fill = fullness(Records(recipe()))
+        total, responses = np.array(lengths).sum(axis=1), np.array(lengths)[:, 1]
+        console.print(
+            f"{len(lengths)} records of {total.min()} to {total.max()} tokens, mean {total.mean():.0f}, responses "
+            f"{responses.mean():.0f}; {rows} packed rows: {share:.1%} of positions hold a token, {without_fill:.1%} "
+            f"without EOS fill; {torch.get_num_threads()} thread(s)"
+        )
+        result = train_both(recipe(per_device_train_batch_size=options.rows), options.batches)
+    show(console, result)
+    return 0 if result.difference < FP32_TOLERANCE else 1
 
 
 if __name__ == "__main__":
