@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="sizes for tests")
     options = parser.parse_args(arguments)
     if options.smoke:
-        small = {"records": 48, "factor": 2.0, "row_length": 512, "rows": 1, "vocabulary": 512, "batches": 2}
+        small = {"records": 48, "factor": 2.0, "row_length": 512, "rows": 1, "vocabulary": 512, "batches": 1}
         vars(options).update(small)
 
     console = Console(width=120, highlight=False)
