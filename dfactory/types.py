@@ -25,10 +25,11 @@ class Place(NamedTuple):
     document: Any
     view: Any  # 0 = clean stream
     block: Any  # counted from the start of the document
+    trunk: Any  # the document whose clean stream comes before that of this one; a document without a trunk names itself
 
     def at(self, index) -> "Place":
-        """The places of a part of the tokens; `index` is whatever the three tensors take."""
-        return Place(self.document[index], self.view[index], self.block[index])
+        """The places of a part of the tokens; `index` is whatever the tensors take."""
+        return Place(*(field[index] for field in self))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,13 +92,17 @@ class ViewBatch:
 
     Every objective trains on this. Documents are numbered 0..D-1 over the whole batch, so that sums by document or by
     (document, view) are one `index_add`. Positions that hold no token have document number -1.
+
+    Documents that begin alike may share the clean stream of those blocks: a trunk, without targets, before the first of
+    them. It has the number D + that of the first one; `trunk_RS` of their tokens names it.
     """
 
     input_ids_RS: torch.Tensor  # int64
     position_ids_RS: torch.Tensor  # int64: a view token has the position of the clean token that it stands for
-    document_RS: torch.Tensor  # int64, PADDING where there is no token
+    document_RS: torch.Tensor  # int64, PADDING where there is no token, from D on in trunks
     view_RS: torch.Tensor  # int64, 0 = clean stream
     block_RS: torch.Tensor  # int64, counted from the start of the document
+    trunk_RS: torch.Tensor  # int64: the number of the document's trunk, or its own
     target_index_N: torch.Tensor  # int64 into the flattened rows
     target_ids_N: torch.Tensor  # int64: the token to predict there (no shift)
     t_N: torch.Tensor  # float32
@@ -110,7 +115,7 @@ class ViewBatch:
 
     @property
     def place_RS(self) -> Place:
-        return Place(self.document_RS, self.view_RS, self.block_RS)
+        return Place(self.document_RS, self.view_RS, self.block_RS, self.trunk_RS)
 
     @property
     def document_N(self) -> torch.Tensor:

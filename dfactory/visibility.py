@@ -1,6 +1,6 @@
 """Who sees whom: the one attention rule of training, scoring and decoding (METHOD section 2, equation 3 of [L20]).
 
-A token's place is (document, view, block). View 0 is the clean stream, views 1..K are noised copies. The whole rule:
+A token's place is (document, view, block, trunk). View 0 is the clean stream, views 1..K are noised copies. The whole rule:
 
     a token sees the clean past of its document, and its own block in its own stream.
 
@@ -12,6 +12,10 @@ the dense mask, the segment plan on CPUs and the flex_attention mask are all bui
     block     0 0 1 1 | 1 1                            c0       x  x  .  .  .  .
     view      0 0 0 0 | 1 1                            c2       x  x  x  x  .  .
                                                        v2       x  x  .  .  x  x
+
+The clean past of a document may be written once for several that begin alike: as a trunk, a document of its own that is
+clean only. Each of them names the trunk, and its own clean stream begins where the trunk ends. Keys and values in the
+trunk are what each would have computed for itself, so sharing is exact.
 """
 
 from dfactory.types import PADDING, Place
@@ -19,10 +23,10 @@ from dfactory.types import PADDING, Place
 
 def visible(query: Place, key: Place):
     """Whether `query` may attend to `key`: a boolean of the broadcast shape, for tensors and arrays."""
-    same_document = (query.document == key.document) & (query.document != PADDING)
-    clean_past = (key.view == 0) & (key.block < query.block)
-    own_block = (key.view == query.view) & (key.block == query.block)
-    return same_document & (clean_past | own_block)
+    own = query.document == key.document
+    clean_past = (own | (query.trunk == key.document)) & (key.view == 0) & (key.block < query.block)
+    own_block = own & (key.view == query.view) & (key.block == query.block)
+    return (query.document != PADDING) & (clean_past | own_block)
 
 
 def dense_mask(place: Place):

@@ -34,7 +34,7 @@ class Document:
 
 def make_batch(rows: list[list[Document]], row_length: int | None = None, pad_id: int = 0) -> ViewBatch:
     """Rows of documents, each [clean | view 1 | ... | view K], padded on the right to one length."""
-    columns = [[[], [], [], [], []] for _ in rows]  # ids, positions, document, view, block
+    columns = [[[] for _ in range(6)] for _ in rows]  # ids, positions, document, view, block, trunk
     targets, ids, document_ids, responses, views = [], [], [], [], []
     for r, row in enumerate(rows):
         for document in row:
@@ -53,10 +53,10 @@ def make_batch(rows: list[list[Document]], row_length: int | None = None, pad_id
                 scored |= target
             responses.append(int(scored.sum()))
     length = row_length or max(len(row[0]) for row in columns)
-    fill = (pad_id, 0, PADDING, 0, 0)
+    fill = (pad_id, 0, PADDING, 0, 0, PADDING)
     fields = [
         torch.tensor([row[f] + [fill[f]] * (length - len(row[f])) for row in columns], dtype=torch.int64)
-        for f in range(5)
+        for f in range(6)
     ]
     weight = torch.full((len(targets),), 0.5)
     return ViewBatch(
@@ -78,6 +78,7 @@ def _extend(columns, ids, position, document, view, block_size):
     columns[2] += [document] * count
     columns[3] += [view] * count
     columns[4] += (position // block_size).tolist()
+    columns[5] += [document] * count
 
 
 def random_document(generator, length: int, block_size: int, views: int, vocabulary: int, prompt: int) -> Document:

@@ -162,17 +162,20 @@ def one_view_nll(model, clean_RL, noisy_RL, target_RL, block_size: int) -> torch
 # --- rows of a ViewBatch ---------------------------------------------------------------------------------------------
 
 
-def dense_table(document_RS, view_RS, block_RS) -> torch.Tensor:
-    """The table of METHOD section 2, case by case, for whole rows. [R, S, S], True where query may see key."""
+def dense_table(document_RS, view_RS, block_RS, trunk_RS) -> torch.Tensor:
+    """The table of METHOD section 2, case by case, for whole rows. [R, S, S], True where query may see key. Of the trunk
+    that a document names, everything before the query's block counts as clean past."""
     rows, length = document_RS.shape
     seen = torch.zeros(rows, length, length, dtype=torch.bool)
     for r in range(rows):
-        d, v, b = document_RS[r].tolist(), view_RS[r].tolist(), block_RS[r].tolist()
+        d, v, b, trunk = (field[r].tolist() for field in (document_RS, view_RS, block_RS, trunk_RS))
         for i in range(length):
             for j in range(length):
-                if d[i] != d[j] or d[i] < 0:
+                if d[i] < 0 or d[j] < 0:
                     continue
-                if v[i] == 0:
+                if d[i] != d[j]:
+                    seen[r, i, j] = d[j] == trunk[i] and v[j] == 0 and b[j] < b[i]
+                elif v[i] == 0:
                     seen[r, i, j] = v[j] == 0 and b[j] <= b[i]
                 elif v[j] == 0:
                     seen[r, i, j] = b[j] < b[i]
@@ -197,7 +200,7 @@ def plain_scores(logits_NV, target_N, entropy_temperature: float = 1.0) -> Score
 
 def batch_scores(model: ReferenceModel, batch, entropy_temperature: float = 1.0) -> Scores:
     """The scores of a ViewBatch's targets, through the dense mask and all logits. Padding sees itself, for a finite sum."""
-    seen = dense_table(batch.document_RS, batch.view_RS, batch.block_RS)
+    seen = dense_table(*batch.place_RS)
     padding = batch.document_RS < 0
     seen = seen | (torch.eye(seen.shape[1], dtype=torch.bool) & padding[:, :, None])
     logits = model(batch.input_ids_RS, batch.position_ids_RS, as_float_mask(seen))

@@ -9,9 +9,10 @@ from dfactory.visibility import dense_mask, flex_mask_mod, visible
 from tests.reference import dense_table, step_mask
 
 
-def places(document, view, block, tensors=True):
-    """One row from three strings, a character a token; '-' is padding."""
-    columns = [[PADDING if c == "-" else int(c) for c in text.replace(" ", "")] for text in (document, view, block)]
+def places(document, view, block, trunk=None, tensors=True):
+    """One row from strings, a character a token; '-' is padding. Without `trunk` every document names itself."""
+    texts = (document, view, block, trunk or document)
+    columns = [[PADDING if c == "-" else int(c) for c in text.replace(" ", "")] for text in texts]
     make = torch.tensor if tensors else np.array
     return Place(*(make([column]) for column in columns))
 
@@ -20,7 +21,7 @@ def drawn(mask_SS) -> list[str]:
     return ["".join("x" if seen else "." for seen in row) for row in mask_SS.tolist()]
 
 
-# name: (document, view, block, expected)
+# name: (document, view, block, expected[, trunk])
 ROWS = {
     "a clean document of two blocks": (
         "0000",
@@ -93,23 +94,48 @@ ROWS = {
             "........",
         ],
     ),
+    "two documents with a trunk": (
+        "222 00000 111 3",
+        "000 00011 011 0",
+        "001 23423 212 0",
+        [
+            "xx. ..... ... .",  # the trunk is clean past alone, and sees no branch
+            "xx. ..... ... .",
+            "xxx ..... ... .",
+            "xxx x.... ... .",  # a branch's clean stream goes on behind it
+            "xxx xx... ... .",
+            "xxx xxx.. ... .",
+            "xxx ...x. ... .",  # views see the trunk and their own branch, not the other one
+            "xxx x...x ... .",
+            "xxx ..... x.. .",
+            "xx. ..... .x. .",  # a view of a block that the trunk holds: its clean copy is not past
+            "xxx ..... ..x .",
+            "... ..... ... x",  # somebody else
+        ],
+        "222 22222 222 3",
+    ),
 }
+
+
+def row(name):
+    """The places and the expected lines of a row."""
+    document, view, block, expected, *trunk = ROWS[name]
+    return (document, view, block, *trunk), [line.replace(" ", "") for line in expected]
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_the_rule_on_rows_a_person_can_read(name):
-    document, view, block, expected = ROWS[name]
-    expected = [line.replace(" ", "") for line in expected]
-    assert drawn(dense_mask(places(document, view, block))[0]) == expected
-    assert drawn(dense_mask(places(document, view, block, tensors=False))[0]) == expected
-    assert drawn(dense_table(*places(document, view, block))[0]) == expected
+    texts, expected = row(name)
+    assert drawn(dense_mask(places(*texts))[0]) == expected
+    assert drawn(dense_mask(places(*texts, tensors=False))[0]) == expected
+    assert drawn(dense_table(*places(*texts))[0]) == expected
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_the_flex_mask_is_the_dense_mask(name):
     from torch.nn.attention.flex_attention import create_mask
 
-    place = places(*ROWS[name][:3])
+    place = places(*row(name)[0])
     rows, length = place.document.shape
     mask = create_mask(flex_mask_mod(place), rows, None, length, length, device="cpu")
     assert torch.equal(mask[:, 0], dense_mask(place))
@@ -117,7 +143,7 @@ def test_the_flex_mask_is_the_dense_mask(name):
 
 def test_arrays_and_tensors_agree_on_random_places():
     draw = np.random.default_rng(0)
-    fields = [draw.integers(low, 4, (3, 40)) for low in (PADDING, 0, 0)]
+    fields = [draw.integers(low, 4, (3, 40)) for low in (PADDING, 0, 0, 0)]
     arrays = Place(*fields)
     tensors = Place(*map(torch.from_numpy, fields))
     seen = dense_mask(arrays)
@@ -128,17 +154,19 @@ def test_arrays_and_tensors_agree_on_random_places():
 
 def test_a_query_elsewhere_than_its_keys():
     """Decoding asks for a block against cached keys: 2 queries of block 1 against 4 keys of blocks 0 and 1."""
-    query = Place(*(torch.tensor(f)[:, None] for f in ([0, 0], [0, 0], [1, 1])))
-    key = Place(*(torch.tensor(f)[None] for f in ([0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0])))
+    query = Place(*(torch.tensor(f)[:, None] for f in ([0, 0], [0, 0], [1, 1], [0, 0])))
+    key = Place(*(torch.tensor(f)[None] for f in ([0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1])))
     assert drawn(visible(query, key)) == ["xxx.", "xxx."]
 
 
 def test_noisy_and_clean_of_one_document_is_the_table_of_the_method():
     length, block_size = 12, 4
     block = torch.arange(length) // block_size
+    zeros = torch.zeros(1, 2 * length, dtype=torch.int64)
     place = Place(
-        torch.zeros(1, 2 * length, dtype=torch.int64),
+        zeros,
         torch.cat([torch.ones(length), torch.zeros(length)])[None].long(),
         block.repeat(2)[None],
+        zeros,
     )
     assert torch.equal(dense_mask(place)[:, None], step_mask(length, block_size) == 0)

@@ -143,6 +143,17 @@ class Examples(Sequence[Example]):
         return clean_E, response_E
 
     @functools.cached_property
+    def common_length_U(self) -> np.ndarray:
+        """int64: the tokens with which both sides of a preference pair begin; of a document alone none."""
+        common_U = np.zeros(len(self) // self.unit_size, np.int64)
+        for unit in range(len(common_U) if self.unit_size == 2 else 0):
+            start, middle, stop = self._offset_E1[2 * unit : 2 * unit + 3].tolist()
+            length = min(middle - start, stop - middle)
+            differs = self._input_ids[start : start + length] != self._input_ids[middle : middle + length]
+            common_U[unit] = differs.argmax() if differs.any() else length
+        return common_U
+
+    @functools.cached_property
     def fingerprint(self) -> int:
         """A checksum of all documents, their order and their marks: a resumed run must see the same ones."""
         arrays = [self.document_id_E, self._offset_E1, self._input_ids, self._trainable_bits]

@@ -6,6 +6,8 @@ largest that still fits.
 """
 
 import bisect
+import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ class PackedDocument(NamedTuple):
 
     document: AlignedDocument
     views: Sequence[View]
+    shared: int = 0  # positions of its clean stream that it has in common with the document before it, see `share`
 
     @property
     def clean_length(self) -> int:
@@ -32,7 +35,24 @@ class PackedDocument(NamedTuple):
     @property
     def cost(self) -> int:
         """Positions that it takes in a row."""
-        return self.clean_length + sum(len(view.position_P) for view in self.views)
+        return self.clean_length - self.shared + sum(len(view.position_P) for view in self.views)
+
+
+def share(documents: Sequence[PackedDocument]) -> list[PackedDocument]:
+    """The same documents, to stand side by side in a row, where they share the clean stream of the whole blocks in which
+    all of them begin alike: the first one pays for it. What one of them pays alone is `share` of it alone.
+
+    Block size 2, answers in brackets, views of all their blocks: a b c [d e f g h] and a b c [d e i j k] share a b c d.
+    """
+    first, *others = documents
+    length = min(packed.clean_length for packed in documents)
+    for other in others:
+        # streams of other blocks are other computations
+        length *= other.document.block_size == first.document.block_size
+        differs = first.document.input_ids_T[:length] != other.document.input_ids_T[:length]
+        length = int(differs.argmax()) if differs.any() else length
+    length -= length % first.document.block_size
+    return [first._replace(shared=0), *(other._replace(shared=length) for other in others)]
 
 
 def block_of(length, block_size: int, unit: int):
@@ -138,31 +158,38 @@ def collate(
     """Write rows as one ViewBatch [R, S]; S is `pad_to`, or else the longest row, at least one block.
 
     Each document stands as `[clean | view 1 | ... | view K]`, its number counting over the whole batch; targets run in
-    row order. The clean stream ends before the last block that a view holds; a document of one block has none. A row
-    without documents is all padding. What views add (`columns_P`) comes to be columns of targets.
+    row order. The clean stream ends before the last block that a view holds; a document of one block has none. What
+    neighbours share stands once, as a trunk before the first of them. A row without documents is all padding. What views
+    add (`columns_P`) comes to be columns of targets.
     Raises ValueError if a row is longer than `pad_to`, or if some views have a column and others lack it.
     """
     lengths = [sum(packed.cost for packed in row) for row in rows]
     width = max([block_size, *lengths]) if pad_to is None else pad_to
     if max(lengths, default=0) > width:
         raise ValueError(f"a row of {max(lengths)} positions is longer than pad_to {width}")
-    writer = _Writer(len(rows), width)
+    writer = _Writer(len(rows), width, sum(map(len, rows)))
     for r, row in enumerate(rows):
         writer.start_row(r)
-        for packed in row:
-            writer.write(packed)
+        for family in _families(row):
+            writer.write(family)
     batch = writer.finish()
     return batch if device is None else batch.to(device)
+
+
+def _families(row: Sequence[PackedDocument]) -> Iterator[Sequence[PackedDocument]]:
+    """Neighbours that share a trunk together, every other document alone."""
+    starts = [index for index, packed in enumerate(row) if not packed.shared]
+    return (row[start:stop] for start, stop in itertools.pairwise([*starts, len(row)]))
 
 
 class _Writer:
     """Fills flat arrays of R * S positions from left to right."""
 
-    def __init__(self, num_rows: int, width: int):
-        self.shape, self.cursor = (num_rows, width), 0
+    def __init__(self, num_rows: int, width: int, num_documents: int):
+        self.shape, self.cursor, self.num_documents = (num_rows, width), 0, num_documents
         size = num_rows * width
         self.input_ids, self.position, self.view, self.block = (np.zeros(size, np.int64) for _ in range(4))
-        self.document = np.full(size, PADDING, np.int64)
+        self.document, self.trunk = (np.full(size, PADDING, np.int64) for _ in range(2))
         self.targets: list[tuple[np.ndarray, ...]] = []  # (index, ids, t, elbo_weight) a view
         self.columns: dict[str, list[np.ndarray]] = {}  # what views add, at their targets
         self.per_document: list[tuple[int, int, int]] = []  # (id, response length, number of views)
@@ -170,24 +197,32 @@ class _Writer:
     def start_row(self, row: int) -> None:
         self.cursor = row * self.shape[1]
 
-    def write(self, packed: PackedDocument) -> None:
+    def write(self, family: Sequence[PackedDocument]) -> None:
+        """The clean stream that the documents share, if they do, and then each of them."""
+        first, number, shared = family[0].document, len(self.per_document), family[-1].shared
+        trunk = number + (self.num_documents if shared else 0)
+        self._write_stream(trunk, trunk, 0, first.block_size, np.arange(shared), first.input_ids_T[:shared])
+        for packed in family:
+            self._write_document(packed, shared, trunk)
+
+    def _write_document(self, packed: PackedDocument, shared: int, trunk: int) -> None:
         document, clean = packed.document, packed.clean_length
-        self._write_stream(0, document.block_size, np.arange(clean), document.input_ids_T[:clean])
+        write = functools.partial(self._write_stream, len(self.per_document), trunk)
+        write(0, document.block_size, np.arange(shared, clean), document.input_ids_T[shared:clean])
         for number, view in enumerate(packed.views, start=1):
             index = self.cursor + np.flatnonzero(view.target_P)
             ids = document.input_ids_T[view.position_P[view.target_P]]
             self.targets.append((index, ids, view.t_P[view.target_P], view.elbo_weight_P[view.target_P]))
             for name, column_P in view.columns_P.items():
                 self.columns.setdefault(f"{name}_N", []).append(column_P[view.target_P])
-            self._write_stream(number, document.block_size, view.position_P, view.input_ids_P)
+            write(number, document.block_size, view.position_P, view.input_ids_P)
         self.per_document.append((document.document_id, int(document.trainable_T.sum()), len(packed.views)))
 
-    def _write_stream(self, view: int, block_size: int, position_P: np.ndarray, input_ids_P: np.ndarray) -> None:
+    def _write_stream(self, document: int, trunk: int, view: int, block_size: int, position_P, input_ids_P) -> None:
         span = slice(self.cursor, self.cursor + len(position_P))
         self.input_ids[span] = input_ids_P
         self.position[span] = position_P
-        self.document[span] = len(self.per_document)
-        self.view[span] = view
+        self.document[span], self.trunk[span], self.view[span] = document, trunk, view
         self.block[span] = position_P // block_size
         self.cursor = span.stop
 
@@ -209,6 +244,7 @@ class _Writer:
             document_RS=grid(self.document),
             view_RS=grid(self.view),
             block_RS=grid(self.block),
+            trunk_RS=grid(self.trunk),
             target_index_N=targets(0, np.int64),
             target_ids_N=targets(1, np.int64),
             t_N=targets(2, np.float32),

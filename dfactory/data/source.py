@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dfactory.data.examples import Examples
-from dfactory.data.pack import PackedDocument, Packer, align, block_of, collate
+from dfactory.data.pack import PackedDocument, Packer, align, block_of, collate, share
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.types import AlignedDocument, Example, View, ViewBatch
 
@@ -159,11 +159,14 @@ class RecordSource:
         return [stream.next_row() for _ in range(self.rows_per_window)]
 
     def _costs(self, num_views: int, block_size: int) -> np.ndarray:
-        """Row positions that each unit takes: the clean blocks that a view sees, and the response blocks of every view."""
+        """Row positions that each unit takes: the clean blocks that a view sees, once where both sides of a pair have
+        them, and the response blocks of every view."""
         clean_E, response_E = self.examples.block_counts(block_size)
         size_E = block_of(self.examples.length_E, block_size, self._final_block_size)
         cost_E = size_E * (clean_E + num_views * response_E)
-        cost_U = cost_E.reshape(-1, self.examples.unit_size).sum(axis=1)
+        cost_UM, clean_UM = (array.reshape(-1, self.examples.unit_size) for array in (cost_E, clean_E))
+        shared_U = np.minimum(self.examples.common_length_U // block_size, clean_UM.min(axis=1))
+        cost_U = cost_UM.sum(axis=1) - block_size * shared_U
         longest = int(cost_U.argmax())
         if cost_U[longest] > self.row_length:
             raise ConfigError(
@@ -179,16 +182,14 @@ class RecordSource:
         return [self.examples[member] for member in range(index * size, (index + 1) * size)]
 
     def _build(self, rows: list[list[tuple[int, int]]], block_size: int) -> ViewBatch:
-        members = [[(example, visit) for index, visit in row for example in self._unit(index)] for row in rows]
-        packed = [[self._pack(example, visit, block_size) for example, visit in row] for row in members]
+        packed = [[side for unit in row for side in self._pack(*unit, block_size)] for row in rows]
         batch = collate(packed, self._final_block_size, pad_to=self.row_length if self.packing else None)
-        return batch.with_columns(
-            visit_D=torch.tensor([visit for row in members for _, visit in row], dtype=torch.int64)
-        )
+        visits = [visit for row in rows for _, visit in row for _ in range(self.examples.unit_size)]
+        return batch.with_columns(visit_D=torch.tensor(visits, dtype=torch.int64))
 
-    def _pack(self, example: Example, visit: int, block_size: int) -> PackedDocument:
-        document = align(example, block_size, self.eos_id, unit=self._final_block_size)
-        return PackedDocument(document, self.make_views(document, visit))
+    def _pack(self, index: int, visit: int, block_size: int) -> list[PackedDocument]:
+        unit = [align(example, block_size, self.eos_id, unit=self._final_block_size) for example in self._unit(index)]
+        return share([PackedDocument(document, self.make_views(document, visit)) for document in unit])
 
 
 class EpochOrder:

@@ -84,7 +84,8 @@ def span_places(spans: list[Span]) -> tuple[Place, Place]:
 
     def places(block_RX):
         document_RX = np.where(block_RX < stop_R[:, None], slot_R[:, None], PADDING)
-        return Place(document_RX, (block_RX == denoised_R[:, None]).astype(np.int64), block_RX)
+        view_RX = (block_RX == denoised_R[:, None]).astype(np.int64)
+        return Place(document_RX, view_RX, block_RX, trunk=document_RX)
 
     queries = first_R[:, None] + np.arange((stop_R - first_R).max())
     keys = np.arange(stop_R.max())[None].repeat(len(spans), axis=0)

@@ -56,14 +56,18 @@ def replay(
 
 def join(window: list[ViewBatch]) -> ViewBatch:
     """Micro-batches as one of a single row: documents are numbered on, targets point into the longer row."""
-    document_RS, index_N, documents, positions = [], [], 0, 0
+    places, index_N, documents, positions = [], [], 0, 0
+    total = sum(len(batch.document_id_D) for batch in window)
     for batch in window:
-        here = batch.document_RS.flatten()
-        document_RS.append(torch.where(here == PADDING, PADDING, here + documents))
+        here = torch.stack([batch.document_RS, batch.trunk_RS]).flatten(1)
+        count = len(batch.document_id_D)
+        on = documents + torch.where(here < count, 0, total - count)  # trunks are numbered behind all documents
+        places.append(torch.where(here == PADDING, PADDING, here + on))
         index_N.append(batch.target_index_N + positions)
-        documents += len(batch.document_id_D)
-        positions += here.numel()
-    joined = {"document_RS": torch.cat(document_RS)[None], "target_index_N": torch.cat(index_N)}
+        documents += count
+        positions += here.shape[1]
+    document_RS, trunk_RS = torch.cat(places, dim=1)[:, None]
+    joined = {"document_RS": document_RS, "trunk_RS": trunk_RS, "target_index_N": torch.cat(index_N)}
     for field in dataclasses.fields(ViewBatch):
         if field.name.endswith("_RS") and field.name not in joined:
             joined[field.name] = torch.cat([getattr(batch, field.name).flatten() for batch in window])[None]

@@ -4,20 +4,22 @@
 
     1. publish the weights of this policy version (all ranks gather, rank 0 puts)
     2. ask the controller for the scored rollouts of this step; all ranks get the same ones
-    3. documents, views, rows; each rank takes its share of the rollouts
+    3. documents, views, rows; each rank takes its share of the rollouts, and those of one prompt stand side by side,
+       so that the prompt is computed once a row
     4. score them as the policy is now: the old log-probabilities, on the very views that are trained on; and as the
        reference is, where there is a KL term
 
 `check` then holds training to it: at the first step on new rollouts the ratio is 1, because no step lies between.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from dfactory.data.pack import PackedDocument, collate, pack_rows
+from dfactory.data.pack import PackedDocument, collate, pack_rows, share
 from dfactory.errors import RolloutError
 from dfactory.rl.rollouts import RolloutBatch, ScoredRollout
 from dfactory.rl.views import RolloutViews
@@ -37,6 +39,23 @@ class Feed(Protocol):
         """Make a version of the weights the rollout actors' next one; times and bytes. Only rank 0 calls it."""
 
     def next_batch(self, version: int, next_group: int) -> RolloutBatch: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Part:
+    """A rollout with those of its views that lie in one row."""
+
+    number: int
+    advantage: float
+    share: float
+    document: PackedDocument
+
+    @property
+    def response_blocks(self) -> int:
+        return response_blocks(self.document.document)
+
+
+Parts = list[_Part]  # of a rollout, of a family that shares a clean stream, of a row
 
 
 class RolloutSource:
@@ -118,18 +137,41 @@ class RolloutSource:
     def _build(self, rollouts: list[ScoredRollout]) -> list[ViewBatch]:
         """Every rank packs the rows of all ranks alike and keeps its own; all get equally many micro-batches. A rollout
         is all on one rank, because the ratio of a sequence needs all of its views (engine/replay.py)."""
-        parts_of = [self._parts(number, scored) for number, scored in enumerate(rollouts)]
-        shares = share_out([sum(part.document.cost for part in parts) for parts in parts_of], self.world_size)
-        packed = [self._pack([part for number in share for part in parts_of[number]]) for share in shares]
+        groups: dict[int, list[list[_Part]]] = {}
+        for number, scored in enumerate(rollouts):
+            groups.setdefault(scored.group, []).append(self._parts(number, scored))
+        packed = self._pack(list(groups.values()))
         size = self.micro_batch_rows
         micro_batches = -(-max(1, *map(len, packed)) // size)
         mine = packed[self.rank]
         mine += [[] for _ in range(micro_batches * size - len(mine))]
         return [self._collate(mine[i : i + size]) for i in range(0, len(mine), size)]
 
-    def _pack(self, parts: list["_Part"]) -> list[list["_Part"]]:
-        rows = pack_rows((part.document.cost for part in parts), self.row_length)
-        return [[parts[index] for index in row] for row in rows]
+    def _pack(self, groups: list[list[Parts]]) -> list[list[Parts]]:
+        """From the parts of each rollout of each group to the rows of each rank. What stays together shares the prompt,
+        but ranks and rows are filled better by less. So groups are cut into pieces of every size, and the plan is taken
+        whose fullest rank has the fewest rows, and then the fewest positions."""
+        largest = max(map(len, groups), default=1)
+        sizes = sorted({-(-largest // pieces) for pieces in range(1, largest + 1)})
+        plans = [self._plan([piece for group in groups for piece in _cut(group, size)]) for size in sizes]
+        return min(plans, key=lambda packed: max((len(rows), sum(map(_cost, rows))) for rows in packed))
+
+    def _plan(self, pieces: list[list[Parts]]) -> list[list[Parts]]:
+        """The rows of each rank, where each piece is all on one rank."""
+        families_of = [self._families([part for parts in piece for part in parts]) for piece in pieces]
+        shares = share_out([sum(map(_cost, families)) for families in families_of], self.world_size)
+        packed = []
+        for share_of_rank in shares:
+            families = [family for number in share_of_rank for family in families_of[number]]
+            rows = pack_rows(map(_cost, families), self.row_length)
+            packed.append([[part for index in row for part in families[index]] for row in rows])
+        return packed
+
+    def _families(self, parts: Parts) -> list[Parts]:
+        """Parts of one group's rollouts by the rows that they take, each row's sharing what they begin with."""
+        trunk = _share(parts)[-1].document.shared
+        rows = pack_rows((part.document.cost - trunk for part in parts), self.row_length - trunk)
+        return [_share([parts[index] for index in row]) for row in rows]
 
     def _with_scores(self, batch: ViewBatch) -> ViewBatch:
         columns = {"old_logprob_N": self.score(batch).logprob_N.cpu()}
@@ -137,7 +179,7 @@ class RolloutSource:
             columns["reference_logprob_N"] = self.reference(batch).logprob_N.cpu()
         return batch.with_columns(**columns)
 
-    def _parts(self, number: int, scored: ScoredRollout) -> list["_Part"]:
+    def _parts(self, number: int, scored: ScoredRollout) -> Parts:
         """The rollout with as many views as a row holds, as often as it takes."""
         document, views = self.make_views(rollout_document(scored, self.block_size), scored.index)
         packed, here = [], []
@@ -149,7 +191,7 @@ class RolloutSource:
         packed.append(PackedDocument(document, here))
         return [_Part(number, scored.advantage, 1 / len(packed), document) for document in packed]
 
-    def _collate(self, rows: list[list["_Part"]]) -> ViewBatch:
+    def _collate(self, rows: list[Parts]) -> ViewBatch:
         batch = collate([[part.document for part in row] for row in rows], self.block_size, pad_to=self.row_length)
         parts = [part for row in rows for part in row]
         return batch.with_columns(
@@ -160,12 +202,19 @@ class RolloutSource:
         )
 
 
-class _Part:
-    """A rollout with those of its views that lie in one row."""
+def _cost(parts: Parts) -> int:
+    return sum(part.document.cost for part in parts)
 
-    def __init__(self, number: int, advantage: float, share: float, document: PackedDocument):
-        self.number, self.advantage, self.share, self.document = number, advantage, share, document
-        self.response_blocks = response_blocks(document.document)
+
+def _share(parts: Parts) -> Parts:
+    documents = share([part.document for part in parts])
+    return [dataclasses.replace(part, document=document) for part, document in zip(parts, documents, strict=True)]
+
+
+def _cut(group: list, size: int) -> list[list]:
+    """Pieces of `size` at most, as even as can be."""
+    pieces = -(-len(group) // size)
+    return [group[len(group) * i // pieces : len(group) * (i + 1) // pieces] for i in range(pieces)]
 
 
 def share_out(cost_U: list[int], num_ranks: int) -> list[list[int]]:

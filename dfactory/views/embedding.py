@@ -33,7 +33,8 @@ class MaskEmbeddingNoise:
         if not here_RS.any():  # an empty row has no documents to name
             document_id_RS = torch.zeros_like(batch.document_RS)
         else:
-            document_id_RS = batch.document_id_D[batch.document_RS.clamp(min=0)]
+            number_RS = batch.document_RS % len(batch.document_id_D)  # a trunk counts as its first document
+            document_id_RS = batch.document_id_D[number_RS]
         hashed_RS = _mix(document_id_RS, batch.view_RS, batch.position_ids_RS, self.seed, step)
         row_RS = torch.from_numpy((hashed_RS % np.uint64(NOISE_TABLE_ROWS)).astype(np.int64))
         table_seed_1 = _mix(np.array([self.seed]), step) >> np.uint64(1)  # a number that int64 holds

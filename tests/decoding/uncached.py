@@ -54,7 +54,7 @@ def block_causal_logits(policy, ids_S: torch.Tensor, block_size: int) -> torch.T
     """[S] -> [S, V], the whole sequence as one clean stream."""
     position_S = torch.arange(len(ids_S))
     zero_S = torch.zeros_like(position_S)
-    mask_SS = dense_mask(Place(zero_S, zero_S, position_S // block_size))
+    mask_SS = dense_mask(Place(zero_S, zero_S, position_S // block_size, zero_S))
     return policy.logits(policy.hidden(ids_S[None], position_S[None], MaskPlan(mask_SS[None])))[0]
 
 

@@ -28,7 +28,7 @@ class Scorer:
 
 
 def argmax_RS(model, batch) -> torch.Tensor:
-    seen = dense_table(batch.document_RS, batch.view_RS, batch.block_RS)
+    seen = dense_table(*batch.place_RS)
     seen = seen | torch.eye(seen.shape[1], dtype=torch.bool) & (batch.document_RS < 0)[:, :, None]
     return model(batch.input_ids_RS, batch.position_ids_RS, as_float_mask(seen)).argmax(dim=-1)
 

@@ -15,7 +15,8 @@ LENGTH = 48
 
 def clean_place(rows: int, block_size: int) -> Place:
     block = (torch.arange(LENGTH) // block_size).expand(rows, -1)
-    return Place(torch.arange(rows)[:, None].expand(-1, LENGTH), torch.zeros_like(block), block)
+    document = torch.arange(rows)[:, None].expand(-1, LENGTH)
+    return Place(document, torch.zeros_like(block), block, document)
 
 
 def golden_batch(golden, pairs=((0,), (1,))):

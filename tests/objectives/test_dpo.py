@@ -31,12 +31,14 @@ def pairs(reference_D, target_document_N, response_length_D, t=0.5, num_views=2)
     """Documents 0, 1, ... side by side in one row, of four positions each; targets are given by their documents."""
     documents, targets = len(reference_D), len(target_document_N)
     zeros = torch.zeros(1, 4 * documents, dtype=torch.long)
+    document_RS = torch.arange(documents).repeat_interleave(4)[None]
     return ViewBatch(
         input_ids_RS=zeros,
         position_ids_RS=zeros,
-        document_RS=torch.arange(documents).repeat_interleave(4)[None],
+        document_RS=document_RS,
         view_RS=zeros,
         block_RS=zeros,
+        trunk_RS=document_RS,
         target_index_N=4 * torch.tensor(target_document_N, dtype=torch.long),
         target_ids_N=torch.zeros(targets, dtype=torch.long),
         t_N=torch.full((targets,), t),

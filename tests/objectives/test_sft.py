@@ -19,6 +19,7 @@ def batch() -> ViewBatch:
         document_RS=zeros,
         view_RS=torch.tensor([[0] * 4 + [1] * 4 + [2] * 4]),
         block_RS=zeros,
+        trunk_RS=zeros,
         target_index_N=torch.tensor([4, 5, 10, 11]),
         target_ids_N=index,
         t_N=torch.full((4,), 0.5),
