@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import decoding, dpo_variance, packing, step
+from benchmarks import decoding, dpo_variance, packing, step, tree
 from benchmarks.workload import Timed, interleave, measure_memory
 from dfactory.cli import main
 from dfactory.models.registry import load_policy
@@ -79,3 +79,14 @@ def test_sides_take_turns_and_warm_up_is_not_timed():
     assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     assert [len(side.seconds) for side in timed.values()] == [2, 2]
     assert [len(side.results) for side in timed.values()] == [3, 3]
+
+
+def test_a_shared_prompt_gives_the_same_loss_on_fewer_positions(capsys):
+    """The benchmark at sizes that take seconds; its own sizes show the speed."""
+    sizes = {"prompt": 40, "response": 16, "generations": 3, "block-size": 8, "hidden": 32, "layers": 2, "experts": 8}
+    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    assert tree.main([*words, "--vocabulary", "128", "--repeats", "1"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "192" in shown  # 3 x (48 clean + 16 of the view), against 40 + 3 x (8 + 16)
+    assert "112" in shown
+    assert "1.71 times fewer positions" in shown

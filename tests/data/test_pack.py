@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dfactory.data.pack import PackedDocument, Packer, align, collate, pack_rows
+from dfactory.data.pack import PackedDocument, Packer, align, collate, pack_rows, share
 from dfactory.types import AlignedDocument, Example, View
 from dfactory.visibility import dense_mask
 
@@ -185,6 +185,67 @@ def test_a_view_sees_the_clean_past_and_itself():
         [1, 1, 0, 0, 1, 1],
         [1, 1, 0, 0, 1, 1],
     ]
+
+
+def sides(*ids, prompt=3, block_size=2):
+    """Documents with a view of everything behind the prompt's whole blocks, all masked."""
+    made = []
+    for tokens in ids:
+        trainable = np.arange(len(tokens)) >= prompt
+        position = np.arange(prompt // block_size * block_size, len(tokens))
+        masked = np.where(position >= prompt, MASK, np.array(tokens)[position])
+        aligned = AlignedDocument(5, np.array(tokens, np.int32), trainable, block_size)
+        made.append(PackedDocument(aligned, [view(position, masked, position >= prompt)]))
+    return made
+
+
+def test_documents_of_one_prompt_share_its_whole_blocks():
+    """A trunk of its own number, 2 + 0, stands before the first document; targets and columns know nothing of it."""
+    chosen, rejected = share(sides([1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8, 8]))
+    assert (chosen.shared, rejected.shared) == (0, 2)
+    assert (chosen.cost, rejected.cost) == (8, 6)
+    batch = collate([[chosen, rejected]], block_size=2, pad_to=15)
+    #                                  trunk clean view              clean view              padding
+    assert batch.input_ids_RS.tolist() == [[1, 2, 3, 4, 3, MASK, MASK, MASK, 3, 7, 3, MASK, MASK, MASK, 0]]
+    assert batch.position_ids_RS.tolist() == [[0, 1, 2, 3, 2, 3, 4, 5, 2, 3, 2, 3, 4, 5, 0]]
+    assert batch.document_RS.tolist() == [[2, 2, *[0] * 6, *[1] * 6, -1]]
+    assert batch.trunk_RS.tolist() == [[2] * 14 + [-1]]
+    assert batch.view_RS.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0]]
+    assert batch.block_RS.tolist() == [[0, 0, 1, 1, 1, 1, 2, 2, 1, 1, 1, 1, 2, 2, 0]]
+    assert batch.target_index_N.tolist() == [5, 6, 7, 11, 12, 13]
+    assert batch.document_N.tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch.target_ids_N.tolist() == [4, 5, 6, 7, 8, 8]
+    assert (batch.document_id_D.tolist(), batch.num_views_D.tolist()) == ([5, 5], [1, 1])
+    assert batch.num_tokens == 14
+    assert batch.sum_by_document(torch.ones(6)).tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "documents, shared",
+    [
+        (sides([1, 2, 3, 4, 5, 6]), []),  # alone
+        (sides([1, 3, 4, 5], [1, 6, 4, 5], prompt=1), [0]),  # the prompt is shorter than a block
+        (sides([1, 2, 3, 4], [1, 2, 5, 6], prompt=2), [2]),  # it ends with a block
+        (sides([1, 2, 3, 4], [9, 2, 3, 4]), [0]),  # different prompts, as diffu_grpo hides them
+        (sides([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 8]), [4]),  # the block after the prompt is alike, too
+        (sides([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]), [4]),  # nobody sees the clean copy of the last block
+        (sides([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 8], [1, 2, 3, 9]), [2, 2]),  # what all have
+        (sides([1, 2, 3, 4], prompt=2) + sides([1, 2, 3, 4], prompt=2, block_size=1), [0]),
+    ],
+)
+def test_what_is_shared(documents, shared):
+    first, *others = share(documents)
+    assert first.shared == 0
+    assert [packed.shared for packed in others] == shared
+    again = share([first, *others])
+    assert [packed.shared for packed in again] == [0, *shared]
+
+
+def test_neighbours_that_share_nothing_have_no_trunk_between_them():
+    pair, alone = share(sides([1, 2, 3, 4], [1, 2, 5, 6], prompt=2)), share(sides([1, 2, 3, 4], prompt=2))
+    batch = collate([[*alone, *pair], pair], block_size=2)
+    assert batch.document_RS.tolist() == [[0] * 4 + [6] * 2 + [1] * 2 + [2] * 2, [8] * 2 + [3] * 2 + [4] * 2 + [-1] * 4]
+    assert batch.trunk_RS.tolist() == [[0] * 4 + [6] * 6, [8] * 6 + [-1] * 4]
 
 
 def test_rows_without_documents_are_padding():

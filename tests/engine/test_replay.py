@@ -2,14 +2,18 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
-from dfactory.data.pack import collate
+from dfactory.data.pack import PackedDocument, align, collate, share
 from dfactory.engine.replay import join, replay
 from dfactory.engine.window import micro_loss, window_counts
 from dfactory.models.registry import load_policy
 from dfactory.objectives.policy_gradient import PolicyGradient
+from dfactory.types import PADDING, Example
+from dfactory.views import RandomMask
+from dfactory.visibility import dense_mask
 from tests.batches import make_batch, random_document
 from tests.engine.conftest import GOLDEN
 
@@ -84,6 +88,19 @@ def test_two_passes_equal_the_whole_graph(policy, window, name):
     assert sum(losses) == pytest.approx(expected_loss.item(), rel=1e-5)
     assert (actual - expected).norm() / expected.norm() < 1e-5
     assert max(gaps) < 1e-4  # the two passes compute the same
+
+
+def test_joined_micro_batches_keep_their_trunks():
+    """Numbers of trunks must not become those of documents: everybody sees as many positions as before."""
+    ids = np.arange(20, dtype=np.int32)
+    document = align(Example(1, ids, np.arange(20) >= 9), 4, eos_id=0)
+    pair = share([PackedDocument(document, RandomMask(159, seed=1, low=0.5, high=0.5)(document, n)) for n in (0, 1)])
+    window = [collate([pair, pair[:1]], 4), collate([[]], 4), collate([pair[:1], pair], 4)]
+    seen = torch.cat([dense_mask(batch.place_RS).sum(-1).flatten() for batch in window])
+    whole = join(window)
+    assert torch.equal(dense_mask(whole.place_RS).sum(-1).flatten(), seen)
+    assert whole.document_N.unique().tolist() == list(range(6))
+    assert sorted(set(whole.document_RS.unique().tolist()) - set(range(6))) == [PADDING, 6, 10]
 
 
 def test_passes_that_differ_are_told(window, policy):

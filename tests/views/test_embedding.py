@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dfactory.data.pack import PackedDocument, align, collate
+from dfactory.data.pack import PackedDocument, align, collate, share
 from dfactory.models.registry import load_policy
 from dfactory.types import NOISE_TABLE_ROWS, PADDING, Example
 from dfactory.views import MaskEmbeddingNoise, RandomMask
@@ -101,6 +101,17 @@ def test_a_document_has_its_noise_wherever_it_stands():
         )))  # fmt: skip
         assert here.any()
         assert torch.equal(*(b.columns["embedding_noise_seed_1"] for b in (together, alone)))
+
+
+def test_a_shared_clean_stream_has_the_noise_of_its_own_documents():
+    """A mask in a prompt: the trunk counts as the first document, whose name the others bear, too."""
+    first = packed(8)
+    first.document.input_ids_T[1] = MASK
+    tree, alone = (noise()(collate([row, [packed(9)]], 4), 1) for row in (share([first, first]), [first, first]))
+    assert tree.num_tokens < alone.num_tokens
+    rows = [batch.columns["embedding_noise_row_RS"][0, : first.cost] for batch in (tree, alone)]
+    assert torch.equal(*rows)
+    assert rows[0][1] >= 0
 
 
 def test_mean_and_variance_and_no_correlation(policy):
