@@ -164,7 +164,7 @@ class RolloutSource:
         for share_of_rank in shares:
             families = [family for number in share_of_rank for family in families_of[number]]
             rows = pack_rows(map(_cost, families), self.row_length)
-            packed.append([[part for index in row for part in families[index]] for row in rows])
+            packed.append([_join([families[index] for index in row]) for row in rows])
         return packed
 
     def _families(self, parts: Parts) -> list[Parts]:
@@ -209,6 +209,14 @@ def _cost(parts: Parts) -> int:
 def _share(parts: Parts) -> Parts:
     documents = share([part.document for part in parts])
     return [dataclasses.replace(part, document=document) for part, document in zip(parts, documents, strict=True)]
+
+
+def _join(families: list[Parts]) -> Parts:
+    """The parts of a row. Families of the same group that have met there share as one, if that takes less room."""
+    groups: dict[int, Parts] = {}
+    for family in families:
+        groups.setdefault(family[0].document.document.document_id, []).extend(family)
+    return [part for apart in groups.values() for part in min(apart, _share(apart), key=_cost)]
 
 
 def _cut(group: list, size: int) -> list[list]:

@@ -9,6 +9,7 @@ import torch
 
 from dfactory.config.data import DatasetKeys
 from dfactory.data.examples import load_examples
+from dfactory.data.pack import align
 from dfactory.data.source import RecordSource
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.types import PADDING, View
@@ -321,3 +322,59 @@ def test_waiting_documents_are_packed_at_their_new_cost(source):
 def test_a_row_that_cannot_hold_a_document_of_one_phase(source):
     with pytest.raises(ConfigError, match=r"which takes 33 positions with 1 view\(s\) in blocks of 1"):
         source(row_length=32, block_phases=[(0, 64), (1, 1), (2, BLOCK)])
+
+
+# --- preference pairs ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def paired(write):
+    """12 pairs with prompts of 1 to 12 tokens and answers of 2 to 7, which differ from their first token on."""
+
+    def make(**changes):
+        rows = [
+            {
+                "prompt_ids": [40 + i] * (1 + i),
+                "chosen_ids": [30] * (2 + i % 5),
+                "rejected_ids": [31] * (7 - i % 3),
+            }
+            for i in range(12)
+        ]
+        pairs = load_examples(
+            [DatasetKeys(write(*rows))], None, max_length=20, overlong="refuse", on_bad_row="error",
+            max_bad_fraction=0.0, block_size=BLOCK, eos_id=EOS, vocab_size=64, paired=True,
+        )  # fmt: skip
+        options = {"num_views": 1, "block_size": BLOCK, "eos_id": EOS, "row_length": 56, "max_epochs": 1}
+        return RecordSource(pairs, [1], one_view, **{**options, **changes})
+
+    return make
+
+
+def test_both_sides_of_a_pair_share_the_whole_blocks_of_their_prompt(paired):
+    source = paired()
+    common_U = source.examples.common_length_U
+    assert common_U.tolist() == list(range(1, 13))
+    visits = 0
+    for window in all_windows(source):
+        for batch in window:
+            for number in range(0, len(batch.document_id_D), 2):
+                index = int(batch.document_id_D[number]) - 1  # lines count from 1
+                trunk = batch.document_RS == number + len(batch.document_id_D)
+                sides = [batch.document_RS == number + side for side in (0, 1)]
+                assert int(trunk.sum()) == (1 + index) // BLOCK * BLOCK
+                assert (batch.input_ids_RS[trunk] == 40 + index).all()
+                cost = int(trunk.sum()) + sum(int(side.sum()) for side in sides)
+                assert cost == source.phases[0].cost_U[index]
+                assert [int(batch.response_length_D[number + side]) for side in (0, 1)] == [
+                    int(align(source.examples[2 * index + side], BLOCK, EOS).trainable_T.sum()) for side in (0, 1)
+                ]
+                visits += 1
+    assert visits == 12
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_costs_of_pairs_hold_for_every_block_size(paired, size):
+    source = paired(packing=False, block_phases=[(0, size), (10**6, BLOCK)], row_length=200)
+    for window in all_windows(source):
+        (batch,) = window
+        assert batch.num_tokens == source.phases[0].cost_U[int(batch.document_id_D[0]) - 1]

@@ -1,5 +1,6 @@
 """RolloutSource: rollouts as rows that every rank packs alike, each view once, cursors for resuming."""
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -10,7 +11,7 @@ from dfactory.engine.replay import join
 from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.rl.rollouts import RolloutBatch, ScoredRollout
 from dfactory.rl.source import RolloutSource, rollout_document, share_out
-from dfactory.types import FinishReason, Rollout, TokenScores
+from dfactory.types import PADDING, FinishReason, Rollout, TokenScores
 from dfactory.views.mask import RandomMask
 
 BLOCK, MASK = 4, 99
@@ -42,9 +43,16 @@ ROLLOUTS = [
 ]
 
 
+# eight rollouts of one prompt of two whole blocks and a token, of three lengths; nothing behind it is alike
+GROUP = [
+    ScoredRollout(group=5, index=i, rollout=rollout(9, 7 + 4 * (i % 3), first=10 + i), reward=0.0, advantage=i - 3.5)
+    for i in range(8)
+]
+
+
 class FakeFeed:
-    def __init__(self):
-        self.published, self.asked = [], []
+    def __init__(self, rollouts=ROLLOUTS):
+        self.published, self.asked, self.rollouts = [], [], rollouts
 
     def publish(self, version, groups):
         self.published.append((version, [sorted(group) for group in groups]))
@@ -52,7 +60,7 @@ class FakeFeed:
 
     def next_batch(self, version, next_group):
         self.asked.append((version, next_group))
-        return RolloutBatch(ROLLOUTS, next_group + 2, (next_group + 2) / 8, {"reward": 0.5})
+        return RolloutBatch(self.rollouts, next_group + 2, (next_group + 2) / 8, {"reward": 0.5})
 
 
 def make_source(feed=None, rank=0, world_size=1, **options) -> RolloutSource:
@@ -117,6 +125,61 @@ def test_a_sequence_is_whole_on_its_rank():
     assert expected[1] == 3
     for options in ({"row_length": 36}, {"row_length": 24}, {"row_length": 24, "world_size": 2}):
         assert total(**options) == pytest.approx(expected, rel=1e-5), options
+
+
+def test_rollouts_of_a_group_share_their_prompt():
+    (batch,) = make_source(FakeFeed(GROUP), row_length=500).next_window()
+    alone = [make_source(FakeFeed([scored]), row_length=400).next_window() for scored in GROUP]
+    assert batch.num_tokens == sum(one.num_tokens for (one,) in alone) - 7 * 8
+    assert (batch.trunk_RS[batch.document_RS != PADDING] == 8).all()
+    assert sorted(batch.columns["rollout_D"].tolist()) == list(range(8))
+    assert batch.columns["advantage_D"].tolist() == [n - 3.5 for n in batch.columns["rollout_D"].tolist()]
+    expected = Counter()
+    for number, scored in enumerate(GROUP):
+        expected.update({(number, scored.advantage, token): 2 for token in scored.rollout.token_ids})
+    assert targets([batch]) == expected
+
+
+@pytest.mark.parametrize("row_length, rows", [(500, 1), (300, 2), (200, 3)])
+def test_a_group_too_long_for_a_row_has_its_prompt_in_every_row(row_length, rows):
+    """8 positions of the prompt, and 36, 56 or 76 of each rollout."""
+    window = make_source(FakeFeed(GROUP), row_length=row_length).next_window()
+    assert len(window) == rows
+    for batch in window:
+        trunk_RS = batch.document_RS >= len(batch.document_id_D)
+        assert trunk_RS.sum() == 8
+        assert batch.position_ids_RS[trunk_RS].tolist() == list(range(8))
+    assert sum((targets([batch]) for batch in window), Counter()) == targets(
+        make_source(FakeFeed(GROUP), row_length=500).next_window()
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+def test_one_group_keeps_all_ranks_busy(world_size):
+    options = {"row_length": 400, "world_size": world_size}
+    windows = [make_source(FakeFeed(GROUP), rank=rank, **options).next_window() for rank in range(world_size)]
+    held = [sorted(batch.columns["rollout_D"].tolist()) for (batch,) in windows]
+    assert sorted(number for rank in held for number in rank) == list(range(8))
+    assert max(map(len, held)) <= -(-8 // world_size) + 1
+    for (batch,), numbers in zip(windows, held, strict=True):
+        trunk = int((batch.document_RS >= len(batch.document_id_D)).sum())
+        assert trunk == (8 if len(numbers) > 1 else 0)
+
+
+def test_rollouts_whose_prompts_are_hidden_differently_share_nothing():
+    """As diffu_grpo does: the clean stream is another one."""
+    masks = RandomMask(mask_id=MASK, seed=1, low=0.3, high=0.8)
+
+    def views(document, index):
+        ids = document.input_ids_T.copy()
+        ids[index % 4] = MASK
+        shown = dataclasses.replace(document, input_ids_T=ids)
+        return shown, masks(shown, index)
+
+    source = make_source(FakeFeed(GROUP[:4]), row_length=400)
+    source.make_views = views
+    (batch,) = source.next_window()
+    assert torch.equal(batch.trunk_RS, batch.document_RS)
 
 
 def test_shares_of_ranks_are_even():
