@@ -70,7 +70,7 @@ class Chunk:
 
     row: int
     queries: slice
-    keys: torch.Tensor | slice
+    keys: torch.Tensor | slice | None  # None: padding
     mask: torch.Tensor | None
 
 
@@ -96,8 +96,11 @@ class SegmentPlan:
             parts = []
             for c in chunks:
                 q = query[c.row : c.row + 1, :, c.queries]
-                k, v = key[c.row : c.row + 1, :, c.keys], value[c.row : c.row + 1, :, c.keys]
-                parts.append(_attention(q, k, v, c.mask, scaling))
+                keys = slice(c.queries.start, c.queries.start + 1) if c.keys is None else c.keys
+                k, v = key[c.row : c.row + 1, :, keys], value[c.row : c.row + 1, :, keys]
+                part = _attention(q, k, v, c.mask, scaling)
+                # Padding sees nothing. Zeros made of a key keep rows of padding alone in the graph, as ZeRO-3 needs.
+                parts.append(part * 0 if c.keys is None else part)
             rows.append(torch.cat(parts, dim=2))
         return torch.cat(rows).transpose(1, 2)
 
@@ -121,8 +124,8 @@ def _chunks(row: int, place_S: Place, chunk: int, device: torch.device) -> list[
                 break
             last += 1
         queries = slice(int(starts[first]), int(starts[last - 1] + sizes[last - 1]))
-        if padding:  # nobody reads it; a key of its own keeps rows of nothing else in the graph, as ZeRO-3 needs
-            chunks.append(Chunk(row, queries, slice(queries.start, queries.start + 1), None))
+        if padding:
+            chunks.append(Chunk(row, queries, None, None))
         else:
             here = Place(*(field[first:last, None] for field in segment))
             sees = visible(here, Place(*(field[None] for field in segment)))

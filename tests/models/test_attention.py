@@ -63,7 +63,7 @@ def test_segments_are_the_plain_softmax(chunk, padding):
     out, got = outcome(SegmentPlan.of(place, chunk), place, length)
     assert out.shape == (3, length, HEADS, DIM)
     torch.testing.assert_close(got, plain(place, length), atol=1e-5, rtol=1e-5)
-    assert out.isfinite().all()
+    assert out[place.document == PADDING].eq(0).all()
 
 
 @pytest.mark.parametrize("make_plan", [SegmentPlan.of, lambda place: MaskPlan(dense_mask(place))])

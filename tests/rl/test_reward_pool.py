@@ -226,4 +226,4 @@ def test_processes_end_with_their_parent():
     assert len(children) == 2
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    assert psutil.wait_procs(children, timeout=30)[1] == []
+    assert psutil.wait_procs(children, timeout=5)[1] == []

@@ -17,7 +17,7 @@ from dfactory.rl.rewards.code_tests import code_tests
 from dfactory.rl.sandbox import Call, Ending, Isolation, Limits, Sandbox, same, strongest_isolation
 from tests.rl.attacks import ATTACKS, FORGED, OUTSIDE, REAL
 
-WALL_S = 1.0  # enough for an honest program on a busy machine
+WALL_S = 0.4
 TESTS = [{"call": "add", "args": [a, b], "expected": a + b} for a, b in ((2, 3), (-7, 7), (12345, 67890))]
 
 
@@ -97,7 +97,7 @@ def test_attack(name, isolation, world):
     needs(isolation)
     started = time.monotonic()
     assert score(filled(ATTACKS[name], world), TESTS, isolation) == [0.0]
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_attack_by_a_script(name, isolation, world):
     started = time.monotonic()
     program = filled(ATTACKS[name], world) + "\nprint(add(2, 3))"
     assert score(program, [{"stdin": "2 3", "stdout": "5"}], isolation) == [0.0]
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 5
 
 
 def test_attacks_do_work_outside_of_the_sandbox(world):

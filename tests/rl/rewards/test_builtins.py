@@ -70,7 +70,7 @@ def test_math_verify_can_demand_an_anchor():
 def test_math_verify_stops_at_its_time_limit():
     started = time.monotonic()
     assert math_verify([""], [r"\boxed{9^{9^{9^{9}}}}"], answer=["42"], timeout_s=1) == [0]
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 4
 
 
 def test_reasoning_gym_scores_its_own_answers():
@@ -127,7 +127,7 @@ def test_the_screen_of_expressions_is_fast_on_hostile_text():
     started = time.monotonic()
     for text in ("1" * 999 + "_", "a" * 998 + "_(", "1." * 499 + "_", "(" * 999 + "_", "sin" * 333, "x" * 10**7):
         is_arithmetic(text)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 1
 
 
 def test_every_scorer_that_evaluates_responses_is_screened():

@@ -48,8 +48,8 @@ def test_the_time_limit_holds_over_all_tests():
     tests = [{"stdin": "", "stdout": "1"}] * 40
     started = time.monotonic()
     share = score("import time\ntime.sleep(0.2)\nprint(1)", *tests, partial=True, timeout_s=1.0)
-    assert share <= 6 / 40
-    assert time.monotonic() - started < 30
+    assert 1 / 40 <= share <= 6 / 40
+    assert time.monotonic() - started < 10
 
 
 def test_numbers_within_a_tolerance():
