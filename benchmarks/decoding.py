@@ -24,9 +24,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.workload import BLOCK, Timed, interleave, special_ids, text_ids, write_config
+from benchmarks.workload import BLOCK, SHAPES, Timed, interleave, special_ids, text_ids, write_config
 from dfactory.config.decode import DecodeKeys
 from dfactory.decoding import DecodeRules, decode
+from dfactory.engine import distributed
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy
 from dfactory.types import Rollout
@@ -35,15 +36,15 @@ from tests.decoding.uncached import Outcome, Settings, uncached
 HEAD = 4.0  # times the drawn weights
 
 
-def draw_policy(vocabulary: int) -> Policy:
+def draw_policy(vocabulary: int, shape: str) -> Policy:
     """In fp32. Logits of EOS are 0, far below the largest ones, so that it never comes out."""
     with tempfile.TemporaryDirectory() as folder:
-        policy = load_policy(write_config(Path(folder), vocabulary), dtype="float32", init_weights="random")
+        policy = load_policy(write_config(Path(folder), vocabulary, shape), dtype="float32", init_weights="random")
     with torch.no_grad():
         head = policy.model.get_output_embeddings().weight
         head.mul_(HEAD)
         head[special_ids(vocabulary)[1]] = 0
-    return policy
+    return policy.to(distributed.device())
 
 
 class Workload(NamedTuple):
@@ -100,8 +101,12 @@ def _same(rollout: Rollout, outcome: Outcome) -> bool:
 
 
 def measure(policy: Policy, work: Workload, rounds: int) -> Result:
+    def obvious(_):
+        with policy.device:  # where the loop makes its tensors
+            return [uncached(policy, work.prompts[i], work.settings) for i in work.sample]
+
     calls = {
-        "obvious": lambda _: [uncached(policy, work.prompts[i], work.settings) for i in work.sample],
+        "obvious": obvious,
         "cached": lambda _: decode(policy, work.prompts, work.rules),
     }
     return Result(work, interleave(calls, rounds))
@@ -135,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=512, help="(default: %(default)s)")
     parser.add_argument("--min-commit", type=int, default=4, help="tokens a forward (default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=8192, help="(default: %(default)s)")
+    parser.add_argument("--shape", default="small", choices=SHAPES, help="of the model (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="that are timed (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="sizes for tests")
     options = parser.parse_args(arguments)
@@ -142,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
         small = {"prompt": 40, "prompts": 4, "slots": 2, "sample": 2, "new_tokens": 64, "vocabulary": 512}
         vars(options).update(small | {"shortest": 8, "min_commit": 16, "rounds": 1})
 
-    policy, rng = draw_policy(options.vocabulary), random.Random(1)
+    policy, rng = draw_policy(options.vocabulary, options.shape), random.Random(1)
     ragged = [rng.randint(options.shortest, options.prompt) for _ in range(options.prompts)]
     name = f"{options.prompts} prompts of {options.shortest} to {options.prompt}, {options.slots} slots"
     results = [

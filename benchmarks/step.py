@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                                             # the table of benchmarks/LOG.md
     python -m benchmarks.step --length 1024 --batch 4 --vocabulary 8192   # one size
+    python -m benchmarks.step --shape mini --length 1024 --batch 2 --vocabulary 157184    # on a GPU: layers of LLaDA2-mini
 
 A step is forward, backward, clipping and AdamW on `batch` documents of `length` tokens, half of them prompt, with a
 complementary pair of views in blocks of 32. The obvious version (tests/reference.py) runs noisy ++ clean rows of twice
@@ -29,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.workload import (
+    SHAPES,
     Documents,
     Lengths,
     Memory,
@@ -53,6 +55,7 @@ class Size(NamedTuple):
     length: int
     batch: int
     vocabulary: int
+    shape: str = "small"  # of workload.SHAPES
 
 
 TABLE = [Size(1024, 4, 8192), Size(2048, 2, 8192), Size(512, 2, 157184)]
@@ -82,7 +85,7 @@ class Workload(NamedTuple):
 def workload(size: Size, steps: int) -> Iterator[Workload]:
     """A model directory and `steps` windows of documents, in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        model_dir = write_model(Path(folder), size.vocabulary)
+        model_dir = write_model(Path(folder), size.vocabulary, size.shape)
         prompt = size.length // 2
         lengths = [Lengths(prompt, size.length - prompt)] * (size.batch * steps)
         file = write_records(Path(folder) / "records.jsonl", lengths, size.vocabulary)
@@ -119,7 +122,7 @@ def add_rows(table: Table, size: Size, result: Result, memory: dict[str, Memory]
     for name, timed in result.timed.items():
         first = name == "obvious"
         table.add_row(
-            f"L {size.length}, batch {size.batch}, V {size.vocabulary}" if first else "",
+            f"{size.shape}, L {size.length}, batch {size.batch}, V {size.vocabulary}" if first else "",
             name,
             f"{timed.median:.2f} ({min(timed.seconds):.2f} - {max(timed.seconds):.2f})",
             "" if first else f"{result.ratio('obvious', name):.1f}",
@@ -146,6 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--length", type=int, help="tokens of a document; one size instead of the table")
     parser.add_argument("--batch", type=int, default=4, help="documents (default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=8192, help="(default: %(default)s)")
+    parser.add_argument("--shape", default="small", choices=SHAPES, help="of the model (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each side (default: %(default)s)")
     parser.add_argument("--no-memory", action="store_true", help="seconds and losses only")
     parser.add_argument("--smoke", action="store_true", help="a size for tests, without memory")
@@ -153,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     sizes, steps = ([SMOKE], SMOKE_STEPS) if options.smoke else (TABLE, options.steps)
     if options.length is not None:
-        sizes = [Size(options.length, options.batch, options.vocabulary)]
+        sizes = [Size(options.length, options.batch, options.vocabulary, options.shape)]
     console, all_equal = Console(width=130, highlight=False), True
     columns = ["size", "side", "s a step (range)", "obvious / this", "MiB above parameters", "above state"]
     table = Table(*columns, "first loss", "last loss", "difference", title=f"{torch.get_num_threads()} thread(s)")

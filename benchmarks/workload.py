@@ -26,6 +26,7 @@ from dfactory.config.data import DatasetKeys
 from dfactory.config.recipe import Recipe
 from dfactory.data.pack import align
 from dfactory.data.source import RecordSource
+from dfactory.engine import distributed
 from dfactory.engine.trainer import Trainer
 from dfactory.models.registry import load_policy
 from dfactory.models.saving import save_policy
@@ -50,6 +51,23 @@ SHAPE = {
     "initializer_range": 0.06,
     "max_position_embeddings": 8192,
 }
+# LLaDA2-mini's layers at their own size, three of its twenty: a dense one and two of experts. For a GPU.
+MINI = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 5120,
+    "moe_intermediate_size": 512,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 8192,
+}
+SHAPES = {"small": SHAPE, "mini": MINI}
 STEPS = 1000  # that a recipe could run; the learning rate is constant
 MEMORY_SAMPLES = 0.002  # seconds between two looks at the resident memory
 LEARNING_RATE = 1e-4
@@ -57,15 +75,15 @@ LEARNING_RATE = 1e-4
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
-def write_config(directory: Path, vocabulary: int) -> Path:
+def write_config(directory: Path, vocabulary: int, shape: str = "small") -> Path:
     """The model's config.json alone."""
     padding = text_ids(vocabulary).stop  # drawn as zeros and never trained, so no record may hold it
-    return write_tiny_config(directory, vocab_size=vocabulary, pad_token_id=padding, **SHAPE)
+    return write_tiny_config(directory, vocab_size=vocabulary, pad_token_id=padding, **SHAPES[shape])
 
 
-def write_model(directory: Path, vocabulary: int, seed: int = 0) -> Path:
+def write_model(directory: Path, vocabulary: int, shape: str = "small", seed: int = 0) -> Path:
     """Save the model with weights drawn in fp32."""
-    config, model_dir = write_config(directory / "config_only", vocabulary), directory / "model"
+    config, model_dir = write_config(directory / "config_only", vocabulary, shape), directory / "model"
     model_dir.mkdir()
     save_policy(load_policy(config, dtype="float32", init_weights="random", seed=seed), model_dir)
     return model_dir
@@ -178,14 +196,18 @@ class Obvious:
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.model = recipe, reference_model(Path(recipe.model_name_or_path))
+        self.device = distributed.device()
+        self.model.tensors = {name: tensor.to(self.device) for name, tensor in self.model.tensors.items()}
         self.parameters = [nn.Parameter(tensor) for tensor in self.model.parameters().values()]
         self.model.tensors |= dict(zip(self.model.parameters(), self.parameters, strict=True))
         self.optimiser = torch.optim.AdamW(self.parameters, recipe.learning_rate, weight_decay=recipe.weight_decay)
 
     def step(self, batch: ViewBatch, documents: Documents) -> float:
-        count, total = documents.target_KDL.sum(), 0.0
-        for noisy_DL, target_DL in zip(documents.noisy_KDL, documents.target_KDL, strict=True):
-            nll = one_view_nll(self.model, documents.clean_DL, noisy_DL, target_DL, BLOCK)
+        clean_DL, noisy_KDL, target_KDL = (tensor.to(self.device) for tensor in documents)
+        count, total = target_KDL.sum(), 0.0
+        for noisy_DL, target_DL in zip(noisy_KDL, target_KDL, strict=True):
+            with self.device:  # where masks and positions are made
+                nll = one_view_nll(self.model, clean_DL, noisy_DL, target_DL, BLOCK)
             loss = nll.sum() / count
             loss.backward()
             total += loss.item()
@@ -196,7 +218,7 @@ class Obvious:
 
 
 class Memory(NamedTuple):
-    """Bytes of resident memory at the peak of a step."""
+    """Bytes at the peak of a step: of the device's memory where there is one, else of the process."""
 
     above_parameters: int  # gradients, AdamW's moments and fp32 copies of bf16 weights included
     above_state: int  # above what stands between two steps
@@ -204,26 +226,30 @@ class Memory(NamedTuple):
 
 def measure_memory(make: Callable[[], Ours | Obvious], batch: ViewBatch, documents: Documents) -> Memory:
     """Of the second step: the first one makes the moments. Peaks are sampled, because the kernel's never falls again."""
-    before = resident_memory()
+    before = memory_in_use()
     side = make()
     parameters = sum(parameter.nbytes for parameter in side.parameters)
     side.step(batch, documents)
     gc.collect()
-    state = resident_memory()
+    state = memory_in_use()
     with PeakMemory() as stepping:
         side.step(batch, documents)
     return Memory(stepping.peak - before - parameters, stepping.peak - state)
 
 
-def resident_memory() -> int:
+def memory_in_use() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
     return psutil.Process().memory_info().rss
 
 
 class PeakMemory:
-    """Samples the resident memory of this process in a thread."""
+    """The highest memory in use: what the device's allocator has counted, or the process's own, sampled in a thread."""
 
     def __enter__(self) -> "PeakMemory":
-        self.peak, self.done = resident_memory(), threading.Event()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.peak, self.done = memory_in_use(), threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         return self
@@ -231,11 +257,11 @@ class PeakMemory:
     def __exit__(self, *_) -> None:
         self.done.set()
         self.thread.join()
-        self.peak = max(self.peak, resident_memory())
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory_in_use())
 
     def _watch(self) -> None:
         while not self.done.wait(MEMORY_SAMPLES):
-            self.peak = max(self.peak, resident_memory())
+            self.peak = max(self.peak, memory_in_use())
 
 
 class Timed(NamedTuple):

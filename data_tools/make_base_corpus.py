@@ -25,6 +25,8 @@ LONG_ANSWERS = {
     "sort_letters",
     "reverse_words",
     "sort_numbers",
+    "double_letters",
+    "alphabet",
 }  # tasks whose answer tells the problem
 
 

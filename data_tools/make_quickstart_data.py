@@ -59,12 +59,13 @@ class Task:
     problems: Callable[[random.Random], Iterator[Problem]]  # may repeat itself and may end
 
 
-def letter_strings(rng: random.Random) -> Iterator[str]:
-    """Capitals, 3 to 8 of them: words of the story that reasoning-gym carries and random letters, in turn."""
-    words = sorted(set(re.findall(r"\b[a-z]{3,8}\b", read_data_file("in_the_year_2889.txt"))))
+def letter_strings(rng: random.Random, shortest: int, longest: int) -> Iterator[str]:
+    """Capitals: words of the story that reasoning-gym carries and random letters, in turn."""
+    story = read_data_file("in_the_year_2889.txt")
+    words = sorted(set(re.findall(rf"\b[a-z]{{{shortest},{longest}}}\b", story)))
     while True:
         yield rng.choice(words).upper()
-        yield "".join(rng.choices(string.ascii_uppercase, k=rng.randint(3, 8)))
+        yield "".join(rng.choices(string.ascii_uppercase, k=rng.randint(shortest, longest)))
 
 
 def gym(name: str, rng: random.Random, **settings) -> Iterator[dict]:
@@ -73,14 +74,28 @@ def gym(name: str, rng: random.Random, **settings) -> Iterator[dict]:
         yield from reasoning_gym.create_dataset(name, seed=rng.randrange(2**31), size=500, **settings)
 
 
-def letter_problems(change: Callable[[str], str]) -> Callable[[random.Random], Iterator[Problem]]:
-    """Problems that put the letters of a string into another order."""
+def letter_problems(
+    change: Callable[[str], str], shortest: int, longest: int
+) -> Callable[[random.Random], Iterator[Problem]]:
+    """Problems that make another string of a string of letters."""
 
     def problems(rng: random.Random) -> Iterator[Problem]:
-        for letters in letter_strings(rng):
+        for letters in letter_strings(rng, shortest, longest):
             yield {"letters": letters}, change(letters)
 
     return problems
+
+
+def alphabet_problems(rng: random.Random) -> Iterator[Problem]:
+    """Every run of 4 to 14 letters of the alphabet, once up and once down."""
+    problems = []
+    for alphabet in (string.ascii_uppercase, string.ascii_uppercase[::-1]):
+        for start, length in itertools.product(range(len(alphabet)), range(4, 15)):
+            run = alphabet[start : start + length]
+            if len(run) == length:
+                problems.append(({"first": run[0], "last": run[-1]}, run))
+    rng.shuffle(problems)
+    yield from problems
 
 
 def word_lists(rng: random.Random, shortest: int, longest: int) -> Iterator[list[str]]:
@@ -96,7 +111,7 @@ def pick_word_problems(rng: random.Random) -> Iterator[Problem]:
 
 
 def reverse_words_problems(rng: random.Random) -> Iterator[Problem]:
-    for words in word_lists(rng, 3, 5):
+    for words in word_lists(rng, 3, 6):
         yield {"words": ", ".join(words)}, ", ".join(reversed(words))
 
 
@@ -109,7 +124,7 @@ def listed(numbers: list[int]) -> str:
 
 
 def sort_numbers_problems(rng: random.Random) -> Iterator[Problem]:
-    settings = {"min_numbers": 3, "max_numbers": 6, "max_decimals": 0, "min_value": 0, "max_value": 9}
+    settings = {"min_numbers": 4, "max_numbers": 8, "max_decimals": 0, "min_value": 0, "max_value": 9}
     orders = {"ascending": "smallest to largest", "descending": "largest to smallest"}
     for entry in gym("number_sorting", rng, **settings):
         told = entry["metadata"]
@@ -152,49 +167,61 @@ def parity_problems(rng: random.Random) -> Iterator[Problem]:
 TASKS = (
     Task(
         "reverse_letters",
-        1.5,
+        1.2,
         ("Reverse the letters: {letters}", "Write backwards: {letters}", "Spell from the end: {letters}"),
-        letter_problems(lambda letters: letters[::-1]),
+        letter_problems(lambda letters: letters[::-1], 4, 10),
     ),
     Task(
         "sort_letters",
         1.5,
         ("Sort the letters: {letters}", "Put in alphabetical order: {letters}"),
-        letter_problems(lambda letters: "".join(sorted(letters))),
+        letter_problems(lambda letters: "".join(sorted(letters)), 4, 10),
+    ),
+    Task(
+        "double_letters",
+        0.8,
+        ("Write every letter twice: {letters}", "Double the letters: {letters}"),
+        letter_problems(lambda letters: "".join(letter * 2 for letter in letters), 4, 8),
+    ),
+    Task(
+        "alphabet",
+        0.8,
+        ("Write the letters from {first} to {last}", "Spell the alphabet from {first} to {last}"),
+        alphabet_problems,
     ),
     Task(
         "pick_word",
-        0.7,
+        0.4,
         ("Which word is {place}: {words}?", "Name the {place} word: {words}"),
         pick_word_problems,
     ),
     Task(
         "reverse_words",
-        1.0,
+        0.8,
         ("Reverse the list: {words}", "List these from last to first: {words}"),
         reverse_words_problems,
     ),
     Task(
         "sort_numbers",
-        1.0,
+        1.2,
         ("Sort from {order}: {numbers}", "List these numbers from {order}: {numbers}"),
         sort_numbers_problems,
     ),
     Task(
         "extreme_number",
-        0.7,
+        0.4,
         ("Which number is the {which}: {numbers}?", "Find the {which} number: {numbers}"),
         extreme_number_problems,
     ),
     Task(
         "small_sum",
-        0.3,
+        0.2,
         ("What is {left} + {right}?", "Add {left} and {right}.", "{left} + {right} ="),
         sum_problems,
     ),
     Task(
         "weekday",
-        0.25,
+        0.15,
         (
             "Which day is {span} {side} {day}?",
             "What day comes {span} {side} {day}?",
@@ -204,7 +231,7 @@ TASKS = (
     ),
     Task(
         "odd_or_even",
-        0.4,
+        0.25,
         ("Is {number} odd or even?", "Odd or even: {number}?"),
         parity_problems,
     ),

@@ -47,7 +47,7 @@ class Choice:
 
 
 def letters(rng: random.Random) -> Iterator[list[str]]:
-    return (list(text) for text in letter_strings(rng))
+    return (list(text) for text in letter_strings(rng, 4, 8))
 
 
 def words(rng: random.Random) -> Iterator[list[str]]:

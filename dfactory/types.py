@@ -172,11 +172,15 @@ class TokenScores(NamedTuple):
     argmax_logprob_N: torch.Tensor  # float32, its log-probability; no gradient
 
 
+Count = torch.Tensor | float
+"""A number, or a scalar that may lie on a device: asking for its value there would make the host wait."""
+
+
 class Mean(NamedTuple):
     """A mean that has not been divided yet, so that it can still be summed over micro-batches and ranks."""
 
     total: torch.Tensor  # scalar
-    count: torch.Tensor | float
+    count: Count
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,7 +207,7 @@ class Objective(Protocol):
     spans_micro_batches: bool = False
     """Whether a loss term joins scores of several micro-batches; the engine then replays the window in two passes."""
 
-    def counts(self, batch: ViewBatch, scores: TokenScores | None) -> dict[str, float]:
+    def counts(self, batch: ViewBatch, scores: TokenScores | None) -> dict[str, Count]:
         """The denominators' shares of a micro-batch. `scores` is None where they are not needed."""
 
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms: ...

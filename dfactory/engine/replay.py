@@ -10,7 +10,7 @@ import dataclasses
 
 import torch
 
-from dfactory.types import PADDING, LossTerms, Mean, Objective, TokenScores, ViewBatch
+from dfactory.types import PADDING, Count, LossTerms, Mean, Objective, TokenScores, ViewBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Replayed(Objective):
     terms: LossTerms  # of pass 1, over this rank's whole window
     num_micro_batches: int
 
-    def counts(self, batch: ViewBatch, scores: TokenScores | None = None) -> dict[str, float]:
+    def counts(self, batch: ViewBatch, scores: TokenScores | None = None) -> dict[str, Count]:
         return {name: float(mean.count) / self.num_micro_batches for name, mean in self.terms.loss.items()}
 
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dfactory.types import LossTerms, Mean, Objective, TokenScores, ViewBatch
+from dfactory.types import Count, LossTerms, Mean, Objective, TokenScores, ViewBatch
 
 
 class Source(Protocol):
@@ -77,7 +77,7 @@ def window_counts(
     """Z of every loss term. `all_reduce` sums a float64 tensor over the ranks in place. Empty windows count 1."""
     shares = [objective.counts(batch, ahead) for batch, ahead in zip(micro_batches, scores, strict=True)]
     names = sorted(shares[0])
-    total = torch.tensor([sum(share[name] for share in shares) for name in names], dtype=torch.float64)
+    total = torch.tensor([float(sum(share[name] for share in shares)) for name in names], dtype=torch.float64)
     all_reduce(total)
     return {name: max(value, 1.0) for name, value in zip(names, total.tolist(), strict=True)}
 
@@ -93,13 +93,13 @@ class MeanTracker:
 
     def __init__(self):
         self.totals: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, float] = {}
+        self.counts: dict[str, Count] = {}
 
     def add(self, means: dict[str, Mean]) -> None:
         for name, mean in means.items():
-            total = torch.as_tensor(mean.total).detach().double()
-            self.totals[name] = self.totals[name] + total if name in self.totals else total
-            self.counts[name] = self.counts.get(name, 0.0) + mean.count
+            self.totals[name] = self.totals.get(name, 0.0) + torch.as_tensor(mean.total).detach().double()
+            count = mean.count.detach().double() if isinstance(mean.count, torch.Tensor) else mean.count
+            self.counts[name] = self.counts.get(name, 0.0) + count
 
     def reduce(self, all_reduce) -> dict[str, float]:
         """Sum over the ranks, then total / count by name. Every rank has to have met the same names; what none counted

@@ -64,6 +64,7 @@ class _Scores(torch.autograd.Function):
         hit_N = argmax_N == target_ids_N
         argmax_logprob_N = top_N - log_sum_N
         ctx.mark_non_differentiable(hit_N, argmax_N, argmax_logprob_N)
+        ctx.set_materialize_grads(False)  # an unused entropy is told by None, without a look at the device
         return logprob_N, entropy_N, hit_N, argmax_N, argmax_logprob_N
 
     @staticmethod
@@ -74,13 +75,14 @@ class _Scores(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_NH) if needs_hidden else None
         # Chunks add up in fp32: sums of rounded bf16 parts would depend on the chunk size.
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
-        uses_entropy = bool(grad_entropy_N.any())
+        if grad_logprob_N is None:
+            grad_logprob_N = torch.zeros_like(entropy_N)
         for part in parts:
             log_p = (hidden_NH[part] @ weight_VH.T).float().sub_(log_sum_N[part, None])
             upstream = grad_logprob_N[part, None].expand(-1, 1)
             grad_logits = log_p.exp().mul_(-upstream)
             grad_logits.scatter_add_(1, target_ids_N[part, None], upstream.contiguous())
-            if uses_entropy:
+            if grad_entropy_N is not None:
                 log_q = log_p.div_(ctx.temperature).sub_(shift_N[part, None])
                 slope = log_q.exp().mul_(log_q.add_(entropy_N[part, None]))
                 grad_logits.sub_(slope.mul_(grad_entropy_N[part, None] / ctx.temperature))

@@ -13,7 +13,7 @@ the forward that is trained on tells it; with several, a forward without gradien
 import dataclasses
 
 from dfactory.objectives.sft import SFT
-from dfactory.types import LossTerms, Mean, Objective, TokenScores, ViewBatch
+from dfactory.types import Count, LossTerms, Mean, Objective, TokenScores, ViewBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +23,8 @@ class CAP(Objective):
     editing_mask_id: int | None = None  # as in SFT
     counts_need_scores = True
 
-    def counts(self, batch: ViewBatch, scores: TokenScores) -> dict[str, float]:
-        return SFT(self.loss_weight).counts(batch) | {"confidence": float(scores.hit_N.sum())}
+    def counts(self, batch: ViewBatch, scores: TokenScores) -> dict[str, Count]:
+        return SFT(self.loss_weight).counts(batch) | {"confidence": scores.hit_N.sum()}
 
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
         terms = SFT(self.loss_weight, self.editing_mask_id)(batch, scores)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from dfactory.objectives.elbo import elbo
 from dfactory.objectives.sft import token_metrics
-from dfactory.types import LossTerms, Mean, Objective, TokenScores, ViewBatch
+from dfactory.types import Count, LossTerms, Mean, Objective, TokenScores, ViewBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,10 @@ class DPO(Objective):
     length_normalize: bool = False
     sft_loss_coef: float = 0.0
 
-    def counts(self, batch: ViewBatch, scores: TokenScores | None = None) -> dict[str, float]:
-        counts = {"preference": float(len(batch.document_id_D) // 2)}
+    def counts(self, batch: ViewBatch, scores: TokenScores | None = None) -> dict[str, Count]:
+        counts: dict[str, Count] = {"preference": float(len(batch.document_id_D) // 2)}
         if self.sft_loss_coef:
-            counts["sft"] = float(batch.response_length_D[0::2].sum())
+            counts["sft"] = batch.response_length_D[0::2].sum()
         return counts
 
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:

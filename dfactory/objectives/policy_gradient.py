@@ -26,7 +26,7 @@ import dataclasses
 import torch
 
 from dfactory.objectives.sft import token_metrics
-from dfactory.types import LossTerms, Mean, Objective, TokenScores, ViewBatch
+from dfactory.types import Count, LossTerms, Mean, Objective, TokenScores, ViewBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +49,12 @@ class PolicyGradient(Objective):
     def spans_micro_batches(self) -> bool:
         return self.level == "sequence"
 
-    def counts(self, batch: ViewBatch, scores: TokenScores | None) -> dict[str, float]:
-        rollouts = float(batch.columns["share_D"].sum())
-        tokens = float((batch.columns["share_D"] * batch.response_length_D).sum())
+    def counts(self, batch: ViewBatch, scores: TokenScores | None) -> dict[str, Count]:
+        rollouts = batch.columns["share_D"].sum()
+        tokens = (batch.columns["share_D"] * batch.response_length_D).sum()
         if self.clip == "unconditional":
             weight_U = self._clipped_weight(self._log_ratio(batch, scores))
-            policy = float((weight_U * self._unit_weight(batch)).sum())
+            policy = (weight_U * self._unit_weight(batch)).sum()
         elif self.level == "sequence" or self.aggregation == "grpo":
             policy = rollouts
         else:

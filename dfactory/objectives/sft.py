@@ -10,7 +10,7 @@ import dataclasses
 
 import torch
 
-from dfactory.types import LossTerms, Mean, Objective, TokenScores, ViewBatch
+from dfactory.types import Count, LossTerms, Mean, Objective, TokenScores, ViewBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +18,10 @@ class SFT(Objective):
     loss_weight: str = "uniform"
     editing_mask_id: int | None = None  # with token editing: log masked, edited and kept targets apart
 
-    def counts(self, batch: ViewBatch, scores: TokenScores | None = None) -> dict[str, float]:
+    def counts(self, batch: ViewBatch, scores: TokenScores | None = None) -> dict[str, Count]:
         """This micro-batch's share of Z, from the batch alone."""
         if self.loss_weight == "elbo":
-            return {"nll": float((batch.response_length_D * batch.num_views_D).sum())}
+            return {"nll": (batch.response_length_D * batch.num_views_D).sum()}
         return {"nll": float(batch.num_targets)}
 
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
@@ -47,6 +47,6 @@ def metrics_by_kind(batch: ViewBatch, scores: TokenScores, mask_id: int) -> dict
     masked_N, kept_N = batch.input_N == mask_id, batch.input_N == batch.target_ids_N
     metrics = {}
     for kind, here_N in {"masked": masked_N, "edited": ~masked_N & ~kept_N, "kept": kept_N}.items():
-        metrics[f"token_nll_{kind}"] = Mean(-scores.logprob_N.detach()[here_N].sum(), here_N.sum())
-        metrics[f"hit_rate_{kind}"] = Mean(scores.hit_N[here_N].sum(), here_N.sum())
+        metrics[f"token_nll_{kind}"] = Mean(-(scores.logprob_N.detach() * here_N).sum(), here_N.sum())
+        metrics[f"hit_rate_{kind}"] = Mean((scores.hit_N & here_N).sum(), here_N.sum())
     return metrics
