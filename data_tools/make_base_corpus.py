@@ -19,7 +19,7 @@ from pathlib import Path
 from data_tools.make_quickstart_data import TASKS, Problem, Task, write_jsonl
 from data_tools.train_tokenizer import RECORDS
 
-DOCUMENTS = 100_000
+DOCUMENTS = 200_000
 LONG_ANSWERS = {
     "reverse_letters",
     "sort_letters",

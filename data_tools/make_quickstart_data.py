@@ -87,10 +87,10 @@ def letter_problems(
 
 
 def alphabet_problems(rng: random.Random) -> Iterator[Problem]:
-    """Every run of 4 to 14 letters of the alphabet, once up and once down."""
+    """Every run of 5 to 16 letters of the alphabet, once up and once down."""
     problems = []
     for alphabet in (string.ascii_uppercase, string.ascii_uppercase[::-1]):
-        for start, length in itertools.product(range(len(alphabet)), range(4, 15)):
+        for start, length in itertools.product(range(len(alphabet)), range(5, 17)):
             run = alphabet[start : start + length]
             if len(run) == length:
                 problems.append(({"first": run[0], "last": run[-1]}, run))
@@ -111,7 +111,7 @@ def pick_word_problems(rng: random.Random) -> Iterator[Problem]:
 
 
 def reverse_words_problems(rng: random.Random) -> Iterator[Problem]:
-    for words in word_lists(rng, 3, 6):
+    for words in word_lists(rng, 4, 6):
         yield {"words": ", ".join(words)}, ", ".join(reversed(words))
 
 
@@ -124,7 +124,7 @@ def listed(numbers: list[int]) -> str:
 
 
 def sort_numbers_problems(rng: random.Random) -> Iterator[Problem]:
-    settings = {"min_numbers": 4, "max_numbers": 8, "max_decimals": 0, "min_value": 0, "max_value": 9}
+    settings = {"min_numbers": 5, "max_numbers": 9, "max_decimals": 0, "min_value": 0, "max_value": 9}
     orders = {"ascending": "smallest to largest", "descending": "largest to smallest"}
     for entry in gym("number_sorting", rng, **settings):
         told = entry["metadata"]
@@ -169,19 +169,19 @@ TASKS = (
         "reverse_letters",
         1.2,
         ("Reverse the letters: {letters}", "Write backwards: {letters}", "Spell from the end: {letters}"),
-        letter_problems(lambda letters: letters[::-1], 4, 10),
+        letter_problems(lambda letters: letters[::-1], 5, 12),
     ),
     Task(
         "sort_letters",
         1.5,
         ("Sort the letters: {letters}", "Put in alphabetical order: {letters}"),
-        letter_problems(lambda letters: "".join(sorted(letters)), 4, 10),
+        letter_problems(lambda letters: "".join(sorted(letters)), 5, 12),
     ),
     Task(
         "double_letters",
         0.8,
         ("Write every letter twice: {letters}", "Double the letters: {letters}"),
-        letter_problems(lambda letters: "".join(letter * 2 for letter in letters), 4, 8),
+        letter_problems(lambda letters: "".join(letter * 2 for letter in letters), 5, 8),
     ),
     Task(
         "alphabet",

@@ -1,0 +1,71 @@
+"""What a CUDA device alone can show. Skipped without one, and then not counted as passed."""
+
+import pytest
+import torch
+
+from dfactory.assembly import make_objective, make_source, read_inputs
+from dfactory.config.load import load_recipe
+from dfactory.decoding import decode
+from dfactory.engine.window import micro_loss, window_counts
+from dfactory.models.registry import load_policy
+from tests.decoding.conftest import sharpen
+from tests.decoding.test_decoder import make_rules, random_prompts
+from tests.engine.conftest import GOLDEN, read_metrics
+from tests.engine.test_equality import OBJECTIVES, ZERO, plain_losses
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_losses_of_twenty_steps_equal_plain_torch_on_a_cpu(recipe_file, dpo_keys, run_jobs, tmp_path, objective):
+    """fp32 at ZeRO 0 and 3, with flex_attention; and bf16 as near as its rounding lets it be."""
+    keys = OBJECTIVES[objective] + (dpo_keys if objective == "dpo" else [])
+    runs = {
+        tmp_path / "zero0": [ZERO[0]],
+        tmp_path / "zero3": [ZERO[3]],
+        tmp_path / "bf16": [ZERO[1], "dtype=bfloat16"],
+    }
+    run_jobs(1, [(recipe_file, [*keys, *own, f"output_dir={run}"]) for run, own in runs.items()])
+    expected = torch.tensor(plain_losses(recipe_file, keys))
+    for run in runs:
+        tolerance = 3e-2 if run.name == "bf16" else 1e-4
+        difference = (torch.tensor(read_metrics(run)) - expected).abs().max().item()
+        assert difference < tolerance, f"{run.name}: losses differ by {difference:.2e}"
+
+
+@pytest.mark.parametrize("objective", ["sft", "elbo", "cap"])
+def test_the_host_does_not_wait_between_forward_and_step(recipe_file, objective):
+    """Whatever asks the device for a value (.item(), .tolist(), a boolean index) raises here."""
+    recipe = load_recipe(recipe_file, OBJECTIVES[objective])
+    inputs = read_inputs(recipe)
+    source = make_source(recipe, inputs, rank=0, world_size=1)
+    batches = [source.next_window()[0].to("cuda") for _ in range(3)]
+    policy, objective = load_policy(GOLDEN, dtype="float32", device="cuda"), make_objective(recipe, inputs)
+    optimiser = torch.optim.AdamW(policy.parameters(), fused=True)
+    counts = window_counts(objective, batches[:1], [policy(batches[0])], lambda _: None)
+    for number, batch in enumerate(batches):
+        torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first step compiles
+        try:
+            terms = objective(batch, policy(batch))
+            micro_loss(terms, counts, 1).backward()
+            optimiser.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("keys", [{}, {"editing_threshold": 0.7, "threshold": 0.4}, {"temperature": 1.0}])
+def test_decoding_gives_the_tokens_of_a_cpu(keys):
+    """Ragged prompts in fewer slots; the attention over the cache has another form there."""
+    prompts, rules = random_prompts(3, 17, 8, 30, 11), make_rules(batch_size=3, **keys)
+    rollouts = [
+        decode(sharpen(load_policy(GOLDEN, dtype="float32", device=d)), prompts, rules) for d in ("cpu", "cuda")
+    ]
+    for here, there in zip(*rollouts, strict=True):
+        assert there.token_ids == here.token_ids
+        assert there.commit_step == here.commit_step
+        torch.testing.assert_close(
+            torch.tensor(there.commit_logprob), torch.tensor(here.commit_logprob), atol=1e-4, rtol=0
+        )
