@@ -65,7 +65,7 @@ class Setup:
     lora_r: int | None = None  # None: all parameters are trained
     lora_target_modules: tuple[str, ...] = ()
     frozen_copy: bool = False  # a reference model beside the trained one
-    logits_bytes: int = CHUNK_BYTES  # of the head's fp32 logits in one chunk
+    logits_bytes: int = CHUNK_BYTES["cuda"]  # of the head's fp32 logits in one chunk
     trains_entropy: bool = False  # whose gradient is a further chunk
     reduce_bucket: int = REDUCE_BUCKET  # elements
     prefetch_bucket: int = PREFETCH_BUCKET  # elements

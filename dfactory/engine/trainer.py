@@ -47,8 +47,11 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "eps": recipe.adam_epsilon,
         "weight_decay": recipe.weight_decay,
     }
-    if not torch.cuda.is_available():
-        optimizer["torch_adam"] = True  # the fused one is a CUDA extension
+    offloaded = "offload_optimizer" in config.get("zero_optimization", {})
+    if not offloaded:  # torch's: DeepSpeed's own is compiled on the spot, which needs CUDA's compiler
+        optimizer |= {"torch_adam": True, "fused": True}
+    elif not torch.cuda.is_available():
+        optimizer["torch_adam"] = True
     owned = {
         "train_micro_batch_size_per_gpu": recipe.per_device_train_batch_size,
         "gradient_accumulation_steps": recipe.gradient_accumulation_steps,

@@ -16,7 +16,7 @@ from torch import nn
 
 from dfactory.types import TokenScores
 
-CHUNK_BYTES = 128 * 2**20  # fp32 logits of one chunk
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}  # fp32 logits of one chunk: a CPU's cache likes little
 
 
 class VocabularyHead(nn.Linear):
@@ -35,8 +35,8 @@ class VocabularyHead(nn.Linear):
         return TokenScores(*_Scores.apply(hidden, self.weight, target_ids_N, entropy_temperature))
 
 
-def _chunks(targets: int, vocabulary: int) -> list[slice]:
-    rows = max(1, CHUNK_BYTES // (4 * vocabulary))
+def _chunks(targets: int, weight_VH: torch.Tensor) -> list[slice]:
+    rows = max(1, CHUNK_BYTES[weight_VH.device.type] // (4 * len(weight_VH)))
     return [slice(start, min(start + rows, targets)) for start in range(0, targets, rows)]
 
 
@@ -46,23 +46,26 @@ class _Scores(torch.autograd.Function):
         count = len(target_ids_N)
         # log q = (log p) / T - shift
         numbers = (hidden_NH.new_zeros(count, dtype=torch.float32) for _ in range(5))
-        logprob_N, entropy_N, log_sum_N, top_N, shift_N = numbers
+        logprob_N, entropy_N, log_sum_N, argmax_logprob_N, shift_N = numbers
         argmax_N = torch.empty_like(target_ids_N)
-        for part in _chunks(count, len(weight_VH)):
+        for part in _chunks(count, weight_VH):
             logits = (hidden_NH[part] @ weight_VH.T).float()
-            log_sum_N[part] = torch.logsumexp(logits, dim=-1)
-            target = target_ids_N[part, None]
-            logprob_N[part] = logits.gather(1, target)[:, 0] - log_sum_N[part]
-            top_N[part], argmax_N[part] = logits.max(dim=-1)
-            log_q = logits.sub_(log_sum_N[part, None])
+            top, argmax_N[part] = logits.max(dim=-1)
+            below_top = logits.sub_(top[:, None])
+            weight = below_top.exp()
+            log_sum = weight.sum(dim=-1).log()
+            logprob_N[part] = below_top.gather(1, target_ids_N[part, None])[:, 0] - log_sum
+            argmax_logprob_N[part], log_sum_N[part] = -log_sum, top + log_sum
+            log_sum_q = log_sum
             if temperature != 1:
-                shift_N[part] = torch.logsumexp(log_q.div_(temperature), dim=-1)
-                log_q.sub_(shift_N[part, None])
-            entropy_N[part] = -log_q.exp().mul_(log_q).sum(dim=-1)
+                torch.exp(below_top.div_(temperature), out=weight)
+                log_sum_q = weight.sum(dim=-1).log()
+                shift_N[part] = log_sum_q - log_sum / temperature
+            # H = sum of q (log sum - x), with q = weight / sum
+            entropy_N[part] = log_sum_q - weight.mul_(below_top).sum(dim=-1) * (-log_sum_q).exp()
         ctx.temperature = temperature
         ctx.save_for_backward(hidden_NH, weight_VH, target_ids_N, log_sum_N, shift_N, entropy_N)
         hit_N = argmax_N == target_ids_N
-        argmax_logprob_N = top_N - log_sum_N
         ctx.mark_non_differentiable(hit_N, argmax_N, argmax_logprob_N)
         ctx.set_materialize_grads(False)  # an unused entropy is told by None, without a look at the device
         return logprob_N, entropy_N, hit_N, argmax_N, argmax_logprob_N
@@ -71,7 +74,7 @@ class _Scores(torch.autograd.Function):
     def backward(ctx, grad_logprob_N, grad_entropy_N, *_):
         hidden_NH, weight_VH, target_ids_N, log_sum_N, shift_N, entropy_N = ctx.saved_tensors
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
-        parts = _chunks(len(target_ids_N), len(weight_VH))
+        parts = _chunks(len(target_ids_N), weight_VH)
         grad_hidden = torch.empty_like(hidden_NH) if needs_hidden else None
         # Chunks add up in fp32: sums of rounded bf16 parts would depend on the chunk size.
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
@@ -80,7 +83,8 @@ class _Scores(torch.autograd.Function):
         for part in parts:
             log_p = (hidden_NH[part] @ weight_VH.T).float().sub_(log_sum_N[part, None])
             upstream = grad_logprob_N[part, None].expand(-1, 1)
-            grad_logits = log_p.exp().mul_(-upstream)
+            p = log_p.exp_() if grad_entropy_N is None else log_p.exp()
+            grad_logits = p.mul_(-upstream)
             grad_logits.scatter_add_(1, target_ids_N[part, None], upstream.contiguous())
             if grad_entropy_N is not None:
                 log_q = log_p.div_(ctx.temperature).sub_(shift_N[part, None])

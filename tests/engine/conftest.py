@@ -85,8 +85,8 @@ def run_jobs(tmp_path_factory):
         if processes > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
             command = [sys.executable, *launcher, *worker]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        environment["WANDB_MODE"] = "offline"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment |= {"WANDB_MODE": "offline", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540, check=False)
         assert (done.returncode == 0) == (expect == 0), f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         return done.stdout + done.stderr

@@ -11,7 +11,7 @@ from dfactory.visibility import dense_mask
 from tests.batches import make_batch, random_document
 from tests.reference import as_float_mask, dense_table
 
-HEADS, KV_HEADS, DIM, SCALING = 4, 2, 8, 0.3
+HEADS, KV_HEADS, DIM, SCALING = 4, 2, 16, 0.3  # flex_attention takes no smaller heads
 
 
 def rows_of_every_kind(length: int | None = None):

@@ -35,7 +35,7 @@ def run(head, hidden, target, upstream, plain: bool, temperature: float = 1.0):
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0], ids=lambda temperature: f"T {temperature}")
 @pytest.mark.parametrize("rows", [1, 5, 36, 1000], ids=lambda rows: f"{rows} rows a chunk")
 def test_scores_and_gradients_of_whole_logits(monkeypatch, rows, temperature):
-    monkeypatch.setattr(head_module, "CHUNK_BYTES", 4 * V * rows)
+    monkeypatch.setitem(head_module.CHUNK_BYTES, "cpu", 4 * V * rows)
     expected_scores, expected_grads = run(*problem(), plain=True, temperature=temperature)
     scores, grads = run(*problem(), plain=False, temperature=temperature)
     torch.testing.assert_close(scores, expected_scores, atol=1e-5, rtol=1e-5)
@@ -80,7 +80,7 @@ def test_bfloat16_gradients_within_its_rounding(temperature):
 def test_gradients_do_not_depend_on_the_chunk_in_bfloat16(monkeypatch):
     """Chunks of the weight gradient add up in fp32."""
     _, (_, whole) = run(*problem(torch.bfloat16), plain=False)
-    monkeypatch.setattr(head_module, "CHUNK_BYTES", 4 * V * 2)
+    monkeypatch.setitem(head_module.CHUNK_BYTES, "cpu", 4 * V * 2)
     _, (_, chunked) = run(*problem(torch.bfloat16), plain=False)
     assert (chunked.float() - whole.float()).norm() / whole.float().norm() < 4e-3
 
@@ -117,7 +117,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_of_targets_times_vocabulary_is_ever_made(monkeypatch):
     """LLaDA2's vocabulary, 1024 targets: whole fp32 logits would be 644 MB; no tensor may exceed one chunk of 8 MiB."""
     targets, vocabulary, hidden_size = 1024, 157_184, 8
-    monkeypatch.setattr(head_module, "CHUNK_BYTES", 8 * 2**20)
+    monkeypatch.setitem(head_module.CHUNK_BYTES, "cpu", 8 * 2**20)
     chunk = 13 * vocabulary  # the rows whose logits fit 8 MiB
     head = VocabularyHead.adopt(nn.Linear(hidden_size, vocabulary, bias=False))
     hidden = torch.randn(targets, hidden_size, requires_grad=True)
