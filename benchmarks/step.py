@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                                             # the table of benchmarks/LOG.md
     python -m benchmarks.step --length 1024 --batch 4 --vocabulary 8192   # one size
+    python -m benchmarks.step --profile                                   # the shares of attention, experts, head, ...
     python -m benchmarks.step --shape mini --length 1024 --batch 2 --vocabulary 157184    # on a GPU: layers of LLaDA2-mini
 
 A step is forward, backward, clipping and AdamW on `batch` documents of `length` tokens, half of them prompt, with a
@@ -29,6 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.parts import profile_step
 from benchmarks.workload import (
     SHAPES,
     Documents,
@@ -78,23 +80,24 @@ class Result(NamedTuple):
 
 class Workload(NamedTuple):
     make: dict[str, Callable[[], Ours | Obvious]]
+    records: Records
     windows: list[tuple[ViewBatch, Documents]]
 
 
 @contextlib.contextmanager
-def workload(size: Size, steps: int) -> Iterator[Workload]:
-    """A model directory and `steps` windows of documents, in a folder that is gone afterwards."""
+def workload(size: Size, steps: int, more: int = 0) -> Iterator[Workload]:
+    """A model directory and `steps` windows, in a folder that is gone afterwards; the records last for `more`."""
     with tempfile.TemporaryDirectory() as folder:
         model_dir = write_model(Path(folder), size.vocabulary, size.shape)
         prompt = size.length // 2
-        lengths = [Lengths(prompt, size.length - prompt)] * (size.batch * steps)
+        lengths = [Lengths(prompt, size.length - prompt)] * (size.batch * (steps + more))
         file = write_records(Path(folder) / "records.jsonl", lengths, size.vocabulary)
         keys = {"max_length": size.length, "packing": False, "per_device_train_batch_size": size.batch}
         recipe = functools.partial(sft_recipe, model_dir, file, size.vocabulary, **keys)
         records = Records(recipe())
         batches = [records.source.next_window()[0] for _ in range(steps)]
         make = {name: functools.partial(kind, recipe(dtype=dtype)) for name, (kind, dtype) in SIDES.items()}
-        yield Workload(make, [(batch, records.padded(batch)) for batch in batches])
+        yield Workload(make, records, [(batch, records.padded(batch)) for batch in batches])
 
 
 def time_steps(size: Size, steps: int) -> Result:
@@ -116,6 +119,13 @@ def memory_alone(name: str, size: Size) -> Memory:
         pool.submit(memory_of, name, SMOKE).result()
         pool.submit(gc.collect).result()
         return pool.submit(memory_of, name, size).result()
+
+
+def profile(size: Size, steps: int) -> None:
+    for side in ("fp32", "bf16"):
+        with workload(size, 0, more=steps + 2) as work:
+            result = profile_step(work.make[side](), work.records.source, steps)
+        print(f"{size}, {side}, {torch.get_num_threads()} thread(s)", *result.lines(), sep="\n", end="\n\n")
 
 
 def add_rows(table: Table, size: Size, result: Result, memory: dict[str, Memory]) -> None:
@@ -152,12 +162,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", default="small", choices=SHAPES, help="of the model (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each side (default: %(default)s)")
     parser.add_argument("--no-memory", action="store_true", help="seconds and losses only")
+    parser.add_argument("--profile", action="store_true", help="where the time of our step goes, instead")
     parser.add_argument("--smoke", action="store_true", help="a size for tests, without memory")
     options = parser.parse_args(arguments)
 
     sizes, steps = ([SMOKE], SMOKE_STEPS) if options.smoke else (TABLE, options.steps)
     if options.length is not None:
         sizes = [Size(options.length, options.batch, options.vocabulary, options.shape)]
+    if options.profile:
+        for size in sizes:
+            profile(size, steps)
+        return 0
     console, all_equal = Console(width=130, highlight=False), True
     columns = ["size", "side", "s a step (range)", "obvious / this", "MiB above parameters", "above state"]
     table = Table(*columns, "first loss", "last loss", "difference", title=f"{torch.get_num_threads()} thread(s)")

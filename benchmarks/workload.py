@@ -51,10 +51,10 @@ SHAPE = {
     "initializer_range": 0.06,
     "max_position_embeddings": 8192,
 }
-# LLaDA2-mini's layers at their own size, three of its twenty: a dense one and two of experts. For a GPU.
+# LLaDA2-mini's layers at their own size, two of its twenty: a dense one and one of experts. For a GPU.
 MINI = {
     "hidden_size": 2048,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
     "head_dim": 128,
