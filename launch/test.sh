@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Install dFactory and run its tests. Arguments go to pytest; paths in them are relative to the repository root.
+# Install dFactory and run its tests, in two processes. Arguments go to pytest instead; paths in them are relative to the
+# repository root.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 cd "$REPO"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # else the processes and those that they start fight for the cores
+[ $# -gt 0 ] || set -- --numprocesses 2 --dist loadgroup
 exec python -m pytest "$@"
