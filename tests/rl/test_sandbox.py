@@ -45,16 +45,26 @@ def needs(isolation):
 
 
 def sandboxed_processes():
-    """Processes that run in a folder or with the environment of a sandbox."""
+    """Processes that run in a folder or with the environment of a sandbox; orphans too, but not what another process of
+    this test run has started and still holds."""
     found = []
     for process in psutil.process_iter():
         try:
             text = Path(f"/proc/{process.pid}/environ").read_bytes() + " ".join(process.cmdline()).encode()
+            ancestors = {parent.pid for parent in process.parents()}
         except (OSError, psutil.Error):
             continue
         if b"HOME=/work" in text or b"dfactory-sandbox-" in text or b"sandbox_launcher" in text:
-            found.append(process)
+            if not ancestors & other_test_processes():
+                found.append(process)
     return found
+
+
+def other_test_processes():
+    """The neighbours of this process under pytest-xdist."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return set()
+    return {process.pid for process in psutil.Process(os.getppid()).children()} - {os.getpid()}
 
 
 @pytest.fixture
