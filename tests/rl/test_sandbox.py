@@ -54,9 +54,9 @@ def sandboxed_processes():
             ancestors = {parent.pid for parent in process.parents()}
         except (OSError, psutil.Error):
             continue
-        if b"HOME=/work" in text or b"dfactory-sandbox-" in text or b"sandbox_launcher" in text:
-            if not ancestors & other_test_processes():
-                found.append(process)
+        is_sandboxed = b"HOME=/work" in text or b"dfactory-sandbox-" in text or b"sandbox_launcher" in text
+        if is_sandboxed and not ancestors & other_test_processes():
+            found.append(process)
     return found
 
 
