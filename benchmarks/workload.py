@@ -246,10 +246,13 @@ def memory_in_use() -> int:
 class PeakMemory:
     """The highest memory in use: what the device's allocator has counted, or the process's own, sampled in a thread."""
 
+    def __init__(self, measure: Callable[[], int] = memory_in_use):
+        self.measure = measure
+
     def __enter__(self) -> "PeakMemory":
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        self.peak, self.done = memory_in_use(), threading.Event()
+        self.peak, self.done = self.measure(), threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         return self
@@ -257,11 +260,11 @@ class PeakMemory:
     def __exit__(self, *_) -> None:
         self.done.set()
         self.thread.join()
-        self.peak = max(self.peak, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory_in_use())
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self.measure())
 
     def _watch(self) -> None:
         while not self.done.wait(MEMORY_SAMPLES):
-            self.peak = max(self.peak, memory_in_use())
+            self.peak = max(self.peak, self.measure())
 
 
 class Timed(NamedTuple):

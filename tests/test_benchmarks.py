@@ -1,5 +1,6 @@
 """The claims of benchmarks/ that can be shown in seconds."""
 
+import re
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import decoding, dpo_variance, packing, step, tree
+from benchmarks import decoding, dpo_variance, likelihood, loading, packing, step, tree
 from benchmarks.workload import Timed, interleave
 from dfactory.cli import main
 from dfactory.models.registry import load_policy
@@ -44,6 +45,31 @@ def test_both_sides_of_a_benchmark_of_speed_compute_the_same(benchmark, capsys):
     """Losses over all steps, or tokens; a benchmark whose sides differ ends with status 1."""
     assert benchmark.main(["--smoke"]) == 0
     assert "obvious" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_elbo_of_many_views_is_that_of_separate_passes(capsys):
+    assert likelihood.main(["--smoke"]) == 0
+    assert "times as fast" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_where_the_time_of_a_step_goes(capsys):
+    """The parts add up to the step, each of them takes some of it, and operations are counted."""
+    assert step.main(["--smoke", "--profile"]) == 0
+    shown = capsys.readouterr().out
+    first = shown[: shown.index("step  ")].splitlines()[1:]
+    assert {line[:22].strip() for line in first} >= {"attention", "experts, backward", "head", "optimiser", "data"}
+    shares = [float(line.split()[-1].rstrip("%")) for line in first]
+    assert all(share >= 0 for share in shares)
+    assert 99 < sum(shares) < 101
+    assert not re.search(r"\b0 billion operations", shown)
+
+
+@pytest.mark.slow
+def test_reading_a_checkpoint_beside_reading_its_bytes(capsys):
+    assert loading.main(["--smoke"]) == 0
+    assert "memory while reading" in capsys.readouterr().out
 
 
 MIB = 2**20
