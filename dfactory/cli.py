@@ -83,6 +83,17 @@ def _parser() -> argparse.ArgumentParser:
         help="plant a wrong token in each record's own answer and tell what editing repairs, and what it spoils",
     )
 
+    serve = verb("serve", _serve, "answer over HTTP, also as OpenAI's API does", "decode.key=value")
+    _model_arguments(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="another one needs DFACTORY_SERVE_TOKEN or --token-file")
+    serve.add_argument("--port", type=int, default=8080, help="0: any free one, which it prints")
+    serve.add_argument("--token-file", help="file with the token that clients have to show")
+    serve.add_argument("--model-name", help="under which clients ask for it (default: the directory's)")
+    serve.add_argument("--max-length", type=_positive, help="tokens of prompt and answer (default: 4096 at most)")
+    serve.add_argument("--max-queue", type=_positive, default=64, help="answers that may wait (default: %(default)s)")
+    serve.add_argument("--request-timeout", type=float, default=600.0, help="seconds (default: %(default)s)")
+    serve.add_argument("--drain-timeout", type=float, default=60.0, help="seconds, at SIGTERM (default: %(default)s)")
+
     export = verb("export", _export, "write a checkpoint as a plain model directory; merges adapters and checkpoints")
     export.add_argument("--model", required=True, help="run folder or checkpoint")
     export.add_argument("--output", required=True, help="new directory")
@@ -164,6 +175,15 @@ def _eval(arguments, overrides) -> int:
     from dfactory.commands.evaluate import evaluate
 
     return evaluate(arguments, keys)
+
+
+def _serve(arguments, overrides) -> int:
+    from dfactory.config.load import load_decode_keys
+
+    keys = load_decode_keys(overrides)
+    from dfactory.commands.serve import run_server
+
+    return run_server(arguments, keys)
 
 
 def _export(arguments, overrides) -> int:
