@@ -48,6 +48,7 @@ class Progress(NamedTuple):
     forwards: int
     token_ids: list[int]  # the response to the end of the block that the forward ran over, masks included
     draft_ids: list[int]  # the same with what the forward proposed in place of the masks that are left
+    draft_logprobs: list[float]  # of these proposals; 0 where there is no mask
     settled: int  # how many of these tokens stand in finished blocks and stay as they are
     rollout: Rollout | None  # when this forward finished it
 
@@ -224,22 +225,27 @@ class BlockDecoder:
         for response, proposed_B, logprob_B, commit_B, edit_B in list(self._decisions(hidden_NH, spans)):
             here, proposed_B = response.here, proposed_B.numpy()
             goes_on = response.apply(proposed_B, logprob_B.numpy(), commit_B, edit_B)
-            heard.append(self._progress(response, here, proposed_B, goes_on))
+            heard.append(self._progress(response, here, proposed_B, logprob_B.numpy(), goes_on))
             if not goes_on:
                 self.live.remove(response)
                 self.free.append(response.slot)
         return heard
 
-    def _progress(self, response: Response, here: slice, proposed_B: np.ndarray, goes_on: bool) -> Progress:
+    def _progress(
+        self, response: Response, here: slice, proposed_B: np.ndarray, logprob_B: np.ndarray, goes_on: bool
+    ) -> Progress:
         """`here`: the block that the forward ran over."""
         token_T = response.tokens_T[: here.stop]
-        draft_T = token_T.copy()
-        draft_T[here] = np.where(token_T[here] == response.rules.mask_token_id, proposed_B, token_T[here])
+        draft_T, draft_logprob_T = token_T.copy(), np.zeros(here.stop)
+        left_B = token_T[here] == response.rules.mask_token_id
+        draft_T[here][left_B] = proposed_B[left_B]
+        draft_logprob_T[here][left_B] = logprob_B[left_B]
         return Progress(
             response.index,
             response.forwards,
             token_T[response.start :].tolist(),
             draft_T[response.start :].tolist(),
+            draft_logprob_T[response.start :].tolist(),
             max(response.here.start if goes_on else here.stop, response.start) - response.start,
             None if goes_on else response.rollout(),
         )

@@ -66,6 +66,8 @@ def test_progress_tells_drafts_and_what_is_settled(policy):
         assert all(draft in (token, MASK) or token == MASK for token, draft in pairs)
         assert progress.token_ids[: progress.settled] == rollout.token_ids[: progress.settled]
         assert MASK not in progress.token_ids[: progress.settled]
+        drafted = zip(progress.token_ids, progress.draft_logprobs, strict=True)
+        assert all((logprob < 0) == (token == MASK) for token, logprob in drafted)
     assert [progress.settled for progress in heard] == sorted(progress.settled for progress in heard)
     assert heard[-1].settled == len(rollout.token_ids)
     assert any(MASK in progress.token_ids and MASK not in progress.draft_ids for progress in heard)
