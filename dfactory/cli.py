@@ -83,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
         help="plant a wrong token in each record's own answer and tell what editing repairs, and what it spoils",
     )
 
+    chat = verb("chat", _chat, "talk to a model and watch it denoise", "decode.key=value")
+    _model_arguments(chat)
+    chat.add_argument("--trace", metavar="FILE", help="write an animation, .html or .gif, after every answer")
+    chat.add_argument("--delay", type=float, default=0.0, help="seconds to wait after each forward (default: 0)")
+
     serve = verb("serve", _serve, "answer over HTTP, also as OpenAI's API does", "decode.key=value")
     _model_arguments(serve)
     serve.add_argument("--host", default="127.0.0.1", help="another one needs DFACTORY_SERVE_TOKEN or --token-file")
@@ -175,6 +180,15 @@ def _eval(arguments, overrides) -> int:
     from dfactory.commands.evaluate import evaluate
 
     return evaluate(arguments, keys)
+
+
+def _chat(arguments, overrides) -> int:
+    from dfactory.config.load import load_decode_keys
+
+    keys = load_decode_keys(overrides)
+    from dfactory.commands.chat import chat
+
+    return chat(arguments, keys)
 
 
 def _serve(arguments, overrides) -> int:
