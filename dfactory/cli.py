@@ -63,14 +63,30 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     evaluate = verb(
-        "eval", _eval, "exact match and tokens per forward on records with answers, or the ELBO", "decode.key=value"
+        "eval",
+        _eval,
+        "exact match and tokens per forward on records, tasks or lm-eval's; or the ELBO",
+        "decode.key=value",
     )
     _model_arguments(evaluate)
+    questions = evaluate.add_mutually_exclusive_group(required=True)
+    questions.add_argument("--data", help="JSONL: messages, prompt or prompt_ids, and answer in each line")
+    questions.add_argument("--task", action="append", help="a task of reasoning-gym, scored by it; may be repeated")
+    questions.add_argument("--lm-eval", action="append", metavar="TASK", help="a task of lm-eval; may be repeated")
     evaluate.add_argument(
-        "--data", required=True, help="JSONL: messages, prompt or prompt_ids, and answer in each line"
+        "--output", help="also write the responses, each record's ELBO, the sweep or lm-eval's results"
     )
-    evaluate.add_argument("--output", help="also write the responses, as `generate` does, or each record's ELBO")
+    evaluate.add_argument("--count", type=_positive, default=100, help="questions of a --task (default: %(default)s)")
+    evaluate.add_argument("--include-path", help="folder of YAML tasks for --lm-eval")
+    evaluate.add_argument("--limit", type=_positive, help="the first so many questions of a --lm-eval task")
+    evaluate.add_argument("--chat-template", action="store_true", help="ask --lm-eval's questions as a conversation")
     instead = evaluate.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--thresholds",
+        type=_thresholds,
+        metavar="T,T,...",
+        help="ask at each threshold; a run folder gets the lines in thresholds.jsonl, which `report` draws",
+    )
     instead.add_argument(
         "--elbo-pairs",
         type=_positive,
@@ -134,6 +150,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _thresholds(text: str) -> list[float]:
+    try:
+        values = [float(word) for word in text.split(",")]
+    except ValueError:
+        values = [-1.0]
+    if not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of thresholds such as 0.5,0.7,0.9,0.95")
+    return values
+
+
 def _train(arguments, overrides) -> int:
     from dfactory.config.load import load_recipe
 
@@ -169,6 +195,14 @@ def _eval(arguments, overrides) -> int:
     from dfactory.config.load import load_decode_keys
 
     keys = load_decode_keys(overrides)
+    if arguments.data is None and (arguments.repair or arguments.elbo_pairs):
+        raise ConfigError("--repair and --elbo-pairs read records: give them with --data")
+    if arguments.lm_eval:
+        if arguments.thresholds:
+            raise ConfigError("--thresholds with --lm-eval: call it once for each decode.threshold")
+        from dfactory.commands.harness import evaluate_harness
+
+        return evaluate_harness(arguments, keys)
     if arguments.repair:
         from dfactory.commands.repair import repair
 

@@ -16,7 +16,7 @@ from dfactory.decoding import Progress
 from dfactory.vocabulary import Vocabulary
 
 LOG_SHOWN_FROM = math.log(0.1)  # log-probability of a draft that is worth showing
-MASK, END = "█", "∎"  # a mask; the end of the answer and of its turn, and what fills its last block
+MASK, END = "█", "·"  # a mask; the end of the answer and of its turn, and what fills its last block
 
 
 class State(enum.StrEnum):

@@ -134,8 +134,7 @@ class Chat:
             self.messages = [*messages, {"role": "assistant", "content": text}]
             self.console.print(printable(text), markup=False, soft_wrap=True)
         if self.console.is_terminal and frames:
-            last = f"{frames[-1].rate}, {frames[-1].tokens / seconds:,.0f} a second"
-            self.console.print(last if rollout else f"interrupted; {last}", style="dim")
+            self.console.print(_counts(rollout, frames[-1], seconds), style="dim")
         if self.trace is not None:
             write_trace(self.trace, self.turns)
 
@@ -204,6 +203,14 @@ class Chat:
             status += f", editing {self.keys.editing_threshold:g}"
         note = [Text(self.note, "dim")] if self.note and line == "" else []
         return Group(Text("\n").join(rows), Text(status, "dim"), *note, Text(f"> {line}" if line else "", "bold"))
+
+
+def _counts(rollout: Rollout | None, last: Frame, seconds: float) -> str:
+    """Of an answer up to EOS, as `eval` counts; of one that was interrupted, what stands there."""
+    if rollout is None:
+        return f"interrupted at {last.rate}"
+    tokens, rate = len(rollout.output_ids), rollout.tokens_per_forward
+    return f"{rollout.forwards} forwards, {tokens} tokens, {rate:.2f} a forward, {tokens / seconds:,.0f} a second"
 
 
 class Keyboard:

@@ -13,7 +13,7 @@ FORMATS = (".html", ".gif")
 COLUMNS, ROWS = 80, 24  # of a GIF
 FRAME_MS, PAUSE_MS = 150, 2000  # of a GIF: a forward, and the end of an answer
 FONT_SIZE, LINE_HEIGHT, MARGIN = 15, 20, 12
-PAPER, INK = (250, 250, 248), (30, 30, 30)
+PAPER, INK, FAINT = (250, 250, 248), (30, 30, 30), (110, 110, 110)
 INKS = {
     State.MASKED: (190, 190, 190),
     State.DRAFTED: (150, 60, 160),
@@ -100,7 +100,7 @@ def _picture(question: str, frame: Frame, font, rows: int):
             if state == State.EDITED:
                 draw.line((x, y + LINE_HEIGHT - 3, x + length, y + LINE_HEIGHT - 3), INKS[state])
             x += length
-    draw.text((MARGIN, MARGIN + (rows - 1) * LINE_HEIGHT), _status(frame), INKS[State.MASKED], font)
+    draw.text((MARGIN, MARGIN + (rows - 1) * LINE_HEIGHT), _status(frame), FAINT, font)
     return image.quantize(32)
 
 
