@@ -61,6 +61,8 @@ def evaluate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     thresholds = arguments.thresholds
     rows, score = _questions(arguments, keys)
     answerer = Answerer(arguments, keys)
+    if answerer.vocabulary.tokenizer is None:
+        raise ConfigError(f"{arguments.model} has no tokenizer: there is no text to compare with an answer")
     if thresholds is not None:
         sweep = [(at, _tally(_ask_at(answerer, keys, at, rows, console), score)) for at in thresholds]
         console.print(_sweep_table(sweep))
@@ -154,14 +156,11 @@ def _tally(asked: Asked, score: Score) -> Tally:
 
 def _table(asked: Asked, score: Score) -> Table:
     whole = _tally(asked, score)
-    graded = any(0 < value < FULL_SCORE for value in whole.scores)  # by a scorer that knows more than right and wrong
-    columns = ["records", "exact match", "95% interval", "tokens / forward", "forwards"] + ["mean score"] * graded
-    table = Table("", *columns, title="evaluation")
+    table = Table("", "records", "exact\nmatch", "95% interval", "tokens /\nforward", "forwards", title="evaluation")
     _align(table)
 
     def add(name: str, tally: Tally, style: str | None = None) -> None:
-        mean = [f"{sum(tally.scores) / len(tally.scores):.3f}"] * graded
-        table.add_row(name, str(len(tally.scores)), *tally.cells(), *mean, style=style)
+        table.add_row(name, str(len(tally.scores)), *tally.cells(), style=style)
 
     by_task = defaultdict(list)
     for output in asked.outputs:
@@ -172,17 +171,21 @@ def _table(asked: Asked, score: Score) -> Table:
         table.add_section()
     add("all", whole, "bold")
     table.caption = f"{whole.tokens} tokens in {whole.seconds:.1f} s, {whole.tokens / whole.seconds:,.0f} per second"
+    if any(0 < value < FULL_SCORE for value in whole.scores):  # by a scorer that knows more than right and wrong
+        table.caption += f"; mean score {sum(whole.scores) / len(whole.scores):.3f}"
     return table
 
 
 def _align(table: Table) -> None:
-    """Numbers to the right, none of them broken: a narrow screen breaks the headers instead."""
+    """Numbers to the right, and no cell broken."""
+    for column in table.columns:
+        column.no_wrap = True
     for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
+        column.justify = "right"
 
 
 def _sweep_table(sweep: list[tuple[float, Tally]]) -> Table:
-    columns = ["exact match", "95% interval", "tokens / forward", "forwards", "tokens / second"]
+    columns = ["exact\nmatch", "95% interval", "tokens /\nforward", "forwards", "tokens /\nsecond"]
     table = Table("threshold", *columns, title=f"evaluation of {len(sweep[0][1].scores)} records")
     _align(table)
     for threshold, tally in sweep:

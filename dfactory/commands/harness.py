@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +30,7 @@ from dfactory.data.prompts import Row
 from dfactory.errors import ConfigError
 
 try:
+    import lm_eval.models  # noqa: F401  its own models: lm-eval looks them up only while none is registered
     from lm_eval import simple_evaluate
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
@@ -59,6 +61,8 @@ class BlockDiffusionLM(LM):
         if str(batch_size or "").isdecimal():
             keys["batch_size"] = int(batch_size)
         keys = decode_keys_over(DecodeKeys(), keys, "--model_args")
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None  # lm-eval names cuda:0 where nobody says anything
         arguments = argparse.Namespace(model=path, dtype=dtype, device=device, init_weights=init_weights)
         self._take(Answerer(arguments, keys), keys, pairs)
 

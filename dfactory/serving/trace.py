@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -59,9 +60,9 @@ def _page(turns: list[Turn]) -> str:
         for frame in turn.frames
     ]
     data = json.dumps(frames, ensure_ascii=False).replace("<", "\\u003c")  # no </script> inside a script
+    parts = {"TITLE": html.escape(turns[-1].question[:80]), "FRAMES": data}
     page = resources.files("dfactory").joinpath("assets/trace.html").read_text(encoding="utf-8")
-    title = html.escape(turns[-1].question[:80])
-    return page.replace("TITLE", title, 1).replace("FRAMES", data, 1)
+    return re.sub("TITLE|FRAMES", lambda found: parts[found.group()], page)  # in one go: a part may hold such a word
 
 
 def _status(frame: Frame) -> str:
