@@ -102,18 +102,20 @@ def _parser() -> argparse.ArgumentParser:
     chat = verb("chat", _chat, "talk to a model and watch it denoise", "decode.key=value")
     _model_arguments(chat)
     chat.add_argument("--trace", metavar="FILE", help="write an animation, .html or .gif, after every answer")
-    chat.add_argument("--delay", type=float, default=0.0, help="seconds to wait after each forward (default: 0)")
+    chat.add_argument("--delay", type=_seconds, default=0.0, help="seconds to wait after each forward (default: 0)")
 
     serve = verb("serve", _serve, "answer over HTTP, also as OpenAI's API does", "decode.key=value")
     _model_arguments(serve)
     serve.add_argument("--host", default="127.0.0.1", help="another one needs DFACTORY_SERVE_TOKEN or --token-file")
-    serve.add_argument("--port", type=int, default=8080, help="0: any free one, which it prints")
+    serve.add_argument("--port", type=_port, default=8080, help="0: any free one, which it prints")
     serve.add_argument("--token-file", help="file with the token that clients have to show")
     serve.add_argument("--model-name", help="under which clients ask for it (default: the directory's)")
     serve.add_argument("--max-length", type=_positive, help="tokens of prompt and answer (default: 4096 at most)")
     serve.add_argument("--max-queue", type=_positive, default=64, help="answers that may wait (default: %(default)s)")
-    serve.add_argument("--request-timeout", type=float, default=600.0, help="seconds (default: %(default)s)")
-    serve.add_argument("--drain-timeout", type=float, default=60.0, help="seconds, at SIGTERM (default: %(default)s)")
+    serve.add_argument("--request-timeout", type=_seconds, default=600.0, help="seconds (default: %(default)s)")
+    serve.add_argument(
+        "--drain-timeout", type=_seconds, default=60.0, help="seconds, at SIGTERM (default: %(default)s)"
+    )
 
     export = verb("export", _export, "write a checkpoint as a plain model directory; merges adapters and checkpoints")
     export.add_argument("--model", required=True, help="run folder or checkpoint")
@@ -148,6 +150,22 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
     return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port from 0 to 65535")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    return value
 
 
 def _thresholds(text: str) -> list[float]:

@@ -180,3 +180,10 @@ def test_keys_of_a_request_lie_over_those_of_the_server(reader):
     rules = reader.native(b'{"prompt": "x", "threshold": 0.7, "editing_threshold": 0.5, "seed": 4}').rules
     keys = dataclasses.replace(reader.keys, threshold=0.7, editing_threshold=0.5, seed=4)
     assert rules == reader.vocabulary.rules(keys)
+
+
+@pytest.mark.parametrize("words", [["--port", "70000"], ["--request-timeout", "nan"], ["--drain-timeout", "-1"]])
+def test_numbers_that_cannot_be(words):
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", *MODEL, *words])
+    assert ended.value.code == 2
