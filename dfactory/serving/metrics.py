@@ -1,5 +1,6 @@
 """What /metrics says, in Prometheus' text format."""
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
@@ -28,10 +29,13 @@ class Metrics:
 
     @contextlib.contextmanager
     def request(self, route: str) -> Iterator[SimpleNamespace]:
-        """Count one request under the `status` that is set meanwhile."""
-        result, started = SimpleNamespace(status=CLIENT_GONE), time.perf_counter()
+        """Count one request under the `status` that is set meanwhile; 500 where its handler raises."""
+        result, started = SimpleNamespace(status=500), time.perf_counter()
         try:
             yield result
+        except asyncio.CancelledError:
+            result.status = CLIENT_GONE
+            raise
         finally:
             self.requests.labels(route, str(result.status)).inc()
             self.seconds.labels(route).observe(time.perf_counter() - started)

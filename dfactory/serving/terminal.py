@@ -139,7 +139,7 @@ class Chat:
             write_trace(self.trace, self.turns)
 
     def _encode(self, messages: list[dict[str, str]], rules: DecodeRules) -> list[int]:
-        """Ids of the conversation. A tokenizer without a chat template continues the text of the last message."""
+        """Ids of the conversation. Raises DataError where it is too long, ConfigError without a chat template."""
         encoder, most = self.vocabulary.encoder, self.policy.config.max_position_embeddings
         prompt = encoder.encode_prompt(messages)
         check_prompts([prompt], rules, self.policy.config.vocab_size)

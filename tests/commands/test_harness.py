@@ -116,6 +116,7 @@ def test_lm_evals_own_command_line(tasks, tmp_path):
     assert json.loads(file.read_text())["n-samples"]["quick"]["effective"] == 2
 
 
+@pytest.mark.slow
 def test_local_completions_against_a_server(tasks, tmp_path):
     """lm-eval's own client, over HTTP; it tells texts to stop at, a seed, and how many tokens."""
     pytest.importorskip("tenacity", reason="lm-eval's API clients are not installed: pip install 'dfactory[eval]'")

@@ -1,12 +1,12 @@
 """The chat in a real pseudo-terminal, without a terminal, and the animations that it writes."""
 
+import io
 import json
 import os
 import pty
 import re
 import select
 import signal
-import subprocess
 import sys
 import time
 
@@ -62,6 +62,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
 
 
+@pytest.mark.slow
 def test_a_conversation_in_a_terminal(tmp_path):
     """Threshold 1 would take 24 forwards of 0.2 s; it is lowered meanwhile, and the answer ends early."""
     trace = tmp_path / "trace.html"
@@ -91,14 +92,12 @@ def test_a_conversation_in_a_terminal(tmp_path):
     assert "again" in page
 
 
-def test_plain_lines_without_a_terminal(tmp_path):
-    asked = "hello\n/threshold 0.001\n\nhello again\n/quit\nnever\n"
-    done = subprocess.run(
-        CHAT, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, input=asked, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "\x1b" not in done.stdout
-    first, changed, *second = done.stdout.splitlines()
+def test_plain_lines_without_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/threshold 0.001\n\nhello again\n/quit\nnever\n"))
+    assert main(["chat", *MODEL, "decode.block_size=8", "decode.max_new_tokens=24"]) == 0
+    told = capsys.readouterr().out
+    assert "\x1b" not in told
+    first, changed, *second = told.splitlines()
     assert changed == "threshold 0.001"
     assert first
     assert second

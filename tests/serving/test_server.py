@@ -156,6 +156,8 @@ def test_a_client_that_hangs_up_frees_its_slot(server):
         connection.close()
         server.wait_for("dfactory_slots_busy", 0)
     assert server.number("dfactory_given_up_total") == given_up + 2
+    assert server.number('dfactory_requests_total{route="/generate",status="499"}') == 2
+    assert "Traceback" not in server.log.read_text()
 
 
 # --- servers of their own ----------------------------------------------------------------------------------------------
@@ -163,6 +165,7 @@ def test_a_client_that_hangs_up_frees_its_slot(server):
 LONG = {"prompt": "x", "max_new_tokens": 1990, "threshold": 1.0}  # seconds of decoding
 
 
+@pytest.mark.slow
 def test_a_full_queue_a_timeout_and_draining(tmp_path):
     words = ("--max-queue", "1", "--request-timeout", "3", "--drain-timeout", "90")
     with serving(tmp_path, *words, batch_size=1) as server, ThreadPoolExecutor(2) as pool:
@@ -204,6 +207,7 @@ def ask_until_it_drains(server) -> int | None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_token(tmp_path):
     """Bound to every address, with a token that neither the log nor an answer tells."""
     token = "correct-horse-battery-staple"
