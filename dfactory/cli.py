@@ -63,14 +63,30 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     evaluate = verb(
-        "eval", _eval, "exact match and tokens per forward on records with answers, or the ELBO", "decode.key=value"
+        "eval",
+        _eval,
+        "exact match and tokens per forward on records, tasks or lm-eval's; or the ELBO",
+        "decode.key=value",
     )
     _model_arguments(evaluate)
+    questions = evaluate.add_mutually_exclusive_group(required=True)
+    questions.add_argument("--data", help="JSONL: messages, prompt or prompt_ids, and answer in each line")
+    questions.add_argument("--task", action="append", help="a task of reasoning-gym, scored by it; may be repeated")
+    questions.add_argument("--lm-eval", action="append", metavar="TASK", help="a task of lm-eval; may be repeated")
     evaluate.add_argument(
-        "--data", required=True, help="JSONL: messages, prompt or prompt_ids, and answer in each line"
+        "--output", help="also write the responses, each record's ELBO, the sweep or lm-eval's results"
     )
-    evaluate.add_argument("--output", help="also write the responses, as `generate` does, or each record's ELBO")
+    evaluate.add_argument("--count", type=_positive, default=100, help="questions of a --task (default: %(default)s)")
+    evaluate.add_argument("--include-path", help="folder of YAML tasks for --lm-eval")
+    evaluate.add_argument("--limit", type=_positive, help="the first so many questions of a --lm-eval task")
+    evaluate.add_argument("--chat-template", action="store_true", help="ask --lm-eval's questions as a conversation")
     instead = evaluate.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--thresholds",
+        type=_thresholds,
+        metavar="T,T,...",
+        help="ask at each threshold; a run folder gets the lines in thresholds.jsonl, which `report` draws",
+    )
     instead.add_argument(
         "--elbo-pairs",
         type=_positive,
@@ -81,6 +97,24 @@ def _parser() -> argparse.ArgumentParser:
         "--repair",
         action="store_true",
         help="plant a wrong token in each record's own answer and tell what editing repairs, and what it spoils",
+    )
+
+    chat = verb("chat", _chat, "talk to a model and watch it denoise", "decode.key=value")
+    _model_arguments(chat)
+    chat.add_argument("--trace", metavar="FILE", help="write an animation, .html or .gif, after every answer")
+    chat.add_argument("--delay", type=_seconds, default=0.0, help="seconds to wait after each forward (default: 0)")
+
+    serve = verb("serve", _serve, "answer over HTTP, also as OpenAI's API does", "decode.key=value")
+    _model_arguments(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="another one needs DFACTORY_SERVE_TOKEN or --token-file")
+    serve.add_argument("--port", type=_port, default=8080, help="0: any free one, which it prints")
+    serve.add_argument("--token-file", help="file with the token that clients have to show")
+    serve.add_argument("--model-name", help="under which clients ask for it (default: the directory's)")
+    serve.add_argument("--max-length", type=_positive, help="tokens of prompt and answer (default: 4096 at most)")
+    serve.add_argument("--max-queue", type=_positive, default=64, help="answers that may wait (default: %(default)s)")
+    serve.add_argument("--request-timeout", type=_seconds, default=600.0, help="seconds (default: %(default)s)")
+    serve.add_argument(
+        "--drain-timeout", type=_seconds, default=60.0, help="seconds, at SIGTERM (default: %(default)s)"
     )
 
     export = verb("export", _export, "write a checkpoint as a plain model directory; merges adapters and checkpoints")
@@ -118,6 +152,32 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port from 0 to 65535")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    return value
+
+
+def _thresholds(text: str) -> list[float]:
+    try:
+        values = [float(word) for word in text.split(",")]
+    except ValueError:
+        values = [-1.0]
+    if not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of thresholds such as 0.5,0.7,0.9,0.95")
+    return values
+
+
 def _train(arguments, overrides) -> int:
     from dfactory.config.load import load_recipe
 
@@ -153,6 +213,14 @@ def _eval(arguments, overrides) -> int:
     from dfactory.config.load import load_decode_keys
 
     keys = load_decode_keys(overrides)
+    if arguments.data is None and (arguments.repair or arguments.elbo_pairs):
+        raise ConfigError("--repair and --elbo-pairs read records: give them with --data")
+    if arguments.lm_eval:
+        if arguments.thresholds:
+            raise ConfigError("--thresholds with --lm-eval: call it once for each decode.threshold")
+        from dfactory.commands.harness import evaluate_harness
+
+        return evaluate_harness(arguments, keys)
     if arguments.repair:
         from dfactory.commands.repair import repair
 
@@ -164,6 +232,24 @@ def _eval(arguments, overrides) -> int:
     from dfactory.commands.evaluate import evaluate
 
     return evaluate(arguments, keys)
+
+
+def _chat(arguments, overrides) -> int:
+    from dfactory.config.load import load_decode_keys
+
+    keys = load_decode_keys(overrides)
+    from dfactory.commands.chat import chat
+
+    return chat(arguments, keys)
+
+
+def _serve(arguments, overrides) -> int:
+    from dfactory.config.load import load_decode_keys
+
+    keys = load_decode_keys(overrides)
+    from dfactory.commands.serve import run_server
+
+    return run_server(arguments, keys)
 
 
 def _export(arguments, overrides) -> int:

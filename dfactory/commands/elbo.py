@@ -69,7 +69,7 @@ class Bounds(NamedTuple):
 def evaluate_elbo(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     console = Console(highlight=False)
     answerer = Answerer(arguments, keys)
-    examples = _read(arguments.data, answerer)
+    examples = read_examples(arguments.data, answerer)
     started = time.perf_counter()
     bounds = estimate(answerer, examples, arguments.elbo_pairs, keys.seed, console)
     if arguments.output:
@@ -78,7 +78,8 @@ def evaluate_elbo(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     return 0
 
 
-def _read(path: str, answerer: Answerer) -> Examples:
+def read_examples(path: str, answerer: Answerer) -> Examples:
+    """Training records of any kind, tokenised."""
     block_size, config = answerer.rules.block_size, answerer.policy.config
     return load_examples(
         [DatasetKeys(path)],

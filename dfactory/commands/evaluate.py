@@ -1,35 +1,80 @@
-"""`dfactory eval`: exact match on records with an `answer`, with its confidence interval, and tokens per forward."""
+"""`dfactory eval`: how often a model answers right, with a confidence interval, and how many forwards that takes.
+
+Questions are records with an `answer` (--data; right is the same text), or those of reasoning-gym's tasks (--task; right is
+a full score by the task's own scorer, and the mean score is told besides). --thresholds asks all of them at each of
+several thresholds, and writes a line a threshold for the report to draw.
+"""
 
 import argparse
+import dataclasses
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from dfactory.commands.generate import Answerer, matches, write_outputs
 from dfactory.config.decode import DecodeKeys
-from dfactory.data.prompts import read_rows
-from dfactory.errors import DataError
+from dfactory.data.prompts import Row, read_rows
+from dfactory.errors import ConfigError, DataError
 
 NORMAL_QUANTILE = 1.96  # two-sided 95 percent
+FULL_SCORE = 1 - 1e-9
+SWEEP = "thresholds.jsonl"  # in a run folder, where the report looks for it
+
+Score = Callable[[dict[str, Any]], float]  # of an output line, 0 to 1
+
+
+class Tally(NamedTuple):
+    """What became of some questions at one way of decoding."""
+
+    scores: list[float]
+    tokens: int
+    forwards: int
+    seconds: float
+
+    @property
+    def hits(self) -> int:
+        return sum(score >= FULL_SCORE for score in self.scores)
+
+    @property
+    def exact_match(self) -> float:
+        return self.hits / len(self.scores)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.tokens / max(self.forwards, 1)
+
+    def cells(self) -> list[str]:
+        """Of a table: exact match, its interval, tokens per forward, forwards."""
+        low, high = wilson_interval(self.hits, len(self.scores))
+        shares = [f"{self.exact_match:.1%}", f"{low:.1%} .. {high:.1%}"]
+        return [*shares, f"{self.tokens_per_forward:.2f}", f"{self.forwards}"]
 
 
 def evaluate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     console = Console(highlight=False)
-    rows = read_rows(arguments.data)
-    for row in rows:
-        if not isinstance(row.fields.get("answer"), str):
-            raise DataError(f"{row.origin} has no text under `answer` to compare the response with")
+    thresholds = arguments.thresholds
+    rows, score = _questions(arguments, keys)
     answerer = Answerer(arguments, keys)
-    started = time.perf_counter()
-    outputs = [answerer.output(row, rollout) for row, rollout in answerer.answer(rows, console)]
-    seconds = time.perf_counter() - started
+    if answerer.vocabulary.tokenizer is None:
+        raise ConfigError(f"{arguments.model} has no tokenizer: there is no text to compare with an answer")
+    if thresholds is not None:
+        sweep = [(at, _tally(_ask_at(answerer, keys, at, rows, console), score)) for at in thresholds]
+        console.print(_sweep_table(sweep))
+        file = _sweep_file(arguments)
+        if file is not None:
+            write_outputs(file, [_sweep_line(*point) for point in sweep])
+            console.print(f"written: {file}", soft_wrap=True)
+        return 0
+    asked = _ask(answerer, rows, console)
     if arguments.output:
-        write_outputs(Path(arguments.output), outputs)
-    console.print(summary(outputs, seconds))
+        write_outputs(Path(arguments.output), asked.outputs)
+    console.print(_table(asked, score))
     return 0
 
 
@@ -41,27 +86,130 @@ def wilson_interval(hits: int, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def summary(outputs: list[dict], seconds: float) -> Table:
-    table = Table("", "records", "exact match", "95% interval", "tokens/forward", title="evaluation")
-    for column in table.columns[1:]:
-        column.justify = "right"
+# --- questions ---------------------------------------------------------------------------------------------------------
+
+
+def _questions(arguments: argparse.Namespace, keys: DecodeKeys) -> tuple[list[Row], Score]:
+    if arguments.task:
+        return task_questions(arguments.task, arguments.count, keys.seed)
+    rows = read_rows(arguments.data)
+    for row in rows:
+        if not isinstance(row.fields.get("answer"), str):
+            raise DataError(f"{row.origin} has no text under `answer` to compare the response with")
+    return rows, lambda output: float(matches(output))
+
+
+def task_questions(names: list[str], count: int, seed: int) -> tuple[list[Row], Score]:
+    """`count` questions of each of reasoning-gym's tasks, a function of the seed, and their scorers."""
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+
+        from dfactory.rl.rewards.reasoning_gym import score
+    except ImportError as problem:
+        raise ConfigError(f"--task: {problem}: pip install 'dfactory[rl]'") from problem
+    unknown = [name for name in names if name not in DATASETS]
+    if unknown:
+        import difflib
+
+        near = difflib.get_close_matches(unknown[0], DATASETS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(DATASETS))}"
+        raise ConfigError(f"--task {unknown[0]}: reasoning-gym has no such task; {hint}")
+    rows = []
+    for name in names:
+        for index, entry in enumerate(reasoning_gym.create_dataset(name, size=count, seed=seed)):
+            messages = [{"role": "user", "content": entry["question"]}]
+            fields = {"messages": messages, "answer": entry["answer"], "metadata": entry["metadata"], "task": name}
+            rows.append(Row(f"{name}:{index}", fields | {"question": entry["question"]}))
+    return rows, lambda output: score(output["task"], output["text"].strip(), output)
+
+
+# --- answers -----------------------------------------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    outputs: list[dict[str, Any]]
+    seconds: float
+
+
+def _ask(answerer: Answerer, rows: list[Row], console: Console) -> Asked:
+    started = time.perf_counter()
+    outputs = [answerer.output(row, rollout) for row, rollout in answerer.answer(rows, console)]
+    return Asked(outputs, time.perf_counter() - started)
+
+
+def _ask_at(answerer: Answerer, keys: DecodeKeys, threshold: float, rows: list[Row], console: Console) -> Asked:
+    block_size = answerer.rules.block_size
+    answerer.rules = answerer.vocabulary.rules(dataclasses.replace(keys, block_size=block_size, threshold=threshold))
+    return _ask(answerer, rows, console)
+
+
+def _tally(asked: Asked, score: Score) -> Tally:
+    outputs = asked.outputs
+    tokens = sum(len(output["output_ids"]) for output in outputs)
+    forwards = sum(output["forwards"] for output in outputs)
+    return Tally([score(output) for output in outputs], tokens, forwards, asked.seconds)
+
+
+# --- what is shown -----------------------------------------------------------------------------------------------------
+
+
+def _table(asked: Asked, score: Score) -> Table:
+    whole = _tally(asked, score)
+    table = Table("", "records", "exact\nmatch", "95% interval", "tokens /\nforward", "forwards", title="evaluation")
+    _align(table)
+
+    def add(name: str, tally: Tally, style: str | None = None) -> None:
+        table.add_row(name, str(len(tally.scores)), *tally.cells(), style=style)
+
     by_task = defaultdict(list)
-    for output in outputs:
+    for output in asked.outputs:
         by_task[str(output.get("task", ""))].append(output)
     if len(by_task) > 1:
         for task in sorted(by_task):
-            table.add_row(*_row(task, by_task[task]))
+            add(task, _tally(Asked(by_task[task], asked.seconds), score))
         table.add_section()
-    table.add_row(*_row("all", outputs), style="bold")
-    tokens = sum(len(output["output_ids"]) for output in outputs)
-    table.caption = f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} per second"
+    add("all", whole, "bold")
+    table.caption = f"{whole.tokens} tokens in {whole.seconds:.1f} s, {whole.tokens / whole.seconds:,.0f} per second"
+    if any(0 < value < FULL_SCORE for value in whole.scores):  # by a scorer that knows more than right and wrong
+        table.caption += f"; mean score {sum(whole.scores) / len(whole.scores):.3f}"
     return table
 
 
-def _row(name: str, outputs: list[dict]) -> list[str]:
-    hits = sum(matches(output) for output in outputs)
-    low, high = wilson_interval(hits, len(outputs))
-    forwards = sum(output["forwards"] for output in outputs)
-    tokens = sum(len(output["output_ids"]) for output in outputs)
-    share = f"{hits / len(outputs):.1%}"
-    return [name, str(len(outputs)), share, f"{low:.1%} .. {high:.1%}", f"{tokens / max(forwards, 1):.2f}"]
+def _align(table: Table) -> None:
+    """Numbers to the right, and no cell broken."""
+    for column in table.columns:
+        column.no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+
+def _sweep_table(sweep: list[tuple[float, Tally]]) -> Table:
+    columns = ["exact\nmatch", "95% interval", "tokens /\nforward", "forwards", "tokens /\nsecond"]
+    table = Table("threshold", *columns, title=f"evaluation of {len(sweep[0][1].scores)} records")
+    _align(table)
+    for threshold, tally in sweep:
+        table.add_row(f"{threshold:g}", *tally.cells(), f"{tally.tokens / tally.seconds:,.0f}")
+    return table
+
+
+def _sweep_line(threshold: float, tally: Tally) -> dict[str, Any]:
+    low, high = wilson_interval(tally.hits, len(tally.scores))
+    return {
+        "threshold": threshold,
+        "exact_match": tally.exact_match,
+        "exact_match_low": low,
+        "exact_match_high": high,
+        "records": len(tally.scores),
+        "tokens_per_forward": tally.tokens_per_forward,
+        "forwards": tally.forwards,
+        "tokens_per_second": tally.tokens / tally.seconds,
+    }
+
+
+def _sweep_file(arguments: argparse.Namespace) -> Path | None:
+    """Where it was told to go, else beside the metrics of the run; a plain model directory is left as it is."""
+    if arguments.output:
+        return Path(arguments.output)
+    run = Path(arguments.model)
+    return run / SWEEP if (run / "LATEST").is_file() else None

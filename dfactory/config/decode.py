@@ -58,7 +58,7 @@ class DecodeKeys:
         True, "never emit the mask and other special tokens, EOS apart; false: as LLaDA2's own code"
     )
     batch_size: int = key(32, "slots decoded together; a finished response frees its slot", low=1)
-    seed: int = key(0, "of the sampling, per prompt", low=0)
+    seed: int = key(0, "of the sampling, per prompt", low=0, high=2**63 - 1)
     mask_token_id: Optional[int] = key(None, "null: ask the tokenizer")
     eos_token_id: Optional[int] = key(None, "null: ask the tokenizer")
 

@@ -5,7 +5,7 @@ import difflib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -46,6 +46,25 @@ def load_decode_keys(overrides: list[str]) -> DecodeKeys:
     if problem is not None:
         raise ConfigError(f"{problem} in the command line")
     return keys
+
+
+def decode_keys_over(keys: DecodeKeys, values: dict[str, Any], origin: str) -> DecodeKeys:
+    """`keys` with some replaced, as JSON gave them: taken as they are, never interpolated or turned into another type."""
+    _refuse_unknown_keys(DecodeKeys, values, origin)
+    for name, field in known_keys(DecodeKeys).items():
+        if name in values:
+            kinds = get_args(field.type) or (field.type,)  # of Optional[int]: int and None
+            kinds += (int,) * (float in kinds)
+            if type(values[name]) not in kinds:
+                raise ConfigError(
+                    f"{name} in {origin}: it must be {kinds[0].__name__}, is {type(values[name]).__name__}"
+                )
+    changed = dataclasses.replace(keys, **values)
+    _check_values(changed, origin)
+    problem = decode_problem(changed, changed.block_size)
+    if problem is not None:
+        raise ConfigError(f"{problem.replace('decode.', '')} in {origin}")
+    return changed
 
 
 def load_merge_keys(words: list[str]) -> MergeKeys:

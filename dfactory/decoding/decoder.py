@@ -4,6 +4,9 @@ One forward serves all slots (see cache.py for what it runs over). The tokens li
 and gives back four numbers for each open position, in one transfer. Open are the masked positions; with editing, all
 positions of the response. A finished response frees its slot for the next prompt at once.
 
+`BlockDecoder` is the slots: responses join and leave between forwards, each with rules of its own apart from the block
+size. `decode` feeds it a list of prompts, the server what comes in.
+
 What a response draws is a pure function of (rules.seed, its prompt's noise id, its own forward): it depends neither on
 the other prompts of the batch nor on the slot.
 
@@ -11,7 +14,7 @@ Letters: R responses in slots, B block size, N tokens of a forward or open posit
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -41,13 +44,15 @@ class Decodable(Protocol):
 class Progress(NamedTuple):
     """What a callback hears after every forward, once for each response that took part."""
 
-    prompt: int  # index into prompt_ids
+    prompt: int  # index into prompt_ids, or what the response was added as
     forwards: int
-    token_ids: list[int]  # the response to the end of its current block, masks included
+    token_ids: list[int]  # the response to the end of the block that the forward ran over, masks included
+    draft_ids: list[int]  # the same with what the forward proposed in place of the masks that are left
+    draft_logprobs: list[float]  # of these proposals; 0 where there is no mask
+    settled: int  # how many of these tokens stand in finished blocks and stay as they are
     rollout: Rollout | None  # when this forward finished it
 
 
-@torch.no_grad()  # not inference_mode: a policy in training goes on with what its modules keep (ZeRO-3's parameters)
 def decode(
     policy: Decodable,
     prompt_ids: Sequence[Sequence[int]],
@@ -65,14 +70,27 @@ def decode(
     Raises DataError for a prompt that is empty or holds the mask, for ids outside the vocabulary and for a draft that is
     longer than the longest response; ConfigError for a mask or EOS outside the vocabulary.
     """
-    _check(prompt_ids, rules, policy.config.vocab_size)
+    check_prompts(prompt_ids, rules, policy.config.vocab_size)
     drafts = [()] * len(prompt_ids) if drafts is None else drafts
     _check_drafts(prompt_ids, drafts, rules, policy.config.vocab_size)
     noise_ids = range(len(prompt_ids)) if noise_ids is None else noise_ids
-    return _Decoder(policy, rules, on_step).run(prompt_ids, drafts, noise_ids)
+    longest = max((document_length(len(prompt), rules) for prompt in prompt_ids), default=0)
+    decoder = BlockDecoder(policy, rules.block_size, min(rules.batch_size, len(prompt_ids)), longest)
+    waiting = deque(zip(range(len(prompt_ids)), prompt_ids, drafts, noise_ids, strict=True))
+    rollouts: list[Rollout | None] = [None] * len(prompt_ids)
+    while waiting or decoder.live:
+        while waiting and decoder.free:
+            index, prompt, draft, noise_id = waiting.popleft()
+            rollouts[index] = decoder.add(index, prompt, rules, draft=draft, noise_id=noise_id)
+        for progress in decoder.step():
+            rollouts[progress.prompt] = progress.rollout
+            if on_step is not None:
+                on_step(progress)
+    return rollouts
 
 
-def _check(prompt_ids: Sequence[Sequence[int]], rules: DecodeRules, vocabulary: int) -> None:
+def check_prompts(prompt_ids: Sequence[Sequence[int]], rules: DecodeRules, vocabulary: int) -> None:
+    """Raises DataError for a prompt that cannot be decoded, ConfigError for a mask or EOS outside the vocabulary."""
     for name, token in (("mask_token_id", rules.mask_token_id), ("eos_token_id", rules.eos_token_id)):
         if not 0 <= token < vocabulary:
             raise ConfigError(f"{name} {token} is outside the model's vocabulary of {vocabulary}")
@@ -106,42 +124,66 @@ def _check_drafts(prompt_ids, drafts: Sequence[Sequence[int]], rules: DecodeRule
             raise DataError(f"draft {index} holds ids outside the model's vocabulary of {vocabulary}: wrong tokenizer?")
 
 
-class _Decoder:
-    """The loop over forwards."""
+class BlockDecoder:
+    """`slots` responses of up to `capacity` tokens each, prompt included, decoded together; see `document_length`."""
 
-    def __init__(self, policy: Decodable, rules: DecodeRules, on_step: Callable[[Progress], None] | None):
-        self.policy, self.rules, self.on_step = policy, rules, on_step
+    def __init__(self, policy: Decodable, block_size: int, slots: int, capacity: int):
+        self.policy, self.block_size = policy, block_size
+        self.cache = BlockCache(slots, capacity)
+        self.free = list(reversed(range(slots)))
         self.live: list[Response] = []
+        self._someone_joined = False
 
-    def run(self, prompt_ids, drafts: Sequence[Sequence[int]], noise_ids: Sequence[int]) -> list[Rollout]:
-        if not prompt_ids:
-            return []
-        slots = min(self.rules.batch_size, len(prompt_ids))
-        self.cache = BlockCache(slots, max(document_length(len(prompt), self.rules) for prompt in prompt_ids))
-        waiting = deque(zip(range(len(prompt_ids)), prompt_ids, drafts, noise_ids, strict=True))
-        free = list(reversed(range(slots)))
-        rollouts: list[Rollout | None] = [None] * len(prompt_ids)
-        while waiting or self.live:
-            if waiting and free:
-                while waiting and free:
-                    response = Response(*waiting.popleft(), free.pop(), self.rules)
-                    if response.is_complete:
-                        rollouts[response.index] = response.rollout()
-                        free.append(response.slot)
-                    else:
-                        self.live.append(response)
-                self._share_prompts()
-            self._prefill()
-            for response, rollout in self._step() if self.live else ():
-                rollouts[response.index] = rollout
-                self.live.remove(response)
-                free.append(response.slot)
-        return rollouts
+    def add(
+        self, index: int, prompt: Sequence[int], rules: DecodeRules, *, draft: Sequence[int] = (), noise_id: int = 0
+    ) -> Rollout | None:
+        """Take a checked prompt into a free slot, under a number that no live response has. Returns the rollout where
+        the draft leaves nothing to do. Raises ConfigError for what this decoder has no room for."""
+        length = document_length(len(prompt), rules)
+        if rules.block_size != self.block_size:
+            raise ConfigError(f"block_size {rules.block_size}: this decoder has blocks of {self.block_size}")
+        if length > self.cache.capacity:
+            raise ConfigError(
+                f"prompt of {len(prompt)} tokens with max_new_tokens {rules.max_new_tokens} takes {length} positions, a "
+                f"slot has {self.cache.capacity}: shorten the prompt or lower max_new_tokens"
+            )
+        response = Response(index, prompt, draft, noise_id, self.free.pop(), rules)
+        if response.is_complete:
+            self.free.append(response.slot)
+            return response.rollout()
+        self.live.append(response)
+        self._someone_joined = True
+        return None
+
+    def remove(self, index: int) -> None:
+        """Give up a live response; its slot is free at once."""
+        response = self._find(index)
+        self.live.remove(response)
+        self.free.append(response.slot)
+
+    def change_rules(self, index: int, rules: DecodeRules) -> None:
+        """Decode on by other rules. What the document was laid out by, block size and max_new_tokens, has to stay."""
+        response = self._find(index)
+        if (rules.block_size, rules.max_new_tokens) != (response.rules.block_size, response.rules.max_new_tokens):
+            raise ConfigError("block_size and max_new_tokens cannot change while a response is being decoded")
+        response.rules = rules
+
+    def _find(self, index: int) -> Response:
+        return next(response for response in self.live if response.index == index)
+
+    @torch.no_grad()  # not inference_mode: a policy in training goes on with what its modules keep (ZeRO-3's parameters)
+    def step(self) -> list[Progress]:
+        """One denoising forward of every live response, after the clean ones that it needs; none for none."""
+        if self._someone_joined:
+            self._share_prompts()
+            self._someone_joined = False
+        self._prefill()
+        return self._step() if self.live else []
 
     @property
     def _most_clean(self) -> int:
         """Clean blocks that one forward may take; every response can always bring its finished block."""
-        return max(CLEAN_TOKENS // self.rules.block_size, len(self.live))
+        return max(CLEAN_TOKENS // self.block_size, len(self.live))
 
     def _prefill(self) -> None:
         """Compute clean blocks, of new prompts mostly, as far as the next step's forward cannot take them along."""
@@ -160,7 +202,7 @@ class _Decoder:
             while others and donor.cached < blocks:
                 self._forward_clean([donor], self._most_clean)
             for response in others:
-                self.cache.copy_prefix(donor.slot, response.slot, blocks * self.rules.block_size)
+                self.cache.copy_prefix(donor.slot, response.slot, blocks * self.block_size)
                 response.cached = blocks
 
     def _forward_clean(self, responses: list[Response], most: int) -> None:
@@ -176,28 +218,52 @@ class _Decoder:
         for response, span in zip(taken, spans, strict=True):
             response.cached = span.stop
 
-    def _step(self) -> list[tuple[Response, Rollout]]:
-        """One denoising forward of every live response; returns those that it finished."""
+    def _step(self) -> list[Progress]:
         spans = [response.span for response in self.live]
         hidden_NH = self._forward(self.live, spans)
-        proposal_RB, commit_RB, edit_RB = self._decide(hidden_NH, spans)
-        finished = []
+        heard = []
+        for response, proposed_B, logprob_B, commit_B, edit_B in list(self._decisions(hidden_NH, spans)):
+            here, proposed_B = response.here, proposed_B.numpy()
+            goes_on = response.apply(proposed_B, logprob_B.numpy(), commit_B, edit_B)
+            heard.append(self._progress(response, here, proposed_B, logprob_B.numpy(), goes_on))
+            if not goes_on:
+                self.live.remove(response)
+                self.free.append(response.slot)
+        return heard
+
+    def _progress(
+        self, response: Response, here: slice, proposed_B: np.ndarray, logprob_B: np.ndarray, goes_on: bool
+    ) -> Progress:
+        """`here`: the block that the forward ran over."""
+        token_T = response.tokens_T[: here.stop]
+        draft_T, draft_logprob_T = token_T.copy(), np.zeros(here.stop)
+        left_B = token_T[here] == response.rules.mask_token_id
+        draft_T[here][left_B] = proposed_B[left_B]
+        draft_logprob_T[here][left_B] = logprob_B[left_B]
+        return Progress(
+            response.index,
+            response.forwards,
+            token_T[response.start :].tolist(),
+            draft_T[response.start :].tolist(),
+            draft_logprob_T[response.start :].tolist(),
+            max(response.here.start if goes_on else here.stop, response.start) - response.start,
+            None if goes_on else response.rollout(),
+        )
+
+    def _decisions(self, hidden_NH: torch.Tensor, spans: list[Span]) -> Iterator[tuple]:
+        """Each live response with its rows of what `_decide` returns; those that decide alike are decided together."""
+        end_R = torch.tensor([span.blocks * self.block_size for span in spans]).cumsum(0)
+        alike = defaultdict(list)
         for row, response in enumerate(self.live):
-            stop = response.here.stop
-            goes_on = response.apply(
-                proposal_RB.token[row].numpy(), proposal_RB.logprob[row].numpy(), commit_RB[row], edit_RB[row]
-            )
-            rollout = None if goes_on else response.rollout()
-            if rollout is not None:
-                finished.append((response, rollout))
-            if self.on_step is not None:
-                token_ids = response.tokens_T[response.start : stop].tolist()
-                self.on_step(Progress(response.index, response.forwards, token_ids, rollout))
-        return finished
+            alike[response.rules.deciding].append(row)
+        for rows in alike.values():
+            responses = [self.live[row] for row in rows]
+            proposal_RB, commit_RB, edit_RB = self._decide(hidden_NH, responses, end_R[rows])
+            yield from zip(responses, proposal_RB.token, proposal_RB.logprob, commit_RB, edit_RB, strict=True)
 
     def _forward(self, responses: list[Response], spans: list[Span]) -> torch.Tensor:
         """Hidden states [N, H] of the spans, one behind the other; their keys go to the cache."""
-        size, device = self.rules.block_size, self.policy.device
+        size, device = self.block_size, self.policy.device
         parts = [slice(span.first * size, span.stop * size) for span in spans]
         ids_N = np.concatenate([response.tokens_T[part] for response, part in zip(responses, parts, strict=True)])
         position_N = np.concatenate([np.arange(part.start, part.stop) for part in parts])
@@ -207,24 +273,26 @@ class _Decoder:
         plan = attend_spans(spans, size, device)
         return self.policy.hidden(ids_N[None], position_N[None], plan, self.cache)[0]
 
-    def _decide(self, hidden_NH: torch.Tensor, spans: list[Span]) -> tuple[Proposal, np.ndarray, np.ndarray]:
-        """What the rules make of the blocks being denoised: proposal, commits, edits, each [R, B] on the host."""
-        rules, size = self.rules, self.rules.block_size
-        tokens_RB = torch.from_numpy(np.stack([response.tokens_B for response in self.live]))
-        masked_RB = torch.from_numpy(np.stack([response.masked_B for response in self.live]))
+    def _decide(
+        self, hidden_NH: torch.Tensor, responses: list[Response], end_R: torch.Tensor
+    ) -> tuple[Proposal, np.ndarray, np.ndarray]:
+        """What the rules make of the blocks being denoised, which end before `end_R` in the row: proposal, commits, edits,
+        each [R, B] on the host."""
+        rules, size = responses[0].rules, self.block_size
+        tokens_RB = torch.from_numpy(np.stack([response.tokens_B for response in responses]))
+        masked_RB = torch.from_numpy(np.stack([response.masked_B for response in responses]))
         open_RB = masked_RB
         if rules.editing is not None:
-            open_RB = torch.from_numpy(np.stack([response.is_response_B for response in self.live]))
-        end_R = torch.tensor([span.blocks * size for span in spans]).cumsum(0)
+            open_RB = torch.from_numpy(np.stack([response.is_response_B for response in responses]))
         index_N = (end_R[:, None] - size + torch.arange(size))[open_RB]
         uniform_N = None
         if not rules.distribution.is_greedy:
-            uniform_N = torch.from_numpy(np.stack([response.uniform_B() for response in self.live]))[open_RB]
+            uniform_N = torch.from_numpy(np.stack([response.uniform_B() for response in responses]))[open_RB]
 
         proposal_RB = Proposal(*(torch.zeros(open_RB.shape, dtype=t) for t in (torch.long, torch.float) * 2))
-        for field_RB, field_N in zip(proposal_RB, self._propose(hidden_NH, index_N, uniform_N), strict=True):
+        for field_RB, field_N in zip(proposal_RB, self._propose(rules, hidden_NH, index_N, uniform_N), strict=True):
             field_RB[open_RB] = field_N.to(field_RB.dtype)
-        step_R = torch.tensor([response.mask_steps for response in self.live])
+        step_R = torch.tensor([response.mask_steps for response in responses])
         confidence_RB = rules.acceptance.confidence(proposal_RB, masked_RB, step_R)
         commit_RB = rules.commit.commit(confidence_RB, masked_RB, step_R)
         edit_RB = torch.zeros_like(commit_RB)
@@ -232,7 +300,9 @@ class _Decoder:
             edit_RB = rules.editing.edit(confidence_RB, proposal_RB.token != tokens_RB, open_RB & ~masked_RB)
         return proposal_RB, commit_RB.numpy(), edit_RB.numpy()
 
-    def _propose(self, hidden_NH: torch.Tensor, index_N: torch.Tensor, uniform_N: torch.Tensor | None) -> torch.Tensor:
+    def _propose(
+        self, rules: DecodeRules, hidden_NH: torch.Tensor, index_N: torch.Tensor, uniform_N: torch.Tensor | None
+    ) -> torch.Tensor:
         """Proposals of the tokens at `index_N`: float64 [4, N] on the host, the one transfer of a forward."""
         device = hidden_NH.device
         rows = max(1, LOGITS_BYTES // (4 * self.policy.config.vocab_size))
@@ -241,5 +311,5 @@ class _Decoder:
             part = slice(start, start + rows)
             logits_NV = self.policy.logits(hidden_NH[index_N[part].to(device)])
             uniform = None if uniform_N is None else uniform_N[part].to(device)
-            parts.append(torch.stack([f.double() for f in self.rules.distribution.propose(logits_NV, uniform)]))
+            parts.append(torch.stack([f.double() for f in rules.distribution.propose(logits_NV, uniform)]))
         return torch.cat(parts, dim=1).cpu()

@@ -231,6 +231,11 @@ class DecodeRules:
     batch_size: int = 32
     seed: int = 0
 
+    @property
+    def deciding(self) -> tuple:
+        """What makes a decision of a forward's logits: responses in which it is equal can be decided together."""
+        return self.distribution, self.acceptance, self.commit, self.editing
+
     @classmethod
     def of(
         cls,

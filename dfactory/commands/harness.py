@@ -1,0 +1,225 @@
+"""lm-eval's tasks on a checkpoint: `dfactory eval --lm-eval TASK`, or lm-eval's own command line with the model `dfactory`:
+
+    python -m dfactory.commands.harness run --model dfactory --model_args path=runs/mine,threshold=0.9 --tasks gsm8k
+
+`generate_until` decodes. `loglikelihood` is the ELBO of the continuation, followed by the end of the text: a lower bound,
+from `pairs` complementary pairs of views (METHOD section 6), good for choosing among continuations. Whether a
+continuation is the greedy one it does not tell, and says no. `loglikelihood_rolling` is refused.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dfactory.commands.elbo import estimate, read_examples
+from dfactory.commands.evaluate import wilson_interval
+from dfactory.commands.generate import Answerer
+from dfactory.config.decode import DecodeKeys
+from dfactory.config.load import decode_keys_over
+from dfactory.data.prompts import Row
+from dfactory.errors import ConfigError
+
+try:
+    import lm_eval.models  # noqa: F401  its own models: lm-eval looks them up only while none is registered
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+    from lm_eval.tasks import TaskManager
+except ImportError as problem:
+    raise ConfigError(f"lm-eval cannot be imported ({problem}): pip install 'dfactory[eval]'") from problem
+
+CHAT = "dfactory-messages:"  # what a conversation begins with where lm-eval wants a text
+SHARES = ("acc", "acc_norm", "exact_match")  # metrics that are 0 or 1 for each question
+
+
+@register_model("dfactory")
+class BlockDiffusionLM(LM):
+    """`path`: model directory or run folder; further arguments are decode keys, `dtype`, `device`, `pairs`."""
+
+    def __init__(
+        self,
+        path: str,
+        dtype: str = "auto",
+        device: str | None = None,
+        pairs: int = 8,
+        init_weights: str = "pretrained",
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        **keys: Any,
+    ):
+        super().__init__()
+        if str(batch_size or "").isdecimal():
+            keys["batch_size"] = int(batch_size)
+        keys = decode_keys_over(DecodeKeys(), keys, "--model_args")
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None  # lm-eval names cuda:0 where nobody says anything
+        arguments = argparse.Namespace(model=path, dtype=dtype, device=device, init_weights=init_weights)
+        self._take(Answerer(arguments, keys), keys, pairs)
+
+    @classmethod
+    def of(cls, answerer: Answerer, keys: DecodeKeys, pairs: int = 8) -> "BlockDiffusionLM":
+        """Around a model that has been loaded."""
+        made = cls.__new__(cls)
+        LM.__init__(made)
+        made._take(answerer, keys, pairs)
+        return made
+
+    def _take(self, answerer: Answerer, keys: DecodeKeys, pairs: int) -> None:
+        if answerer.vocabulary.encoder is None:
+            raise ConfigError("the model directory has no tokenizer: lm-eval asks in text")
+        self.answerer, self.pairs = answerer, pairs
+        self.keys = dataclasses.replace(keys, block_size=answerer.rules.block_size)
+        self.tokens = self.forwards = 0
+        self.seconds = 0.0
+
+    # --- what lm-eval asks for --------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """Requests with equal options are decoded together."""
+        texts: list[str | None] = [None] * len(requests)
+        kinds: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            kinds.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        for options, indices in kinds.items():
+            keys, stops = self._options(json.loads(options))
+            rows = [Row(f"request {i}", {"prompt_ids": self._encode(requests[i].args[0])}) for i in indices]
+            self.answerer.rules = self.answerer.vocabulary.rules(keys)
+            started = time.perf_counter()
+            for index, (_, rollout) in zip(indices, self.answerer.answer(rows, Console(stderr=True)), strict=True):
+                text = self.answerer.vocabulary.text(rollout.output_ids)
+                ends = [text.find(stop) for stop in stops if stop in text]
+                texts[index] = text[: min(ends, default=len(text))]
+                self.tokens += len(rollout.output_ids)
+                self.forwards += rollout.forwards
+            self.seconds += time.perf_counter() - started
+        return texts
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "requests.jsonl"
+            file.write_text("".join(json.dumps(self._record(*request.args)) + "\n" for request in requests))
+            examples = read_examples(str(file), self.answerer)
+            bounds = estimate(self.answerer, examples, self.pairs, self.keys.seed, Console(stderr=True))
+        return [(float(elbo), False) for elbo in bounds.elbo_D]
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        raise ConfigError(
+            "a task asks for the likelihood of whole texts, which a block-diffusion model only bounds: `dfactory eval "
+            "--elbo-pairs N` tells the bound and its error"
+        )
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation itself: the template's special tokens have to come from it, not from text."""
+        return CHAT + json.dumps(chat_history)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return "dfactory"
+
+    # --- text -> ids ------------------------------------------------------------------------------------------------
+
+    def _encode(self, context: str) -> list[int]:
+        vocabulary = self.answerer.vocabulary
+        if context.startswith(CHAT):
+            return vocabulary.encoder.encode_prompt(json.loads(context.removeprefix(CHAT)))
+        return vocabulary.encoder.encode_text(context) or [vocabulary.special.eos]
+
+    def _record(self, context: str, continuation: str) -> dict[str, Any]:
+        before = self._encode(context)
+        return {
+            "input_ids": before + self.answerer.vocabulary.encoder.encode_text(continuation),
+            "prompt_lengths": len(before),
+        }
+
+    def _options(self, options: dict[str, Any]) -> tuple[DecodeKeys, list[str]]:
+        """lm-eval's generation options, the names of transformers for some, over the decode keys."""
+        until = options.pop("until", [])
+        if "max_gen_toks" in options:
+            options["max_new_tokens"] = options.pop("max_gen_toks")
+        if not options.pop("do_sample", True):
+            options["temperature"] = 0.0
+        return decode_keys_over(self.keys, options, "generation_kwargs"), [until] if isinstance(until, str) else until
+
+
+# --- dfactory eval --lm-eval -------------------------------------------------------------------------------------------
+
+
+def evaluate_harness(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
+    console = Console(highlight=False)
+    manager = _manager(arguments.lm_eval, arguments.include_path)
+    model = BlockDiffusionLM.of(Answerer(arguments, keys), keys)
+    results = simple_evaluate(
+        model=model,
+        tasks=arguments.lm_eval,
+        task_manager=manager,
+        limit=arguments.limit,
+        apply_chat_template=arguments.chat_template,
+        log_samples=bool(arguments.output),
+        bootstrap_iters=1000,
+    )
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(results, indent=1, default=str), encoding="utf-8")
+    console.print(_table(results, model))
+    return 0
+
+
+def _manager(tasks: list[str], include_path: str | None) -> TaskManager:
+    """Of the tasks in `include_path` where they are enough: lm-eval reads thousands of files to know its own."""
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise ConfigError(f"--include-path {include_path} is not a folder: give one with YAML tasks of lm-eval")
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        if all(manager.match_tasks([name]) for name in tasks):
+            return manager
+    manager = TaskManager(include_path=include_path)
+    missing = [name for name in tasks if not manager.match_tasks([name])]
+    if missing:
+        raise ConfigError(f"--lm-eval {missing[0]}: lm-eval has no such task, nor has --include-path {include_path}")
+    return manager
+
+
+def _table(results: dict[str, Any], model: BlockDiffusionLM) -> Table:
+    table = Table("task", "metric", "records", "value", "95% interval", title="lm-eval")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for task, metric, value, count, error in _values(results):
+        low, high = _interval(metric, value, count, error)
+        table.add_row(task, metric, str(count), f"{value:.4f}", f"{low:.4f} .. {high:.4f}")
+    if model.forwards:
+        rate, speed = model.tokens / model.forwards, model.tokens / model.seconds
+        table.caption = f"{rate:.2f} tokens a forward, {model.forwards} forwards, {speed:,.0f} tokens per second"
+    return table
+
+
+def _values(results: dict[str, Any]) -> Iterable[tuple[str, str, float, int, float]]:
+    """(task, metric, value, records, standard error; nan where there is none)."""
+    for task, values in results["results"].items():
+        count = results["n-samples"].get(task, {}).get("effective", 0)
+        for name, value in values.items():
+            metric, _, kind = name.partition(",")
+            if kind and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+                error = values.get(f"{metric}_stderr,{kind}")
+                yield task, metric, value, count, error if isinstance(error, float) else float("nan")
+
+
+def _interval(metric: str, value: float, count: int, error: float) -> tuple[float, float]:
+    """Wilson's for a share, else from lm-eval's own standard error."""
+    if metric in SHARES and count:
+        return wilson_interval(round(value * count), count)
+    return value - 1.96 * error, value + 1.96 * error
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.exit(cli_evaluate())

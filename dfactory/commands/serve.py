@@ -1,0 +1,29 @@
+"""`dfactory serve`: a checkpoint behind HTTP. Its mechanism is in dfactory/serving."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from rich.console import Console
+
+from dfactory.commands.generate import Answerer
+from dfactory.config.decode import DecodeKeys
+from dfactory.serving.server import Options, read_token, serve
+
+
+def run_server(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
+    read_token(arguments.host, arguments.token_file)  # before the model is read
+    answerer = Answerer(arguments, keys)
+    options = Options(
+        host=arguments.host,
+        port=arguments.port,
+        token_file=arguments.token_file,
+        model_name=arguments.model_name or Path(arguments.model).resolve().name,
+        max_length=arguments.max_length,
+        max_queue=arguments.max_queue,
+        request_timeout=arguments.request_timeout,
+        drain_timeout=arguments.drain_timeout,
+    )
+    keys = dataclasses.replace(keys, block_size=answerer.rules.block_size)
+    console = Console(stderr=True, highlight=False)
+    return serve(answerer.policy, answerer.vocabulary, keys, answerer.rules, options, console)

@@ -1,0 +1,164 @@
+"""Continuous batching: a thread that decodes whatever is in its slots and takes the next job as soon as one is free.
+
+Jobs wait in a bounded queue. What each hears is what the decoder says after every forward; its answer is the one that it
+would get alone (see decoding/decoder.py). Nobody but the thread touches the decoder.
+"""
+
+import dataclasses
+import itertools
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from dfactory.decoding import BlockDecoder, DecodeRules, Progress
+from dfactory.decoding.decoder import Decodable
+from dfactory.errors import DFactoryError
+
+MEMORY = 0.9  # of the mean of seconds a job, by which the next one counts
+
+
+class QueueFull(DFactoryError):
+    """More jobs than may wait. `retry_after`: seconds after which some will be done, a guess."""
+
+    def __init__(self, waiting: int, retry_after: int):
+        super().__init__(f"{waiting} requests are waiting already: try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class Stopped(DFactoryError):
+    """The engine takes no more jobs: it is being shut down, or has failed."""
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """One prompt to answer. `hear` is called from the engine's thread, with None where the engine fails."""
+
+    prompt_ids: list[int]
+    rules: DecodeRules
+    noise_id: int
+    hear: Callable[[Progress | None], None]
+    number: int = -1
+    started: float = 0.0
+
+
+@dataclasses.dataclass
+class Counts:
+    """What the engine has done since it started."""
+
+    forwards: int = 0  # of the whole batch
+    answers: int = 0
+    tokens: int = 0  # up to and including EOS
+    answer_forwards: int = 0  # denoising passes, summed over answers
+    given_up: int = 0  # jobs that were taken away before their answer
+
+
+class Engine:
+    """Start it, submit jobs, stop it."""
+
+    def __init__(self, policy: Decodable, block_size: int, slots: int, capacity: int, max_queue: int):
+        self.decoder = BlockDecoder(policy, block_size, slots, capacity)
+        self.slots, self.max_queue = slots, max_queue
+        self.counts = Counts()
+        self.changed = threading.Condition()
+        self.waiting: deque[Job] = deque()
+        self.running: dict[int, Job] = {}
+        self.unwanted: set[int] = set()
+        self.closed = False
+        self.failed = False
+        self._numbers = itertools.count()
+        self._seconds = 0.0  # a job takes, as a running mean
+        self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, jobs: list[Job]) -> None:
+        """All of them or none. Raises QueueFull or Stopped."""
+        with self.changed:
+            if self.closed or self.failed:
+                raise Stopped(
+                    "the server is shutting down" if not self.failed else "the decoder has failed; see its log"
+                )
+            if len(self.waiting) + len(jobs) > self.max_queue + max(0, self.slots - len(self.running)):
+                raise QueueFull(len(self.waiting), self._retry_after())
+            for job in jobs:
+                job.number = next(self._numbers)
+                self.waiting.append(job)
+            self.changed.notify_all()
+
+    def cancel(self, jobs: list[Job]) -> None:
+        """Give up those that are not done yet; their slots are free before the next forward."""
+        numbers = {job.number for job in jobs}
+        with self.changed:
+            kept = [job for job in self.waiting if job.number not in numbers]
+            self.counts.given_up += len(self.waiting) - len(kept)
+            self.waiting = deque(kept)
+            self.unwanted |= numbers & self.running.keys()
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        """Take no more jobs; those that are here will be finished."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for the thread after `close`. Whether it has ended."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _retry_after(self) -> int:
+        return min(60, max(1, math.ceil(self._seconds * (len(self.waiting) + 1) / self.slots)))
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._hear(self.decoder.step())
+        finally:  # whatever ended it rises out of the thread; nobody may wait for an answer that will not come
+            with self.changed:
+                self.failed = not self.closed or bool(self.waiting or self.running)
+                left = [*self.running.values(), *self.waiting]
+            for job in left:
+                job.hear(None)
+
+    def _wait_for_work(self) -> bool:
+        """Take jobs into free slots. False: closed, and all is done."""
+        with self.changed:
+            self._drop_unwanted()
+            while not (self.waiting or self.running):
+                if self.closed:
+                    return False
+                self.changed.wait()
+                self._drop_unwanted()
+            while self.waiting and self.decoder.free:
+                job = self.waiting.popleft()
+                job.started = time.monotonic()
+                self.decoder.add(job.number, job.prompt_ids, job.rules, noise_id=job.noise_id)
+                self.running[job.number] = job
+        return True
+
+    def _drop_unwanted(self) -> None:
+        for number in self.unwanted & self.running.keys():
+            self.decoder.remove(number)
+            del self.running[number]
+            self.counts.given_up += 1
+        self.unwanted.clear()
+
+    def _hear(self, heard: list[Progress]) -> None:
+        self.counts.forwards += bool(heard)
+        for progress in heard:
+            with self.changed:
+                job = self.running[progress.prompt]
+                if progress.rollout is not None:
+                    del self.running[job.number]
+                    self._count(job, progress)
+            job.hear(progress)
+
+    def _count(self, job: Job, progress: Progress) -> None:
+        self.counts.answers += 1
+        self.counts.tokens += len(progress.rollout.output_ids)
+        self.counts.answer_forwards += progress.forwards
+        seconds = time.monotonic() - job.started
+        self._seconds = MEMORY * self._seconds + (1 - MEMORY) * seconds if self._seconds else seconds

@@ -1,0 +1,203 @@
+"""Bodies of HTTP requests -> what to decode. Whatever is wrong with one is a DataError or ConfigError: status 400.
+
+Three kinds of body: /generate with the names of `dfactory generate` and its decode keys; OpenAI's completions and chat
+completions, which take the decode keys besides. A field that is not known, or one of OpenAI's that asks for what is not
+there, is refused; null is as if it were left out.
+"""
+
+import dataclasses
+import difflib
+import json
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+from dfactory.config.decode import DecodeKeys
+from dfactory.config.load import decode_keys_over
+from dfactory.data.chat import ChatEncoder
+from dfactory.data.fields import check_messages, refuse_constant, text, tools
+from dfactory.decoding import DecodeRules, check_prompts
+from dfactory.errors import DataError
+from dfactory.vocabulary import Vocabulary
+
+OF_THE_SERVER = ("block_size", "batch_size", "mask_token_id", "eos_token_id", "suppress_special")
+DECODE_FIELDS = [f.name for f in dataclasses.fields(DecodeKeys) if f.name not in OF_THE_SERVER]
+NATIVE = ("prompt", "messages", "prompt_ids", "tools", "stop", "stream", "model")
+OPENAI = ("model", "n", "stop", "stream", "stream_options", "user", "max_tokens")
+COMPLETIONS = (*OPENAI, "prompt")
+CHAT = (*OPENAI, "messages", "tools", "max_completion_tokens")
+NO_LIKELIHOOD = (
+    "a block-diffusion model has no left-to-right probability of each token, only a bound of the whole response's: use "
+    "`dfactory eval --elbo-pairs`, or `dfactory eval --lm-eval`, which scores by that bound"
+)
+NEUTRAL: dict[str, tuple[tuple, str]] = {  # what OpenAI's clients may send, the values that ask for nothing, and why
+    "logprobs": ((False,), NO_LIKELIHOOD),
+    "top_logprobs": ((0,), NO_LIKELIHOOD),
+    "echo": ((False,), NO_LIKELIHOOD),
+    "best_of": ((1,), "ask for n answers instead"),
+    "suffix": (("",), "text is continued, not filled in"),
+    "presence_penalty": ((0,), "there are no penalties"),
+    "frequency_penalty": ((0,), "there are no penalties"),
+    "logit_bias": (({},), "there are no biases"),
+    "response_format": (({"type": "text"},), "answers are plain text"),
+    "tool_choice": (("auto", "none"), "tools are shown to the model, calls come back as text"),
+    "parallel_tool_calls": ((True, False), ""),
+    "store": ((False,), "nothing is stored"),
+}
+MOST_ANSWERS, MOST_STOPS = 128, 16
+TEMPERATURES = (0.01, 100.0)  # beyond, float32 runs over
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One answer for each of `prompts`, a prompt of which n are wanted standing there n times."""
+
+    prompts: list[list[int]]
+    noise_ids: list[int]  # which of its prompt's answers: with the seed, what an answer's draws depend on
+    rules: DecodeRules
+    stop: tuple[str, ...]
+    stream: bool
+    include_usage: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Turns bodies into Generations, for one model."""
+
+    name: str  # of the model
+    vocabulary: Vocabulary
+    keys: DecodeKeys  # what holds where a request says nothing; with the block size
+    vocab_size: int
+    longest: int  # prompt and answer, in tokens
+
+    def native(self, raw: bytes) -> Generation:
+        body = self._body(raw, NATIVE, {})
+        kinds = [name for name in ("prompt", "messages", "prompt_ids") if name in body]
+        if len(kinds) != 1:
+            raise DataError(f"{' and '.join(kinds) or 'no prompt'}: give one of prompt, messages, prompt_ids")
+        kind = kinds[0]
+        if kind == "messages":
+            prompt = self._conversation(body)
+        elif kind == "prompt":
+            prompt = self._text(body["prompt"])
+        else:
+            prompt = _ids(body["prompt_ids"], "prompt_ids")
+        return self._generation(body, [prompt])
+
+    def completions(self, raw: bytes) -> Generation:
+        body = self._body(raw, COMPLETIONS, NEUTRAL)
+        if "prompt" not in body:
+            raise DataError("prompt is missing: text, token ids, or a list of either")
+        prompt = body["prompt"]
+        several = isinstance(prompt, list) and bool(prompt) and not all(type(token) is int for token in prompt)
+        entries = prompt if several else [prompt]
+        return self._generation(body, [self._text_or_ids(entry) for entry in entries])
+
+    def chat(self, raw: bytes) -> Generation:
+        body = self._body(raw, CHAT, NEUTRAL)
+        if "messages" not in body:
+            raise DataError("messages is missing: a list of {role, content}")
+        return self._generation(body, [self._conversation(body)])
+
+    def _body(self, raw: bytes, own: tuple[str, ...], neutral: dict) -> dict[str, Any]:
+        """A JSON object of known fields, nulls left out."""
+        try:
+            body = json.loads(raw, parse_constant=refuse_constant)
+        except (ValueError, RecursionError) as problem:
+            raise DataError(f"the body is not JSON: {problem}") from problem
+        if not isinstance(body, dict):
+            raise DataError(f"the body is {type(body).__name__}, not an object: {{...}}")
+        for name in body:
+            if name not in own and name not in neutral and name not in DECODE_FIELDS:
+                near = difflib.get_close_matches(name, [*own, *DECODE_FIELDS], n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join([*own, *DECODE_FIELDS])}"
+                raise DataError(f"unknown field {name[:80]}: {hint}")
+        body = {name: value for name, value in body.items() if value is not None}
+        for name in body.keys() & neutral.keys():
+            values, why = neutral[name]
+            if body[name] not in values:
+                raise DataError(f"{name} {str(body[name])[:80]} is not supported: {why}")
+        if body.get("model", self.name) != self.name:
+            raise UnknownModel(f"model {str(body['model'])[:80]} is not here: this server has {self.name}")
+        return body
+
+    def _generation(self, body: dict[str, Any], prompts: list[list[int]]) -> Generation:
+        count = _of_type(body, "n", int, 1)
+        if not 1 <= count * len(prompts) <= MOST_ANSWERS:
+            raise DataError(f"{len(prompts)} prompts with n {count}: a request has 1 to {MOST_ANSWERS} answers")
+        rules = self._rules(body, max(len(prompt) for prompt in prompts))
+        check_prompts(prompts, rules, self.vocab_size)
+        return Generation(
+            [prompt for prompt in prompts for _ in range(count)],
+            [choice for _ in prompts for choice in range(count)],
+            rules,
+            _stop(body.get("stop", [])),
+            _of_type(body, "stream", bool, False),
+            bool(_of_type(body, "stream_options", dict, {}).get("include_usage", False)),
+        )
+
+    def _rules(self, body: dict[str, Any], prompt_length: int) -> DecodeRules:
+        values = {name: body[name] for name in DECODE_FIELDS if name in body}
+        for name in ("max_tokens", "max_completion_tokens"):
+            if name in body and values.setdefault("max_new_tokens", body[name]) != body[name]:
+                raise DataError(f"{name} {body[name]} and another limit {values['max_new_tokens']}: give one")
+        block = self.keys.block_size
+        room = self.longest // block * block - prompt_length  # a slot holds whole blocks
+        if room < 1:
+            raise DataError(f"the prompt has {prompt_length} tokens, the server takes {self.longest} with the answer")
+        given = "max_new_tokens" in values
+        keys = decode_keys_over(self.keys, {"seed": secrets.randbits(32)} | values, "the request")
+        if given and keys.max_new_tokens > room:
+            raise DataError(
+                f"the prompt has {prompt_length} tokens, max_new_tokens is {keys.max_new_tokens}, the server takes "
+                f"{self.longest} together: lower max_new_tokens to {room}, or shorten the prompt"
+            )
+        low, high = TEMPERATURES
+        if keys.temperature and not low <= keys.temperature <= high:
+            raise DataError(f"temperature {keys.temperature:g}: it must be 0, or {low:g} to {high:g}")
+        return self.vocabulary.rules(dataclasses.replace(keys, max_new_tokens=min(keys.max_new_tokens, room)))
+
+    def _conversation(self, body: dict[str, Any]) -> list[int]:
+        messages = check_messages(body["messages"])
+        if messages[-1]["role"] == "assistant":
+            raise DataError("the last message is the assistant's: a turn is answered, not continued")
+        return self._encoder.encode_prompt(messages, tools(body.get("tools")))
+
+    def _text_or_ids(self, entry: Any) -> list[int]:
+        return self._text(entry) if isinstance(entry, str) else _ids(entry, "prompt")
+
+    def _text(self, value: Any) -> list[int]:
+        return self._encoder.encode_text(text(value, "prompt"))
+
+    @property
+    def _encoder(self) -> ChatEncoder:
+        if self.vocabulary.encoder is None:
+            raise DataError("the model directory has no tokenizer: give prompt_ids")
+        return self.vocabulary.encoder
+
+
+class UnknownModel(DataError):
+    """Another model than the one that is served: status 404, as OpenAI has it."""
+
+
+def _ids(value: Any, name: str) -> list[int]:
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        raise DataError(f"{name} must be a list of integers")
+    return value
+
+
+def _of_type(body: dict[str, Any], name: str, kind: type, otherwise: Any = None) -> Any:
+    value = body.get(name, otherwise)
+    if type(value) is not kind:
+        raise DataError(f"{name} is {type(value).__name__}: it must be {kind.__name__}")
+    return value
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise DataError(f"stop must be text, or a list of at most {MOST_STOPS} texts, none of them empty")
+    return tuple(stops)
+
+
+Read = Callable[[Reader, bytes], Generation]

@@ -1,0 +1,115 @@
+"""From a loaded model to a listening server, and back: SIGTERM lets it finish what it has, then ends it with status 0."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from aiohttp import web
+from rich.console import Console
+
+from dfactory.config.decode import DecodeKeys
+from dfactory.decoding import DecodeRules
+from dfactory.errors import ConfigError
+from dfactory.models.policy import Policy
+from dfactory.serving.app import Service
+from dfactory.serving.engine import Engine
+from dfactory.serving.metrics import Metrics
+from dfactory.serving.requests import Reader
+from dfactory.vocabulary import Vocabulary
+
+TOKEN_VARIABLE = "DFACTORY_SERVE_TOKEN"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+SHORTEST_TOKEN = 16
+LONGEST = 4096  # tokens of prompt and answer, where nothing else is said
+
+
+class Options(NamedTuple):
+    """What `dfactory serve` is told, apart from the model and how to decode."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    token_file: str | None = None
+    model_name: str = "model"
+    max_length: int | None = None
+    max_queue: int = 64
+    request_timeout: float = 600.0
+    drain_timeout: float = 60.0
+
+
+def read_token(host: str, token_file: str | None) -> str | None:
+    """The token that clients have to show. Raises ConfigError where an address that others reach has none."""
+    if token_file is not None:
+        if not Path(token_file).is_file():
+            raise ConfigError(f"--token-file {token_file} does not exist: write a token into it, and nothing else")
+        token, origin = Path(token_file).read_text(encoding="utf-8").strip(), f"--token-file {token_file}"
+    else:
+        token, origin = os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
+    if token is None:
+        if host not in LOOPBACK:
+            raise ConfigError(
+                f"--host {host} lets other machines in: set {TOKEN_VARIABLE} or --token-file, or stay at 127.0.0.1"
+            )
+        return None
+    if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigError(
+            f"{origin}: a token has at least {SHORTEST_TOKEN} printable ASCII characters and no space; such as that of "
+            "`openssl rand -hex 32`"
+        )
+    return token
+
+
+def serve(
+    policy: Policy, vocabulary: Vocabulary, keys: DecodeKeys, rules: DecodeRules, options: Options, console: Console
+) -> int:
+    """Serve until SIGTERM or SIGINT. 0, or 1 where the decoder failed. `keys` with the block size are those of `rules`."""
+    token = read_token(options.host, options.token_file)
+    most = policy.config.max_position_embeddings
+    longest = options.max_length or min(most, LONGEST)
+    if not rules.block_size <= longest <= most:
+        raise ConfigError(
+            f"--max-length {longest}: it must be a block, {rules.block_size}, to {most} as the model has it"
+        )
+    capacity = longest // rules.block_size * rules.block_size
+    engine = Engine(policy, rules.block_size, rules.batch_size, capacity, options.max_queue)
+    reader = Reader(options.model_name, vocabulary, keys, policy.config.vocab_size, longest)
+    service = Service(reader, engine, Metrics(engine), token, options.request_timeout, int(time.time()))
+    return asyncio.run(_serve(service, options, console))
+
+
+async def _serve(service: Service, options: Options, console: Console) -> int:
+    stop = asyncio.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(name, stop.set)
+    engine = service.engine
+    runner = web.AppRunner(service.app(), handler_cancellation=True, access_log=None, shutdown_timeout=5.0)
+    await runner.setup()
+    engine.start()
+    try:
+        site = web.TCPSite(runner, options.host, options.port)
+        try:
+            await site.start()
+        except OSError as problem:
+            raise ConfigError(f"cannot listen on {options.host} port {options.port}: {problem.strerror}") from problem
+        host, port = runner.addresses[0][:2]
+        console.print(
+            f"{service.reader.name} on http://{f'[{host}]' if ':' in host else host}:{port}, {engine.slots} slots of "
+            f"{service.reader.longest} tokens, {'with a token' if service.token else 'this machine only'}",
+            soft_wrap=True,
+        )
+        failed = asyncio.create_task(asyncio.to_thread(engine.join))
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait((failed, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not engine.failed:
+            console.print(f"draining: {len(engine.running)} running, {len(engine.waiting)} waiting", soft_wrap=True)
+        engine.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(failed), options.drain_timeout)
+        stopped.cancel()
+    finally:
+        engine.close()
+        await runner.cleanup()
+    return int(engine.failed)

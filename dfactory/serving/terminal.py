@@ -1,0 +1,251 @@
+"""A conversation in the terminal, with the answer's denoising live; without a terminal, plain lines.
+
+Lines that begin with / change how it decodes, also while an answer is on its way: keys are read between two forwards.
+"""
+
+import contextlib
+import dataclasses
+import os
+import select
+import sys
+import termios
+import time
+import tty
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from dfactory.config.decode import DecodeKeys
+from dfactory.config.load import decode_keys_over
+from dfactory.decoding import BlockDecoder, DecodeRules, check_prompts
+from dfactory.decoding.response import document_length
+from dfactory.errors import ConfigError, DataError
+from dfactory.models.policy import Policy
+from dfactory.serving.denoising import Denoising, Frame, legend, printable
+from dfactory.serving.trace import Turn, write_trace
+from dfactory.types import Rollout
+from dfactory.vocabulary import Vocabulary
+
+HELP = """\
+/threshold 0.7           any decode key, now and for what comes: /editing_threshold 0.5, /temperature 1, /max_new_tokens 64
+/delay 0.2               seconds to wait after each forward, to watch a fast model
+/keys                    how it decodes
+/new                     forget the conversation
+/help  /quit             Ctrl-C ends an answer, Ctrl-D the conversation"""
+FIXED = ("block_size", "batch_size", "mask_token_id", "eos_token_id")
+LINES_BESIDE = 5  # of the screen, that are not the answer's
+
+
+class Chat:
+    """`run` talks until the input ends."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        vocabulary: Vocabulary,
+        keys: DecodeKeys,
+        console: Console,
+        *,
+        trace: Path | None = None,
+        delay: float = 0.0,
+    ):
+        self.policy, self.vocabulary, self.keys, self.console = policy, vocabulary, keys, console
+        self.trace, self.delay = trace, delay
+        self.messages: list[dict[str, str]] = []
+        self.turns: list[Turn] = []
+        self.note = ""  # about the last command
+
+    def run(self) -> None:
+        live = self.console.is_terminal
+        if live:
+            self.console.print(Text("/help for commands. ") + legend())
+        while (line := self._read_line()) is not None:
+            if line.startswith("/"):
+                if line.split()[0] in ("/quit", "/exit"):
+                    return
+                self._command(line)
+                self.console.print(self.note, style="dim", markup=False)
+            elif line.strip():
+                self._answer(line)
+
+    def _read_line(self) -> str | None:
+        try:
+            if self.console.is_terminal and sys.stdin.isatty():
+                return input("> ")
+            line = sys.stdin.readline()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            return ""
+        return line.rstrip("\n") if line else None
+
+    # --- commands ---------------------------------------------------------------------------------------------------
+
+    def _command(self, line: str) -> None:
+        name, _, value = line[1:].strip().partition(" ")
+        if name == "help":
+            self.note = HELP
+        elif name == "keys":
+            values = dataclasses.asdict(self.keys).items()
+            self.note = ", ".join(f"{name} {'off' if value is None else value}" for name, value in values)
+        elif name == "new":
+            self.messages = []
+            self.note = "a new conversation"
+        else:
+            self._set(name, value.strip())
+
+    def _set(self, name: str, value: str) -> None:
+        try:
+            parsed = None if value in ("off", "null") else yaml.safe_load(value)
+            if name == "delay":
+                self.delay = min(max(float(value), 0.0), 10.0)
+            elif name in FIXED:
+                raise ConfigError(f"{name} cannot change in a conversation: start another with decode.{name}={value}")
+            else:
+                self.keys = decode_keys_over(self.keys, {name: parsed}, f"/{name}")
+        except (ConfigError, yaml.YAMLError, ValueError) as problem:
+            self.note = printable(str(problem))
+        else:
+            self.note = f"{name} {printable(value)}"
+
+    # --- one turn ---------------------------------------------------------------------------------------------------
+
+    def _answer(self, question: str) -> None:
+        messages = [*self.messages, {"role": "user", "content": question}]
+        rules = self.vocabulary.rules(self.keys)
+        try:
+            prompt = self._encode(messages, rules)
+        except (DataError, ConfigError) as problem:
+            self.console.print(str(problem), style="red", markup=False)
+            return
+        started = time.perf_counter()
+        decoder = BlockDecoder(self.policy, rules.block_size, 1, document_length(len(prompt), rules))
+        decoder.add(0, prompt, rules, noise_id=len(self.turns))
+        frames: list[Frame] = []
+        rollout = self._decode(decoder, rules, frames)
+        seconds = time.perf_counter() - started
+        self.turns.append(Turn(question, frames))
+        if rollout is not None:
+            text = self.vocabulary.text(rollout.output_ids)
+            self.messages = [*messages, {"role": "assistant", "content": text}]
+            self.console.print(printable(text), markup=False, soft_wrap=True)
+        if self.console.is_terminal and frames:
+            self.console.print(_counts(rollout, frames[-1], seconds), style="dim")
+        if self.trace is not None:
+            write_trace(self.trace, self.turns)
+
+    def _encode(self, messages: list[dict[str, str]], rules: DecodeRules) -> list[int]:
+        """Ids of the conversation. Raises DataError where it is too long, ConfigError without a chat template."""
+        encoder, most = self.vocabulary.encoder, self.policy.config.max_position_embeddings
+        prompt = encoder.encode_prompt(messages)
+        check_prompts([prompt], rules, self.policy.config.vocab_size)
+        if document_length(len(prompt), rules) > most:
+            raise DataError(
+                f"the conversation has {len(prompt)} tokens, with max_new_tokens {rules.max_new_tokens} more than the "
+                f"model's {most}: /new forgets it"
+            )
+        return prompt
+
+    def _decode(self, decoder: BlockDecoder, rules: DecodeRules, frames: list[Frame]) -> Rollout | None:
+        """The finished response; None where Ctrl-C ended it. `frames` gets what there was to see."""
+        denoising = Denoising(self.vocabulary, rules.block_size)
+        with self._screen() as (show, typed):
+            try:
+                while True:
+                    (progress,) = decoder.step()
+                    frames.append(denoising.frame(progress, self.keys.threshold))
+                    show(frames[-1])
+                    if progress.rollout is not None:
+                        return progress.rollout
+                    for line in typed(self.delay):
+                        self._command(line)
+                        changed = dataclasses.replace(self.keys, max_new_tokens=rules.max_new_tokens)
+                        decoder.change_rules(0, self.vocabulary.rules(changed))
+                        show(frames[-1])
+            except KeyboardInterrupt:
+                return None
+
+    @contextlib.contextmanager
+    def _screen(self) -> Iterator[tuple]:
+        """(show a frame, lines that were typed since); both do nothing where there is no terminal."""
+        if not self.console.is_terminal:
+            yield lambda frame: None, lambda delay: ()
+            return
+        keyboard = Keyboard()
+        with keyboard.watched(), Live(console=self.console, transient=True, auto_refresh=False) as live:
+
+            def show(frame: Frame) -> None:
+                live.update(self._picture(frame, keyboard.line), refresh=True)
+
+            def typed(delay: float) -> list[str]:
+                lines, before = [], keyboard.line
+                ends = time.monotonic() + delay
+                while True:
+                    lines += keyboard.read(max(0.0, ends - time.monotonic()))
+                    if keyboard.line != before:
+                        live.update(self._picture(self._last_frame, keyboard.line), refresh=True)
+                        before = keyboard.line
+                    if lines or time.monotonic() >= ends:
+                        return lines
+
+            yield show, typed
+
+    def _picture(self, frame: Frame, line: str) -> Group:
+        """The end of the answer, as far as the screen goes; below, where it stands and what is being typed."""
+        self._last_frame = frame
+        rows = frame.text.wrap(self.console, self.console.width)[-max(1, self.console.height - LINES_BESIDE) :]
+        status = f"{frame.rate}, threshold {self.keys.threshold:g}"
+        if self.keys.editing_threshold is not None:
+            status += f", editing {self.keys.editing_threshold:g}"
+        note = [Text(self.note, "dim")] if self.note and line == "" else []
+        return Group(Text("\n").join(rows), Text(status, "dim"), *note, Text(f"> {line}" if line else "", "bold"))
+
+
+def _counts(rollout: Rollout | None, last: Frame, seconds: float) -> str:
+    """Of an answer up to EOS, as `eval` counts; of one that was interrupted, what stands there."""
+    if rollout is None:
+        return f"interrupted at {last.rate}"
+    tokens, rate = len(rollout.output_ids), rollout.tokens_per_forward
+    return f"{rollout.forwards} forwards, {tokens} tokens, {rate:.2f} a forward, {tokens / seconds:,.0f} a second"
+
+
+class Keyboard:
+    """What is typed while the screen is drawn: read without waiting for the end of a line, and without the terminal's
+    own echo."""
+
+    def __init__(self):
+        self.line = ""
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        if not sys.stdin.isatty():
+            yield
+            return
+        before = termios.tcgetattr(sys.stdin)
+        tty.setcbreak(sys.stdin)  # Ctrl-C still interrupts
+        try:
+            yield
+        finally:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+    def read(self, wait_s: float) -> list[str]:
+        """Lines that were completed within `wait_s`; returns as soon as something is typed."""
+        if not sys.stdin.isatty():
+            time.sleep(wait_s)
+            return []
+        if not select.select([sys.stdin], [], [], wait_s)[0]:
+            return []
+        lines = []
+        for character in os.read(sys.stdin.fileno(), 1024).decode(errors="ignore"):
+            if character in "\r\n":
+                lines.append(self.line)
+                self.line = ""
+            elif character in "\x7f\b":
+                self.line = self.line[:-1]
+            elif character.isprintable():
+                self.line += character
+        return [line for line in lines if line.startswith("/")]
