@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dfactory.config.objective import PAIRED_STAGES
 from dfactory.config.recipe import Recipe
 from dfactory.data.chat import SpecialIds
-from dfactory.data.examples import Examples, load_examples
+from dfactory.data.examples import DocumentRules, Examples, load_examples
 from dfactory.data.source import MakeViews, RecordSource
 from dfactory.data.traces import TraceRules
 from dfactory.engine.drafting import DraftSource
@@ -52,24 +52,35 @@ def read_inputs(recipe: Recipe) -> Inputs:
     held_out = _load(recipe, vocabulary, recipe.eval_datasets) if recipe.eval_datasets else None
     if recipe.stage == "rl":
         return Inputs(vocabulary, None, held_out)
-    traces = recipe.block_size if recipe.view_source == "trace" else None
-    return Inputs(vocabulary, _load(recipe, vocabulary, recipe.datasets, traces), held_out)
+    return Inputs(vocabulary, _load(recipe, vocabulary, recipe.datasets, trace_block_size_of(recipe)), held_out)
+
+
+def trace_block_size_of(recipe: Recipe) -> int | None:
+    """Of the traces that views are made from, where they are."""
+    return recipe.block_size if recipe.view_source == "trace" else None
+
+
+def document_rules(recipe: Recipe, vocabulary: Vocabulary, trace_block_size: int | None) -> DocumentRules:
+    """What a record has to be like."""
+    return DocumentRules(
+        max_length=recipe.max_length,
+        overlong=recipe.overlong,
+        eos_id=vocabulary.special.eos,
+        vocab_size=vocabulary.size,
+        mask_id=vocabulary.special.mask,
+        traces=TraceRules(trace_block_size, recipe.trace_filter == "correct"),
+    )
 
 
 def _load(recipe: Recipe, vocabulary: Vocabulary, datasets, trace_block_size: int | None = None) -> Examples:
     return load_examples(
         datasets,
         vocabulary.encoder,
-        max_length=recipe.max_length,
-        overlong=recipe.overlong,
+        **vars(document_rules(recipe, vocabulary, trace_block_size)),
         on_bad_row=recipe.on_bad_row,
         max_bad_fraction=recipe.max_bad_fraction,
         block_size=recipe.block_size,
-        eos_id=vocabulary.special.eos,
-        vocab_size=vocabulary.size,
-        mask_id=vocabulary.special.mask,
         paired=recipe.documents_per_record == 2,
-        traces=TraceRules(trace_block_size, recipe.trace_filter == "correct"),
     )
 
 

@@ -20,6 +20,7 @@ from dfactory.config.data import DatasetKeys
 from dfactory.data.chat import ChatEncoder, Tokens, token_ids
 from dfactory.data.fields import BadRow, Document, Fault, Pair, Record, TokenIds, Trace
 from dfactory.data.pairs import SIDES
+from dfactory.data.progress import reading
 from dfactory.data.records import read_records
 from dfactory.data.traces import NO_TRACES, TraceRules
 from dfactory.errors import ConfigError, DataError
@@ -194,16 +195,45 @@ def load_examples(
         raise ConfigError(
             f"datasets names {len(datasets)} files: at most {1 << FILE_BITS} can be told apart; join some"
         )
-    rules = _Rules(max_length, overlong, eos_id, vocab_size, mask_id, traces)
+    rules = DocumentRules(max_length, overlong, eos_id, vocab_size, mask_id, traces)
     report = DataReport([entry.path for entry in datasets], unit_size=2 if paired else 1)
     builder = _Builder(report, on_bad_row, block_size)
-    for file_index, entry in enumerate(datasets):
-        for batch in _batched(read_records(entry.path, prefer_pairs=paired), ENCODE_BATCH):
-            for number, record in batch:
-                _require_kind(record, paired, f"{entry.path}:{number}")
-            for (number, record), encoded in zip(batch, _encode(batch, encoder, entry.path), strict=True):
-                builder.add((file_index << LINE_BITS) | number, _finish(rules, record, encoded))
+    with reading(report.files, "tokenising") as advance:
+        for file_index, path in enumerate(report.files):
+            for row in read_documents(read_records(path, paired, advance), path, encoder, rules):
+                _require_kind(row.record, paired, f"{path}:{row.number}")
+                builder.add((file_index << LINE_BITS) | row.number, row.finished)
     return builder.finish(max_bad_fraction)
+
+
+@dataclass(frozen=True)
+class DocumentRules:
+    """What a document must be like to be trained on."""
+
+    max_length: int
+    overlong: str
+    eos_id: int
+    vocab_size: int
+    mask_id: int | None = None
+    traces: TraceRules = NO_TRACES
+
+
+class EncodedRow(NamedTuple):
+    """A row of a file on all its stages."""
+
+    number: int
+    record: Record | BadRow
+    encoded: "Encoded | BadRow"  # without the EOS that is added, before it is cut
+    finished: "list[Finished] | BadRow | None"  # what is trained on; None: left out by trace_filter
+
+
+def read_documents(
+    records: Iterator[tuple[int, Record | BadRow]], path: str, encoder: ChatEncoder | None, rules: DocumentRules
+) -> Iterator[EncodedRow]:
+    """Tokenise and check numbered records of a file, in bounded memory. A bad row is a value."""
+    for batch in _batched(records, ENCODE_BATCH):
+        for (number, record), encoded in zip(batch, _encode(batch, encoder, path), strict=True):
+            yield EncodedRow(number, record, encoded, _finish(rules, record, encoded))
 
 
 def _require_kind(record: Record | BadRow, paired: bool, origin: str) -> None:
@@ -220,17 +250,7 @@ def _require_kind(record: Record | BadRow, paired: bool, origin: str) -> None:
     )
 
 
-@dataclass(frozen=True)
-class _Rules:
-    max_length: int
-    overlong: str
-    eos_id: int
-    vocab_size: int
-    mask_id: int | None
-    traces: TraceRules
-
-
-def _documents(record: Record) -> tuple[Document, ...]:
+def documents_of(record: Record) -> tuple[Document, ...]:
     return tuple(record) if isinstance(record, Pair) else (record,)
 
 
@@ -239,7 +259,7 @@ Encoded = list[Tokens | BadRow]  # the documents of one row
 
 def _encode(batch: list[tuple[int, Record | BadRow]], encoder: ChatEncoder | None, path: str) -> list[Encoded | BadRow]:
     """The documents of each row, tokenised; all of them in one call of the tokenizer."""
-    rows = [record if isinstance(record, BadRow) else _documents(record) for _, record in batch]
+    rows = [record if isinstance(record, BadRow) else documents_of(record) for _, record in batch]
     good = [document for row in rows if not isinstance(row, BadRow) for document in row]
     if encoder is None:
         for (number, _), row in zip(batch, rows, strict=True):
@@ -262,13 +282,13 @@ class Finished(NamedTuple):
     commit_step_T: np.ndarray | None = None  # where views are made from traces
 
 
-def _finish(rules: "_Rules", record: Record | BadRow, encoded: Encoded | BadRow) -> list[Finished] | BadRow | None:
+def _finish(rules: DocumentRules, record: Record | BadRow, encoded: Encoded | BadRow) -> list[Finished] | BadRow | None:
     """All documents of a row, or none; None for what trace_filter leaves out."""
     if isinstance(encoded, BadRow):
         return encoded
     if rules.traces.leave_out(_trace_of(record)):
         return None
-    outcomes = [_apply(rules, *one) for one in zip(_documents(record), encoded, strict=True)]
+    outcomes = [_apply(rules, *one) for one in zip(documents_of(record), encoded, strict=True)]
     for side, outcome in enumerate(outcomes):
         if isinstance(outcome, BadRow):
             return BadRow(outcome.fault, f"{SIDES[side]}: {outcome}") if isinstance(record, Pair) else outcome
@@ -295,7 +315,7 @@ def _trace_of(record: Record) -> Trace | None:
     return record.trace if isinstance(record, TokenIds) else None
 
 
-def _apply(rules: _Rules, record: Document, tokens: Tokens | BadRow) -> list[Finished] | BadRow:
+def _apply(rules: DocumentRules, record: Document, tokens: Tokens | BadRow) -> list[Finished] | BadRow:
     """End with EOS, check, cut or split."""
     if isinstance(tokens, BadRow):
         return tokens
@@ -336,7 +356,7 @@ def _split(ids: np.ndarray, trainable: np.ndarray, limit: int) -> list[Finished]
     return BadRow(Fault.TOO_LONG, f"the document has {len(ids)} tokens, max_length is {limit}, and it {reason}")
 
 
-def _wrong_id(rules: _Rules, ids: np.ndarray) -> BadRow | None:
+def _wrong_id(rules: DocumentRules, ids: np.ndarray) -> BadRow | None:
     if ids.max() >= rules.vocab_size:
         where = int(ids.argmax())
         return BadRow(
