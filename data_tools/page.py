@@ -9,9 +9,11 @@ from rich.text import Text
 
 BAR_WIDTH = 40  # characters
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2024;background:#fff}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;
+padding:0 1rem;color:#1c2024;background:#fff}
 h1{font-size:1.5rem}h2{font-size:1.05rem;margin:1.6rem 0 .3rem}table{border-collapse:collapse}
-td,th{padding:.15rem .9rem .15rem 0;text-align:left;vertical-align:top}td.n{text-align:right;font-variant-numeric:tabular-nums}
+td,th{padding:.15rem .9rem .15rem 0;text-align:left;vertical-align:top}
+td.n{text-align:right;font-variant-numeric:tabular-nums}
 td.b{width:24rem}td.b div{background:#3b6fb6;height:.8em;min-width:1px}code{white-space:pre-wrap;overflow-wrap:anywhere}
 .bad{color:#a31515}.good{color:#1a6b2d}.warn{color:#8a5a00}"""
 

@@ -1,7 +1,7 @@
 """Report on record files before anything is trained on them.
 
     dfactory data validate FILE ... [--model DIR] [--html PAGE]
-    dfactory data validate --recipe RECIPE [--html PAGE]
+    dfactory data validate --recipe RECIPE [key=value ...] [--html PAGE]
 
 The rows are read, rendered, tokenised and refused by the code that training uses. With --recipe, everything comes from the
 recipe, its files included. Without a model, only the rows themselves are checked. Files are streamed: memory grows by 32
@@ -9,6 +9,7 @@ bytes a row. The exit status is 1 if more of the rows are bad than --max-bad-fra
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from data_tools.command import add_model_arguments, fraction, parser_of, run, vocabulary_of
+from data_tools.command import add_model_arguments, fraction, parser_of, run, split_overrides, vocabulary_of
 from data_tools.page import Page, Section, print_page, to_html
 from data_tools.survey import Survey
 from dfactory.data.chat import ChatEncoder
@@ -56,9 +57,11 @@ def main(words: list[str] | None = None) -> int:
         help="share of bad rows above which the status is 1 (default: 0)",
     )
     parser.add_argument("--html", type=Path, help="also write the report as one HTML file")
-    options = parser.parse_args(words)
+    options, overrides = split_overrides(parser, words)
+    if overrides and not options.recipe:
+        parser.error(f"{' '.join(overrides)} would change a recipe: give --recipe")
 
-    task = _task_of_recipe(options) if options.recipe else _task_of_words(options)
+    task = _task_of_recipe(options, overrides) if options.recipe else _task_of_words(options)
     page = report(survey(task), task)
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -84,12 +87,12 @@ def _task_of_words(options: argparse.Namespace) -> Task:
     return Task(options.files, options.pairs, options.max_bad_fraction, vocabulary.encoder, rules)
 
 
-def _task_of_recipe(options: argparse.Namespace) -> Task:
+def _task_of_recipe(options: argparse.Namespace, overrides: list[str]) -> Task:
     from dfactory.assembly import document_rules, trace_block_size_of
     from dfactory.config.load import load_recipe
     from dfactory.vocabulary import recipe_vocabulary
 
-    recipe = load_recipe(options.recipe, [])
+    recipe = load_recipe(options.recipe, overrides)
     vocabulary = recipe_vocabulary(recipe)
     allowed = recipe.max_bad_fraction if recipe.on_bad_row == "skip" else 0.0
     files = options.files or [entry.path for entry in recipe.datasets]
@@ -194,7 +197,7 @@ def _length_section(found: Survey) -> Section:
     first = max(0, int(np.searchsorted(edges, length_D.min(), "right")) - 1)
     edges = edges[first : int(np.searchsorted(edges, length_D.max(), "right")) + 1]
     count = np.histogram(length_D, edges)[0]
-    names = [f"{low:,} to {high - 1:,}" for low, high in zip(edges, edges[1:], strict=False)]
+    names = [f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(edges)]
     return Section("documents by length in tokens", list(zip(names, count.tolist(), strict=True)), bars=True)
 
 
@@ -213,7 +216,7 @@ def _warnings(found: Survey, task: Task) -> list[str]:
         warnings.append(f"{repeated:,} rows repeat an earlier one: `dfactory data dedup` leaves them out")
     if found.refused.get(Fault.TOO_LONG):
         warnings.append(
-            "rows are longer than max_length: raise it, or set overlong: truncate (they get no EOS) in the recipe"
+            "rows are longer than max_length: raise it, or set overlong: truncate in the recipe (they get no EOS)"
         )
     if task.rules is None:
         warnings.append("no --model was given: nothing is said of tokens, and no row was put through a chat template")

@@ -212,6 +212,7 @@ class ChatEncoder:
         hidden, stand_ins = self._hide_literals((conversation.messages, conversation.tools))
         messages, tools = hidden
         template = self._template(tools)
+        _require_tools(template, conversation)
         text, spans = self._render_spans(template, messages, tools, add_generation_prompt)
         if conversation.trained_from:
             context = self._render(template, messages[: conversation.trained_from], tools)[0]
@@ -387,6 +388,18 @@ def _map_strings(value: Any, change) -> Any:
     if isinstance(value, (list, tuple)):
         return [_map_strings(inner, change) for inner in value]
     return value
+
+
+def _require_tools(template: str, conversation: Conversation) -> None:
+    """A template that does not know tools would leave them out without a word."""
+    wanted = {"tools": conversation.tools, "tool_calls": any(m.get("tool_calls") for m in conversation.messages)}
+    for name, is_there in wanted.items():
+        if is_there and name not in template:
+            raise BadRow(
+                Fault.TEMPLATE,
+                f"the conversation has {name}, which the chat template does not write: give one that does as "
+                "chat_template_path, or remove them",
+            )
 
 
 def _require_prefix(before: str, text: str) -> None:

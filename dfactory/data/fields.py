@@ -101,13 +101,34 @@ def _message(message: dict[str, Any], name: str) -> dict[str, Any]:
         raise BadRow(Fault.FIELD, f"{name}.role is {show(role)}: it must be one of {', '.join(ROLES)}")
     calls = message.get("tool_calls")
     if calls is not None:
-        list_of_objects(calls, f"{name}.tool_calls", may_be_empty=True)
+        calls = list_of_objects(calls, f"{name}.tool_calls", may_be_empty=True)
+        message["tool_calls"] = [_call(call, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
     content = _content(message.get("content", "" if calls else None), f"{name}.content")
     if role == "assistant" and not calls and not content.strip():
         raise BadRow(Fault.EMPTY, f"{name}.content is empty: an assistant turn needs text or tool_calls")
     message["content"] = content
     refuse_surrogates(message, name)
     return message
+
+
+def _call(call: dict[str, Any], name: str) -> dict[str, Any]:
+    """A call of a tool. Arguments that come as JSON text, as OpenAI writes them, become an object, as templates want it."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    arguments = json_object(function["arguments"], f"{name}.function.arguments")
+    return call | {"function": function | {"arguments": arguments}}
+
+
+def json_object(text: str, name: str) -> dict[str, Any]:
+    """The object that a text spells. Raises BadRow."""
+    try:
+        value = json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as problem:
+        raise BadRow(Fault.FIELD, f"{name} is text but not valid JSON: {problem}") from problem
+    if not isinstance(value, dict):
+        raise BadRow(Fault.FIELD, f"{name} is {show(value)}: it must be an object")
+    return value
 
 
 def _content(value: Any, name: str) -> str:
