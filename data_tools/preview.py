@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.text import Text
 
 from data_tools.command import add_model_arguments, parser_of, run, vocabulary_of
-from dfactory.commands.preview import decoder_of, document_text, legend, view_text
+from dfactory.commands.preview import Decode, decoder_of, document_text, legend, view_text
 from dfactory.data.examples import DocumentRules, read_documents
-from dfactory.data.fields import BadRow
+from dfactory.data.fields import BadRow, Pair
 from dfactory.data.pack import align
+from dfactory.data.pairs import SIDES
 from dfactory.data.records import read_records
 from dfactory.errors import ConfigError
-from dfactory.types import Example
+from dfactory.types import AlignedDocument, Example, View
 from dfactory.views import RandomMask
 
 PLAIN_WIDTH = 120  # of the output where there is no terminal
@@ -57,15 +58,23 @@ def main(words: list[str] | None = None) -> int:
             if isinstance(row.finished, BadRow):
                 console.print(Text.assemble((f"{origin} refused: ", "bold red"), str(row.finished)), soft_wrap=True)
                 continue
-            for document in row.finished or ():
-                ids_T, trainable_T = document.tokens
-                example = Example(row.number, ids_T, trainable_T, origin)
+            names = SIDES if isinstance(row.record, Pair) else itertools.repeat("document")
+            for name, document in zip(names, row.finished, strict=False):
+                example = Example(row.number, *document.tokens, f"{origin}, {name}")
                 aligned = align(example, options.block_size, special.eos)
-                console.print(Text(f"{origin}, {len(example)} tokens, {int(trainable_T.sum())} trained", "bold"))
-                console.print(document_text(example, aligned.input_ids_T, aligned.trainable_T, decode), soft_wrap=True)
-                view = masks(aligned, 0)[0]
-                console.print(view_text(view, aligned, len(example), special.mask, decode), soft_wrap=True)
+                for text in described(example, aligned, masks(aligned, 0)[0], special.mask, decode):
+                    console.print(text, soft_wrap=True)
     return 0
+
+
+def described(example: Example, aligned: AlignedDocument, view: View, mask_id: int, decode: Decode) -> list[Text]:
+    """A headline, the document, and one of its views."""
+    title = f"{example.origin}: {len(example)} tokens, {int(example.trainable_T.sum())} trained"
+    return [
+        Text(title, "bold"),
+        document_text(example, aligned.input_ids_T, aligned.trainable_T, decode),
+        view_text(view, aligned, len(example), mask_id, decode),
+    ]
 
 
 if __name__ == "__main__":

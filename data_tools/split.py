@@ -3,8 +3,8 @@
     dfactory data split FILE ... --output FOLDER heldout=0.05 train=0.95
 
 A record's part is a function of its normalised prompt and the seed, so that the same question is never in two parts, however
-it is written and wherever it stands, nor in those of another file that was split with the same seed and parts. The shares are
-therefore met only about. Parts are written as FOLDER/NAME.jsonl (see --format). Memory does not grow with the file.
+it is written and wherever it stands, nor in those of another file that was split with the same seed and parts. The shares
+are therefore met only about. Parts are written as FOLDER/NAME.jsonl (see --format). Memory does not grow with the file.
 """
 
 import contextlib

@@ -10,6 +10,7 @@ bytes a row. The exit status is 1 if more of the rows are bad than --max-bad-fra
 
 import argparse
 import itertools
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from data_tools.command import add_model_arguments, fraction, parser_of, run, split_overrides, vocabulary_of
+from data_tools.command import add_model_arguments, fraction, parser_of, run, vocabulary_of
 from data_tools.page import Page, Section, print_page, to_html
 from data_tools.survey import Survey
 from dfactory.data.chat import ChatEncoder
@@ -30,6 +31,7 @@ from dfactory.errors import ConfigError
 
 PLAIN_WIDTH = 120  # of the output where there is no terminal
 ANY_LENGTH = 2**31 - 1
+KEY = re.compile(r"[\w.]+=")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Task:
 
 def main(words: list[str] | None = None) -> int:
     parser = parser_of("validate")
-    parser.add_argument("files", nargs="*", help=".jsonl, .jsonl.gz or .parquet")
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE | key=value", help=".jsonl, .jsonl.gz or .parquet; keys of --recipe"
+    )
     parser.add_argument("--recipe", help="take files, model, lengths and what is allowed from this recipe")
     add_model_arguments(parser, required=False)
     parser.add_argument("--max-length", type=int, help="longest document in tokens (default: no limit)")
@@ -57,7 +61,9 @@ def main(words: list[str] | None = None) -> int:
         help="share of bad rows above which the status is 1 (default: 0)",
     )
     parser.add_argument("--html", type=Path, help="also write the report as one HTML file")
-    options, overrides = split_overrides(parser, words)
+    options = parser.parse_args(words)
+    overrides = [word for word in options.files if KEY.match(word) and not Path(word).exists()]
+    options.files = [word for word in options.files if word not in overrides]
     if overrides and not options.recipe:
         parser.error(f"{' '.join(overrides)} would change a recipe: give --recipe")
 
@@ -92,6 +98,10 @@ def _task_of_recipe(options: argparse.Namespace, overrides: list[str]) -> Task:
     from dfactory.config.load import load_recipe
     from dfactory.vocabulary import recipe_vocabulary
 
+    if options.model or options.chat_template or options.max_length is not None:
+        raise ConfigError(
+            "--recipe says these already: give model_name_or_path=, chat_template_path= or max_length= instead"
+        )
     recipe = load_recipe(options.recipe, overrides)
     vocabulary = recipe_vocabulary(recipe)
     allowed = recipe.max_bad_fraction if recipe.on_bad_row == "skip" else 0.0
