@@ -9,8 +9,8 @@ import numpy as np
 
 from data_tools.identity import prompt_key, record_key
 from dfactory.data.chat import ChatEncoder, special_literals
-from dfactory.data.examples import SHOWN_ORIGINS, EncodedRow, Refused, documents_of
-from dfactory.data.fields import BadRow, Completion, Conversation, Document, Fault, Pair, Record
+from dfactory.data.examples import SHOWN_ORIGINS, DataReport, EncodedRow, documents_of
+from dfactory.data.fields import BadRow, Completion, Conversation, Document, Pair, Record
 
 KINDS = {Conversation: "conversation", Completion: "text"}
 
@@ -22,7 +22,7 @@ class Survey:
         self.files, self.max_length = files, max_length
         literals = sorted(special_literals(encoder.tokenizer), key=len, reverse=True) if encoder else []
         self._literal = re.compile("|".join(map(re.escape, literals)) or "(?!)")
-        self.refused: dict[Fault, Refused] = {}
+        self.report = DataReport(files)
         self.kinds, self.roles, self.spelt, self.turns = Counter(), Counter(), Counter(), Counter()
         self.num_rows = self.with_tools = self.left_out = 0
         self.first_spelt: dict[str, str] = {}
@@ -35,9 +35,9 @@ class Survey:
         self.num_rows += 1
         origin = f"{self.files[file_index]}:{row.number}"
         if isinstance(row.record, BadRow):
-            return self.refuse(origin, row.record)
+            return self.report.refuse(origin, row.record)
         if isinstance(row.finished, BadRow):
-            self.refuse(origin, row.finished)
+            self.report.refuse(origin, row.finished)
         elif row.finished is None:
             self.left_out += 1
         self._describe(row.record, origin)
@@ -49,19 +49,9 @@ class Survey:
                 self._length.append(len(tokens[0]))
                 self.trainable_tokens += int(tokens[1].sum())
 
-    def refuse(self, origin: str, bad: BadRow) -> None:
-        refused = self.refused.setdefault(bad.fault, Refused())
-        refused.count += 1
-        if len(refused.first) < SHOWN_ORIGINS:
-            refused.first.append(f"{origin}: {bad}")
-
-    @property
-    def num_refused(self) -> int:
-        return sum(refused.count for refused in self.refused.values())
-
     @property
     def bad_share(self) -> float:
-        return self.num_refused / max(self.num_rows, 1)
+        return self.report.num_refused / max(self.num_rows, 1)
 
     @property
     def length_D(self) -> np.ndarray:

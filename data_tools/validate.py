@@ -148,7 +148,7 @@ def _of_kind(row: EncodedRow, paired: bool) -> EncodedRow:
 
 def report(found: Survey, task: Task) -> Page:
     sections = [_rows_section(found)]
-    if found.refused:
+    if found.report.refused:
         sections += [_refused_section(found)]
     if task.rules is not None and len(found.length_D):
         sections += [_tokens_section(found), _length_section(found)]
@@ -159,15 +159,15 @@ def report(found: Survey, task: Task) -> Page:
             for literal, count in found.spelt.most_common()
         ]
         sections += [Section("special tokens spelt out in texts (they stay text)", rows)]
-    good = found.bad_share <= task.max_bad_fraction and found.num_refused < found.num_rows
-    share = f"{found.num_refused:,} of {found.num_rows:,} rows are bad ({found.bad_share:.2%})"
+    good = found.bad_share <= task.max_bad_fraction and found.report.num_refused < found.num_rows
+    share = f"{found.report.num_refused:,} of {found.num_rows:,} rows are bad ({found.bad_share:.2%})"
     verdict = f"{share}, {task.max_bad_fraction:.2%} are allowed"
     return Page(f"Records of {', '.join(task.files)}", sections, _warnings(found, task), verdict, good)
 
 
 def _rows_section(found: Survey) -> Section:
     repeated, examples = found.duplicates()
-    rows = [("files", len(found.files)), ("rows", found.num_rows), ("refused", found.num_refused)]
+    rows = [("files", len(found.files)), ("rows", found.num_rows), ("refused", found.report.num_refused)]
     rows += [(f"read as {kind}", count) for kind, count in found.kinds.most_common()]
     rows += [("different prompts", found.num_prompts), ("duplicates", repeated)]
     rows += [("left out by trace_filter", found.left_out)] if found.left_out else []
@@ -175,7 +175,7 @@ def _rows_section(found: Survey) -> Section:
 
 
 def _refused_section(found: Survey) -> Section:
-    ordered = sorted(found.refused.items(), key=lambda item: -item[1].count)
+    ordered = sorted(found.report.refused.items(), key=lambda item: -item[1].count)
     rows = [(str(fault), refused.count) for fault, refused in ordered]
     return Section("refused", rows, lines=[origin for _, refused in ordered for origin in refused.first])
 
@@ -224,7 +224,7 @@ def _warnings(found: Survey, task: Task) -> list[str]:
     repeated, _ = found.duplicates()
     if repeated:
         warnings.append(f"{repeated:,} rows repeat an earlier one: `dfactory data dedup` leaves them out")
-    if found.refused.get(Fault.TOO_LONG):
+    if found.report.refused.get(Fault.TOO_LONG):
         warnings.append(
             "rows are longer than max_length: raise it, or set overlong: truncate in the recipe (they get no EOS)"
         )

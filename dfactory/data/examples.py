@@ -10,7 +10,7 @@ stops the run or whether they are counted, up to `max_bad_fraction`.
 import functools
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -65,6 +65,22 @@ class DataReport:
     @property
     def num_refused(self) -> int:
         return sum(refused.count for refused in self.refused.values())
+
+    def refuse(self, origin: str, bad: BadRow) -> None:
+        """Count one row that cannot be used."""
+        refused = self.refused.setdefault(bad.fault, Refused())
+        refused.count += 1
+        if len(refused.first) < SHOWN_ORIGINS:
+            refused.first.append(f"{origin}: {bad}")
+
+    def refuse_share_above(self, max_bad_fraction: float) -> None:
+        """Raises DataError where too large a share of the rows was refused."""
+        share = self.num_refused / max(self.num_rows + self.num_refused, 1)
+        if share > max_bad_fraction:
+            raise DataError(
+                f"{share:.2%} of the rows of {', '.join(self.files)} are unusable, max_bad_fraction is "
+                f"{max_bad_fraction:g}: fix them or raise it\n{self}"
+            )
 
     def __str__(self) -> str:
         pairs = f" ({self.num_rows} pairs)" if self.unit_size == 2 else ""
@@ -123,6 +139,26 @@ class Examples(Sequence[Example]):
     def file_index_E(self) -> np.ndarray:
         """Which of the files each document came from."""
         return _file_index(self.document_id_E)
+
+    @property
+    def file_index_U(self) -> np.ndarray:
+        """Which of the files each unit came from."""
+        return self.file_index_E[:: self.unit_size]
+
+    def unit(self, index: int) -> list[Example]:
+        """The documents that belong together: one, or the two sides of a pair."""
+        return [self[member] for member in range(index * self.unit_size, (index + 1) * self.unit_size)]
+
+    def unit_id(self, index: int) -> int:
+        """The name of a unit's documents."""
+        return int(self.document_id_E[index * self.unit_size])
+
+    def map_units(self, measure: Callable[["Examples"], np.ndarray]) -> np.ndarray:
+        """A number for each unit."""
+        return measure(self)
+
+    def prefetch(self, index_V: np.ndarray) -> None:
+        """These units are wanted next. All of them are there."""
 
     def origin(self, document_id: int) -> str:
         """The "file:line" that a document id names."""
@@ -197,11 +233,11 @@ def load_examples(
         )
     rules = DocumentRules(max_length, overlong, eos_id, vocab_size, mask_id, traces)
     report = DataReport([entry.path for entry in datasets], unit_size=2 if paired else 1)
-    builder = _Builder(report, on_bad_row, block_size)
+    builder = ExamplesBuilder(report, on_bad_row, block_size)
     with reading(report.files, "tokenising") as advance:
         for file_index, path in enumerate(report.files):
             for row in read_documents(read_records(path, paired, advance), path, encoder, rules):
-                _require_kind(row.record, paired, f"{path}:{row.number}")
+                require_kind(row.record, paired, f"{path}:{row.number}")
                 builder.add((file_index << LINE_BITS) | row.number, row.finished)
     return builder.finish(max_bad_fraction)
 
@@ -236,7 +272,8 @@ def read_documents(
             yield EncodedRow(number, record, encoded, _finish(rules, record, encoded))
 
 
-def _require_kind(record: Record | BadRow, paired: bool, origin: str) -> None:
+def require_kind(record: Record | BadRow, paired: bool, origin: str) -> None:
+    """A run trains on pairs or on single answers. Raises DataError for a record of the other kind."""
     if isinstance(record, BadRow) or isinstance(record, Pair) == paired:
         return
     if paired:
@@ -370,7 +407,7 @@ def _wrong_id(rules: DocumentRules, ids: np.ndarray) -> BadRow | None:
     return None
 
 
-class _Builder:
+class ExamplesBuilder:
     """Gathers documents, counts bad rows."""
 
     def __init__(self, report: DataReport, on_bad_row: str, block_size: int):
@@ -407,24 +444,20 @@ class _Builder:
     def _refuse(self, origin: str, bad: BadRow) -> None:
         if self.on_bad_row == "error":
             raise DataError(f"{origin}: {bad}; or set on_bad_row: skip to go on without such rows") from bad
-        refused = self.report.refused.setdefault(bad.fault, Refused())
-        refused.count += 1
-        if len(refused.first) < SHOWN_ORIGINS:
-            refused.first.append(f"{origin}: {bad}")
+        self.report.refuse(origin, bad)
 
     def finish(self, max_bad_fraction: float) -> Examples:
         report, files = self.report, ", ".join(self.report.files)
         if not report.kept:
             raise DataError(f"no record of {files} can be trained on:\n{report}")
-        share = report.num_refused / (report.num_rows + report.num_refused)
-        if share > max_bad_fraction:
-            raise DataError(
-                f"{share:.2%} of the rows of {files} are unusable, max_bad_fraction is {max_bad_fraction:g}: "
-                f"fix them or raise it\n{report}"
-            )
+        report.refuse_share_above(max_bad_fraction)
+        return self.examples()
+
+    def examples(self) -> Examples:
+        """What was gathered, at least one document."""
         input_ids, trainable, steps = _concatenate([*self.chunks, *self.loose])
         offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
-        return Examples(report, np.array(self.document_ids, np.int64), offsets, input_ids, trainable, steps)
+        return Examples(self.report, np.array(self.document_ids, np.int64), offsets, input_ids, trainable, steps)
 
 
 def _origin(files: list[str], document_id: int) -> str:
