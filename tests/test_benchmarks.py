@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import decoding, dpo_variance, packing, step, tree
+from benchmarks import data, decoding, dpo_variance, packing, step, tree
 from benchmarks.workload import Timed, interleave
 from dfactory.cli import main
 from dfactory.models.registry import load_policy
@@ -44,6 +44,14 @@ def test_both_sides_of_a_benchmark_of_speed_compute_the_same(benchmark, capsys):
     """Losses over all steps, or tokens; a benchmark whose sides differ ends with status 1."""
     assert benchmark.main(["--smoke"]) == 0
     assert "obvious" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_data_tells_memory_and_rates(capsys):
+    assert data.main(["--smoke"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{part}, 0.00 GB" in shown for part in ("start", "rows", "validate"))
+    assert "reader, " in shown
 
 
 MIB = 2**20
