@@ -4,9 +4,12 @@
     python -m benchmarks.data --records 2000000 --keep big.jsonl  # 4 GB; about an hour on a core
 
 The records are conversations of random words, numbered, so that none repeats. What is measured runs in a process of its own,
-whose peak of resident memory and processor seconds the kernel tells. Start of training is `dfactory train` with
-`streaming: true` up to the end of the first optimiser step; `rows` is `validate` without a tokenizer. The reader's rate is that of tokenising, rendering, checking
-and aligning records of about 200 tokens in one thread.
+whose peak of resident memory and processor seconds the kernel tells.
+
+    rate       the training reader in one thread: tokenise, render, check and align records of about 200 tokens
+    start      `dfactory train` with `streaming: true` up to the end of the first optimiser step
+    rows       `dfactory data validate` without a tokenizer
+    validate   `dfactory data validate --model tiny`
 """
 
 import argparse
@@ -149,7 +152,7 @@ def main(words: list[str] | None = None) -> int:
         options.records = 300
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of this process: rates are those of one core
 
-    console, within = Console(width=110), True
+    console, within = Console(width=130), True
     table = Table("what", "records", "seconds", "cpu seconds", "peak MiB", "records a minute and core", "bar")
     if "rate" in options.parts:
         count = 200 if options.smoke else 20_000

@@ -9,8 +9,8 @@ import numpy as np
 
 from data_tools.identity import prompt_key, record_key
 from dfactory.data.chat import ChatEncoder, special_literals
-from dfactory.data.examples import SHOWN_ORIGINS, DataReport, EncodedRow, documents_of
-from dfactory.data.fields import BadRow, Completion, Conversation, Document, Pair, Record
+from dfactory.data.examples import SHOWN_ORIGINS, DataReport, DocumentRules, EncodedRow, documents_of
+from dfactory.data.fields import BadRow, Completion, Conversation, Document, Pair, Record, TokenIds
 
 KINDS = {Conversation: "conversation", Completion: "text"}
 
@@ -18,8 +18,8 @@ KINDS = {Conversation: "conversation", Completion: "text"}
 class Survey:
     """Counts over the rows of some files. `encoder` may be None: then nothing is said of tokens and special tokens."""
 
-    def __init__(self, files: list[str], encoder: ChatEncoder | None, max_length: int):
-        self.files, self.max_length = files, max_length
+    def __init__(self, files: list[str], encoder: ChatEncoder | None, rules: DocumentRules | None):
+        self.files, self._eos_id = files, rules and rules.eos_id
         literals = sorted(special_literals(encoder.tokenizer), key=len, reverse=True) if encoder else []
         self._literal = re.compile("|".join(map(re.escape, literals)) or "(?!)")
         self.report = DataReport(files)
@@ -44,10 +44,9 @@ class Survey:
         self._prompt.append(prompt_key(row.record))
         self._record.append(record_key(row.record))
         self._origin.append(file_index << 40 | row.number)
-        for tokens in row.encoded or ():
+        for document, tokens in zip(documents_of(row.record), row.encoded, strict=False):  # none without a tokenizer
             if not isinstance(tokens, BadRow):
-                self._length.append(len(tokens[0]))
-                self.trainable_tokens += int(tokens[1].sum())
+                self._measure(document, *tokens)
 
     @property
     def bad_share(self) -> float:
@@ -71,6 +70,12 @@ class Survey:
         repeats = np.flatnonzero(key[order][1:] == key[order][:-1]) + 1
         shown = sorted((int(order[at]), int(order[at - 1])) for at in repeats)[:SHOWN_ORIGINS]
         return len(repeats), [f"{self._name(later)} repeats {self._name(earlier)}" for later, earlier in shown]
+
+    def _measure(self, document: Document, ids_T: np.ndarray, trainable_T: np.ndarray) -> None:
+        """Tokens as training has them: with an EOS where a text does not end with one."""
+        ends = isinstance(document, TokenIds) or not len(ids_T) or ids_T[-1] == self._eos_id
+        self._length.append(len(ids_T) + (not ends))
+        self.trainable_tokens += int(trainable_T.sum()) + (not ends and bool(trainable_T[-1]))
 
     def _name(self, index: int) -> str:
         origin = self._origin[index]

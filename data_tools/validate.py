@@ -113,7 +113,7 @@ def _task_of_recipe(options: argparse.Namespace, overrides: list[str]) -> Task:
 
 def survey(task: Task) -> Survey:
     """Read all rows once."""
-    found = Survey(task.files, task.encoder, task.rules.max_length if task.rules else ANY_LENGTH)
+    found = Survey(task.files, task.encoder, task.rules)
     kind = None
     with reading(task.files, "validating") as advance:
         for file_index, path in enumerate(task.files):
@@ -151,7 +151,7 @@ def report(found: Survey, task: Task) -> Page:
     if found.report.refused:
         sections += [_refused_section(found)]
     if task.rules is not None and len(found.length_D):
-        sections += [_tokens_section(found), _length_section(found)]
+        sections += [_tokens_section(found, task.rules.max_length), _length_section(found)]
     sections += [_turns_section(found)] if found.roles else []
     if found.spelt:
         rows = [
@@ -180,18 +180,18 @@ def _refused_section(found: Survey) -> Section:
     return Section("refused", rows, lines=[origin for _, refused in ordered for origin in refused.first])
 
 
-def _tokens_section(found: Survey) -> Section:
+def _tokens_section(found: Survey, max_length: int) -> Section:
     length_D = found.length_D.astype(np.int64)
     total = int(length_D.sum())
     rows = [
-        ("tokens", total),
+        ("tokens", f"{total:,}"),
         ("trainable", f"{found.trainable_tokens:,} ({found.trainable_tokens / total:.1%})"),
         ("a document", " ".join(f"{name} {int(value):,}" for name, value in _quantiles(length_D))),
     ]
-    if found.max_length < ANY_LENGTH:
-        over_D = length_D[length_D > found.max_length] - found.max_length
+    if max_length < ANY_LENGTH:
+        over_D = length_D[length_D > max_length] - max_length
         share = f"{len(over_D):,} documents ({len(over_D) / len(length_D):.2%}), {int(over_D.sum()):,} tokens behind it"
-        rows.append((f"longer than max_length {found.max_length:,}", share))
+        rows.append((f"longer than max_length {max_length:,}", share))
     return Section("tokens", rows)
 
 

@@ -48,9 +48,10 @@ def test_both_sides_of_a_benchmark_of_speed_compute_the_same(benchmark, capsys):
 
 @pytest.mark.slow
 def test_the_benchmark_of_data_tells_memory_and_rates(capsys):
-    assert data.main(["--smoke"]) == 0
+    """The other parts run a tool that is tested beside the others."""
+    assert data.main(["--smoke", "--parts", "rate", "start"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"{part}, 0.00 GB" in shown for part in ("start", "rows", "validate"))
+    assert "start, 0.00 GB" in shown
     assert "reader, " in shown
 
 
