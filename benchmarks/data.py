@@ -143,9 +143,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--records", type=int, default=200_000)
     parser.add_argument("--bytes", type=int, default=2000, help="of a record, about")
     parser.add_argument("--keep", type=Path, help="where the large file is, or is to be kept")
-    parser.add_argument(
-        "--parts", nargs="+", default=["rate", "start", "validate"], choices=["rate", "start", "validate"]
-    )
+    parser.add_argument("--parts", nargs="+", default=["rate", *PARTS], choices=["rate", *PARTS])
     parser.add_argument("--smoke", action="store_true", help="small sizes, to see that it runs")
     options = parser.parse_args(words)
     if options.smoke:

@@ -41,6 +41,13 @@ def run(main: Main, verb: str) -> int:
         return 130
 
 
+def say(text: str) -> None:
+    """A line on standard error, however long the paths in it are."""
+    from rich.console import Console  # not needed for --help
+
+    Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
+
+
 def parser_of(verb: str, epilog: str | None = None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"dfactory data {verb}", description=VERBS[verb], epilog=epilog)
 

@@ -17,9 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-
-from data_tools.command import parser_of, run
+from data_tools.command import parser_of, run, say
 from data_tools.files import writing
 from dfactory.data.fields import BadRow, Completion, Conversation, Fault, Pair, Record, json_object, show
 from dfactory.data.progress import reading
@@ -42,7 +40,6 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--skip-bad", action="store_true", help="count rows that cannot be read, and go on")
     options = parser.parse_args(words)
 
-    console = Console(stderr=True, highlight=False)
     counts: Counter[str] = Counter()
     with reading(options.files, "converting") as advance, writing(options.output) as write:
         for path in options.files:
@@ -54,13 +51,13 @@ def main(words: list[str] | None = None) -> int:
                         raise DataError(f"{path}:{number}: {bad}; or give --skip-bad") from bad
                     counts["refused"] += 1
                     if counts["refused"] <= SHOWN:
-                        console.print(f"refused {path}:{number}: {bad}", soft_wrap=True)
+                        say(f"refused {path}:{number}: {bad}")
                     continue
                 counts[kind] += 1
                 write(converted)
         if not counts.total() - counts["refused"]:
             raise DataError(f"no row of {', '.join(options.files)} could be read")
-    console.print(f"{', '.join(f'{count:,} {kind}' for kind, count in counts.most_common())}: {options.output}")
+    say(f"{', '.join(f'{count:,} {kind}' for kind, count in counts.most_common())}: {options.output}")
     return 0
 
 

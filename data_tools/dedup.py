@@ -9,9 +9,7 @@ Memory: about 100 bytes a kept row.
 
 import sys
 
-from rich.console import Console
-
-from data_tools.command import parser_of, run
+from data_tools.command import parser_of, run, say
 from data_tools.files import writing
 from data_tools.identity import prompt_key, record_key
 from data_tools.rows import read_rows
@@ -31,7 +29,6 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--pairs", action="store_true", help="read rows as preference pairs where they can be both")
     options = parser.parse_args(words)
 
-    console = Console(stderr=True, highlight=False)
     seen: set[int] = set()
     count = 0
     with reading(options.files, "comparing") as advance, writing(options.output) as write:
@@ -43,10 +40,8 @@ def main(words: list[str] | None = None) -> int:
                     seen.add(key)
                     write(row.fields)
                 elif count - len(seen) <= SHOWN:
-                    console.print(f"{row.origin} is there already", soft_wrap=True)
-    console.print(
-        f"{len(seen):,} of {count:,} rows kept, {count - len(seen):,} duplicates by {options.by}: {options.output}"
-    )
+                    say(f"{row.origin} is there already")
+    say(f"{len(seen):,} of {count:,} rows kept, {count - len(seen):,} duplicates by {options.by}: {options.output}")
     return 0
 
 

@@ -11,9 +11,8 @@ file without a weight has weight 1. Files are .jsonl (their lines can be found a
 import sys
 
 import numpy as np
-from rich.console import Console
 
-from data_tools.command import named_numbers, parser_of, run
+from data_tools.command import named_numbers, parser_of, run, say
 from data_tools.files import writing
 from dfactory.data.fields import BadRow
 from dfactory.data.progress import reading
@@ -56,9 +55,7 @@ def main(words: list[str] | None = None) -> int:
             counts[lines.path] += 1
             write(row)
     shown = ", ".join(f"{count:,} of {path}" for path, count in counts.items())
-    Console(stderr=True, highlight=False).print(
-        f"{sum(counts.values()):,} rows ({shown}): {options.output}", soft_wrap=True
-    )
+    say(f"{sum(counts.values()):,} rows ({shown}): {options.output}")
     return 0
 
 

@@ -11,9 +11,7 @@ in the form of the prompt (messages or text), `chosen_reward` and `rejected_rewa
 import sys
 from typing import Any
 
-from rich.console import Console
-
-from data_tools.command import parser_of, run, split_overrides
+from data_tools.command import parser_of, run, say, split_overrides
 from data_tools.files import writing
 from data_tools.sampling import Group, add_arguments, sample
 from dfactory.config.load import load_decode_keys
@@ -30,10 +28,9 @@ def main(words: list[str] | None = None) -> int:
     )
     options, overrides = split_overrides(parser, words)
 
-    console = Console(stderr=True, highlight=False)
     prompts = pairs = 0
     with writing(options.output) as write:
-        for group in sample(options, load_decode_keys(overrides), console):
+        for group in sample(options, load_decode_keys(overrides)):
             prompts += 1
             row = pair_of(group, options.margin)
             if row is not None:
@@ -44,7 +41,7 @@ def main(words: list[str] | None = None) -> int:
                 f"no prompt of {options.input} has two answers whose rewards differ by more than {options.margin:g}: raise "
                 "--num-generations or decode.temperature, or take another reward"
             )
-    console.print(f"{pairs:,} pairs of {prompts:,} prompts, the others' answers do not differ enough: {options.output}")
+    say(f"{pairs:,} pairs of {prompts:,} prompts, the others' answers do not differ enough: {options.output}")
     return 0
 
 

@@ -10,9 +10,7 @@ answer that could not be scored is left out.
 
 import sys
 
-from rich.console import Console
-
-from data_tools.command import parser_of, run, split_overrides
+from data_tools.command import parser_of, run, say, split_overrides
 from data_tools.files import writing
 from data_tools.sampling import add_arguments, sample
 from dfactory.commands.generate import output_of, trace_of
@@ -30,10 +28,9 @@ def main(words: list[str] | None = None) -> int:
     )
     options, overrides = split_overrides(parser, words)
 
-    console = Console(stderr=True, highlight=False)
     written = correct = unscored = 0
     with writing(options.output) as write:
-        for group in sample(options, load_decode_keys(overrides), console):
+        for group in sample(options, load_decode_keys(overrides)):
             for rollout, text, reward in zip(group.rollouts, group.texts, group.rewards, strict=True):
                 if reward is None:
                     unscored += 1
@@ -42,7 +39,7 @@ def main(words: list[str] | None = None) -> int:
                 verdict = {"reward": reward, "correct": reward >= options.correct_from}
                 write(output | trace_of(output, rollout) | verdict)
                 written, correct = written + 1, correct + verdict["correct"]
-    console.print(f"{written:,} traces, {correct:,} correct, {unscored:,} unscored and left out: {options.output}")
+    say(f"{written:,} traces, {correct:,} correct, {unscored:,} unscored and left out: {options.output}")
     return 0
 
 

@@ -4,8 +4,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from rich.console import Console
-
+from data_tools.command import say
 from dfactory.commands.generate import Answerer
 from dfactory.config.decode import DecodeKeys
 from dfactory.data.prompts import Row, encode_prompt, prompt_of, read_rows
@@ -48,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser, generations: int) -> None:
     parser.add_argument("--reward-workers", type=int, default=1, help="processes that score (default: %(default)s)")
 
 
-def sample(options: argparse.Namespace, keys: DecodeKeys, console: Console) -> Iterator[Group]:
+def sample(options: argparse.Namespace, keys: DecodeKeys) -> Iterator[Group]:
     """Decode and score group after group, in the order of the prompts. Raises RolloutError if no answer could be scored."""
     count = options.num_generations
     if not 1 <= count < 1 << GROUP_BITS:
@@ -66,11 +65,11 @@ def sample(options: argparse.Namespace, keys: DecodeKeys, console: Console) -> I
             groups = _decode(answerer, rows[start : start + PROMPTS_AT_ONCE], start, count)
             results = pool.score(RewardGroup.of(*answered, row.fields) for row, *answered in groups)
             for message, number in failure_messages(results).items():
-                console.print(f"{number} times: {message}", soft_wrap=True)
+                say(f"{number} times: {message}")
             for group, result in zip(groups, results, strict=True):
                 scored += sum(reward is not None for reward in result.reward_G)
                 yield Group(*group, result.reward_G)
-            console.print(f"{start + len(groups):,} of {len(rows):,} prompts answered")
+            say(f"{start + len(groups):,} of {len(rows):,} prompts answered")
     if not scored:
         raise RolloutError(f"{', '.join(options.reward)} scored none of the answers to {options.input}: see above")
 

@@ -12,9 +12,7 @@ import hashlib
 import sys
 from collections import Counter
 
-from rich.console import Console
-
-from data_tools.command import named_numbers, parser_of, run
+from data_tools.command import named_numbers, parser_of, run, say
 from data_tools.files import ENDINGS, writing
 from data_tools.identity import prompt_key
 from data_tools.rows import read_rows
@@ -46,12 +44,11 @@ def main(words: list[str] | None = None) -> int:
                 part = part_of(prompt_key(row.record), shares, options.seed)
                 counts[part] += 1
                 writers[part](row.fields)
-    console = Console(stderr=True, highlight=False)
     for name in shares:
         share = counts[name] / counts.total()
-        console.print(f"{counts[name]:,} rows ({share:.1%}): {options.output}/{name}{options.format}")
+        say(f"{counts[name]:,} rows ({share:.1%}): {options.output}/{name}{options.format}")
     if empty := [name for name in shares if shares[name] and not counts[name]]:
-        console.print(f"warning: nothing fell into {', '.join(empty)}: the file has too few prompts for its share")
+        say(f"warning: nothing fell into {', '.join(empty)}: the file has too few prompts for its share")
     return 0
 
 

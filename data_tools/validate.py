@@ -76,7 +76,7 @@ def main(words: list[str] | None = None) -> int:
     if options.html:
         options.html.parent.mkdir(parents=True, exist_ok=True)
         options.html.write_text(to_html(page), encoding="utf-8")
-        console.print(f"report: {options.html}")
+        console.print(f"report: {options.html}", soft_wrap=True)
     return 0 if page.good else 1
 
 
