@@ -2,12 +2,14 @@
 
 import enum
 import json
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dfactory.errors import DataError
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -202,7 +204,7 @@ def integers(value: Any, name: str, kind: str = "token ids", may_be_empty: bool 
 def refuse_surrogates(value: Any, name: str) -> None:
     """JSON can escape half a character (a lone surrogate), which no tokenizer can encode."""
     if isinstance(value, str):
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        if not value.isascii() and SURROGATE.search(value):
             raise BadRow(Fault.ENCODING, f"{name} holds a lone surrogate (half of a character): remove it")
     elif isinstance(value, dict):
         for key, inner in value.items():
