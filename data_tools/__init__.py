@@ -1,1 +1,1 @@
-"""Small commands that make the bundled data and the embedded tokenizer, and that print the quickstart's table."""
+"""Small commands over records: the verbs of `dfactory data`, and what makes the bundled data. See README.md."""

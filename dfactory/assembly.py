@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dfactory.config.objective import PAIRED_STAGES
 from dfactory.config.recipe import Recipe
 from dfactory.data.chat import SpecialIds
-from dfactory.data.examples import Examples, load_examples
+from dfactory.data.examples import DocumentRules, Examples, load_examples
 from dfactory.data.source import MakeViews, RecordSource
+from dfactory.data.streaming import StreamedExamples
 from dfactory.data.traces import TraceRules
 from dfactory.engine.drafting import DraftSource
 from dfactory.engine.probe import DecodingProbe, first_questions
@@ -20,6 +21,7 @@ from dfactory.engine.reference import ReferenceSource, adapter_off, elbo_by, fro
 from dfactory.engine.stored import stored_reference
 from dfactory.engine.trainer import Trainer, keep_zero3_config
 from dfactory.engine.window import Measure, Source, means_by_t
+from dfactory.errors import ConfigError
 from dfactory.models.policy import Policy
 from dfactory.models.registry import add_adapters, load_policy
 from dfactory.objectives.cap import CAP
@@ -38,7 +40,7 @@ class Inputs:
     """What is read before anything is built: the vocabulary and the documents."""
 
     vocabulary: Vocabulary
-    train: Examples | None  # none in reinforcement learning: its controller reads prompts
+    train: Examples | StreamedExamples | None  # none in reinforcement learning: its controller reads prompts
     held_out: Examples | None
 
     @property
@@ -46,30 +48,60 @@ class Inputs:
         return self.vocabulary.special
 
 
-def read_inputs(recipe: Recipe) -> Inputs:
-    """Tokenizer and records of a recipe. Raises ConfigError or DataError; no weights are touched."""
+def read_inputs(recipe: Recipe, streaming: bool = False) -> Inputs:
+    """Tokenizer and records of a recipe, those of training only when they are visited if `streaming`. Raises ConfigError or
+    DataError; no weights are touched."""
     vocabulary = recipe_vocabulary(recipe)
     held_out = _load(recipe, vocabulary, recipe.eval_datasets) if recipe.eval_datasets else None
     if recipe.stage == "rl":
         return Inputs(vocabulary, None, held_out)
-    traces = recipe.block_size if recipe.view_source == "trace" else None
-    return Inputs(vocabulary, _load(recipe, vocabulary, recipe.datasets, traces), held_out)
+    if streaming:
+        return Inputs(vocabulary, stream_examples(recipe, vocabulary), held_out)
+    return Inputs(vocabulary, _load(recipe, vocabulary, recipe.datasets, trace_block_size_of(recipe)), held_out)
+
+
+def stream_examples(recipe: Recipe, vocabulary: Vocabulary) -> StreamedExamples:
+    if recipe.max_steps is None:
+        raise ConfigError(
+            "streaming: true with num_train_epochs: how many steps that makes is not known before all is read; set max_steps"
+        )
+    return StreamedExamples(
+        recipe.datasets,
+        vocabulary.encoder,
+        document_rules(recipe, vocabulary, trace_block_size_of(recipe)),
+        on_bad_row=recipe.on_bad_row,
+        max_bad_fraction=recipe.max_bad_fraction,
+        block_size=recipe.block_size,
+        paired=recipe.documents_per_record == 2,
+    )
+
+
+def trace_block_size_of(recipe: Recipe) -> int | None:
+    """Of the traces that views are made from, where they are."""
+    return recipe.block_size if recipe.view_source == "trace" else None
+
+
+def document_rules(recipe: Recipe, vocabulary: Vocabulary, trace_block_size: int | None) -> DocumentRules:
+    """What a record has to be like."""
+    return DocumentRules(
+        max_length=recipe.max_length,
+        overlong=recipe.overlong,
+        eos_id=vocabulary.special.eos,
+        vocab_size=vocabulary.size,
+        mask_id=vocabulary.special.mask,
+        traces=TraceRules(trace_block_size, recipe.trace_filter == "correct"),
+    )
 
 
 def _load(recipe: Recipe, vocabulary: Vocabulary, datasets, trace_block_size: int | None = None) -> Examples:
     return load_examples(
         datasets,
         vocabulary.encoder,
-        max_length=recipe.max_length,
-        overlong=recipe.overlong,
+        **vars(document_rules(recipe, vocabulary, trace_block_size)),
         on_bad_row=recipe.on_bad_row,
         max_bad_fraction=recipe.max_bad_fraction,
         block_size=recipe.block_size,
-        eos_id=vocabulary.special.eos,
-        vocab_size=vocabulary.size,
-        mask_id=vocabulary.special.mask,
         paired=recipe.documents_per_record == 2,
-        traces=TraceRules(trace_block_size, recipe.trace_filter == "correct"),
     )
 
 

@@ -132,6 +132,10 @@ def _parser() -> argparse.ArgumentParser:
 
     verb("schema", _schema, "every recipe and decode key with its type, default and meaning")
 
+    data = verb("data", _data, "convert, validate, mix, split, dedup, preferences, rollouts, preview of record files")
+    data.add_argument("tool", metavar="VERB", help="one of these; `dfactory data VERB --help` tells its words")
+    data.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="its words")
+
     report = verb("report", _report, "draw the curves of finished or running runs")
     report.add_argument("runs", nargs="+", help="run folders")
     return parser
@@ -271,6 +275,14 @@ def _schema(arguments, overrides) -> int:
     from dfactory.commands.schema import schema
 
     return schema()
+
+
+def _data(arguments, overrides) -> int:
+    from data_tools.command import VERBS, dispatch
+
+    if arguments.tool not in VERBS:
+        raise ConfigError(f"{arguments.tool} is not a data tool: use one of {', '.join(VERBS)}")
+    return dispatch(arguments.tool, arguments.words)
 
 
 def _report(arguments, overrides) -> int:

@@ -49,7 +49,7 @@ def learn(recipe: Recipe, feed: Feed | None = None) -> int:
     folder = RunFolder(recipe.output_dir)
     resumed = folder.find_resume(recipe.resume_from_checkpoint, recipe.overwrite_output_dir)
 
-    inputs = read_inputs(recipe)
+    inputs = read_inputs(recipe, recipe.streaming)
     records = make_source(recipe, inputs, rank, world_size) if inputs.train is not None else None
     objective = make_objective(recipe, inputs)
     probe = make_probe(recipe, inputs)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import decoding, dpo_variance, likelihood, loading, packing, step, tree
+from benchmarks import data, decoding, dpo_variance, likelihood, loading, packing, step, tree
 from benchmarks.workload import Timed, interleave
 from dfactory.cli import main
 from dfactory.models.registry import load_policy
@@ -70,6 +70,15 @@ def test_where_the_time_of_a_step_goes(capsys):
 def test_reading_a_checkpoint_beside_reading_its_bytes(capsys):
     assert loading.main(["--smoke"]) == 0
     assert "memory while reading" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_data_tells_memory_and_rates(capsys):
+    """The other parts run a tool that is tested beside the others."""
+    assert data.main(["--smoke", "--parts", "rate", "start"]) == 0
+    shown = capsys.readouterr().out
+    assert "start, 0.00 GB" in shown
+    assert "reader, " in shown
 
 
 MIB = 2**20

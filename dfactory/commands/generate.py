@@ -52,14 +52,7 @@ class Answerer:
             yield from zip(rows[part], decode(self.policy, prompts[part], self.rules, noise_ids=numbers), strict=True)
 
     def output(self, row: Row, rollout: Rollout) -> dict[str, Any]:
-        """The input line with what ARCHITECTURE promises of an output line."""
-        return row.fields | {
-            "output_ids": rollout.output_ids,
-            "text": self.vocabulary.text(rollout.output_ids),
-            "forwards": rollout.forwards,
-            "tokens_per_forward": rollout.tokens_per_forward,
-            "finish_reason": rollout.finish_reason.value,
-        }
+        return output_of(row, rollout, self.vocabulary.text(rollout.output_ids))
 
 
 def generate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
@@ -77,6 +70,17 @@ def generate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
         f"{len(outputs)} responses, {tokens} tokens, {tokens / max(forwards, 1):.2f} per forward: {arguments.output}"
     )
     return 0
+
+
+def output_of(row: Row, rollout: Rollout, text: str | None) -> dict[str, Any]:
+    """The input line with what ARCHITECTURE promises of an output line."""
+    return row.fields | {
+        "output_ids": rollout.output_ids,
+        "text": text,
+        "forwards": rollout.forwards,
+        "tokens_per_forward": rollout.tokens_per_forward,
+        "finish_reason": rollout.finish_reason.value,
+    }
 
 
 def trace_of(output: dict[str, Any], rollout: Rollout) -> dict[str, Any]:

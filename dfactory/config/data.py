@@ -21,6 +21,11 @@ class DataKeys:
         None, "positions of a packed row, clean stream and views; null: room for one document of max_length"
     )
     packing: bool = key(True, "put several documents into a row; attention never crosses them")
+    streaming: bool = key(
+        False,
+        "tokenise .jsonl records while training goes on, not before: start-up and memory stay small however large the "
+        "files; needs max_steps",
+    )
     overlong: str = key(
         "refuse",
         "a document longer than max_length is refused (counted), cut (it gets no EOS), or split: a text without a prompt "

@@ -10,7 +10,7 @@ stops the run or whether they are counted, up to `max_bad_fraction`.
 import functools
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from dfactory.config.data import DatasetKeys
 from dfactory.data.chat import ChatEncoder, Tokens, token_ids
 from dfactory.data.fields import BadRow, Document, Fault, Pair, Record, TokenIds, Trace
 from dfactory.data.pairs import SIDES
+from dfactory.data.progress import reading
 from dfactory.data.records import read_records
 from dfactory.data.traces import NO_TRACES, TraceRules
 from dfactory.errors import ConfigError, DataError
@@ -64,6 +65,22 @@ class DataReport:
     @property
     def num_refused(self) -> int:
         return sum(refused.count for refused in self.refused.values())
+
+    def refuse(self, origin: str, bad: BadRow) -> None:
+        """Count one row that cannot be used."""
+        refused = self.refused.setdefault(bad.fault, Refused())
+        refused.count += 1
+        if len(refused.first) < SHOWN_ORIGINS:
+            refused.first.append(f"{origin}: {bad}")
+
+    def refuse_share_above(self, max_bad_fraction: float) -> None:
+        """Raises DataError where too large a share of the rows was refused."""
+        share = self.num_refused / max(self.num_rows + self.num_refused, 1)
+        if share > max_bad_fraction:
+            raise DataError(
+                f"{share:.2%} of the rows of {', '.join(self.files)} are unusable, max_bad_fraction is "
+                f"{max_bad_fraction:g}: fix them or raise it\n{self}"
+            )
 
     def __str__(self) -> str:
         pairs = f" ({self.num_rows} pairs)" if self.unit_size == 2 else ""
@@ -122,6 +139,26 @@ class Examples(Sequence[Example]):
     def file_index_E(self) -> np.ndarray:
         """Which of the files each document came from."""
         return _file_index(self.document_id_E)
+
+    @property
+    def file_index_U(self) -> np.ndarray:
+        """Which of the files each unit came from."""
+        return self.file_index_E[:: self.unit_size]
+
+    def unit(self, index: int) -> list[Example]:
+        """The documents that belong together: one, or the two sides of a pair."""
+        return [self[member] for member in range(index * self.unit_size, (index + 1) * self.unit_size)]
+
+    def unit_id(self, index: int) -> int:
+        """The name of a unit's documents."""
+        return int(self.document_id_E[index * self.unit_size])
+
+    def map_units(self, measure: Callable[["Examples"], np.ndarray]) -> np.ndarray:
+        """A number for each unit."""
+        return measure(self)
+
+    def prefetch(self, index_V: np.ndarray) -> None:
+        """These units are wanted next. All of them are there."""
 
     def origin(self, document_id: int) -> str:
         """The "file:line" that a document id names."""
@@ -194,19 +231,49 @@ def load_examples(
         raise ConfigError(
             f"datasets names {len(datasets)} files: at most {1 << FILE_BITS} can be told apart; join some"
         )
-    rules = _Rules(max_length, overlong, eos_id, vocab_size, mask_id, traces)
+    rules = DocumentRules(max_length, overlong, eos_id, vocab_size, mask_id, traces)
     report = DataReport([entry.path for entry in datasets], unit_size=2 if paired else 1)
-    builder = _Builder(report, on_bad_row, block_size)
-    for file_index, entry in enumerate(datasets):
-        for batch in _batched(read_records(entry.path, prefer_pairs=paired), ENCODE_BATCH):
-            for number, record in batch:
-                _require_kind(record, paired, f"{entry.path}:{number}")
-            for (number, record), encoded in zip(batch, _encode(batch, encoder, entry.path), strict=True):
-                builder.add((file_index << LINE_BITS) | number, _finish(rules, record, encoded))
+    builder = ExamplesBuilder(report, on_bad_row, block_size)
+    with reading(report.files, "tokenising") as advance:
+        for file_index, path in enumerate(report.files):
+            for row in read_documents(read_records(path, paired, advance), path, encoder, rules):
+                require_kind(row.record, paired, f"{path}:{row.number}")
+                builder.add((file_index << LINE_BITS) | row.number, row.finished)
     return builder.finish(max_bad_fraction)
 
 
-def _require_kind(record: Record | BadRow, paired: bool, origin: str) -> None:
+@dataclass(frozen=True)
+class DocumentRules:
+    """What a document must be like to be trained on."""
+
+    max_length: int
+    overlong: str
+    eos_id: int
+    vocab_size: int
+    mask_id: int | None = None
+    traces: TraceRules = NO_TRACES
+
+
+class EncodedRow(NamedTuple):
+    """A row of a file on all its stages."""
+
+    number: int
+    record: Record | BadRow
+    encoded: "Encoded | BadRow"  # without the EOS that is added, before it is cut
+    finished: "list[Finished] | BadRow | None"  # what is trained on; None: left out by trace_filter
+
+
+def read_documents(
+    records: Iterator[tuple[int, Record | BadRow]], path: str, encoder: ChatEncoder | None, rules: DocumentRules
+) -> Iterator[EncodedRow]:
+    """Tokenise and check numbered records of a file, in bounded memory. A bad row is a value."""
+    for batch in _batched(records, ENCODE_BATCH):
+        for (number, record), encoded in zip(batch, _encode(batch, encoder, path), strict=True):
+            yield EncodedRow(number, record, encoded, _finish(rules, record, encoded))
+
+
+def require_kind(record: Record | BadRow, paired: bool, origin: str) -> None:
+    """A run trains on pairs or on single answers. Raises DataError for a record of the other kind."""
     if isinstance(record, BadRow) or isinstance(record, Pair) == paired:
         return
     if paired:
@@ -220,17 +287,7 @@ def _require_kind(record: Record | BadRow, paired: bool, origin: str) -> None:
     )
 
 
-@dataclass(frozen=True)
-class _Rules:
-    max_length: int
-    overlong: str
-    eos_id: int
-    vocab_size: int
-    mask_id: int | None
-    traces: TraceRules
-
-
-def _documents(record: Record) -> tuple[Document, ...]:
+def documents_of(record: Record) -> tuple[Document, ...]:
     return tuple(record) if isinstance(record, Pair) else (record,)
 
 
@@ -239,7 +296,7 @@ Encoded = list[Tokens | BadRow]  # the documents of one row
 
 def _encode(batch: list[tuple[int, Record | BadRow]], encoder: ChatEncoder | None, path: str) -> list[Encoded | BadRow]:
     """The documents of each row, tokenised; all of them in one call of the tokenizer."""
-    rows = [record if isinstance(record, BadRow) else _documents(record) for _, record in batch]
+    rows = [record if isinstance(record, BadRow) else documents_of(record) for _, record in batch]
     good = [document for row in rows if not isinstance(row, BadRow) for document in row]
     if encoder is None:
         for (number, _), row in zip(batch, rows, strict=True):
@@ -262,13 +319,13 @@ class Finished(NamedTuple):
     commit_step_T: np.ndarray | None = None  # where views are made from traces
 
 
-def _finish(rules: "_Rules", record: Record | BadRow, encoded: Encoded | BadRow) -> list[Finished] | BadRow | None:
+def _finish(rules: DocumentRules, record: Record | BadRow, encoded: Encoded | BadRow) -> list[Finished] | BadRow | None:
     """All documents of a row, or none; None for what trace_filter leaves out."""
     if isinstance(encoded, BadRow):
         return encoded
     if rules.traces.leave_out(_trace_of(record)):
         return None
-    outcomes = [_apply(rules, *one) for one in zip(_documents(record), encoded, strict=True)]
+    outcomes = [_apply(rules, *one) for one in zip(documents_of(record), encoded, strict=True)]
     for side, outcome in enumerate(outcomes):
         if isinstance(outcome, BadRow):
             return BadRow(outcome.fault, f"{SIDES[side]}: {outcome}") if isinstance(record, Pair) else outcome
@@ -295,7 +352,7 @@ def _trace_of(record: Record) -> Trace | None:
     return record.trace if isinstance(record, TokenIds) else None
 
 
-def _apply(rules: _Rules, record: Document, tokens: Tokens | BadRow) -> list[Finished] | BadRow:
+def _apply(rules: DocumentRules, record: Document, tokens: Tokens | BadRow) -> list[Finished] | BadRow:
     """End with EOS, check, cut or split."""
     if isinstance(tokens, BadRow):
         return tokens
@@ -336,7 +393,7 @@ def _split(ids: np.ndarray, trainable: np.ndarray, limit: int) -> list[Finished]
     return BadRow(Fault.TOO_LONG, f"the document has {len(ids)} tokens, max_length is {limit}, and it {reason}")
 
 
-def _wrong_id(rules: _Rules, ids: np.ndarray) -> BadRow | None:
+def _wrong_id(rules: DocumentRules, ids: np.ndarray) -> BadRow | None:
     if ids.max() >= rules.vocab_size:
         where = int(ids.argmax())
         return BadRow(
@@ -350,7 +407,7 @@ def _wrong_id(rules: _Rules, ids: np.ndarray) -> BadRow | None:
     return None
 
 
-class _Builder:
+class ExamplesBuilder:
     """Gathers documents, counts bad rows."""
 
     def __init__(self, report: DataReport, on_bad_row: str, block_size: int):
@@ -387,24 +444,20 @@ class _Builder:
     def _refuse(self, origin: str, bad: BadRow) -> None:
         if self.on_bad_row == "error":
             raise DataError(f"{origin}: {bad}; or set on_bad_row: skip to go on without such rows") from bad
-        refused = self.report.refused.setdefault(bad.fault, Refused())
-        refused.count += 1
-        if len(refused.first) < SHOWN_ORIGINS:
-            refused.first.append(f"{origin}: {bad}")
+        self.report.refuse(origin, bad)
 
     def finish(self, max_bad_fraction: float) -> Examples:
         report, files = self.report, ", ".join(self.report.files)
         if not report.kept:
             raise DataError(f"no record of {files} can be trained on:\n{report}")
-        share = report.num_refused / (report.num_rows + report.num_refused)
-        if share > max_bad_fraction:
-            raise DataError(
-                f"{share:.2%} of the rows of {files} are unusable, max_bad_fraction is {max_bad_fraction:g}: "
-                f"fix them or raise it\n{report}"
-            )
+        report.refuse_share_above(max_bad_fraction)
+        return self.examples()
+
+    def examples(self) -> Examples:
+        """What was gathered, at least one document."""
         input_ids, trainable, steps = _concatenate([*self.chunks, *self.loose])
         offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
-        return Examples(report, np.array(self.document_ids, np.int64), offsets, input_ids, trainable, steps)
+        return Examples(self.report, np.array(self.document_ids, np.int64), offsets, input_ids, trainable, steps)
 
 
 def _origin(files: list[str], document_id: int) -> str:

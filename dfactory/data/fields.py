@@ -2,12 +2,14 @@
 
 import enum
 import json
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dfactory.errors import DataError
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -101,13 +103,34 @@ def _message(message: dict[str, Any], name: str) -> dict[str, Any]:
         raise BadRow(Fault.FIELD, f"{name}.role is {show(role)}: it must be one of {', '.join(ROLES)}")
     calls = message.get("tool_calls")
     if calls is not None:
-        list_of_objects(calls, f"{name}.tool_calls", may_be_empty=True)
+        calls = list_of_objects(calls, f"{name}.tool_calls", may_be_empty=True)
+        message["tool_calls"] = [_call(call, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
     content = _content(message.get("content", "" if calls else None), f"{name}.content")
     if role == "assistant" and not calls and not content.strip():
         raise BadRow(Fault.EMPTY, f"{name}.content is empty: an assistant turn needs text or tool_calls")
     message["content"] = content
     refuse_surrogates(message, name)
     return message
+
+
+def _call(call: dict[str, Any], name: str) -> dict[str, Any]:
+    """A call of a tool. Arguments that come as JSON text, as OpenAI writes them, become an object, as templates want it."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    arguments = json_object(function["arguments"], f"{name}.function.arguments")
+    return call | {"function": function | {"arguments": arguments}}
+
+
+def json_object(text: str, name: str) -> dict[str, Any]:
+    """The object that a text spells. Raises BadRow."""
+    try:
+        value = json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as problem:
+        raise BadRow(Fault.FIELD, f"{name} is text but not valid JSON: {problem}") from problem
+    if not isinstance(value, dict):
+        raise BadRow(Fault.FIELD, f"{name} is {show(value)}: it must be an object")
+    return value
 
 
 def _content(value: Any, name: str) -> str:
@@ -181,7 +204,7 @@ def integers(value: Any, name: str, kind: str = "token ids", may_be_empty: bool 
 def refuse_surrogates(value: Any, name: str) -> None:
     """JSON can escape half a character (a lone surrogate), which no tokenizer can encode."""
     if isinstance(value, str):
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        if not value.isascii() and SURROGATE.search(value):
             raise BadRow(Fault.ENCODING, f"{name} holds a lone surrogate (half of a character): remove it")
     elif isinstance(value, dict):
         for key, inner in value.items():

@@ -46,6 +46,12 @@ def prompt_messages(row: Row) -> list[dict[str, Any]] | None:
     return messages
 
 
+def prompt_of(row: Row) -> str | list[dict[str, Any]]:
+    """As TRL hands it to rewards: messages, or text."""
+    messages = prompt_messages(row)
+    return messages if messages is not None else str(row.fields.get("prompt", ""))
+
+
 def encode_prompt(row: Row, encoder: ChatEncoder | None) -> list[int]:
     """The token ids that the model has to answer. Raises DataError that names file:line."""
     fields = row.fields

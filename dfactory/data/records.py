@@ -8,14 +8,16 @@ Preference pairs are read in pairs.py.
 import codecs
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dfactory.data import fields
 from dfactory.data.fields import BadRow, Completion, Conversation, Document, Fault, Record, TokenIds, check_messages
 from dfactory.data.pairs import PAIR_FORMATS
+from dfactory.data.progress import Advance, unheard
 from dfactory.data.traces import TRACE_FORMATS
 from dfactory.errors import DataError
 
@@ -28,21 +30,30 @@ SHAREGPT_ROLES = {
     "tool": "tool",
 }
 PARQUET_BATCH = 1024  # rows that are read together
+PROGRESS_ROWS = 256  # between two words to the progress bar
 
 
-def read_records(path: str | Path, prefer_pairs: bool = False) -> Iterator[tuple[int, Record | BadRow]]:
+def read_records(
+    path: str | Path, prefer_pairs: bool = False, advance: Advance = unheard
+) -> Iterator[tuple[int, Record | BadRow]]:
     """Stream (number, record) of a .jsonl, .jsonl.gz or .parquet file; numbers count lines, or parquet rows, from 1.
 
-    A row that can be read as a pair and as a single answer is read as `prefer_pairs` says.
+    A row that can be read as a pair and as a single answer is read as `prefer_pairs` says. `advance` hears the bytes.
     Raises DataError if the file is missing, damaged, of another kind, or holds no row at all.
     """
+    for number, row in read_objects(path, advance):
+        yield number, (row if isinstance(row, BadRow) else parse_row(row, prefer_pairs))
+
+
+def read_objects(path: str | Path, advance: Advance = unheard) -> Iterator[tuple[int, Any]]:
+    """The same with rows as they stand in the file; what is not JSON or not UTF-8 is a BadRow."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} is not a file: datasets.path must name a .jsonl, .jsonl.gz or .parquet file")
     empty = True
-    for number, row in _rows(path):
+    for number, row in _rows(path, advance):
         empty = False
-        yield number, (row if isinstance(row, BadRow) else parse_row(row, prefer_pairs))
+        yield number, row
     if empty:
         raise DataError(f"{path} holds no records: leave it out of datasets")
 
@@ -58,29 +69,34 @@ def parse_row(row: Any, prefer_pairs: bool = False) -> Record | BadRow:
 # --- files -> rows ---------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+def _rows(path: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
     if path.name.endswith(".parquet"):
-        return _parquet_rows(path)
+        return _parquet_rows(path, advance)
     if path.name.endswith(".jsonl"):
-        return _json_rows(path, open)
+        return _json_rows(path, lambda file: file, advance)
     if path.name.endswith(".jsonl.gz"):
-        return _json_rows(path, gzip.open)
+        return _json_rows(path, lambda file: gzip.GzipFile(fileobj=file), advance)
     raise DataError(f"{path}: datasets.path must end in .jsonl, .jsonl.gz or .parquet")
 
 
-def _json_rows(path: Path, opener: Callable) -> Iterator[tuple[int, Any]]:
-    number = 0
+def _json_rows(path: Path, unpack: Callable[[BinaryIO], Any], advance: Advance) -> Iterator[tuple[int, Any]]:
+    number, position = 0, 0
     try:
-        with opener(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+        with path.open("rb") as file:
+            for number, line in enumerate(unpack(file), start=1):
+                if number % PROGRESS_ROWS == 0:
+                    here = os.lseek(file.fileno(), 0, os.SEEK_CUR)  # file.tell() is not to be had while lines are read
+                    advance(here - position)
+                    position = here
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
-                    yield number, _parse_line(line)
+                    yield number, parse_line(line)
     except (EOFError, zlib.error, OSError) as problem:
         raise DataError(f"{path}:{number}: unreadable behind this line ({problem}): copy the file anew") from problem
 
 
-def _parse_line(line: bytes) -> Any:
+def parse_line(line: bytes) -> Any:
+    """The value of a line of JSON, or a BadRow."""
     try:
         return json.loads(line.decode("utf-8"), parse_constant=fields.refuse_constant)
     except UnicodeDecodeError as problem:
@@ -89,14 +105,16 @@ def _parse_line(line: bytes) -> Any:
         return BadRow(Fault.JSON, f"not valid JSON: {problem}")
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def _parquet_rows(path: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
     import pyarrow
     from pyarrow import parquet
 
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            bytes_per_row = path.stat().st_size // max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(batch_size=PARQUET_BATCH):
+                advance(batch.num_rows * bytes_per_row)
                 for index in range(batch.num_rows):
                     number += 1
                     yield number, _parquet_row(batch, index)

@@ -13,15 +13,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from dfactory.data.examples import Examples
 from dfactory.data.pack import PackedDocument, Packer, align, block_of, collate, share
+from dfactory.data.streaming import StreamedExamples
 from dfactory.errors import CheckpointError, ConfigError
-from dfactory.types import AlignedDocument, Example, View, ViewBatch
+from dfactory.types import AlignedDocument, View, ViewBatch
 
 AddColumns = Callable[[ViewBatch, int], ViewBatch]
 """(micro-batch, its window's number from 0) -> the same with further columns."""
@@ -29,7 +30,14 @@ AddColumns = Callable[[ViewBatch, int], ViewBatch]
 MakeViews = Callable[[AlignedDocument, int], Sequence[View]]
 """(document, visit) -> its views. `visit` counts from 0 how often the document was seen; at weight 1 it is the epoch."""
 
+AHEAD = 512  # visits that are asked for together
 ORDER, DRAW = 0, 1  # what a random stream of an epoch is for
+
+
+class CostByUnit(Protocol):
+    """An array, or what computes its entries when they are asked for."""
+
+    def __getitem__(self, unit: int) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +46,7 @@ class Phase:
 
     first: int
     block_size: int
-    cost_U: np.ndarray  # int64: row positions that each unit takes
+    cost_U: CostByUnit  # row positions that each unit takes
 
 
 class RecordSource:
@@ -54,7 +62,7 @@ class RecordSource:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: Examples | StreamedExamples,
         weights: Sequence[float],
         make_views: MakeViews,
         *,
@@ -79,9 +87,12 @@ class RecordSource:
         self.micro_batch_rows, self.accumulation = micro_batch_rows, accumulation
         self.max_epochs = max_epochs
         self._identity = {"data": examples.fingerprint, "seed": seed, "weights": [float(w) for w in weights]}
-        file_index_U = examples.file_index_E[:: examples.unit_size]
-        self._order = EpochOrder(np.asarray(weights, np.float64)[file_index_U], seed)
-        self.phases = [Phase(n, size, self._costs(num_views, size)) for n, size in block_phases or [(0, block_size)]]
+        self._order = EpochOrder(np.asarray(weights, np.float64)[examples.file_index_U], seed)
+        costs = {
+            size: examples.map_units(functools.partial(self._costs, num_views=num_views, block_size=size))
+            for _, size in block_phases or [(0, block_size)]
+        }
+        self.phases = [Phase(n, size, costs[size]) for n, size in block_phases or [(0, block_size)]]
         self._stream = self._new_stream()
         self._windows = 0
         self.metrics: dict[str, float] = {}
@@ -128,7 +139,7 @@ class RecordSource:
         for window in range(num_windows):
             for row in self._next_rows(stream, window):
                 for index, visit in row:
-                    yield int(self.examples.document_id_E[index * self.examples.unit_size]), visit
+                    yield self.examples.unit_id(index), visit
 
     def state_dict(self) -> dict[str, Any]:
         """A cursor for JSON; it holds for any number of ranks."""
@@ -151,35 +162,31 @@ class RecordSource:
         return next(phase for phase in reversed(self.phases) if phase.first <= window)
 
     def _new_stream(self) -> "RowStream":
-        return RowStream(self._order, self.phases[0].cost_U, self.row_length, self.packing, self.max_epochs)
+        costs, prefetch = self.phases[0].cost_U, self.examples.prefetch
+        return RowStream(self._order, costs, self.row_length, self.packing, self.max_epochs, prefetch)
 
     def _next_rows(self, stream: "RowStream", window: int) -> list[list[tuple[int, int]]]:
         """The rows of a window, empty ones where the run is over."""
         stream.set_costs(self.phase_of(window).cost_U)
         return [stream.next_row() for _ in range(self.rows_per_window)]
 
-    def _costs(self, num_views: int, block_size: int) -> np.ndarray:
+    def _costs(self, examples: Examples, num_views: int, block_size: int) -> np.ndarray:
         """Row positions that each unit takes: the clean blocks that a view sees, once where both sides of a pair have
         them, and the response blocks of every view."""
-        clean_E, response_E = self.examples.block_counts(block_size)
-        size_E = block_of(self.examples.length_E, block_size, self._final_block_size)
+        clean_E, response_E = examples.block_counts(block_size)
+        size_E = block_of(examples.length_E, block_size, self._final_block_size)
         cost_E = size_E * (clean_E + num_views * response_E)
-        cost_UM, clean_UM = (array.reshape(-1, self.examples.unit_size) for array in (cost_E, clean_E))
-        shared_U = np.minimum(self.examples.common_length_U // block_size, clean_UM.min(axis=1))
+        cost_UM, clean_UM = (array.reshape(-1, examples.unit_size) for array in (cost_E, clean_E))
+        shared_U = np.minimum(examples.common_length_U // block_size, clean_UM.min(axis=1))
         cost_U = cost_UM.sum(axis=1) - block_size * shared_U
         longest = int(cost_U.argmax())
         if cost_U[longest] > self.row_length:
             raise ConfigError(
-                f"row_length {self.row_length} cannot hold {self._unit(longest)[0].origin}, which takes "
+                f"row_length {self.row_length} cannot hold {examples.unit(longest)[0].origin}, which takes "
                 f"{cost_U[longest]} positions with {num_views} view(s) in blocks of {block_size}: raise row_length or "
                 "lower max_length"
             )
         return cost_U
-
-    def _unit(self, index: int) -> list[Example]:
-        """The documents that belong together: one, or the two sides of a pair."""
-        size = self.examples.unit_size
-        return [self.examples[member] for member in range(index * size, (index + 1) * size)]
 
     def _build(self, rows: list[list[tuple[int, int]]], block_size: int) -> ViewBatch:
         packed = [[side for unit in row for side in self._pack(*unit, block_size)] for row in rows]
@@ -188,7 +195,10 @@ class RecordSource:
         return batch.with_columns(visit_D=torch.tensor(visits, dtype=torch.int64))
 
     def _pack(self, index: int, visit: int, block_size: int) -> list[PackedDocument]:
-        unit = [align(example, block_size, self.eos_id, unit=self._final_block_size) for example in self._unit(index)]
+        unit = [
+            align(example, block_size, self.eos_id, unit=self._final_block_size)
+            for example in self.examples.unit(index)
+        ]
         return share([PackedDocument(document, self.make_views(document, visit)) for document in unit])
 
 
@@ -236,12 +246,21 @@ class EpochOrder:
 class RowStream:
     """The global rows, each a list of (index of the unit, visit), independent of ranks and of tokens."""
 
-    def __init__(self, order: EpochOrder, cost_U: np.ndarray, row_length: int, packing: bool, max_epochs: float | None):
-        self._order, self._cost_U, self._max_epochs = order, cost_U, max_epochs
+    def __init__(
+        self,
+        order: EpochOrder,
+        cost_U: CostByUnit,
+        row_length: int,
+        packing: bool,
+        max_epochs: float | None,
+        prefetch: Callable[[np.ndarray], None],
+    ):
+        self._order, self._cost_U, self._max_epochs, self._prefetch = order, cost_U, max_epochs, prefetch
         self._epoch, self._offset = 0, 0
+        self._fetched = 0, 0  # epoch, and the visits of it that were asked for
         self._packer = Packer(row_length, packing)
 
-    def set_costs(self, cost_U: np.ndarray) -> None:
+    def set_costs(self, cost_U: CostByUnit) -> None:
         """From here on units cost this, and so do those that wait in the packer."""
         if cost_U is not self._cost_U:
             self._cost_U = cost_U
@@ -250,7 +269,9 @@ class RowStream:
     def next_row(self) -> list[tuple[int, int]]:
         """The next row; empty when the run is over."""
         while not self._packer.full and (visit := self._next_visit()):
-            self._packer.add(int(self._cost_U[visit[0]]), visit)
+            cost = int(self._cost_U[visit[0]])
+            if cost:  # none where a streamed record turned out to be bad
+                self._packer.add(cost, visit)
         return self._packer.next_row()
 
     @property
@@ -275,6 +296,9 @@ class RowStream:
                 return None
             self._epoch, self._offset = self._epoch + 1, 0
         index_V, visit_V = self._order.visits(self._epoch)
+        if self._fetched <= (self._epoch, self._offset):
+            self._prefetch(index_V[self._offset : self._offset + AHEAD])
+            self._fetched = self._epoch, self._offset + AHEAD
         self._offset += 1
         return int(index_V[self._offset - 1]), int(visit_V[self._offset - 1])
 

@@ -1,7 +1,7 @@
 """The endless stream of prompts: group n is answered to prompt n of a shuffled order that begins anew every epoch."""
 
 from dfactory.config.recipe import Recipe
-from dfactory.data.prompts import Row, encode_prompt, prompt_messages, read_rows
+from dfactory.data.prompts import Row, encode_prompt, prompt_of, read_rows
 from dfactory.data.source import EpochOrder
 from dfactory.errors import DataError
 from dfactory.rl.rollouts import GroupCall
@@ -38,9 +38,7 @@ class PromptStream:
 
     def prompt(self, group: int) -> str | list[dict]:
         """As TRL hands it to rewards: messages, or text."""
-        row = self.row(group)
-        messages = prompt_messages(row)
-        return messages if messages is not None else str(row.fields.get("prompt", ""))
+        return prompt_of(self.row(group))
 
     def epoch(self, group: int) -> float:
         """Passes over the prompts before a group."""

@@ -66,6 +66,21 @@ class RewardGroup:
     row: dict[str, Any] = field(default_factory=dict)
     per_rollout: dict[str, list] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, prompt: str | list[dict], rollouts: Sequence[Any], texts: Sequence[str], row: dict) -> "RewardGroup":
+        """Of decoded Rollouts with their texts; answers to messages are messages."""
+        return cls(
+            prompt=prompt,
+            completions_G=texts if isinstance(prompt, str) else [[{"role": "assistant", "content": t}] for t in texts],
+            row=row,
+            per_rollout={
+                "completion_ids": [rollout.output_ids for rollout in rollouts],
+                "tokens_per_forward": [rollout.tokens_per_forward for rollout in rollouts],
+                "forwards": [rollout.forwards for rollout in rollouts],
+                "finish_reason": [rollout.finish_reason.value for rollout in rollouts],
+            },
+        )
+
     def arguments(self, rollouts: range) -> dict[str, list]:
         """The keyword arguments of a reward function for some of the rollouts."""
         columns = {name: [value] * len(rollouts) for name, value in self.row.items() if name not in TRL_OMITS}

@@ -72,19 +72,8 @@ class Scorer:
         loop = asyncio.get_running_loop()
         started = loop.time()
         texts = [self.prompts.vocabulary.text(rollout.output_ids) for rollout in decoded.rollouts]
-        prompt = self.prompts.prompt(decoded.number)
-        chat = not isinstance(prompt, str)
-        group = RewardGroup(
-            prompt=prompt,
-            completions_G=[[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
-            row=self.prompts.row(decoded.number).fields,
-            per_rollout={
-                "completion_ids": [rollout.output_ids for rollout in decoded.rollouts],
-                "tokens_per_forward": [rollout.tokens_per_forward for rollout in decoded.rollouts],
-                "forwards": [rollout.forwards for rollout in decoded.rollouts],
-                "finish_reason": [rollout.finish_reason.value for rollout in decoded.rollouts],
-            },
-        )
+        prompt, row = self.prompts.prompt(decoded.number), self.prompts.row(decoded.number)
+        group = RewardGroup.of(prompt, decoded.rollouts, texts, row.fields)
         result = await asyncio.wrap_future(self.pool.submit(group))
         for (name, outcome), count in outcome_counts([result]).items():
             self._outcomes[f"{name}/{outcome.value}"] += count

@@ -1,0 +1,230 @@
+"""Records that are read while training goes on (`streaming: true`): start-up and memory do not grow with the texts.
+
+At the start the files are read once, for where their lines begin and for a checksum, and the first lines are tokenised, so
+that what is wrong with all of them is told at once. Afterwards lines are tokenised in the order in which the run visits
+them, some hundred at a time; one that was visited too long ago is tokenised again. A unit is a line. Order, rows and noise
+are those of the same records read at the start, if none of them is bad.
+
+What is given up: the number of steps is not known beforehand (max_steps has to say it), bad rows come to light when they are
+visited, and every rank tokenises the whole stream, because rows are packed by the lengths of all.
+"""
+
+import codecs
+import dataclasses
+import functools
+import itertools
+import os
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dfactory.config.data import DatasetKeys
+from dfactory.data.chat import ChatEncoder
+from dfactory.data.examples import (
+    LINE_BITS,
+    DataReport,
+    DocumentRules,
+    EncodedRow,
+    Examples,
+    ExamplesBuilder,
+    read_documents,
+    require_kind,
+)
+from dfactory.data.fields import BadRow
+from dfactory.data.progress import Advance, reading
+from dfactory.data.records import parse_line, parse_row
+from dfactory.errors import ConfigError, DataError
+from dfactory.types import Example
+
+KEPT = 4096  # units that stay tokenised
+CHECKED = 1024  # lines that are read at the start, and from which on max_bad_fraction is held against what was read
+PIECE = 1 << 24  # bytes that are looked through at once for the ends of lines
+
+
+class Lines:
+    """A .jsonl file by line. Raises DataError for another kind of file, and for one without a line."""
+
+    def __init__(self, path: str, advance: Advance):
+        if not path.endswith(".jsonl") or not Path(path).is_file():
+            raise DataError(
+                f"{path}: streaming: true reads .jsonl files, whose lines can be found again; "
+                "`dfactory data convert` writes one"
+            )
+        self._file = open(path, "rb")  # noqa: SIM115  (as long as the run)
+        self.path, self.checksum, ends, position = path, 0, [np.zeros(1, np.int64)], 0
+        while piece := self._file.read(PIECE):
+            ends.append(position + 1 + np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")))
+            self.checksum = zlib.crc32(piece, self.checksum)
+            position += len(piece)
+            advance(len(piece))
+        self._end_L1 = np.union1d(np.concatenate(ends), [position])  # the last line may lack its end
+        if position == 0:
+            raise DataError(f"{path} holds no records: leave it out of datasets")
+
+    def __len__(self) -> int:
+        """Lines, blank ones included."""
+        return len(self._end_L1) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        start, stop = self._end_L1[index : index + 2].tolist()
+        line = os.pread(self._file.fileno(), stop - start, start)
+        return line.removeprefix(codecs.BOM_UTF8) if index == 0 else line
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chunk:
+    """Some tokenised units."""
+
+    examples: Examples | None  # None if all of them are bad
+    place: dict[int, int]  # unit -> its number in `examples`, -1 for a bad one
+    measured: dict[Callable, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def measure(self, measure: Callable[[Examples], np.ndarray], unit: int) -> int:
+        if self.place[unit] < 0:
+            return 0
+        if measure not in self.measured:
+            self.measured[measure] = measure(self.examples)
+        return int(self.measured[measure][self.place[unit]])
+
+
+@dataclasses.dataclass
+class StreamReport(DataReport):
+    """Counts of the lines that have been read so far."""
+
+    lines: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.lines} lines of {len(self.files)} file(s), read while training goes on"
+
+
+class StreamedExamples:
+    """Stands where Examples stand, for a RecordSource. Raises as `load_examples` does, when a line is read."""
+
+    def __init__(
+        self,
+        datasets: Sequence[DatasetKeys],
+        encoder: ChatEncoder | None,
+        rules: DocumentRules,
+        *,
+        on_bad_row: str,
+        max_bad_fraction: float,
+        block_size: int,
+        paired: bool,
+    ):
+        if rules.overlong == "split":
+            raise ConfigError(
+                "overlong: split with streaming: true: a line is one document there; use truncate or refuse"
+            )
+        self._encoder, self._rules, self._paired = encoder, rules, paired
+        self._on_bad_row, self._max_bad_fraction, self._block_size = on_bad_row, max_bad_fraction, block_size
+        self.unit_size = 2 if paired else 1
+        paths = [entry.path for entry in datasets]
+        with reading(paths, "looking for lines") as advance:
+            self._files = [Lines(path, advance) for path in paths]
+        self._first_F1 = np.cumsum([0, *(len(lines) for lines in self._files)])
+        self._chunks: deque[Chunk] = deque()  # the newest last
+        self._chunk_of: dict[int, Chunk] = {}
+        self._seen_U = np.zeros(len(self), bool)
+        self.report = StreamReport(paths, unit_size=self.unit_size, lines=len(self))
+        self.prefetch(range(min(CHECKED, len(self))))  # what is wrong with all of them is told at once
+
+    def __len__(self) -> int:
+        return int(self._first_F1[-1])
+
+    @property
+    def fingerprint(self) -> int:
+        """A checksum of all files."""
+        return functools.reduce(lambda crc, lines: zlib.crc32(str(lines.checksum).encode(), crc), self._files, 0)
+
+    @property
+    def file_index_U(self) -> np.ndarray:
+        """Which of the files each unit came from."""
+        return np.repeat(np.arange(len(self._files), dtype=np.int16), np.diff(self._first_F1))
+
+    def unit(self, index: int) -> list[Example]:
+        """The documents of a line."""
+        chunk = self.chunk(index)
+        return chunk.examples.unit(chunk.place[index])
+
+    def unit_id(self, index: int) -> int:
+        """The name of a unit's documents."""
+        file_index, number = self._place(index)
+        return file_index << LINE_BITS | number
+
+    def map_units(self, measure: Callable[[Examples], np.ndarray]) -> "MappedUnits":
+        """A number for each unit, 0 for a bad one."""
+        return MappedUnits(self, measure)
+
+    def prefetch(self, index_V: Iterable[int]) -> None:
+        """Tokenise these units, which are wanted next."""
+        wanted = sorted({int(index) for index in index_V}.difference(self._chunk_of))
+        if not wanted:
+            return
+        chunk = self._read(wanted)
+        self._chunks.append(chunk)
+        self._chunk_of.update(dict.fromkeys(chunk.place, chunk))
+        while len(self._chunk_of) > KEPT and len(self._chunks) > 1:
+            for index in self._chunks.popleft().place:
+                del self._chunk_of[index]
+
+    def chunk(self, index: int) -> Chunk:
+        """The one that holds a unit; it is read again where it was forgotten."""
+        if index not in self._chunk_of:
+            self.prefetch([index])
+        return self._chunk_of[index]
+
+    def _read(self, units: list[int]) -> Chunk:
+        """Raises DataError for a bad line (on_bad_row "error"), and for too large a share of them ("skip")."""
+        builder = ExamplesBuilder(DataReport(self.report.files, self.unit_size), self._on_bad_row, self._block_size)
+        place = dict.fromkeys(units, -1)
+        for unit, row in self._rows(units):
+            require_kind(row.record, self._paired, self._origin(unit))
+            place[unit] = builder.report.num_rows if row.finished and not isinstance(row.finished, BadRow) else -1
+            builder.add(self.unit_id(unit), row.finished)
+            self._count(unit, row)
+        if np.count_nonzero(self._seen_U) >= min(CHECKED, len(self)):
+            self.report.refuse_share_above(self._max_bad_fraction)
+        return Chunk(builder.examples() if builder.report.kept else None, place)
+
+    def _count(self, unit: int, row: EncodedRow) -> None:
+        """In the report, once."""
+        if self._seen_U[unit]:
+            return
+        self._seen_U[unit] = True
+        if isinstance(row.finished, BadRow):
+            self.report.refuse(self._origin(unit), row.finished)
+        elif row.finished:
+            self.report.kept += self.unit_size
+
+    def _rows(self, units: list[int]) -> Iterator[tuple[int, EncodedRow]]:
+        """The lines of ascending units, blank ones left out."""
+        for file_index, group in itertools.groupby(units, key=lambda unit: self._place(unit)[0]):
+            lines, first = self._files[file_index], int(self._first_F1[file_index])
+            numbered = [(unit, line) for unit in group if (line := lines[unit - first]).strip()]
+            parsed = ((unit - first + 1, parse_line(line)) for unit, line in numbered)
+            records = ((n, row if isinstance(row, BadRow) else parse_row(row, self._paired)) for n, row in parsed)
+            rows = read_documents(records, lines.path, self._encoder, self._rules)
+            yield from zip((unit for unit, _ in numbered), rows, strict=True)
+
+    def _place(self, unit: int) -> tuple[int, int]:
+        """(index of its file, number of its line from 1)."""
+        file_index = int(np.searchsorted(self._first_F1, unit, "right")) - 1
+        return file_index, unit - int(self._first_F1[file_index]) + 1
+
+    def _origin(self, unit: int) -> str:
+        file_index, number = self._place(unit)
+        return f"{self._files[file_index].path}:{number}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MappedUnits:
+    """Numbers of units, computed when they are asked for."""
+
+    examples: StreamedExamples
+    measure: Callable[[Examples], np.ndarray]
+
+    def __getitem__(self, unit: int) -> int:
+        return self.examples.chunk(unit).measure(self.measure, unit)
