@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dfactory.assembly import Inputs, make_source, read_inputs
 from dfactory.commands import preview
+from dfactory.config.load import Loaded
 from dfactory.config.recipe import Recipe
 from dfactory.data.chat import GENERATION_MARKER, PROBE_TURN, ChatEncoder, SpecialIds, read_chat_template, special_ids
 from dfactory.data.examples import DataReport, Examples
@@ -58,8 +59,9 @@ LITERALS_SHOWN = 8
 PLAIN_WIDTH = 120  # of the output where there is no terminal
 
 
-def check(recipe: Recipe, gpus: int | None) -> int:
+def check(loaded: Loaded, gpus: int | None) -> int:
     """Print the dry run. Returns 0 if the recipe would start, else the exit status of the first error."""
+    recipe = loaded.recipe
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus {gpus}: give the number of ranks, 1 or more")
     shared = recipe.expert_parallel_size
