@@ -147,6 +147,6 @@ def _tell_end(page: Page, tokenizer: PreTrainedTokenizerBase, special: SpecialId
     )
     if last not in special.produced:
         page.warn(
-            f"the chat template ends an answer with no special token that is trained ({_token(tokenizer, last)} is the last): "
-            "turns within a conversation never learn to end; write an end-of-turn token behind each"
+            f"the chat template ends an answer with no special token that is trained ({_token(tokenizer, last)} is "
+            "the last): turns within a conversation never learn to end; write an end-of-turn token behind each"
         )
