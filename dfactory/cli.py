@@ -115,6 +115,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     report = verb("report", _report, "draw the curves of finished or running runs")
     report.add_argument("runs", nargs="+", help="run folders")
+    report.add_argument("--output", help="folder of the report (default: report/ of the first run)")
     return parser, verbs.choices
 
 
@@ -214,7 +215,7 @@ def _schema(arguments, overrides) -> int:
 def _report(arguments, overrides) -> int:
     from dfactory.commands.report import report
 
-    return report(arguments.runs)
+    return report(arguments.runs, arguments.output)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,8 @@ class Trainer:
             "targets": targets,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
+            "ranks": self.world_size,
+            **distributed.peak_memory(),
         }
 
     def _scores_ahead(self, micro_batches: list[ViewBatch], objective: Objective) -> list[TokenScores | None]:
