@@ -1,4 +1,4 @@
-"""`python fill.py rayjob.yaml RECIPE [key=value ...]`: the manifest with the recipe and its overrides, to standard output."""
+"""`python fill.py rayjob.yaml RECIPE [key=value ...]`: the manifest with recipe and overrides, to standard output."""
 
 import shlex
 import sys

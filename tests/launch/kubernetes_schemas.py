@@ -1,4 +1,4 @@
-"""The part of the custom resources' schemas that the manifests use, as JSON Schema: names, types, what must and may be there.
+"""The part of the custom resources' schemas that the manifests use, as JSON Schema: names, types, what must and may be.
 
 Written from the field references of KubeRay 1.6 (ray.io/v1) and of Kubeflow's training operator 1.9 (kubeflow.org/v1),
 because neither's schema can be had through pip. Objects take no other names, so a misspelt one is found; names that the
