@@ -106,16 +106,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: the checkpoint's"
     )
 
-    schema = verb("schema", _schema, "every recipe and decode key with its type, default and meaning")
-    form = schema.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="as the table of recipes/KEYS.md")
-    form.add_argument(
-        "--earlier", action="store_true", help="the keys of the earlier dFactory and what becomes of each"
-    )
+    verb("schema", _schema, "every recipe and decode key with its type, default and meaning")
 
     report = verb("report", _report, "draw the curves of finished or running runs")
     report.add_argument("runs", nargs="+", help="run folders")
     report.add_argument("--output", help="folder of the report (default: report/ of the first run)")
+
+    form = verbs.choices["schema"].add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="as the tables of recipes/KEYS.md")
+    form.add_argument("--earlier", action="store_true", help="keys of the earlier dFactory and what becomes of each")
     return parser, verbs.choices
 
 
@@ -132,19 +131,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
     return int(text)
-
-
-def _read(arguments, overrides, ranks: int | None = None):
-    """The recipe; what became of keys of the earlier dFactory is printed. Before the heavy imports: a wrong key is told at
-    once."""
-    from dfactory.config.load import read_recipe
-
-    loaded = read_recipe(arguments.recipe, overrides, ranks)
-    if loaded.aliases and os.environ.get("RANK", "0") == "0":
-        from dfactory.commands.schema import show_aliases
-
-        show_aliases(loaded.aliases)
-    return loaded
 
 
 def _train(arguments, overrides) -> int:
@@ -216,6 +202,19 @@ def _report(arguments, overrides) -> int:
     from dfactory.commands.report import report
 
     return report(arguments.runs, arguments.output)
+
+
+def _read(arguments, overrides, ranks: int | None = None):
+    """The recipe; what became of keys of the earlier dFactory is printed. Before the heavy imports: a wrong key is told at
+    once."""
+    from dfactory.config.load import read_recipe
+
+    loaded = read_recipe(arguments.recipe, overrides, ranks)
+    if loaded.aliases and os.environ.get("RANK", "0") == "0":
+        from dfactory.commands.schema import show_aliases
+
+        show_aliases(loaded.aliases)
+    return loaded
 
 
 if __name__ == "__main__":
