@@ -25,7 +25,7 @@ SECTIONS = {
 
 def schema(markdown: bool) -> int:
     if markdown:
-        print(key_tables())
+        print(key_page())
         return 0
     console = Console(highlight=False, soft_wrap=True)
     for title, (keys, prefix) in SECTIONS.items():
@@ -38,9 +38,17 @@ def schema(markdown: bool) -> int:
     return 0
 
 
-def key_tables() -> str:
-    """All keys as tables in Markdown."""
-    lines = []
+KEY_PAGE = """# Keys
+
+Every key of a recipe, of `datasets` entries, of the decoder (`decode.*`) and of `export --merge`. This page is what
+`dfactory schema --markdown` prints, and a test keeps it so. On the command line `key=value`, `--key value` and
+`--key=value` say the same. An unknown key ends with status 2 and the nearest name.
+"""
+
+
+def key_page() -> str:
+    """recipes/KEYS.md: all keys as tables in Markdown."""
+    lines = [KEY_PAGE]
     for title, (keys, prefix) in SECTIONS.items():
         lines += [f"## {title[0].upper()}{title[1:]}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
         for name, field in known_keys(keys, prefix).items():

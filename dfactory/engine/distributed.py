@@ -5,17 +5,18 @@ import resource
 import sys
 import warnings
 
+import psutil
 import torch
 import torch.distributed as dist
 
-_at_start = 0  # bytes, of the largest resident set
+_at_start = 0  # bytes, of the resident set
 
 
 def start() -> tuple[int, int]:
     """Join the process group (once) and return (rank, world size). Without a launcher: a group of one, without a port."""
     global _at_start
     if not dist.is_initialized():
-        _at_start = _largest_resident_set()
+        _at_start = psutil.Process().memory_info().rss
         if "MASTER_ADDR" not in os.environ:  # no launcher; a parent process like this one may have left its RANK
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
             dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # no port to be taken
@@ -33,16 +34,12 @@ def device() -> torch.device:
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes: the most that was allocated on this rank's GPU; without one, how far the largest resident set of the process
-    has grown since it joined its group, that is without Python and libraries."""
+    """Bytes: the most that was allocated on this rank's GPU; without one, the largest resident set of the process above that
+    with which it joined its group, that is without Python and libraries."""
     if torch.cuda.is_available():
         return {"peak_memory": torch.cuda.max_memory_allocated()}
-    return {"peak_rss": _largest_resident_set() - _at_start}
-
-
-def _largest_resident_set() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - _at_start}
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> None:
