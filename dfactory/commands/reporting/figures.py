@@ -150,7 +150,7 @@ def _finish(axes: Axes, panel: Panel) -> None:
     if panel.log and (values > 0).all() and values.max() > 20 * values.min():
         axes.set_yscale("log")
     elif panel.from_zero:
-        axes.set_ylim(0, 1.08 * max(values.max(), 1e-12))
+        axes.set_ylim(0, 1.08 * values.max() or 1)
         axes.ticklabel_format(axis="y", scilimits=(-3, 6))
     labels = [label for line in axes.lines if not (label := str(line.get_label())).startswith("_")]
     if len(labels) > 1 or any("held out" in label for label in labels):

@@ -12,6 +12,7 @@ import numpy as np
 from dfactory.commands.reporting.runs import Run
 
 TAIL_SHARE = 10  # final training numbers are means over the last 1/10 of the steps
+FULL_WIDTH = 1352  # pixels of a picture with two columns
 COMPLETIONS_SHOWN = 4  # of the first and of the last steps
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -63,10 +64,13 @@ def page(runs: list[Run], pictures: list[Path]) -> str:
         f"<p>Training numbers are means over the last 1/{TAIL_SHARE} of the steps, held-out ones the last.</p>"
     )
     for picture in pictures:
-        data = base64.b64encode(picture.read_bytes()).decode()
-        name = picture.stem.replace("_", " ")
+        png = picture.read_bytes()
+        width = min(int.from_bytes(png[16:20]) / FULL_WIDTH, 1)  # letters of all pictures have one size
+        name, data = picture.stem.replace("_", " "), base64.b64encode(png).decode()
         caption = f"<p>{html.escape(CAPTIONS[picture.stem])}</p>" if picture.stem in CAPTIONS else ""
-        parts.append(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{data}">{caption}')
+        parts.append(
+            f'<h2>{name}</h2><img alt="{name}" style="width: {width:.0%}" src="data:image/png;base64,{data}">{caption}'
+        )
     parts += [_completions(run.label, rows) for run in runs if (rows := run.completions())]
     for run in runs:
         parts.append(f"<h2>recipe of {html.escape(run.label)}, resolved</h2><pre>{html.escape(run.config)}</pre>")
