@@ -9,12 +9,13 @@ import os
 import sys
 from pathlib import Path
 
+from dfactory.config.words import join_options
 from dfactory.errors import ConfigError, DFactoryError
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    parser, verbs = _parser()
+    arguments, rest = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv, verbs))
     overrides = _overrides(parser, arguments, rest)
     try:
         return arguments.run(arguments, overrides) or 0
@@ -25,6 +26,14 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def _joined(words: list[str], verbs: dict[str, argparse.ArgumentParser]) -> list[str]:
+    """`--a.b v` becomes a.b=v where the verb takes key=value words."""
+    verb = verbs.get(words[0]) if words else None
+    if verb is None or not verb.get_default("takes_overrides"):
+        return words
+    return [words[0], *join_options(words[1:], verb._option_string_actions)]
+
+
 def _overrides(parser: argparse.ArgumentParser, arguments: argparse.Namespace, rest: list[str]) -> list[str]:
     """key=value words, wherever they stand; any other word that no verb asked for is a usage error (status 2)."""
     stray = [word for word in rest if "=" not in word]
@@ -33,13 +42,14 @@ def _overrides(parser: argparse.ArgumentParser, arguments: argparse.Namespace, r
     return rest
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and that of each verb."""
     parser = argparse.ArgumentParser(prog="dfactory", description="Post-training of block-diffusion language models.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, run, summary: str, overrides: str = "") -> argparse.ArgumentParser:
         usage_tail = f" [{overrides} ...]" if overrides else ""
-        sub = verbs.add_parser(name, help=summary, description=summary)
+        sub = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         sub.usage = None
         sub.set_defaults(run=run, takes_overrides=bool(overrides))
         sub.epilog = f"further words:{usage_tail}" if overrides else None
@@ -138,7 +148,12 @@ def _parser() -> argparse.ArgumentParser:
 
     report = verb("report", _report, "draw the curves of finished or running runs")
     report.add_argument("runs", nargs="+", help="run folders")
-    return parser
+    report.add_argument("--output", help="folder of the report (default: report/ of the first run)")
+
+    form = verbs.choices["schema"].add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="as the tables of recipes/KEYS.md")
+    form.add_argument("--earlier", action="store_true", help="keys of the earlier dFactory and what becomes of each")
+    return parser, verbs.choices
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -183,9 +198,7 @@ def _thresholds(text: str) -> list[float]:
 
 
 def _train(arguments, overrides) -> int:
-    from dfactory.config.load import load_recipe
-
-    recipe = load_recipe(arguments.recipe, overrides)  # before the heavy imports: a wrong key is told at once
+    recipe = _read(arguments, overrides).recipe
     from dfactory.commands.report import write_report
     from dfactory.train import train
 
@@ -196,12 +209,10 @@ def _train(arguments, overrides) -> int:
 
 
 def _check(arguments, overrides) -> int:
-    from dfactory.config.load import load_recipe
-
-    recipe = load_recipe(arguments.recipe, overrides)
+    loaded = _read(arguments, overrides, arguments.gpus)
     from dfactory.commands.check import check
 
-    return check(recipe, arguments.gpus)
+    return check(loaded, arguments.gpus)
 
 
 def _generate(arguments, overrides) -> int:
@@ -272,9 +283,9 @@ def _export(arguments, overrides) -> int:
 
 
 def _schema(arguments, overrides) -> int:
-    from dfactory.commands.schema import schema
+    from dfactory.commands.schema import earlier, schema
 
-    return schema()
+    return earlier() if arguments.earlier else schema(arguments.markdown)
 
 
 def _data(arguments, overrides) -> int:
@@ -288,7 +299,20 @@ def _data(arguments, overrides) -> int:
 def _report(arguments, overrides) -> int:
     from dfactory.commands.report import report
 
-    return report(arguments.runs)
+    return report(arguments.runs, arguments.output)
+
+
+def _read(arguments, overrides, ranks: int | None = None):
+    """The recipe; what became of keys of the earlier dFactory is printed. Before the heavy imports: a wrong key is told at
+    once."""
+    from dfactory.config.load import read_recipe
+
+    loaded = read_recipe(arguments.recipe, overrides, ranks)
+    if loaded.aliases and os.environ.get("RANK", "0") == "0":
+        from dfactory.commands.schema import show_aliases
+
+        show_aliases(loaded.aliases)
+    return loaded
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`dfactory schema`: every key of a recipe and of the decoder, as config/ declares them."""
+"""`dfactory schema`: every key of a recipe and of the decoder, as config/ declares them; and the keys of the earlier one."""
 
 import dataclasses
 import typing
@@ -7,8 +7,11 @@ from typing import Any
 from omegaconf import MISSING
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from dfactory.config.data import DatasetKeys
+from dfactory.config.earlier import Alias
+from dfactory.config.earlier_keys import CONVERTED, IMPLIED, LEFT_OUT, ONLY, RENAMED
 from dfactory.config.load import known_keys
 from dfactory.config.merge import MergeKeys
 from dfactory.config.recipe import Recipe
@@ -20,7 +23,10 @@ SECTIONS = {
 }
 
 
-def schema() -> int:
+def schema(markdown: bool) -> int:
+    if markdown:
+        print(key_page())
+        return 0
     console = Console(highlight=False, soft_wrap=True)
     for title, (keys, prefix) in SECTIONS.items():
         console.print(f"[bold]{title}[/bold]")
@@ -30,6 +36,68 @@ def schema() -> int:
             console.print(escape(f"  {name}: {_type(field.type)} = {_default(field)}"))
             console.print(escape(f"      {_meaning(field)}"))
     return 0
+
+
+KEY_PAGE = """# Keys
+
+Every key of a recipe, of `datasets` entries, of the decoder (`decode.*`) and of `export --merge`. This page is what
+`dfactory schema --markdown` prints, and a test keeps it so. On the command line `key=value`, `--key value` and
+`--key=value` say the same. An unknown key ends with status 2 and the nearest name.
+"""
+
+
+def key_page() -> str:
+    """recipes/KEYS.md: all keys as tables in Markdown."""
+    lines = [KEY_PAGE]
+    for title, (keys, prefix) in SECTIONS.items():
+        lines += [f"## {title[0].upper()}{title[1:]}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        for name, field in known_keys(keys, prefix).items():
+            if not dataclasses.is_dataclass(field.type):
+                cells = (f"`{name}`", _type(field.type), f"`{_default(field)}`", _meaning(field))
+                lines.append(_row(cells))
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def earlier() -> int:
+    print(earlier_table())
+    return 0
+
+
+def earlier_table() -> str:
+    """What becomes of each key of the earlier dFactory, as a table in Markdown."""
+    rows = [(f"`{old}`", f"`{new}`") for old, new in RENAMED.items()]
+    rows += [(f"`{old}`", what) for old, what in CONVERTED.items()]
+    rows += [
+        (f"`{old}`", f"{' or '.join(map(_yaml, only.values))} is so here; else refused: {only.otherwise}")
+        for old, only in ONLY.items()
+    ]
+    rows += [(f"`{old}`", f"left out: {why}") for old, why in LEFT_OUT.items()]
+    rows += [("(not in the recipe)", f"`{new}: {_yaml(value)}`: {why}") for new, (value, why) in IMPLIED.items()]
+    return "\n".join(["| earlier key | here |", "|---|---|", *map(_row, rows)])
+
+
+def show_aliases(aliases: list[Alias]) -> None:
+    """To standard error, so that what a command prints stays what it is."""
+    console = Console(stderr=True, highlight=False)
+    table = Table(
+        "earlier key", "here", "note", title="a recipe of the earlier dFactory", title_justify="left", box=None
+    )
+    for alias in aliases:
+        table.add_row(escape(alias.old or "(not given)"), escape(alias.new), escape(alias.note))
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _yaml(value: Any) -> str:
+    return (
+        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    )
 
 
 def _type(annotation: Any) -> str:
@@ -49,9 +117,7 @@ def _default(field: dataclasses.Field) -> str:
     if field.default is MISSING or field.default == MISSING:
         return "required"
     value = field.default_factory() if field.default is dataclasses.MISSING else field.default
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    return _yaml(value)
 
 
 def _meaning(field: dataclasses.Field) -> str:

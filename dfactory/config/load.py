@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -12,17 +13,36 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dfactory.config.decode import DecodeKeys, decode_problem
+from dfactory.config.earlier import Alias, translate
+from dfactory.config.elsewhere import meant_by
 from dfactory.config.merge import MergeKeys
 from dfactory.config.objective import PAIRED_STAGES, PLAIN_STAGES
 from dfactory.config.recipe import Recipe
 from dfactory.errors import ConfigError
 
 NOT_YAML = (yaml.YAMLError, OmegaConfBaseException, ValueError)  # what OmegaConf raises for text that it cannot read
+COMMAND_LINE = "the command line"
+UNSET = object()
 PATH_KEYS = ("deepspeed", "chat_template_path", "reference_path")  # paths that a recipe states relative to itself
 
 
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A recipe and where it comes from."""
+
+    recipe: Recipe
+    origins: dict[str, str]  # dotted key -> file or "the command line"; keys that have their default are not in it
+    aliases: list[Alias]  # what became of the keys of the earlier dFactory; none in a recipe of this one
+
+
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
-    """Read, merge, type-check and cross-check. Paths in the file are relative to it, overrides to the caller."""
+    """The recipe alone."""
+    return read_recipe(path, overrides).recipe
+
+
+def read_recipe(path: str | Path, overrides: list[str] = (), ranks: int | None = None) -> Loaded:
+    """Read, merge, type-check and cross-check. Paths in the file are relative to it (those of the earlier dFactory's keys to
+    the caller), overrides to the caller. `ranks`, by default this launch's, is what a global batch size is divided over."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"recipe {path} does not exist: give a YAML file such as recipes/quickstart/sft.yaml")
@@ -33,15 +53,27 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     if not isinstance(file_layer, DictConfig):
         raise ConfigError(f"{path} holds no keys: a recipe is a mapping of key: value lines")
     _resolve_paths(file_layer, path.parent)
-    recipe = _merge(Recipe, [(str(path), file_layer), ("the command line", _parse_overrides(overrides))])
+    layers = [(str(path), file_layer), (COMMAND_LINE, _parse_overrides(overrides))]
+    layers, aliases = translate(layers, ranks or int(os.environ.get("WORLD_SIZE", "1")))
+    recipe = _merge(Recipe, layers)
     _check_recipe(recipe, f"{path} and the command line" if overrides else str(path))
-    return recipe
+    return Loaded(recipe, _origins(layers), aliases)
+
+
+def _origins(layers: list[tuple[str, DictConfig]]) -> dict[str, str]:
+    groups = {name: field for name, field in known_keys(Recipe).items() if not dataclasses.is_dataclass(field.type)}
+    return {
+        name: origin
+        for name in groups
+        for origin, layer in layers
+        if OmegaConf.select(layer, name, default=UNSET) is not UNSET
+    }
 
 
 def load_decode_keys(overrides: list[str]) -> DecodeKeys:
     """`decode.threshold=0.9 ...` -> DecodeKeys; the prefix may be left out."""
     bare = [item.removeprefix("--").removeprefix("decode.") for item in overrides]
-    keys = _merge(DecodeKeys, [("the command line", _parse_overrides(bare))])
+    keys = _merge(DecodeKeys, [(COMMAND_LINE, _parse_overrides(bare))])
     problem = decode_problem(keys, keys.block_size)
     if problem is not None:
         raise ConfigError(f"{problem} in the command line")
@@ -146,8 +178,10 @@ def _refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: s
         dotted = f"{prefix}{name}"
         if name not in known:
             every = known_keys(schema, prefix)
-            near = difflib.get_close_matches(dotted, every, n=1, cutoff=0.6)
-            hint = f"; did you mean {near[0]}?" if near else "; `dfactory schema` lists every key"
+            near = meant_by(dotted, every) or next(
+                iter(difflib.get_close_matches(dotted, every, n=1, cutoff=0.6)), None
+            )
+            hint = f"; did you mean {near}?" if near else "; `dfactory schema` lists every key"
             raise ConfigError(f"unknown key {dotted} in {origin}{hint}")
         inner = known[name].type
         if dataclasses.is_dataclass(inner) and OmegaConf.is_dict(layer[name]):

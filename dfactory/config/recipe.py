@@ -1,5 +1,6 @@
 """The whole recipe: flat, with TRL's and transformers' names."""
 
+import math
 from dataclasses import dataclass
 
 from dfactory.config.data import DataKeys
@@ -39,6 +40,10 @@ class Recipe(TrainingKeys, RLKeys, ObjectiveKeys, EditingKeys, NoiseKeys, DataKe
     def block_size_at(self, step: int) -> int:
         """The block size of a step, counted from 0."""
         return next(size for first, size in reversed(self.block_phases) if first <= step)
+
+    def warmup_of(self, num_steps: int) -> int:
+        """Steps of the warmup in a run of so many."""
+        return math.ceil(self.warmup_steps * num_steps) if self.warmup_steps < 1 else round(self.warmup_steps)
 
     @property
     def documents_per_record(self) -> int:

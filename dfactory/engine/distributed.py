@@ -1,15 +1,22 @@
 """The process group: one rank by itself, or many under torchrun, slurm or Ray."""
 
 import os
+import resource
+import sys
 import warnings
 
+import psutil
 import torch
 import torch.distributed as dist
+
+_at_start = 0  # bytes, of the resident set
 
 
 def start() -> tuple[int, int]:
     """Join the process group (once) and return (rank, world size). Without a launcher: a group of one, without a port."""
+    global _at_start
     if not dist.is_initialized():
+        _at_start = psutil.Process().memory_info().rss
         if "MASTER_ADDR" not in os.environ:  # no launcher; a parent process like this one may have left its RANK
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
             dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # no port to be taken
@@ -24,6 +31,15 @@ def start() -> tuple[int, int]:
 
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes: the most that was allocated on this rank's GPU; without one, the largest resident set of the process above that
+    with which it joined its group, that is without Python and libraries."""
+    if torch.cuda.is_available():
+        return {"peak_memory": torch.cuda.max_memory_allocated()}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - _at_start}
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> None:

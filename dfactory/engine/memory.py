@@ -272,8 +272,9 @@ def _passing_lines(counts: ParameterCounts, full: bool, config: PreTrainedConfig
     if stage >= 1 and full and setup.world_size > 1:
         lines.append(Line("reduce buckets", 2 * b * setup.reduce_bucket, f"2 x {b} x reduce bucket"))
     parts = [4] * (3 if setup.trains_entropy else 2) + [b]  # bytes of a number of each chunk
+    chunk = min(setup.logits_bytes, 4 * config.vocab_size * setup.rows * setup.row_length)
     formula = f"chunk x ({' + '.join(map(str, parts))}) / 4"
-    lines.append(Line("logits of a chunk", setup.logits_bytes * sum(parts) // 4, formula, Phase.HEAD))
+    lines.append(Line("logits of a chunk", chunk * sum(parts) // 4, formula, Phase.HEAD))
     if full:
         cast = b if setup.dtype == "bfloat16" else 0
         lines.append(Line("gradient of the head", (4 + cast) * head, f"(4 + {cast}) x V H", Phase.HEAD))

@@ -166,6 +166,8 @@ class Trainer:
             "targets": targets,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
+            "ranks": self.world_size,
+            **distributed.peak_memory(),
         }
 
     def _scores_ahead(self, micro_batches: list[ViewBatch], objective: Objective) -> list[TokenScores | None]:
@@ -233,8 +235,8 @@ def learning_rate_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, num
         "linear": ("polynomial", {"lr_end": recipe.lr_min, "power": 1.0}),
         "constant": ("constant_with_warmup", {}),
     }[recipe.lr_scheduler_type]
-    end = max(num_steps, recipe.warmup_steps + 1)
-    return get_scheduler(name, optimizer, recipe.warmup_steps, end, scheduler_specific_kwargs=options)
+    warmup = recipe.warmup_of(num_steps)
+    return get_scheduler(name, optimizer, warmup, max(num_steps, warmup + 1), scheduler_specific_kwargs=options)
 
 
 def keep_zero3_config(recipe: Recipe) -> HfDeepSpeedConfig | None:

@@ -221,11 +221,99 @@ def test_warnings(recipe, check):
 
 
 def test_a_quiet_recipe_has_no_warnings(check, tmp_path):
-    (tmp_path / "held_out.jsonl").write_text('{"input_ids": [1, 2, 3, 4, 5, 6], "prompt_lengths": 4}\n')
-    quiet = {"block_size": 32, "learning_rate": 1e-5, "eval_datasets": [{"path": "held_out.jsonl"}], "row_length": 384}
+    (tmp_path / "held_out.jsonl").write_text('{"input_ids": [1, 2, 3, 4, 5, 156], "prompt_lengths": 4}\n')
+    lines = [json.dumps({"input_ids": [*range(first, first + 50), 156], "prompt_lengths": 4}) for first in range(20)]
+    (tmp_path / "long.jsonl").write_text("\n".join(lines))
+    quiet = {"block_size": 32, "learning_rate": 1e-5, "max_length": 64, "row_length": 384}
+    quiet |= {"eval_datasets": [{"path": "held_out.jsonl"}], "datasets": [{"path": "long.jsonl"}]}
     status, told = check(write_recipe(tmp_path, GOLDEN, vocabulary=150, mask=158, eos=156, **quiet))
     assert status == 0
     assert "warning" not in told
+
+
+@pytest.mark.parametrize(
+    "keys, warning",
+    [
+        ({"block_size": 64}, "block_size 64 is longer than the longest document"),
+        ({"block_size": 64}, "block_size 64 is long for these answers"),
+        ({}, "29 of the first 30 documents are exact copies"),
+        ({"max_steps": 3000}, "save_steps is null: if a run of 3,000 steps breaks off"),
+        ({"max_steps": 3000}, "every document is seen"),
+        (
+            {"use_peft": True, "init_weights": "pretrained", "learning_rate": 0.01},
+            "learning_rate 0.01 is unusual for LoRA",
+        ),
+        (
+            {
+                "model_name_or_path": str(ROOT / "recipes/llada2_mini/model"),
+                "mask_token_id": 156895,
+                "eos_token_id": 156892,
+                "init_weights": "pretrained",
+            },
+            "is more than a GPU of 80 GB holds: deepspeed=recipes/deepspeed/zero3.json takes",
+        ),
+    ],
+)
+def test_what_usually_goes_wrong(recipe, check, keys, warning):
+    assert warning in check(recipe(**keys), "--gpus", 8)[1]
+
+
+def test_documents_without_an_end(check, tmp_path):
+    _, told = check(write_recipe(tmp_path, GOLDEN, vocabulary=150, mask=158, eos=156))
+    assert "20 of the first 20 documents do not end with EOS (156)" in told
+
+
+@pytest.mark.parametrize(
+    "generation, warning",
+    [
+        (
+            "{%- if loop.last -%}{%- generation -%}{{ answer }}{%- endgeneration -%}{%- else -%}{{ answer }}{%- endif -%}",
+            "of two assistant turns the chat template marks 1",
+        ),
+        (
+            "{%- generation -%}{{- message['content'] -}}{%- endgeneration -%}",
+            "the chat template ends an answer with no special token",
+        ),
+    ],
+)
+def test_turns_that_are_not_trained(recipe, check, tmp_path, generation, warning):
+    """A template that marks the last answer only, and one whose answers have no end."""
+    lines = (ROOT / "dfactory/assets/tiny/chat_template.jinja").read_text().splitlines()
+    place = next(number for number, line in enumerate(lines) if "{%- generation -%}" in line)
+    lines[place] = "{%- set answer = message['content'] ~ '<|role_end|>' -%}" + generation
+    (tmp_path / "other.jinja").write_text("\n".join(lines))
+    assert warning in check(recipe(chat_template_path="other.jinja"))[1]
+
+
+def test_preferences_are_learnt_slower_than_answers(recipe, check, tmp_path):
+    """The run that a DPO recipe starts from tells its rate."""
+    run = shutil.copytree(TINY_DIR, tmp_path / "sft" / "checkpoint-1").parent
+    (run / "LATEST").write_text("checkpoint-1")
+    (run / "config.yaml").write_text("stage: sft\nlearning_rate: 1.0e-4\n")
+    pair = json.dumps({"prompt": "Which day?", "chosen": "Monday", "rejected": "May"})
+    keys = {"model_name_or_path": str(run), "init_weights": "pretrained", "stage": "dpo"}
+    assert "learning_rate 0.001 of stage dpo is above the 0.0001 of the run" in check(recipe([pair] * 4, **keys))[1]
+    assert "of stage dpo is above" not in check(recipe([pair] * 4, **keys, learning_rate=1e-5))[1]
+
+
+def test_ratios_that_are_noise(recipe, check):
+    line = json.dumps({"prompt": "Which day follows Monday?", "answer": "Tuesday"})
+    rl = {"stage": "rl", "max_steps": 3, "reward_funcs": ["exact_match"], "policy_loss": "ebpo", "kl_coef": 0.1}
+    rl |= {"ratio_normalisation": "sum", "decode": {"max_new_tokens": 32, "temperature": 1.0, "acceptance": "top"}}
+    _, told = check(recipe([line], **rl))
+    assert "epsilon 0.2 with ratio_normalisation sum" in told
+    assert "kl_estimator k3 with policy_loss ebpo" in told
+
+
+def test_origins_and_what_is_written(recipe, check):
+    status, told = check(recipe(save_steps=5, max_steps=20, save_total_limit=2), "--seed", 7, "--gpus", 2)
+    assert status == 0
+    assert "seed 7 (command line)" in told
+    assert "learning_rate 0.001 (recipe)" in told
+    assert "weight_decay 0," in told.partition("default")[2]
+    assert "4 are written, at most 3 are there at a time" in told
+    assert "checkpoint-N/ a directory that transformers loads" in told
+    assert "FLOP on each rank" in told
 
 
 def test_a_leak_is_told(recipe, check):

@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 
 from dfactory.cli import main
-from dfactory.commands.report import _read_run as read_run
-from dfactory.commands.report import final_numbers, smooth, write_report
+from dfactory.commands.report import write_report
+from dfactory.commands.reporting.figures import drawings, smooth
+from dfactory.commands.reporting.memory import forecast_of
+from dfactory.commands.reporting.page import final_numbers
+from dfactory.commands.reporting.runs import read_run
+from dfactory.commands.reporting.tradeoff import draw_tradeoff
+from dfactory.engine.memory import count_parameters
 from dfactory.errors import DataError
 
-PICTURES = {"loss.png", "loss_by_t.png", "hit_rate.png", "optimiser.png", "speed.png"}
+PICTURES = {"memory.png", "loss.png", "loss_by_t.png", "hit_rate.png", "optimiser.png", "speed.png"}
 
 
 def write_run(folder: Path, rows: list[dict], config: str = "learning_rate: 0.1\n") -> Path:
@@ -27,9 +32,9 @@ def test_a_real_run(golden_run, capsys):
     assert main(["report", str(golden_run)]) == 0
     page = (golden_run / "report" / "report.html").read_text()
     assert {file.name for file in (golden_run / "report").glob("*.png")} == PICTURES
-    assert "report.html and 5 pictures" in capsys.readouterr().out
+    assert "report.html and 6 pictures" in capsys.readouterr().out
     pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
-    assert [data[:8] for data in pictures] == [b"\x89PNG\r\n\x1a\n"] * 5
+    assert [data[:8] for data in pictures] == [b"\x89PNG\r\n\x1a\n"] * 6
     assert "http" not in page.replace(str(golden_run), "")  # nothing is fetched
     assert "learning_rate: 0.01" in page
     assert "<td>steps</td><td>3</td>" in page
@@ -77,6 +82,7 @@ def test_final_numbers(tmp_path):
     rows.append({"step": 20, "eval/loss": 7.5, "eval/loss_t0.10": 3.0})
     numbers = final_numbers(read_run(write_run(tmp_path / "run", rows), "run"))
     assert numbers == {
+        "stage": "sft",
         "steps": "20",
         "training loss": "19.5000",
         "held-out loss": "7.5000",
@@ -110,3 +116,52 @@ def test_missing_empty_and_broken_metrics(tmp_path, capsys):
     with pytest.raises(DataError, match=r"metrics\.jsonl:2 is not JSON"):
         write_report([broken])
     assert not (broken / "report").exists()
+
+
+# --- several stages, sweeps, completions, memory ----------------------------------------------------------------------
+
+
+def sweep(folder: Path, name: str, points: list[tuple[float, float, float]]) -> None:
+    rows = [{"threshold": t, "exact_match": e, "tokens_per_forward": f} for t, e, f in points]
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_pipeline_of_stages(tmp_path):
+    """Each stage has its own axes; a sweep before and one after; a report beside the runs."""
+    rows = [{"step": step, "loss": 2.0 / step, "eval/loss_t0.50": 1.0 / step} for step in (1, 2, 3)]
+    runs = [write_run(tmp_path / stage, rows, config=f"stage: {stage}\n") for stage in ("sft", "cap")]
+    sweep(runs[0], "thresholds.jsonl", [(0.9, 0.7, 3.0), (0.5, 0.6, 4.0)])
+    sweep(runs[1], "thresholds_after.jsonl", [(0.9, 0.7, 4.0), (0.5, 0.68, 5.0)])
+    assert [list(read_run(run, run.name).sweeps()) for run in runs] == [["sft"], ["cap after"]]
+    assert [row["threshold"] for row in read_run(runs[0], "sft").sweeps()["sft"]] == [0.5, 0.9]
+    words = ["report", *map(str, runs), "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"loss.png", "loss_by_t.png", "tradeoff.png"}
+    assert not (runs[0] / "report").exists()
+    loss = drawings()["loss"]([read_run(run, run.name) for run in runs])
+    assert [axes.get_title(loc="left") for axes in loss.axes] == ["loss: sft", "loss: cap"]
+    lines = [line for axes in draw_tradeoff([read_run(run, run.name) for run in runs]).axes for line in axes.lines]
+    assert [line.get_label() for line in lines] == ["sft", "cap after"]
+    assert list(lines[0].get_xdata()) == [4.0, 3.0]
+
+
+def test_completions_are_shown(tmp_path):
+    run = write_run(tmp_path / "run", [{"step": 1, "loss": 0.0, "reward": 0.5}], config="stage: rl\n")
+    prompt = [{"role": "user", "content": "Say <b>"}]
+    rows = [{"step": s, "group": s, "prompt": prompt, "completion": f"answer {s}", "reward": s / 20} for s in range(20)]
+    (run / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report([run]).read_text()
+    shown = [s for s in range(20) if f"<td>answer {s}</td>" in page]
+    assert shown == [0, 1, 2, 3, 16, 17, 18, 19]
+    assert "Say &lt;b&gt;" in page
+    assert "<td>reward</td><td>0.5000</td>" in page
+
+
+def test_memory_is_measured_and_forecast(golden_run):
+    run = read_run(golden_run, "run")
+    assert run.curve("peak_rss")[1].max() > 0
+    assert set(run.curve("ranks")[1]) == {1}
+    expected = forecast_of(run)
+    assert expected > 4 * 4 * count_parameters(golden_run / "checkpoint-3").total  # weights, gradients, two moments
+    moved = run._replace(config=run.config.replace("model_name_or_path: /", "model_name_or_path: /nowhere/"))
+    assert forecast_of(moved) is None

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dfactory.cli import main
 from dfactory.config.load import load_recipe
 from dfactory.errors import ConfigError
 from tests.commands.conftest import ROOT
@@ -29,3 +30,27 @@ def test_every_recipe_parses(file):
 def test_rules_of_trace_views(override, message):
     with pytest.raises(ConfigError, match=message):
         load_recipe(ROOT / "recipes/quickstart/trajectory.yaml", [override])
+
+
+MISSING_AT_HOME = (
+    "jsonl",
+    "model.safetensors",
+    "runs/",
+    "tokenizer",
+)  # what a recipe waits for: data, weights, an earlier run
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: str(file.relative_to(ROOT / "recipes")))
+def test_every_recipe_is_checked(file, capsys, monkeypatch, tmp_path):
+    """A dry run of each: those that start from the embedded model would start; the others lack what is not in the
+    repository, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    status = main(["check", str(file), "--gpus", "8"])
+    told = capsys.readouterr().out
+    assert "keys ─" in told
+    assert "output_dir" in told
+    if status == 0:
+        assert "training would start" in told
+    errors = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert bool(errors) == (status != 0)
+    assert all(any(word in line for word in MISSING_AT_HOME) for line in errors), errors

@@ -37,6 +37,11 @@ def test_learning_rate_schedules(recipe_file):
     assert _rates(recipe_file, "lr_scheduler_type=constant", "warmup_steps=2") == pytest.approx([0, 0.5] + [1] * 9)
 
 
+def test_a_warmup_as_a_share_of_the_run(recipe_file):
+    share = _rates(recipe_file, "lr_scheduler_type=constant", "warmup_steps=0.4")
+    assert share == _rates(recipe_file, "lr_scheduler_type=constant", "warmup_steps=4")
+
+
 @pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("warmup", [10, 20])
 def test_a_warmup_of_the_whole_run(recipe_file, shape, warmup):

@@ -4,10 +4,13 @@
 in which a stub of install.sh and a stub `dfactory` take the places of what was tested elsewhere.
 """
 
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCH = REPOSITORY / "launch"
-SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), REPOSITORY / ".ci" / "run"])
+SCRIPTS = sorted([*LAUNCH.glob("**/*.sh"), *LAUNCH.glob("*.sbatch"), REPOSITORY / ".ci" / "run"])
 needs_cli = pytest.mark.skipif(find_spec("dfactory.cli") is None, reason="dfactory.cli is not there yet")
 
 
@@ -74,6 +77,72 @@ def test_local_on_several_machines_wants_to_know_which_one_this_is(tmp_path):
     result = run("bash", str(LAUNCH / "local.sh"), "absent.yaml", cwd=tmp_path, NNODES="2")
     assert result.returncode != 0
     assert "NODE_RANK" in result.stderr
+
+
+def several_machines(shell: str, words: list[str], cwd: Path, count: int = 2) -> list[subprocess.CompletedProcess]:
+    """local.sh on so many machines, which are this one, at the same time."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    places = {"NNODES": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NPROC_PER_NODE": "1"}
+    with ThreadPoolExecutor(count) as pool:
+        started = [
+            pool.submit(run, shell, str(LAUNCH / "local.sh"), *words, cwd=cwd, NODE_RANK=str(rank), **places)
+            for rank in range(count)
+        ]
+    return [machine.result() for machine in started]
+
+
+@needs_cli
+@pytest.mark.slow
+def test_local_on_several_machines_trains(tmp_path):
+    recipe, records = (str(REPOSITORY / "recipes/quickstart" / name) for name in ("sft.yaml", "data/heldout.jsonl"))
+    keys = ["max_steps=2", "logging_steps=1", "eval_datasets=[]", "output_dir=run", f"datasets=[{{path: {records}}}]"]
+    machines = several_machines("bash", [recipe, *keys], tmp_path)
+    assert [machine.returncode for machine in machines] == [0, 0], machines
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["ranks"] for row in rows] == [2, 2]
+    assert "step 2/2" in machines[0].stdout  # the first machine tells
+    assert "step 2/2" not in machines[1].stdout
+
+
+@needs_cli
+@pytest.mark.slow
+def test_local_on_several_machines_fails_on_each(tmp_path):
+    machines = several_machines("sh", [str(REPOSITORY / "recipes/quickstart/sft.yaml"), "max_stepps=1"], tmp_path)
+    assert all(machine.returncode != 0 for machine in machines)
+    assert "did you mean max_steps?" in machines[0].stderr + machines[0].stdout
+
+
+SRUN = """#!/usr/bin/env bash
+# Stands for srun: the command once for each node, all at the same time; fails if one does.
+while [[ $1 == --* ]]; do shift; done
+status=0
+for node in 0 1; do SLURM_NODEID=$node "$@" & done
+for node in 0 1; do wait -n || status=$?; done
+exit $status
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$2" = hostnames ]; then printf 'first\\nsecond\\n'; else echo "   Command=$SBATCH_FILE recipe"; fi
+"""
+FAKE_LOCAL = """echo "$NODE_RANK of $NNODES at $MASTER_ADDR:" "$@"
+[ "$NODE_RANK" != "${FAILS:-}" ] || exit 3
+"""
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+@pytest.mark.parametrize("fails, status", [("", 0), ("0", 3), ("1", 3)])
+def test_slurm_starts_every_node_and_fails_with_any(tmp_path, shell, fails, status):
+    launch = tmp_path / "launch"
+    launch.mkdir()
+    shutil.copy(LAUNCH / "slurm.sbatch", launch)
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("launch/local.sh", FAKE_LOCAL)):
+        (tmp_path / name).write_text(text if text.startswith("#!") else "#!/usr/bin/env bash\n" + text)
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "2", "FAILS": fails}
+    command = ["env", f"PATH={tmp_path}:/usr/bin:/bin", shell, str(launch / "slurm.sbatch"), "r.yaml", "a=b c"]
+    done = run(*command, cwd=tmp_path, SBATCH_FILE=str(launch / "slurm.sbatch"), **job)
+    assert done.returncode == status, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["0 of 2 at first: r.yaml a=b c", "1 of 2 at first: r.yaml a=b c"]
 
 
 def test_slurm_script_outside_a_job(tmp_path):

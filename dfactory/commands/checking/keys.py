@@ -1,0 +1,55 @@
+"""Section `keys`: what every key is, and who says so."""
+
+import dataclasses
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from dfactory.commands.checking.page import Page
+from dfactory.config.load import COMMAND_LINE, Loaded, known_keys
+from dfactory.config.recipe import Recipe
+
+
+def tell_keys(page: Page, loaded: Loaded) -> None:
+    """Keys that the recipe or the command line gives, a line each; then those that have their default, in one paragraph."""
+    earlier = {
+        key: alias.old for alias in loaded.aliases for key in (part.split(" = ")[0] for part in alias.new.split(", "))
+    }
+    given, defaults = Table.grid(padding=(0, 2)), []
+    given.add_column(no_wrap=True)
+    given.add_column(overflow="fold")
+    for name, field in known_keys(Recipe).items():
+        if dataclasses.is_dataclass(field.type):
+            continue
+        text = _text(_value(loaded.recipe, name))
+        if name not in loaded.origins:
+            defaults.append(f"{name} {text}")
+            continue
+        origin = "command line" if loaded.origins[name] == COMMAND_LINE else "recipe"
+        if name in earlier:
+            origin += f", {earlier[name].split(' = ')[0] or 'as the earlier code has it'}"
+        given.add_row(name, Text.assemble(text, (f"  ({origin})", "dim")))
+    page.line("given", given)
+    page.line("default", Text(", ".join(defaults), "dim"))
+
+
+def _value(recipe: Recipe, dotted: str) -> Any:
+    value: Any = recipe
+    for name in dotted.split("."):
+        value = vars(value)[name]
+    return value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    if dataclasses.is_dataclass(value):
+        return _text(vars(value))
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_text(inner)}" for name, inner in value.items()) + "}"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return (
+        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    )

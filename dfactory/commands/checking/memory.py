@@ -1,0 +1,119 @@
+"""Section `memory`: the forecast for a rank, by number of ranks and ZeRO stage, with its formulas."""
+
+import dataclasses
+
+from rich.table import Table
+from rich.text import Text
+
+from dfactory.commands.checking.model import Model
+from dfactory.commands.checking.page import Page, in_bytes
+from dfactory.config.recipe import Recipe
+from dfactory.engine.memory import MemoryForecast, Setup, forecast, setup_of
+from dfactory.engine.trainer import deepspeed_config
+
+FITS = 72e9  # bytes: a GPU of 80 GB less 10 percent
+
+
+def tell_memory(page: Page, recipe: Recipe, model: Model, ranks: tuple[int, ...]) -> None:
+    deepspeed = deepspeed_config(recipe)
+    own = setup_of(recipe, deepspeed, ranks[0]).zero_stage
+    table = Table("ranks", box=None, padding=(0, 1))
+    for stage in range(4):
+        mine = {"header": f"> ZeRO {stage} <", "style": "bold"} if stage == own else {"header": f"ZeRO {stage}"}
+        table.add_column(**mine, no_wrap=True)
+    for column in table.columns:
+        column.justify = "right"
+    forecasts = {}
+    for count in ranks:
+        setup = setup_of(recipe, deepspeed, count)
+        forecasts[count] = [forecast(model.path, _at_stage(setup, stage)) for stage in range(4)]
+        table.add_row(f"{count}", *map(_peak, forecasts[count]))
+    page.line("GPU of a rank", table)
+    page.line("", "> the recipe's <; forecast, not measured; leave 10% for the CUDA context, NCCL and fragments")
+    shown = next((n for n in ranks if forecasts[n][own].device_bytes < FITS), ranks[-1])
+    if forecasts[shown][own].device_bytes >= FITS:
+        _warn_of_size(page, recipe, model, setup_of(recipe, deepspeed, shown))
+    page.line(f"on {shown} rank(s)", _breakdown(forecasts[shown][own]), _letters(recipe, model, shown))
+
+
+def _warn_of_size(page: Page, recipe: Recipe, model: Model, setup: Setup) -> None:
+    """That it does not fit, and the first change that would make it."""
+    remedies = {
+        "gradient_checkpointing=true": {"gradient_checkpointing": True},
+        "deepspeed=recipes/deepspeed/zero3.json": {"zero_stage": 3},
+        "gradient_checkpointing=true deepspeed=recipes/deepspeed/zero3.json": {
+            "zero_stage": 3,
+            "gradient_checkpointing": True,
+        },
+        "gradient_checkpointing=true deepspeed=recipes/deepspeed/zero3_offload.json": {
+            "zero_stage": 3,
+            "gradient_checkpointing": True,
+            "offload_optimizer": True,
+        },
+        "use_peft=true gradient_checkpointing=true deepspeed=recipes/deepspeed/zero3.json": {
+            "zero_stage": 3,
+            "gradient_checkpointing": True,
+            "lora_r": recipe.lora_r,
+            "lora_target_modules": tuple(recipe.lora_target_modules),
+        },
+    }
+    for words, change in remedies.items():
+        memory = forecast(model.path, dataclasses.replace(setup, **change))
+        if memory.device_bytes < FITS:
+            remedy = f"{words} takes {_peak(memory)}"
+            break
+    else:
+        remedy = "more ranks, or shorter rows"
+    page.warn(f"the forecast for {setup.world_size} rank(s) is more than a GPU of 80 GB holds: {remedy}")
+
+
+def _at_stage(setup: Setup, stage: int) -> Setup:
+    """The same with another ZeRO stage; offload needs sharding."""
+    return dataclasses.replace(
+        setup,
+        zero_stage=stage,
+        offload_optimizer=setup.offload_optimizer and stage >= 1,
+        offload_param=setup.offload_param and stage == 3,
+    )
+
+
+def _peak(memory: MemoryForecast) -> str:
+    host = f" (host {in_bytes(memory.host_bytes)})" if memory.host_bytes else ""
+    return in_bytes(memory.device_bytes) + host
+
+
+def _breakdown(memory: MemoryForecast) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for line in memory.lines:
+        table.add_row(
+            line.name, Text(in_bytes(line.bytes), justify="right"), line.formula, Text(f"{line.phase}", "dim")
+        )
+    return table
+
+
+def _letters(recipe: Recipe, model: Model, ranks: int) -> str:
+    """What the letters of the formulas stand for here."""
+    sizes, setup = model.config, setup_of(recipe, deepspeed_config(recipe), ranks)
+    head = sizes.head_dim or sizes.hidden_size // sizes.num_attention_heads
+    letters = {
+        "P parameters": model.counts.total + (model.trained if recipe.use_peft else 0),
+        "T trained": model.trained,
+        "n ranks": ranks,
+        "L layers": sizes.num_hidden_layers,
+        "t positions": setup.rows * setup.row_length,
+        "H hidden": sizes.hidden_size,
+        "A query heads": head * sizes.num_attention_heads,
+        "C key heads": head * sizes.num_key_value_heads,
+        "V vocabulary": sizes.vocab_size,
+    }
+    if setup.expert_parallel_size > 1:
+        letters |= {"X routed experts": model.counts.experts, "m sharing a layer": setup.expert_parallel_size}
+    if model.counts.experts:
+        letters |= {
+            "I expert": sizes.moe_intermediate_size,
+            "k chosen": sizes.num_experts_per_tok,
+            "E experts": sizes.num_local_experts,
+        }
+    else:
+        letters["D feed-forward"] = sizes.intermediate_size
+    return ", ".join(f"{name} {value:,}" for name, value in letters.items())

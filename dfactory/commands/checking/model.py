@@ -1,0 +1,152 @@
+"""Sections `model`, `weights` and `tokens`: what config.json, the files' headers and the tokenizer tell."""
+
+import dataclasses
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from dfactory.commands.checking.page import Page, in_bytes, in_short
+from dfactory.config.recipe import Recipe
+from dfactory.data.chat import GENERATION_MARKER, PROBE_TURN, ChatEncoder, SpecialIds, read_chat_template, special_ids
+from dfactory.data.records import BadRow
+from dfactory.engine.memory import ParameterCounts, count_adapters, count_parameters
+from dfactory.models.headers import weight_files
+from dfactory.models.registry import (
+    check_tensors,
+    known_mask_id,
+    read_config,
+    read_tokenizer,
+    resolve_model_dir,
+    trained_block_size,
+)
+
+LITERALS_SHOWN = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What config.json tells."""
+
+    path: Path
+    config: PreTrainedConfig
+    counts: ParameterCounts
+    trained: int  # parameters: all of them, or the adapters'
+
+
+def tell_model(page: Page, recipe: Recipe) -> Model:
+    path = resolve_model_dir(recipe.model_name_or_path)
+    config, counts = read_config(path), count_parameters(path)
+    adapters = count_adapters(path, recipe.lora_r, tuple(recipe.lora_target_modules)) if recipe.use_peft else None
+    model = Model(path, config, counts, counts.total if adapters is None else adapters)
+    page.line("directory", f"{path}, model_type {config.model_type}")
+    page.line(
+        "parameters",
+        f"{in_short(counts.total)}, of which {in_short(counts.active)} active for a token: "
+        f"experts {in_short(counts.experts)}, vocabulary {in_short(counts.vocabulary)}, other {in_short(counts.other)}",
+    )
+    lora = f" by LoRA, r {recipe.lora_r}, on {', '.join(recipe.lora_target_modules)}" if recipe.use_peft else ", all"
+    page.line("trained", f"{in_short(model.trained)}{lora}; {recipe.dtype}; {recipe.init_weights} weights")
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and recipe.max_length > limit:
+        page.warn(f"max_length {recipe.max_length} is beyond the model's max_position_embeddings {limit}: lower it")
+    recorded = trained_block_size(path)
+    if recipe.init_weights == "pretrained" and config.model_type.startswith("llada2") and recorded != recipe.block_size:
+        page.warn(f"block_size {recipe.block_size}, but the model was trained with {recorded}")
+    return model
+
+
+def tell_weights(page: Page, model: Model) -> None:
+    files = weight_files(model.path)
+    check_tensors(model.path, model.config)
+    size = sum(file.stat().st_size for file in files)
+    page.line(
+        "files", f"{len(files)} with {in_bytes(size)}; every tensor has the name and shape that config.json asks for"
+    )
+    left_out = model.config.to_dict().get("mtp_layers_left_out", 0)
+    if left_out:
+        page.warn(
+            f"{left_out} multi-token-prediction layer(s) are neither read nor saved: they predict "
+            "beyond the next token, which block diffusion does not"
+        )
+
+
+def tell_tokens(page: Page, recipe: Recipe, model: Model) -> SpecialIds:
+    tokenizer = read_tokenizer(model.path)
+    template = read_chat_template(recipe.chat_template_path)
+    if tokenizer is None:
+        page.line("tokenizer", "none in the directory: records have to come tokenised (input_ids, prompt_lengths)")
+    else:
+        page.line("tokenizer", f"{type(tokenizer).__name__}, {len(tokenizer)} tokens")
+    vocab_size = model.config.vocab_size
+    recorded = known_mask_id(model.path, None)
+    mask_id = known_mask_id(model.path, recipe.mask_token_id)
+    if recorded is not None and mask_id != recorded:
+        page.warn(f"mask_token_id {mask_id}, but the model was trained with {recorded}: leave the key out")
+    special = special_ids(tokenizer, mask_id, recipe.eos_token_id, vocab_size, template)
+    page.line("mask, EOS", f"{_token(tokenizer, special.mask)}, {_token(tokenizer, special.eos)}")
+    page.line("never decoded", _suppressed(tokenizer, special))
+    if tokenizer is not None:
+        _template(page, recipe, tokenizer, template, special)
+    return special
+
+
+def _token(tokenizer: PreTrainedTokenizerBase | None, index: int) -> str:
+    literal = None if tokenizer is None else tokenizer.convert_ids_to_tokens(index)
+    return f"{index} {literal}" if literal is not None else f"{index}"
+
+
+def _suppressed(tokenizer: PreTrainedTokenizerBase | None, special: SpecialIds) -> str:
+    if tokenizer is None:
+        return _token(None, special.mask)
+    named = [_token(tokenizer, index) for index in special.suppressed if tokenizer.convert_ids_to_tokens(index)]
+    unnamed = len(special.suppressed) - len(named)
+    more = [f"{len(named) - LITERALS_SHOWN} more special tokens"] if len(named) > LITERALS_SHOWN else []
+    more += [f"{unnamed} ids that name no token"] if unnamed else []
+    return ", ".join(named[:LITERALS_SHOWN] + more)
+
+
+def _template(
+    page: Page, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, own: str | None, special: SpecialIds
+) -> None:
+    text = own if own is not None else tokenizer.chat_template
+    if not text:
+        page.line("chat template", "none: records with messages or instruction need chat_template_path")
+        return
+    origin = recipe.chat_template_path or "the tokenizer's own"
+    marked = bool(GENERATION_MARKER.search(str(text)))
+    page.line("chat template", f"{origin}, {'with' if marked else 'without'} generation markers")
+    if not marked:
+        page.warn(
+            "the chat template has no {% generation %} markers: assistant turns are found by rendering each conversation "
+            "turn by turn; look at the example above"
+        )
+    encoder = ChatEncoder(tokenizer, own, special)
+    try:
+        ids_T, trainable_T = encoder.encode_messages(PROBE_TURN)
+        several_T = encoder.encode_messages(PROBE_TURN * 2)[1]
+    except BadRow as bad:
+        page.warn(f"the chat template refuses a conversation of questions and answers: {bad}")
+        return
+    turns = int(several_T[0]) + int((several_T[1:] & ~several_T[:-1]).sum())
+    if turns != 2:
+        page.warn(
+            f"of two assistant turns the chat template marks {turns}: earlier answers of a conversation are not trained"
+        )
+    _tell_end(page, tokenizer, special, ids_T, trainable_T)
+
+
+def _tell_end(page: Page, tokenizer: PreTrainedTokenizerBase, special: SpecialIds, ids_T, trainable_T) -> None:
+    """How an answer ends, and whether that is learnt."""
+    last = int(ids_T[trainable_T][-1])
+    if last == special.eos:
+        page.line("ends an answer", "with EOS")
+        return
+    page.line(
+        "ends an answer",
+        f"with {_token(tokenizer, last)}; EOS is not in the template and is added behind the last turn",
+    )
+    if last not in special.produced:
+        page.warn(
+            f"the chat template ends an answer with no special token that is trained ({_token(tokenizer, last)} is "
+            "the last): turns within a conversation never learn to end; write an end-of-turn token behind each"
+        )

@@ -1,0 +1,82 @@
+"""Section `output`: what is written where, and whether there is room."""
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from dfactory.commands.checking.model import Model
+from dfactory.commands.checking.page import Page, in_bytes
+from dfactory.config.objective import PAIRED_STAGES
+from dfactory.config.recipe import Recipe
+from dfactory.engine.memory import forecast, setup_of
+from dfactory.engine.runfolder import RunFolder
+from dfactory.engine.trainer import deepspeed_config
+from dfactory.errors import ConfigError
+
+
+def tell_output(page: Page, recipe: Recipe, model: Model | None, steps: int | None) -> None:
+    folder = RunFolder(recipe.output_dir)
+    parent = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"output_dir {folder.path}: {parent} is not a directory that can be written: choose another")
+    page.line("output_dir", f"{folder.path}/", _files(recipe))
+    resumed = folder.find_resume(recipe.resume_from_checkpoint, recipe.overwrite_output_dir)
+    whole = folder.checkpoints()
+    if resumed is not None:
+        page.line("resumes", str(resumed))
+    elif whole:
+        page.warn(
+            f"{folder.path} holds {len(whole)} checkpoint(s) up to {whole[-1].name}, and overwrite_output_dir is true: "
+            "they will be removed"
+        )
+    often = f"every {recipe.save_steps} steps and at the end" if recipe.save_steps else "at the end"
+    kept = "all are kept" if recipe.save_total_limit is None else f"the newest {recipe.save_total_limit} are kept"
+    page.line("checkpoints", f"{often}; {kept}")
+    if model is not None:
+        _checkpoint_size(page, recipe, model, parent, steps or recipe.max_steps)
+
+
+def _files(recipe: Recipe) -> Table:
+    files = {
+        "config.yaml": "the recipe, resolved",
+        "metrics.jsonl": "an object a step, and one an evaluation",
+        "checkpoint-N/": "a directory that transformers loads; the engine's state in engine/",
+        "LATEST": "the newest whole checkpoint",
+        "report/": "curves, at the end: report.html and PNGs",
+    }
+    if recipe.stage == "rl":
+        files["completions.jsonl"] = "rollouts with their rewards"
+    if recipe.stage in PAIRED_STAGES and recipe.reference == "precomputed" and recipe.reference_path is None:
+        files["reference.safetensors"] = "the reference's scores"
+    if "wandb" in recipe.report_to:
+        files["wandb/"] = "of the tracker, which also sends the metrics away"
+    table = Table.grid(padding=(0, 2))
+    for name, what in files.items():
+        table.add_row(name, Text(what, "dim"))
+    return table
+
+
+def _checkpoint_size(page: Page, recipe: Recipe, model: Model, parent: Path, steps: int | None) -> None:
+    """Trained weights twice, for readers and for the engine, and the optimiser's state; then of all that is kept."""
+    lines = forecast(model.path, setup_of(recipe, deepspeed_config(recipe), 1)).lines
+    optimiser = next(line.bytes for line in lines if line.name == "optimiser")
+    weights = model.trained * {"bfloat16": 2, "float32": 4}[recipe.dtype]
+    total, free = 2 * weights + optimiser, shutil.disk_usage(parent).free
+    saved = math.ceil(steps / recipe.save_steps) if steps and recipe.save_steps else 1
+    kept = min(saved, (recipe.save_total_limit or saved) + 1)  # a new one is written before the oldest goes
+    page.line(
+        "size",
+        f"about {in_bytes(total)} each, {in_bytes(weights)} of it weights; {saved:,} are written, at most {kept:,} are "
+        f"there at a time: {in_bytes(kept * total)}; {in_bytes(free)} are free",
+    )
+    if free < total:
+        page.warn(f"a checkpoint takes about {in_bytes(total)}, but {parent} has {in_bytes(free)} left")
+    elif free < kept * total:
+        page.warn(
+            f"{kept} checkpoints take about {in_bytes(kept * total)}, but {parent} has {in_bytes(free)} left: "
+            "set save_total_limit"
+        )

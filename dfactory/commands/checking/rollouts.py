@@ -1,0 +1,51 @@
+"""Section `rollouts`: prompts, rewards and processes of reinforcement learning."""
+
+from dfactory.commands.checking.page import Page
+from dfactory.config.recipe import Recipe
+from dfactory.rl.prompts import PromptStream
+from dfactory.rl.rewards.specs import load_reward, parse_rewards, required_columns
+
+WIDE_CLIP = 0.5  # 0.02 nat of drift a token make a standard deviation of 0.3 in a sum over 256 tokens
+
+
+def tell_rollouts(page: Page, recipe: Recipe) -> None:
+    """Prompts, rewards and processes of reinforcement learning. The rewards are imported, as they would be."""
+    prompts = PromptStream(recipe)
+    longest = max(map(len, prompts.prompt_ids))
+    page.line(
+        "prompts", f"{len(prompts.rows):,}, the longest of {longest} tokens; {recipe.decode.max_new_tokens} new ones"
+    )
+    rewards = parse_rewards(
+        recipe.reward_funcs, recipe.reward_weights, allow_code_execution=recipe.allow_code_execution
+    )
+    for reward in rewards:
+        columns = required_columns(load_reward(reward))
+        asks = f"asks for the columns {', '.join(columns)}" if columns else "asks for no column"
+        page.line("reward", f"{reward.name}, weight {reward.weight:g}; {asks}")
+        if missing := [name for name in columns if name not in prompts.rows[0].fields]:
+            page.warn(f"reward {reward.name} asks for {missing}, but {prompts.rows[0].origin} has no such column")
+    page.line(
+        "a step",
+        f"{recipe.prompts_per_step} prompts x {recipe.num_generations} rollouts = "
+        f"{recipe.prompts_per_step * recipe.num_generations}, {recipe.num_iterations} optimiser step(s) on them",
+        f"rollouts at most {recipe.max_staleness} policy version(s) old",
+    )
+    _warn_of_objective(page, recipe)
+    page.line(
+        "processes",
+        f"{recipe.num_learners} learner(s) and {recipe.num_rollout_workers} rollout actor(s) with the model, a GPU each; "
+        f"{recipe.reward_workers} reward process(es)",
+    )
+
+
+def _warn_of_objective(page: Page, recipe: Recipe) -> None:
+    """Combinations that the method's arithmetic makes unstable."""
+    if recipe.policy_loss != "ebpo":
+        return
+    if recipe.ratio_normalisation == "sum" and recipe.epsilon < WIDE_CLIP:
+        page.warn(
+            f"epsilon {recipe.epsilon:g} with ratio_normalisation sum: the ratio of a whole response leaves that range by "
+            "noise alone; use ratio_normalisation mean, or a range that is meant for sums"
+        )
+    if recipe.kl_coef > 0 and recipe.kl_estimator == "k3":
+        page.warn("kl_estimator k3 with policy_loss ebpo explodes on ELBO differences: use k2")

@@ -1,0 +1,53 @@
+"""Section `time to the first step`: a rough sum, each part with where it comes from.
+
+Work of a step, in multiplications and additions: 2 a weight and token forward, 4 backward; 2 more where activations are
+recomputed; without adapters' frozen weights 2 less. Weights are those that a token passes through, without the embedding,
+the head at targets only; attention scores are not counted. [Kaplan et al., arXiv 2001.08361, 2.1]
+"""
+
+from dfactory.commands.checking.model import Model
+from dfactory.commands.checking.page import Page, in_bytes
+from dfactory.commands.checking.steps import Phase
+from dfactory.config.recipe import Recipe
+from dfactory.models.headers import weight_files
+
+START_S = 20  # imports and DeepSpeed, measured on a busy CPU core
+DISK_RATE = 1e9  # bytes a second, assumed
+CPU_RATE = 1.6e10  # FLOP a second and core, in fp32: measured with recipes/quickstart/sft.yaml
+GPU_RATE = 2e14  # FLOP a second, in bfloat16: assumed, half of what an H100 reaches in large matrix products
+
+
+def tell_start(page: Page, recipe: Recipe, model: Model, reading_s: float, first: Phase) -> None:
+    """`reading_s` is how long the records have just taken; `first` is what the first rows hold."""
+    stored = sum(file.stat().st_size for file in weight_files(model.path)) if recipe.init_weights == "pretrained" else 0
+    weights_s = stored / DISK_RATE
+    work = step_flop(recipe, model, first)
+    before = START_S + reading_s + weights_s
+    page.line(
+        "before it",
+        f"about {in_time(before)}: start of Python and DeepSpeed {START_S} s, records {reading_s:.1f} s (measured now), "
+        f"{in_bytes(stored)} of weights {weights_s:.1f} s at an assumed {in_bytes(DISK_RATE)} a second",
+    )
+    page.line(
+        "a step",
+        f"{work:.1e} FLOP on each rank: {in_time(work / CPU_RATE)} on a CPU core ({CPU_RATE:.1e} FLOP a second, measured "
+        f"with the quickstart), {in_time(work / GPU_RATE)} on a GPU ({GPU_RATE:.0e}, assumed; the first step compiles "
+        "flex_attention as well)",
+    )
+
+
+def step_flop(recipe: Recipe, model: Model, rows: Phase) -> float:
+    """Of one rank in one optimiser step."""
+    passes = 2 + (2 if recipe.use_peft else 4) + 2 * recipe.gradient_checkpointing
+    if recipe.documents_per_record == 2 and recipe.reference_kind != "precomputed":
+        passes += 2
+    sizes, counts = model.config, model.counts
+    a_row = (counts.active - counts.vocabulary) * rows.tokens + sizes.vocab_size * sizes.hidden_size * rows.targets
+    return passes * a_row * recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+
+
+def in_time(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 0.1 else "under 0.1 s"

@@ -1,0 +1,66 @@
+"""The memory that `dfactory check` forecasts for a rank, beside what the run measured."""
+
+import tempfile
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from dfactory.commands.reporting.figures import COLOURS, new_figure, titled
+from dfactory.commands.reporting.runs import Run
+from dfactory.config.load import load_recipe
+from dfactory.engine.memory import forecast, setup_of
+from dfactory.engine.trainer import deepspeed_config
+from dfactory.errors import DFactoryError
+from dfactory.models.registry import resolve_model_dir
+
+METRICS = {
+    "peak_memory": "GPU: most bytes that were allocated",
+    "peak_rss": "CPU: growth of the process since its start, records in it",
+}
+
+
+def draw_memory(runs: list[Run]) -> Figure | None:
+    """A pair of bars a run that measured its memory. The forecast is missing where the model it began with is gone."""
+    bars = []
+    for run in runs:
+        for metric in METRICS:
+            if len(values := run.curve(metric)[1]):
+                bars.append((run, metric, values.max(), forecast_of(run)))
+    if not bars:
+        return None
+    figure, (axes,) = new_figure(1)
+    for place, (_, _, measured, expected) in enumerate(bars):
+        for offset, size, colour, name in (
+            (-0.2, expected, COLOURS[0], "forecast"),
+            (0.2, measured, COLOURS[1], "measured"),
+        ):
+            if size is not None:
+                axes.barh(place + offset, size / 1e9, 0.36, color=colour, label=name if place == 0 else None)
+                axes.text(size / 1e9, place + offset, f" {size / 1e9:.2f} GB", va="center", fontsize=8)
+    axes.set_yticks(range(len(bars)), [f"{run.label}\n({metric.removeprefix('peak_')})" for run, metric, *_ in bars])
+    axes.set_ylim(max(len(bars), 2) - 0.5, -0.5)
+    axes.margins(x=0.15)
+    titled(axes, "memory of the first rank: forecast and measured", "GB")
+    axes.set_ylabel("")
+    axes.legend(fontsize=8, frameon=False, loc="best")
+    told = dict.fromkeys(METRICS[metric] for _, metric, *_ in bars)
+    figure.supxlabel("measured on a " + "; ".join(told), fontsize=8, color="#555555")
+    return figure
+
+
+def forecast_of(run: Run) -> float | None:
+    """Bytes, of the run's own recipe and ranks; host memory counts where nothing else than the host was there."""
+    ranks = run.curve("ranks")[1]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(run.config)
+        try:
+            recipe = load_recipe(file)
+            memory = forecast(
+                resolve_model_dir(recipe.model_name_or_path),
+                setup_of(recipe, deepspeed_config(recipe), int(ranks[-1]) if len(ranks) else 1),
+            )
+        except DFactoryError:  # moved, or of a machine that is not this one
+            return None
+    on_host = len(run.curve("peak_rss")[1]) > 0
+    return memory.device_bytes + memory.host_bytes * on_host

@@ -1,0 +1,71 @@
+"""What run folders say about themselves: metrics, recipe, threshold sweeps, completions."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from dfactory.engine.runfolder import RunFolder
+from dfactory.errors import DataError
+
+THRESHOLDS = "thresholds*.jsonl"  # what `dfactory eval --thresholds` writes into a run folder
+COMPLETIONS = "completions.jsonl"
+
+Curve = tuple[np.ndarray, np.ndarray]  # steps, values
+
+
+class Run(NamedTuple):
+    """A run folder that was read."""
+
+    label: str
+    path: Path
+    rows: list[dict[str, Any]]  # metrics.jsonl
+    config: str  # config.yaml, resolved
+
+    @property
+    def stage(self) -> str:
+        return (yaml.safe_load(self.config) or {}).get("stage", "sft")
+
+    def curve(self, metric: str) -> Curve:
+        points = [(row["step"], row[metric]) for row in self.rows if metric in row]
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        return np.array(steps, float), np.array(values, float)
+
+    def sweeps(self) -> dict[str, list[dict[str, Any]]]:
+        """Threshold sweeps by name, each in ascending order of thresholds."""
+        found = {}
+        for file in sorted(self.path.glob(THRESHOLDS)):
+            name = f"{self.label} {file.stem.removeprefix('thresholds').strip('_-. ')}".strip()
+            found[name] = sorted(read_objects(file), key=lambda row: row["threshold"])
+        return found
+
+    def completions(self) -> list[dict[str, Any]]:
+        file = self.path / COMPLETIONS
+        return read_objects(file) if file.is_file() else []
+
+
+def read_run(path: Path, label: str) -> Run:
+    rows = RunFolder(path).metrics()
+    config = path / "config.yaml"
+    return Run(label, path, rows, config.read_text() if config.is_file() else "")
+
+
+def labels(run_dirs: list[Path]) -> list[str]:
+    names = [path.resolve().name for path in run_dirs]
+    return names if len(set(names)) == len(names) else [str(path) for path in run_dirs]
+
+
+def read_objects(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; a last line that is still being written is left out. Raises DataError for others."""
+    lines = file.read_text().splitlines()
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            objects.append(json.loads(line))
+        except json.JSONDecodeError as problem:
+            if number == len(lines):
+                break
+            raise DataError(f"{file}:{number} is not JSON ({problem.msg}): remove the line") from problem
+    return objects

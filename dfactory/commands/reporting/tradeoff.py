@@ -1,0 +1,32 @@
+"""Accuracy against tokens per forward over the decoder's threshold: where parallel decoding begins to cost answers."""
+
+from matplotlib.figure import Figure
+
+from dfactory.commands.reporting.figures import COLOURS, LINES, new_figure, titled
+from dfactory.commands.reporting.runs import Run
+
+
+def draw_tradeoff(runs: list[Run]) -> Figure | None:
+    """A line a sweep (before and after CAP, say), a point a threshold; up and to the right is better."""
+    sweeps = {name: rows for run in runs for name, rows in run.sweeps().items() if rows}
+    if not sweeps:
+        return None
+    figure, (axes,) = new_figure(1)
+    for index, (name, rows) in enumerate(sweeps.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        points = [row["tokens_per_forward"] for row in rows], [row["exact_match"] for row in rows]
+        axes.plot(*points, LINES[index % len(LINES)], color=colour, marker="o", markersize=5, linewidth=1.6, label=name)
+        left = index % 2  # so that two sweeps, before and after, do not write over each other
+        look = {"ha": "right", "va": "top"} if left else {"ha": "left", "va": "bottom"}
+        for row, x, y in zip(rows, *points, strict=True):
+            offset = (-5, -5) if left else (5, 5)
+            text = axes.annotate(
+                f"{row['threshold']:g}", (x, y), offset, textcoords="offset points", fontsize=8, **look
+            )
+            text.set(color=colour, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.75})
+    titled(axes, "exact match against tokens per forward; numbers are thresholds", "tokens per forward")
+    axes.set_ylabel("exact match", fontsize=9)
+    axes.margins(0.1, 0.15)
+    if len(sweeps) > 1:
+        axes.legend(fontsize=8, frameon=False, loc="best")
+    return figure

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Submit a recipe to Kubernetes by pytorchjob.yaml beside this script, and wait for its end:
+#
+#     launch/k8s/pytorchjob.sh RECIPE [key=value ...]      paths are those in the pods
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
+set -euo pipefail
+exec bash "$(dirname "${BASH_SOURCE[0]}")/submit.sh" pytorchjob "$@"
