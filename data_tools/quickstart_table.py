@@ -1,91 +1,90 @@
-"""Print what a quickstart run changed: loss, and held-out exact match and tokens per forward before and after.
+"""Print what each stage of the quickstart changed, beside what is expected.
 
-    python -m data_tools.quickstart_table RUN_DIR
+    python -m data_tools.quickstart_table RUN...
 
-Reads from RUN_DIR `metrics.jsonl` (a training step has `loss`) and the outputs of `dfactory generate` on the held-out
-records: `before.jsonl` of the base model, `after.jsonl` of the trained one. An answer matches when `text`, without
-space around it, equals `answer`.
+Reads from each run folder `config.yaml` (its stage), `metrics.jsonl` (preference accuracy on held-out pairs, where it was
+measured), `thresholds.jsonl` (`dfactory eval --thresholds` on the held-out instructions) and `preferred.jsonl` (`dfactory
+generate` on the held-out requests that leave open what is wanted; the reward of one is 1 where `text`, without space around
+it, equals the preferred `answer`). Expected numbers are those of recipes/quickstart/expected.json.
 """
 
 import argparse
 import json
 import sys
-from collections import defaultdict
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-LOSS_STEPS = 10  # steps that the first and the last loss are averaged over
+EXPECTED = Path(__file__).parents[1] / "recipes/quickstart/expected.json"
+THRESHOLD = 0.9
+FORMATS = {
+    "exact match": "{:.1%}",
+    "tokens per forward": "{:.2f}",
+    "tokens per second": "{:,.0f}",
+    "preference accuracy": "{:.1%}",
+    "reward": "{:.3f}",
+}
 
 
-def read_jsonl(path: Path, needed: tuple[str, ...] = ()) -> list[dict]:
-    """The objects of a JSONL file. Ends the program, naming file and line, where one is missing or lacks a field."""
-    if not path.is_file():
-        raise SystemExit(f"{path} does not exist: give the folder of a finished quickstart run")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        row = json.loads(line)
-        missing = [field for field in needed if field not in row]
-        if missing:
-            raise SystemExit(f"{path}:{number} has no {', '.join(missing)}: it must be an output of dfactory generate")
-        rows.append(row)
+def read_jsonl(path: Path) -> list[dict]:
+    """The objects of a JSONL file. Ends the program where it is missing or empty."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     if not rows:
-        raise SystemExit(f"{path} is empty: the run that should have filled it did not finish")
+        raise SystemExit(f"{path} is missing or empty: the stage that should have filled it did not finish")
     return rows
 
 
-def first_and_last_loss(rows: list[dict]) -> tuple[float, float]:
-    losses = [row["loss"] for row in rows if "loss" in row]
-    if not losses:
-        raise SystemExit("metrics.jsonl holds no `loss`: the run stopped before its first step")
-    first, last = losses[:LOSS_STEPS], losses[-LOSS_STEPS:]
-    return sum(first) / len(first), sum(last) / len(last)
+def stage_of(run: Path) -> str:
+    config = run / "config.yaml"
+    if not config.is_file():
+        raise SystemExit(f"{config} does not exist: {run} is not the folder of a run")
+    return OmegaConf.load(config).stage
 
 
-def matches(rows: list[dict]) -> dict[str, list[bool]]:
-    """Whether each answer matches, by task."""
-    by_task = defaultdict(list)
-    for row in rows:
-        by_task[row["task"]].append(row["text"].strip() == row["answer"])
-    return dict(by_task)
+def numbers(run: Path) -> dict[str, float]:
+    """What is known of a run, by the names in FORMATS."""
+    (here,) = (row for row in read_jsonl(run / "thresholds.jsonl") if row["threshold"] == THRESHOLD)
+    answers = read_jsonl(run / "preferred.jsonl")
+    found = {
+        "exact match": here["exact_match"],
+        "tokens per forward": here["tokens_per_forward"],
+        "tokens per second": here["tokens_per_second"],
+        "reward": sum(row["text"].strip() == row["answer"] for row in answers) / len(answers),
+    }
+    for row in read_jsonl(run / "metrics.jsonl"):
+        if "eval/rewards/accuracies" in row:
+            found["preference accuracy"] = row["eval/rewards/accuracies"]
+    return found
 
 
-def share(hits: list[bool]) -> float:
-    return sum(hits) / len(hits)
-
-
-def tokens_per_forward(rows: list[dict]) -> float:
-    return sum(len(row["output_ids"]) for row in rows) / max(sum(row["forwards"] for row in rows), 1)
-
-
-def table(run: Path) -> Table:
-    needed = ("text", "answer", "task", "forwards", "output_ids")
-    before, after = (read_jsonl(run / f"{name}.jsonl", needed) for name in ("before", "after"))
-    first_loss, last_loss = first_and_last_loss(read_jsonl(run / "metrics.jsonl"))
-    hits_before, hits_after = matches(before), matches(after)
-
-    shown = Table("", "before", "after", title=f"{len(after)} held-out prompts")
+def table(runs: list[Path], expected: dict[str, dict[str, float]]) -> Table:
+    shown = Table("after", *FORMATS, title=f"held-out, at threshold {THRESHOLD}; in brackets what is expected")
     for column in shown.columns[1:]:
         column.justify = "right"
-    shown.add_row("training loss", f"{first_loss:.3f}", f"{last_loss:.3f}")
-    shown.add_row("tokens per forward", f"{tokens_per_forward(before):.2f}", f"{tokens_per_forward(after):.2f}")
-    every_before, every_after = ([hit for hits in by.values() for hit in hits] for by in (hits_before, hits_after))
-    shown.add_row(
-        "exact match", f"{share(every_before):.1%}", f"{share(every_after):.1%}", style="bold", end_section=True
-    )
-    for task in sorted(hits_after):
-        shown.add_row(f"  {task}", f"{share(hits_before.get(task, [False])):.0%}", f"{share(hits_after[task]):.0%}")
+    for run in runs:
+        stage, found = stage_of(run), numbers(run)
+        cells = []
+        for name, form in FORMATS.items():
+            cell = form.format(found[name]) if name in found else ""
+            if name in found and name in expected.get(stage, {}):
+                cell += f" ({form.format(expected[stage][name])})"
+            cells.append(cell)
+        shown.add_row(stage.upper(), *cells)
     return shown
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="output_dir of the quickstart")
-    run = parser.parse_args(arguments).run
-    console = Console()
-    console.print(table(run))
-    console.print(f"report: {run / 'report'}", soft_wrap=True)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders, a stage each")
+    parser.add_argument("--write", type=Path, help="write the numbers as JSON too, as expected.json has them")
+    options = parser.parse_args(arguments)
+    if options.write:
+        found = {stage_of(run): {name: round(value, 4) for name, value in numbers(run).items()} for run in options.runs}
+        options.write.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    expected = json.loads(EXPECTED.read_text(encoding="utf-8")) if EXPECTED.is_file() else {}
+    Console().print(table(options.runs, expected))
     return 0
 
 

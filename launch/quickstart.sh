@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# From nothing to a fine-tuned model, on a laptop: install, train the embedded LLaDA2-MoE by recipes/quickstart/sft.yaml,
-# answer the held-out prompts before and after, and print what changed.
+# From nothing to a model that has been through every stage, on a laptop: SFT, CAP, DPO and RL of the embedded LLaDA2-MoE by
+# recipes/quickstart/*.yaml, each from what the stage before left; then what each of them changed, beside what is expected.
 #
-#     launch/quickstart.sh [key=value ...]      the keys are those of the recipe
+#     launch/quickstart.sh [key=value ...]      the keys are those of the recipes, and hold for all four
 #
-# The run lies in runs/quickstart, or in output_dir=DIR. A second call reuses what is there; an interrupted one goes on.
+# The runs lie in runs/quickstart, runs/quickstart_cap, _dpo and _rl, or in output_dir=DIR, DIR_cap and so on. A second call
+# reuses what is there; an interrupted one goes on.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 
@@ -12,43 +13,52 @@ caller=$PWD
 . "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 cd "$REPO"
 
-recipe=recipes/quickstart/sft.yaml
-run=$REPO/runs/quickstart
+root=$REPO/runs/quickstart
 for argument in "$@"; do
     case $argument in
-    output_dir=/*) run=${argument#output_dir=} ;;
-    output_dir=*) run=$caller/${argument#output_dir=} ;;
+    output_dir=/*) root=${argument#output_dir=} ;;
+    output_dir=*) root=$caller/${argument#output_dir=} ;;
     esac
 done
+data=recipes/quickstart/data
 
-# 1. Train, unless a finished run by the same recipe and keys is there
-wanted=$(
-    cat "$recipe" recipes/quickstart/data/train.jsonl
-    printf '%s\n' "$@"
-)
-wanted=$(sha256sum <<<"$wanted" | cut -d' ' -f1)
-if [ ! -f "$run/quickstart.done" ]; then
-    resume=()
-    [ ! -f "$run/LATEST" ] || resume=(resume_from_checkpoint=true)
-    rm -f "$run/before.jsonl" "$run/after.jsonl"
-    dfactory train "$recipe" "$@" "output_dir=$run" ${resume[@]+"${resume[@]}"}
-    echo "$wanted" >"$run/quickstart.done"
-elif [ "$(cat "$run/quickstart.done")" != "$wanted" ]; then
-    echo "$0: $run holds a run by another recipe or other keys: remove it, or give output_dir=DIR" >&2
-    exit 2
-fi
-
-# 2. Answer the held-out prompts, with the base and with the trained model
-recipe_value() { sed -n "s/^$1: *//p" "$run/config.yaml"; }
-answer() { # file, then what names the model
-    local output=$1
-    shift
-    [ ! -s "$output" ] || return 0
-    dfactory generate "$@" --input recipes/quickstart/data/heldout.jsonl --output "$output" \
-        "decode.block_size=$(recipe_value block_size)" decode.max_new_tokens=32 decode.threshold=0.9
+# Train, unless a finished run by the same recipes and keys is there
+train() { # recipe, run, further keys
+    local recipe=$1 run=$2 done=$2/quickstart.done resume=()
+    shift 2
+    wanted=$(
+        cat "$recipe" "$data"/*.jsonl
+        printf '%s\n' "${wanted:-}" "$@"
+    )
+    wanted=$(sha256sum <<<"$wanted" | cut -d' ' -f1)
+    if [ ! -f "$done" ]; then
+        [ ! -f "$run/LATEST" ] || resume=(resume_from_checkpoint=true)
+        rm -f "$run/thresholds.jsonl" "$run/preferred.jsonl"
+        dfactory train "$recipe" "$@" "output_dir=$run" ${resume[@]+"${resume[@]}"}
+        echo "$wanted" >"$done"
+    elif [ "$(cat "$done")" != "$wanted" ]; then
+        echo "$0: $run holds a run by another recipe or other keys: remove it, or give output_dir=DIR" >&2
+        exit 2
+    fi
 }
-answer "$run/before.jsonl" --model tiny
-answer "$run/after.jsonl" --model "$run"
 
-# 3. Say what changed
-python -m data_tools.quickstart_table "$run"
+# Answer the held-out instructions at several thresholds, and the requests whose preferred reading DPO and RL are about
+answer() { # run
+    [ -s "$1/thresholds.jsonl" ] || dfactory eval --model "$1" --data "$data/heldout.jsonl" \
+        --thresholds 0.5,0.7,0.9 --output "$1/thresholds.jsonl" decode.max_new_tokens=32
+    [ -s "$1/preferred.jsonl" ] || dfactory generate --model "$1" --input "$data/preferred_heldout.jsonl" \
+        --output "$1/preferred.jsonl" decode.max_new_tokens=32 decode.threshold=0.9
+}
+
+runs=("$root" "${root}_cap" "${root}_dpo" "${root}_rl")
+train recipes/quickstart/sft.yaml "${runs[0]}" "$@"
+answer "${runs[0]}"
+previous=${runs[0]}
+for stage in cap dpo rl; do
+    train "recipes/quickstart/$stage.yaml" "${root}_$stage" "$@" "model_name_or_path=$previous"
+    previous=${root}_$stage
+    answer "$previous"
+done
+
+dfactory report "${runs[@]}"
+python -m data_tools.quickstart_table "${runs[@]}"

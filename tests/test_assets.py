@@ -250,18 +250,33 @@ def write_lines(path, rows):
 
 
 def test_quickstart_table(tmp_path, capsys):
-    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 4.0}, {"step": 1, "eval_loss": 3.0}])
-    answer = {"answer": "b a", "task": "reverse_letters", "output_ids": [1, 2, 3], "forwards": 2}
-    write_lines(tmp_path / "before.jsonl", [answer | {"text": "?"}])
-    write_lines(tmp_path / "after.jsonl", [answer | {"text": " b a\n"}])
-    assert quickstart_table.main([str(tmp_path)]) == 0
+    sweep = {"exact_match": 0.75, "tokens_per_forward": 3.25, "tokens_per_second": 1500.0}
+    for stage, metrics in (("sft", {"loss": 3.0}), ("dpo", {"eval/rewards/accuracies": 0.875})):
+        run = tmp_path / stage
+        run.mkdir()
+        (run / "config.yaml").write_text(f"stage: {stage}\n")
+        write_lines(run / "metrics.jsonl", [{"step": 1} | metrics])
+        write_lines(
+            run / "thresholds.jsonl", [sweep | {"threshold": 0.5, "exact_match": 0.1}, sweep | {"threshold": 0.9}]
+        )
+        write_lines(run / "preferred.jsonl", [{"answer": "b a", "text": " b a\n"}, {"answer": "b", "text": "c"}])
+    runs = [str(tmp_path / "sft"), str(tmp_path / "dpo")]
+    assert quickstart_table.main([*runs, "--write", str(tmp_path / "numbers.json")]) == 0
     shown = capsys.readouterr().out
-    assert "0.0%" in shown
-    assert "100.0%" in shown
-    assert "1.50" in shown
-    assert str(tmp_path / "report") in shown
+    for number in ("75.0%", "3.25", "1,500", "0.500", "87.5%"):
+        assert number in shown
+    written = json.loads((tmp_path / "numbers.json").read_text())
+    assert written["dpo"]["preference accuracy"] == 0.875
+    assert "preference accuracy" not in written["sft"]
 
 
 def test_quickstart_table_names_a_missing_file(tmp_path):
-    with pytest.raises(SystemExit, match=r"before\.jsonl does not exist"):
+    with pytest.raises(SystemExit, match=r"config\.yaml does not exist"):
         quickstart_table.main([str(tmp_path)])
+
+
+def test_expected_numbers_are_those_of_the_stages():
+    expected = json.loads(quickstart_table.EXPECTED.read_text())
+    assert list(expected) == ["sft", "cap", "dpo", "rl"]
+    for numbers in expected.values():
+        assert set(numbers) <= set(quickstart_table.FORMATS)

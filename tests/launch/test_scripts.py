@@ -163,12 +163,14 @@ for word in "$@"; do
 done
 if [ "$1" = train ]; then
     mkdir -p "$run"
-    printf 'block_size: 8\\ndtype: float32\\n' >"$run/config.yaml"
+    name=${2##*/}
+    echo "stage: ${name%.yaml}" >"$run/config.yaml"
     echo checkpoint-20 >"$run/LATEST"
     echo '{"step": 1, "loss": 2.0}' >"$run/metrics.jsonl"
-else
+elif [ "$1" != report ]; then
     while [ "$1" != --output ]; do shift; done
-    echo '{"text": "a", "answer": "a", "task": "t", "output_ids": [1], "forwards": 1}' >"$2"
+    rates='"tokens_per_forward": 3, "tokens_per_second": 9'
+    echo '{"text": "a", "answer": "a", "threshold": 0.9, "exact_match": 0.5, '"$rates"'}' >"$2"
 fi
 """
 
@@ -180,7 +182,8 @@ def house(tmp_path):
     shutil.copytree(LAUNCH, root / "launch")
     shutil.copytree(REPOSITORY / "data_tools", root / "data_tools")
     shutil.copytree(REPOSITORY / "recipes" / "quickstart" / "data", root / "recipes" / "quickstart" / "data")
-    (root / "recipes" / "quickstart" / "sft.yaml").write_text("stage: sft\n", encoding="utf-8")
+    for stage in ("sft", "cap", "dpo", "rl"):
+        (root / "recipes" / "quickstart" / f"{stage}.yaml").write_text(f"stage: {stage}\n", encoding="utf-8")
     (root / "tests").mkdir()
     stub = 'REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)\nPATH="$REPO/bin:$PATH"\n'
     (root / "launch" / "install.sh").write_text(stub, encoding="utf-8")
@@ -199,19 +202,27 @@ def quickstart(house, *arguments, **variables):
     return result, calls.read_text().splitlines() if calls.exists() else []
 
 
-def test_quickstart_trains_once_and_then_reuses_the_run(house):
+STAGES = ("sft", "cap", "dpo", "rl")
+
+
+def test_quickstart_goes_through_its_stages_once_and_then_reuses_them(house):
     result, calls = quickstart(house, "max_steps=20", "output_dir=my run")
-    run_folder = house.parent / "my run"
+    first = house.parent / "my run"
+    runs = [first, *(house.parent / f"my run_{stage}" for stage in STAGES[1:])]
     assert result.returncode == 0, result.stderr
-    assert calls[0] == f"train recipes/quickstart/sft.yaml max_steps=20 output_dir=my run output_dir={run_folder}"
-    assert calls[1].startswith("generate --model tiny ")
-    assert calls[2].startswith(f"generate --model {run_folder} ")
-    assert all("decode.block_size=8" in call for call in calls[1:3])
-    assert "100.0%" in result.stdout
+    keys = "max_steps=20 output_dir=my run"
+    assert calls[0] == f"train recipes/quickstart/sft.yaml {keys} output_dir={first}"
+    assert calls[1].startswith(f"eval --model {first} --data recipes/quickstart/data/heldout.jsonl --thresholds ")
+    assert calls[2].startswith(f"generate --model {first} --input recipes/quickstart/data/preferred_heldout.jsonl ")
+    for stage, run, previous, call in zip(STAGES[1:], runs[1:], runs, calls[3::3], strict=False):
+        assert call == f"train recipes/quickstart/{stage}.yaml {keys} model_name_or_path={previous} output_dir={run}"
+    assert calls[12:] == ["report " + " ".join(map(str, runs))]
+    assert all(stage.upper() in result.stdout for stage in STAGES)
+    assert "50.0%" in result.stdout
 
     result, calls = quickstart(house, "max_steps=20", "output_dir=my run")
-    assert (result.returncode, calls) == (0, [])
-    assert "100.0%" in result.stdout
+    assert (result.returncode, len(calls)) == (0, 1)  # the report
+    assert "50.0%" in result.stdout
 
 
 def test_quickstart_does_not_pass_off_another_run_as_its_own(house):
@@ -221,22 +232,22 @@ def test_quickstart_does_not_pass_off_another_run_as_its_own(house):
     assert "output_dir=DIR" in result.stderr
 
 
-@pytest.mark.parametrize("step", ["train", "generate"])
+@pytest.mark.parametrize("step", ["train", "eval", "generate"])
 def test_quickstart_fails_with_its_step_and_goes_on_from_there(house, step):
     result, _ = quickstart(house, FAIL_AT=step)
     assert result.returncode == 3
     result, calls = quickstart(house)
     assert result.returncode == 0, result.stderr
-    assert any(call.startswith("train") for call in calls) == (step == "train")
+    assert any(call.startswith("train recipes/quickstart/sft.yaml") for call in calls) == (step == "train")
 
 
 def test_quickstart_resumes_an_interrupted_run(house):
-    run_folder = house / "runs" / "quickstart"
+    run_folder = house / "runs" / "quickstart_cap"
     run_folder.mkdir(parents=True)
     (run_folder / "LATEST").write_text("checkpoint-10\n")
     result, calls = quickstart(house)
     assert result.returncode == 0, result.stderr
-    assert calls[0].endswith(f"output_dir={run_folder} resume_from_checkpoint=true")
+    assert calls[3].endswith(f"output_dir={run_folder} resume_from_checkpoint=true")
 
 
 @pytest.mark.parametrize("assertion, status", [("assert True", 0), ("assert False", 1)])
