@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import data, decoding, dpo_variance, likelihood, loading, packing, step, tree
+from benchmarks import data, decoding, dpo_variance, likelihood, loading, packing, rl, step, tree
 from benchmarks.workload import Timed, interleave
 from dfactory.cli import main
 from dfactory.models.registry import load_policy
@@ -40,7 +40,7 @@ def test_shared_noise_and_pairs_cut_the_variance_of_a_margin_by_twenty(tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("benchmark", [step, packing, decoding])
+@pytest.mark.parametrize("benchmark", [step, packing, decoding, rl])
 def test_both_sides_of_a_benchmark_of_speed_compute_the_same(benchmark, capsys):
     """Losses over all steps, or tokens; a benchmark whose sides differ ends with status 1."""
     assert benchmark.main(["--smoke"]) == 0
