@@ -87,10 +87,9 @@ def learn(recipe: Recipe, feed: Feed | None = None) -> int:
             if inputs.held_out is not None and (last or is_due(recipe.eval_steps, state.step)):
                 held_out = with_reference(make_eval_source(recipe, inputs, rank, world_size))
                 results = trainer.evaluate(held_out, make_measure(recipe, objective))
-                if probe is not None:
-                    results |= probe.measure(trainer)
+                decoded, previews = probe.measure(trainer) if probe is not None else ({}, [])
                 if log:
-                    log.evaluation(state.step, results)
+                    log.evaluation(state.step, results | decoded, previews)
             preempted = distributed.any_rank(preemption.requested)
             if preempted or last or is_due(recipe.save_steps, state.step):
                 state.source = source.state_dict()

@@ -46,7 +46,7 @@ class MetricsLog:
                 f"{metrics['tokens_per_second']:,.0f} tok/s"
             )
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+    def evaluation(self, step: int, metrics: dict[str, float], previews: list[dict[str, Any]]) -> None:
         self._write({"step": step, **{f"eval/{name}": value for name, value in metrics.items()}})
         by_t = "  ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in metrics.items() if n.startswith("loss_t"))
         told = _told(metrics) or f"({by_t})"
@@ -56,6 +56,10 @@ class MetricsLog:
                 f"{metrics['decoded']:.0f} prompts decoded: {metrics['tokens_per_forward']:.2f} tokens per forward, "
                 f"exact match {metrics['exact_match']:.1%}"
             )
+        if previews:
+            self.folder.append_previews([{"step": step, **preview} for preview in previews])
+            first = previews[0]
+            self.say(f"one of them: {first['expected']!r} was right, {first['answered']!r} was answered")
 
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)  # a log file's lines are not the terminal's

@@ -6,7 +6,7 @@ so that rounding cannot lead two ranks apart.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from dfactory.errors import DataError
 from dfactory.models.policy import Policy
 from dfactory.types import Example, Rollout
 from dfactory.vocabulary import Vocabulary
+
+PREVIEWS = 4  # answers that are written down at each evaluation
 
 
 class Question(NamedTuple):
@@ -59,8 +61,9 @@ class DecodingProbe:
     def __init__(self, questions: list[Question], rules: DecodeRules, vocabulary: Vocabulary):
         self.questions, self.rules, self.vocabulary = questions, rules, vocabulary
 
-    def measure(self, trainer: Trainer) -> dict[str, float]:
-        """tokens_per_forward: answer tokens up to EOS over forwards, both summed; exact_match; decoded: how many."""
+    def measure(self, trainer: Trainer) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """tokens_per_forward: answer tokens up to EOS over forwards, both summed; exact_match; decoded: how many. And the
+        first of this rank's answers, to be read by people."""
         in_step = trainer.zero_stage == 3 or trainer.recipe.expert_parallel_size > 1
         mine = slice(None) if in_step else slice(trainer.rank, None, trainer.world_size)
         questions = self.questions[mine]
@@ -79,7 +82,15 @@ class DecodingProbe:
         if not in_step:
             distributed.all_reduce_sum(sums)
         tokens, forwards, right, decoded = sums.tolist()
-        return {"tokens_per_forward": tokens / forwards, "exact_match": right / decoded, "decoded": decoded}
+        metrics = {"tokens_per_forward": tokens / forwards, "exact_match": right / decoded, "decoded": decoded}
+        return metrics, [self._preview(*one) for one in zip(questions[:PREVIEWS], rollouts, hits, strict=False)]
+
+    def _preview(self, question: Question, rollout: Rollout, right: bool) -> dict[str, Any]:
+        """Texts, or ids where there is no tokenizer."""
+        asked = {"prompt": question.prompt_ids, "expected": question.answer_ids, "answered": rollout.output_ids}
+        texts = {name: self.vocabulary.text(ids) for name, ids in asked.items()}
+        shown = asked if None in texts.values() else texts
+        return {**shown, "right": right, "forwards": rollout.forwards}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 output_dir/config.yaml      the recipe as it was resolved
 output_dir/metrics.jsonl    one object a step, and one an evaluation ("eval/...")
+output_dir/previews.jsonl   held-out prompts as the model answered them at each evaluation, where prompts are decoded
 output_dir/checkpoint-N/    a model directory that transformers loads, with the engine's state in engine/
 output_dir/LATEST           the newest whole checkpoint's name; written last
 """
@@ -26,24 +27,31 @@ class RunFolder:
     def __init__(self, output_dir: str | Path):
         self.path = Path(output_dir)
         self.metrics_file = self.path / "metrics.jsonl"
+        self.previews_file = self.path / "previews.jsonl"
 
     def start(self, recipe: Recipe, resume_step: int | None) -> None:
-        """Create the folder. Metrics of steps behind the resumed one are dropped, so that none appears twice."""
+        """Create the folder. Lines of steps behind the resumed one are dropped, so that none appears twice."""
         self.path.mkdir(parents=True, exist_ok=True)
         if resume_step is None:
             for old in self.checkpoints():
                 shutil.rmtree(old)
             (self.path / "LATEST").unlink(missing_ok=True)
         replace_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(recipe)))
-        kept = []
-        if resume_step is not None and self.metrics_file.is_file():
-            lines = self.metrics_file.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resume_step]
-        replace_text(self.metrics_file, "".join(f"{line}\n" for line in kept))
+        for file in (self.metrics_file, self.previews_file):
+            kept = []
+            if resume_step is not None and file.is_file():
+                lines = file.read_text().splitlines()
+                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resume_step]
+            if kept or file.is_file() or file == self.metrics_file:
+                replace_text(file, "".join(f"{line}\n" for line in kept))
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
+
+    def append_previews(self, previews: list[dict[str, Any]]) -> None:
+        with self.previews_file.open("a") as file:
+            file.writelines(json.dumps(preview) + "\n" for preview in previews)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl. Raises DataError where it is missing, empty or broken."""

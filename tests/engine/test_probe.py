@@ -76,9 +76,13 @@ def test_the_policy_in_training_is_decoded(recipe_file, run_jobs, tmp_path, proc
         assert read_metrics(run) == pytest.approx(read_metrics(without), abs=1e-5)
         assert read_metrics(run, "eval/decoded") == [PROMPTS, PROMPTS]
         assert read_metrics(run, "eval/exact_match") == [0.0, 0.0]
+        previews = [json.loads(line) for line in (run / "previews.jsonl").read_text().splitlines()]
+        assert [preview["step"] for preview in previews] == [2] * (len(previews) // 2) + [4] * (len(previews) // 2)
+        assert all(preview["prompt"] and preview["answered"] and preview["forwards"] for preview in previews)
         first, last = read_metrics(run, "eval/tokens_per_forward")
         assert first != last == pytest.approx(_alone(recipe_file, run))
     assert not read_metrics(without, "eval/tokens_per_forward")
+    assert not (without / "previews.jsonl").exists()
 
 
 def _alone(recipe_file, run) -> float:

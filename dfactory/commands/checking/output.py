@@ -48,6 +48,8 @@ def _files(recipe: Recipe) -> Table:
         "LATEST": "the newest whole checkpoint",
         "report/": "curves, at the end: report.html and PNGs",
     }
+    if recipe.eval_datasets and recipe.eval_decode_prompts:
+        files["previews.jsonl"] = "held-out prompts as they were answered, at each evaluation"
     if recipe.stage == "rl":
         files["completions.jsonl"] = "rollouts with their rewards"
     if recipe.stage in PAIRED_STAGES and recipe.reference == "precomputed" and recipe.reference_path is None:
