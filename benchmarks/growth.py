@@ -10,7 +10,9 @@ of an axis take turns, a step each on new documents, and the first step of each 
 log seconds over log size by least squares: 1 is linear, 0 is free. On ranks (gloo, ZeRO 0, a process each under torchrun)
 every rank has the same batch, so that 0 would be perfect.
 
-A step is called linear in tokens up to L 2048 if its seconds a position differ by at most 15 percent there.
+Operations (benchmarks/costs.py, by visible pairs) are told beside the seconds: where they grow faster than positions, so
+does a perfect step. A step is called linear in tokens up to L 2048 if its seconds a position differ by at most 15 percent
+there.
 """
 
 import argparse
@@ -29,8 +31,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.workload import Lengths, Ours, Records, Timed, interleave, sft_recipe, write_model, write_records
+from benchmarks.costs import Row, forward_flops, step_flops
+from benchmarks.workload import (
+    BLOCK,
+    Lengths,
+    Ours,
+    Records,
+    Timed,
+    interleave,
+    sft_recipe,
+    write_model,
+    write_records,
+)
 from dfactory.engine import distributed
+from dfactory.models.registry import read_config
 from dfactory.types import PADDING, ViewBatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +81,7 @@ class Cost(NamedTuple):
     seconds: float
     spread: tuple[float, float]
     positions: int  # of rows on all ranks, padding not counted
+    flops: float  # of matrix products, attention by visible pairs, on all ranks; benchmarks/costs.py
     loss: float  # of the last step
 
 
@@ -90,12 +105,17 @@ class Runner:
         source = Records(recipe, rank, world_size).source
         self.side, self.batches = side, [source.next_window()[0] for _ in range(steps)]
         self.positions = positions_of(self.batches[0]) * world_size
+        row = Row(document=point.length, prompt=point.length // 2, views=point.views, block=BLOCK)
+        pairs, targets = point.batch * row.document_pairs, len(self.batches[0].target_ids_N)
+        forward = forward_flops(read_config(model_dir), self.positions // world_size, pairs, targets)
+        self.flops = world_size * sum(step_flops(forward, checkpointing=False).values())
 
     def step(self, number: int) -> float:
         return self.side.step(self.batches[number], None)
 
     def cost(self, timed: Timed) -> Cost:
-        return Cost(timed.median, (min(timed.seconds), max(timed.seconds)), self.positions, timed.results[-1])
+        spread = min(timed.seconds), max(timed.seconds)
+        return Cost(timed.median, spread, self.positions, self.flops, timed.results[-1])
 
 
 def positions_of(batch: ViewBatch) -> int:
@@ -156,13 +176,15 @@ def run_rank(job: dict) -> None:
 
 
 def axis_table(axis: str, costs: dict[int, Cost]) -> Table:
-    table = Table(axis, "positions", "s a step (range)", "us a position", "loss", title=f"growth with {axis}")
+    columns = ("positions", "GFLOP", "s a step (range)", "us a position", "GFLOP/s", "loss")
+    table = Table(axis, *columns, title=f"growth with {axis}")
     for column in table.columns:
         column.justify = "right"
     for size, cost in costs.items():
-        a_position = f"{1e6 * cost.seconds / cost.positions:.1f}"
+        a_position, rate = f"{1e6 * cost.seconds / cost.positions:.1f}", f"{cost.flops / cost.seconds / 1e9:.1f}"
+        work = f"{cost.flops / 1e9:,.0f}"
         spread = f"{cost.seconds:.3f} ({cost.spread[0]:.3f} - {cost.spread[1]:.3f})"
-        table.add_row(f"{size}", f"{cost.positions:,}", spread, a_position, f"{cost.loss:.4f}")
+        table.add_row(f"{size}", f"{cost.positions:,}", work, spread, a_position, rate, f"{cost.loss:.4f}")
     return table
 
 
@@ -174,7 +196,9 @@ def verdicts(axis: str, costs: dict[int, Cost]) -> list[str]:
     lines = [f"{axis}: exponent {fitted_exponent(list(costs), seconds):.2f}"]
     positions = [cost.positions for cost in costs.values()]
     if len(set(positions)) > 1:
-        lines[0] += f"; over positions {fitted_exponent(positions, seconds):.2f}"
+        flops = [cost.flops for cost in costs.values()]
+        lines[0] += f"; over positions {fitted_exponent(positions, seconds):.2f}, operations over positions "
+        lines[0] += f"{fitted_exponent(positions, flops):.2f}"
     short = {size: cost for size, cost in costs.items() if size <= LINEAR_UP_TO}
     if axis == "length" and len(short) > 1:
         share = unevenness(short)
@@ -188,7 +212,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES, help="(default: all)")
     for axis, sizes in AXES.items():
-        parser.add_argument(f"--{axis}", nargs="+", type=int, metavar="N", help=f"sizes of this axis (default: {sizes})")
+        text = f"sizes of this axis (default: {' '.join(map(str, sizes))})"
+        parser.add_argument(f"--{axis}", nargs="+", type=int, metavar="N", help=text)
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each point (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="two small sizes an axis, one step each, for tests")
     parser.add_argument("--rank-job", type=json.loads, help=argparse.SUPPRESS)

@@ -16,7 +16,7 @@ def bench(name: str, words: list[str], root: Path = ROOT) -> int:
             f"benchmarks/ is part of a checkout of dFactory and is not installed with it, and {root} has none: "
             "call `python -m dfactory.cli bench` in the root of a checkout"
         )
-    if sys.path[0] != str(root):  # the command `dfactory` starts with its own folder there, not with the checkout's root
+    if sys.path[0] != str(root):  # the installed command starts with the folder of programs there
         sys.path.insert(0, str(root))
     from benchmarks import BENCHMARKS
 
