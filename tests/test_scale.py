@@ -113,6 +113,7 @@ def test_what_is_recommended_is_a_recipe_that_loads(name, gpus):
     assert plan.fits
 
 
+@pytest.mark.slow
 def test_scale_md_is_what_is_printed(capsys):
     assert scale.main([]) == 0
     assert capsys.readouterr().out in (ROOT / "benchmarks/SCALE.md").read_text()
