@@ -102,6 +102,19 @@ def _grouped_mm_flops(left_shape, right_shape, *args, out_shape=None, **kwargs) 
     return 2 * rows * inner * right_shape[-1]
 
 
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def _attention_flops(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
+    """Two products of [queries, keys] a head, masked pairs included. torch counts this on GPUs only."""
+    rows, heads, queries, size = query_shape
+    return 2 * (2 * rows * heads * queries * key_shape[2] * size)
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _attention_backward_flops(gradient_shape, query_shape, key_shape, value_shape, *args, **kwargs) -> int:
+    """The scores once more, and the gradients of values, scores, queries and keys: five products for two."""
+    return 5 * _attention_flops(query_shape, key_shape, value_shape) // 2
+
+
 class Profile(NamedTuple):
     seconds: dict[str, float]  # by part
     flops: int  # of matrix products and attention

@@ -75,15 +75,15 @@ LEARNING_RATE = 1e-4
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
-def write_config(directory: Path, vocabulary: int, shape: str = "small") -> Path:
-    """The model's config.json alone."""
+def write_config(directory: Path, vocabulary: int, shape: str = "small", **sizes: int) -> Path:
+    """The model's config.json alone; `sizes` take the place of the shape's."""
     padding = text_ids(vocabulary).stop  # drawn as zeros and never trained, so no record may hold it
-    return write_tiny_config(directory, vocab_size=vocabulary, pad_token_id=padding, **SHAPES[shape])
+    return write_tiny_config(directory, vocab_size=vocabulary, pad_token_id=padding, **SHAPES[shape] | sizes)
 
 
-def write_model(directory: Path, vocabulary: int, shape: str = "small", seed: int = 0) -> Path:
+def write_model(directory: Path, vocabulary: int, shape: str = "small", seed: int = 0, **sizes: int) -> Path:
     """Save the model with weights drawn in fp32."""
-    config, model_dir = write_config(directory / "config_only", vocabulary, shape), directory / "model"
+    config, model_dir = write_config(directory / "config_only", vocabulary, shape, **sizes), directory / "model"
     model_dir.mkdir()
     save_policy(load_policy(config, dtype="float32", init_weights="random", seed=seed), model_dir)
     return model_dir
@@ -147,11 +147,11 @@ class Documents(NamedTuple):
 class Records:
     """A recipe's windows of one micro-batch, and the same documents one a row for the obvious version."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1):
         inputs = read_inputs(recipe)
         self.recipe, self.examples, self.eos = recipe, inputs.train, inputs.special.eos
         self.make_views = make_views(recipe, inputs)
-        self.source: RecordSource = make_source(recipe, inputs, rank=0, world_size=1)
+        self.source: RecordSource = make_source(recipe, inputs, rank, world_size)
         self.index_of = {int(name): index for index, name in enumerate(self.examples.document_id_E)}
 
     def example(self, name: int) -> Example:

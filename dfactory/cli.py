@@ -146,6 +146,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     data.add_argument("tool", metavar="VERB", help="one of these; `dfactory data VERB --help` tells its words")
     data.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="its words")
 
+    bench = verb("bench", _bench, "run one of the programs of benchmarks/ in a checkout: step, decoding, growth, ...")
+    bench.add_argument("name", metavar="NAME", help="an unknown one lists them; `dfactory bench NAME --help` its words")
+    bench.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="its words")
+
     report = verb("report", _report, "draw the curves of finished or running runs")
     report.add_argument("runs", nargs="+", help="run folders")
     report.add_argument("--output", help="folder of the report (default: report/ of the first run)")
@@ -294,6 +298,12 @@ def _data(arguments, overrides) -> int:
     if arguments.tool not in VERBS:
         raise ConfigError(f"{arguments.tool} is not a data tool: use one of {', '.join(VERBS)}")
     return dispatch(arguments.tool, arguments.words)
+
+
+def _bench(arguments, overrides) -> int:
+    from dfactory.commands.bench import bench
+
+    return bench(arguments.name, arguments.words)
 
 
 def _report(arguments, overrides) -> int:

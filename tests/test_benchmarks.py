@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import data, decoding, dpo_variance, likelihood, loading, packing, rl, step, tree
+from benchmarks import data, decoding, dpo_variance, growth, likelihood, loading, packing, rl, step, tree
 from benchmarks.workload import Timed, interleave
 from dfactory.cli import main
 from dfactory.models.registry import load_policy
@@ -64,6 +64,34 @@ def test_where_the_time_of_a_step_goes(capsys):
     assert all(share >= 0 for share in shares)
     assert 99 < sum(shares) < 101
     assert not re.search(r"\b0 billion operations", shown)
+
+
+@pytest.mark.slow
+def test_growth_along_axes_of_one_process(capsys):
+    """Longer documents take more positions; more experts take as many."""
+    assert growth.main(["--smoke", "--axes", "length", "experts"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"length: exponent -?\d+\.\d+; over positions", shown)
+    assert re.search(r"experts: exponent -?\d+\.\d+$", shown, re.MULTILINE)
+    assert "linear in tokens within 15%" in shown
+
+
+@pytest.mark.slow
+def test_growth_over_ranks_counts_the_positions_of_all(capsys):
+    assert growth.main(["--smoke", "--axes", "ranks", "--ranks", "2"]) == 0
+    assert "896" in capsys.readouterr().out  # 2 ranks x 2 documents x (128 - 32 + 2 x 64)
+
+
+def test_an_exponent_is_the_slope_of_logarithms():
+    assert growth.fitted_exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+    assert growth.fitted_exponent([2, 8], [5, 5]) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("seconds, verdict", [((1.0, 2.1, 4.4), "10%: linear"), ((1.0, 2.1, 5.0), "25%: NOT linear")])
+def test_linear_means_seconds_a_position_that_hardly_differ(seconds, verdict):
+    costs = {512 * n: growth.Cost(s, (s, s), 1000 * n, 1e9 * n, 0.0) for n, s in zip((1, 2, 4), seconds, strict=True)}
+    costs[8192] = growth.Cost(1e3, (1e3, 1e3), 16000, 1.6e10, 0.0)  # beyond what is judged
+    assert verdict in " ".join(growth.verdicts("length", costs))
 
 
 @pytest.mark.slow

@@ -173,10 +173,18 @@ def setup_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Setu
 
 def forecast(model_dir: Path, setup: Setup) -> MemoryForecast:
     """The memory of one rank, line by line. Raises CheckpointError or ConfigError for a directory that is no model."""
-    config = read_config(Path(model_dir))
-    counts = count_parameters(model_dir)
-    full = setup.lora_r is None
-    trained = counts.total if full else count_adapters(model_dir, setup.lora_r, setup.lora_target_modules)
+    config, counts = read_config(Path(model_dir)), count_parameters(model_dir)
+    if setup.lora_r is None:
+        return forecast_sizes(config, counts, setup)
+    return forecast_sizes(config, counts, setup, count_adapters(model_dir, setup.lora_r, setup.lora_target_modules))
+
+
+def forecast_sizes(
+    config: PreTrainedConfig, counts: ParameterCounts, setup: Setup, adapters: int | None = None
+) -> MemoryForecast:
+    """The same for sizes that were counted before; `adapters` are LoRA's parameters, None where all are trained."""
+    full = adapters is None
+    trained = counts.total if full else adapters
     weights = counts.total + (0 if full else trained)
     return MemoryForecast(
         [

@@ -1,0 +1,15 @@
+"""Programs that measure, one a table. `dfactory bench NAME` and `python -m benchmarks.NAME` are the same."""
+
+BENCHMARKS = {
+    "step": "a training step beside the obvious one: seconds, memory, loss; --profile: where its time goes",
+    "packing": "records of mixed lengths in packed rows, beside padding to the longest",
+    "likelihood": "the ELBO of N views in one pass, beside separate passes",
+    "tree": "a prompt shared by the answers of a group, beside rows without sharing",
+    "decoding": "cached block decoding in slots, beside the uncached loop",
+    "loading": "reading a checkpoint, beside reading its bytes",
+    "data": "the reader, a start and the tools on large files of records",
+    "growth": "how a step's cost grows with length, views, batch, experts and ranks",
+    "scale": "a model, not a measurement, of LLaDA2 mini and flash on 8 to 512 GPUs",
+    "dpo_variance": "how far shared noise and pairs cut the variance of a preference margin",
+    "cpt": "an autoregressive model turned into a block-diffusion one, beside training from scratch",
+}

@@ -1,0 +1,36 @@
+"""`dfactory bench`: names, words, and what is said where there is no checkout."""
+
+import pytest
+
+from benchmarks import BENCHMARKS
+from dfactory.cli import main
+from dfactory.commands.bench import bench
+from dfactory.errors import ConfigError
+from tests.commands.conftest import ROOT
+
+
+def test_words_and_the_exit_status_are_the_benchmarks_own(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "tree", "--help"])
+    assert ended.value.code == 0
+    assert "--generations" in capsys.readouterr().out
+
+
+def test_an_unknown_name_is_answered_with_the_list(capsys):
+    assert main(["bench", "setp", "--profile"]) == 2
+    told = capsys.readouterr().err
+    assert "setp is not a benchmark" in told
+    assert all(name in told for name in BENCHMARKS)
+
+
+def test_without_a_checkout_it_says_where_benchmarks_lie(tmp_path):
+    with pytest.raises(ConfigError, match=r"not installed with it.*in the root of a checkout"):
+        bench("step", [], root=tmp_path)
+
+
+def test_every_program_has_a_name_and_a_line_in_the_readme():
+    programs = {file.stem for file in (ROOT / "benchmarks").glob("*.py") if "\ndef main(" in file.read_text()}
+    assert programs == set(BENCHMARKS)
+    readme = (ROOT / "benchmarks/README.md").read_text()
+    missing = [name for name in BENCHMARKS if f"| `dfactory bench {name}" not in readme]
+    assert not missing
