@@ -6,6 +6,7 @@ BENCHMARKS = {
     "likelihood": "the ELBO of N views in one pass, beside separate passes",
     "tree": "a prompt shared by the answers of a group, beside rows without sharing",
     "decoding": "cached block decoding in slots, beside the uncached loop",
+    "rl": "an update split into rollout, reward, sync and training, beside the obvious one",
     "loading": "reading a checkpoint, beside reading its bytes",
     "data": "the reader, a start and the tools on large files of records",
     "growth": "how a step's cost grows with length, views, batch, experts and ranks",
