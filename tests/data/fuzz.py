@@ -6,6 +6,7 @@ that names the file; and no text may ever turn into the mask.
 """
 
 import argparse
+import copy
 import gzip
 import json
 import tempfile
@@ -89,7 +90,7 @@ def _break(draw, parent, key) -> None:
     elif how == 2 and isinstance(parent, dict):
         parent[draw(texts)] = parent[key]
     else:
-        parent[key] = draw(values)
+        parent[key] = copy.deepcopy(draw(values))  # it may be broken in its turn
 
 
 @st.composite
