@@ -25,5 +25,9 @@ class CheckpointError(DFactoryError):
     """A model directory or a training checkpoint is missing, incomplete or of another shape."""
 
 
+class NonFiniteError(DFactoryError):
+    """A loss or gradient is NaN or infinite more often than the recipe tolerates; the message names step and dump."""
+
+
 class RolloutError(DFactoryError):
     """A rollout, reward or actor failed beyond what the recipe tolerates."""

@@ -24,6 +24,7 @@ from dfactory.assembly import (
 from dfactory.config.recipe import Recipe
 from dfactory.engine import checkpoint, distributed
 from dfactory.engine.metrics import MetricsLog
+from dfactory.engine.nonfinite import NonFiniteGuard
 from dfactory.engine.preemption import EXIT_PREEMPTED, Preemption
 from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.trainer import Trainer, zero_stage
@@ -64,6 +65,7 @@ def learn(recipe: Recipe, feed: Feed | None = None) -> int:
     else:
         source = make_rollout_source(recipe, inputs, feed, trainer)
 
+    guard = NonFiniteGuard(folder, recipe.skip_nonfinite, rank, world_size)
     state = TrainState()
     if resumed is not None:
         checkpoint.load(trainer, resumed, universal=universal)
@@ -79,8 +81,9 @@ def learn(recipe: Recipe, feed: Feed | None = None) -> int:
             log.say(f"{num_steps} steps from step {state.step}, into {folder.path}")
         while state.step < num_steps and (window := source.next_window()) is not None:
             metrics = trainer.train_window(window, objective) | source.metrics
-            source.check(metrics)
             state.advance(metrics)
+            metrics |= guard.check(state, window, trainer.losses, metrics["grad_norm"])
+            source.check(metrics)
             if log:
                 log.step(state.step, source.epoch, metrics)
             last = state.step == num_steps

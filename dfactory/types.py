@@ -280,6 +280,7 @@ class TrainState:
     source: dict[str, Any] = dataclasses.field(default_factory=dict)  # the batch source's cursor
     tokens: int = 0  # row positions with a token that were trained on
     targets: int = 0
+    skipped_steps: int = 0  # of the finished ones: those that changed nothing, because a number was not finite
 
     def advance(self, metrics: dict[str, float]) -> None:
         """Count one finished optimiser step."""

@@ -21,6 +21,9 @@ class TrainingKeys:
     adam_beta2: float = key(0.999, "AdamW", low=0.0, high=1.0)
     adam_epsilon: float = key(1e-8, "AdamW", low=0.0)
     max_grad_norm: float = key(1.0, "clip the global gradient norm; 0: off", low=0.0)
+    skip_nonfinite: int = key(
+        0, "steps with a NaN or Inf in loss or gradient that a run may leave out, in all; one more stops it", low=0
+    )
 
     num_train_epochs: float = key(1.0, "passes over the data, if max_steps is null", low=0.0)
     max_steps: Optional[int] = key(None, "optimiser steps; null: by num_train_epochs", low=1)

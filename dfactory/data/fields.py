@@ -3,6 +3,7 @@
 import enum
 import json
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from dfactory.errors import DataError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 ROLES = ("system", "user", "assistant", "tool")
+NESTING = 100  # levels of a JSON value: what walks through values and templates recurses
 
 
 class Conversation(NamedTuple):
@@ -125,8 +127,8 @@ def _call(call: dict[str, Any], name: str) -> dict[str, Any]:
 def json_object(text: str, name: str) -> dict[str, Any]:
     """The object that a text spells. Raises BadRow."""
     try:
-        value = json.loads(text, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as problem:
+        value = load_json(text)
+    except ValueError as problem:
         raise BadRow(Fault.FIELD, f"{name} is text but not valid JSON: {problem}") from problem
     if not isinstance(value, dict):
         raise BadRow(Fault.FIELD, f"{name} is {show(value)}: it must be an object")
@@ -146,8 +148,8 @@ def _content(value: Any, name: str) -> str:
 def tools(value: Any) -> list[dict[str, Any]] | None:
     if isinstance(value, str):  # a column of JSON text: nested schemas have no common parquet type
         try:
-            value = json.loads(value, parse_constant=refuse_constant)
-        except (ValueError, RecursionError) as problem:
+            value = load_json(value)
+        except ValueError as problem:
             raise BadRow(Fault.FIELD, f"tools is text but not valid JSON: {problem}") from problem
     if not value:
         return None
@@ -222,5 +224,31 @@ def show(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def refuse_constant(name: str):
+def load_json(text: str) -> Any:
+    """The value of a JSON text. Of a key that stands twice in an object the last one holds, as everywhere in Python.
+
+    Raises ValueError for what is not JSON, and for what is nested deeper than NESTING.
+    """
+    too_deep = f"nested deeper than {NESTING} levels"
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError as problem:
+        raise ValueError(too_deep) from problem
+    if text.count("[") + text.count("{") > NESTING and _depth_exceeds(value, NESTING):
+        raise ValueError(too_deep)
+    return value
+
+
+def _depth_exceeds(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [inner for item in level if isinstance(item, (dict, list)) for inner in _inner(item)]
+    return any(isinstance(item, (dict, list)) for item in level)
+
+
+def _inner(item: dict | list) -> Iterable[Any]:
+    return item.values() if isinstance(item, dict) else item
+
+
+def _refuse_constant(name: str):
     raise ValueError(f"{name} is not a JSON value")

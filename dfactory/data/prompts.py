@@ -1,11 +1,12 @@
 """Prompts to answer: JSONL rows with `messages`, `prompt` (text) or `prompt_ids`, and whatever columns a reward reads."""
 
-import json
+import codecs
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dfactory.data.chat import ChatEncoder
-from dfactory.data.records import BadRow, check_messages
+from dfactory.data.fields import integers, text, tools
+from dfactory.data.records import BadRow, check_messages, parse_line
 from dfactory.errors import DataError
 
 
@@ -19,15 +20,14 @@ def read_rows(path: str | Path) -> list[Row]:
     if not Path(path).is_file():
         raise DataError(f"{path} does not exist: give a JSONL file of prompts")
     rows = []
-    with Path(path).open(encoding="utf-8-sig") as file:
+    with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if not line.strip():
                 continue
-            origin = f"{path}:{number}"
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as problem:
-                raise DataError(f"{origin} is not JSON: {problem}") from problem
+            origin, fields = f"{path}:{number}", parse_line(line)
+            if isinstance(fields, BadRow):
+                raise DataError(f"{origin} is {fields}") from fields
             if not isinstance(fields, dict):
                 raise DataError(f"{origin} is not an object: a line is {{...}} with messages, prompt or prompt_ids")
             rows.append(Row(origin, fields))
@@ -57,20 +57,14 @@ def encode_prompt(row: Row, encoder: ChatEncoder | None) -> list[int]:
     fields = row.fields
     try:
         if isinstance(fields.get("prompt_ids"), list):
-            return _ids(fields["prompt_ids"])
+            return integers(fields["prompt_ids"], "prompt_ids", may_be_empty=True)
         if encoder is None:
             raise DataError("the model directory has no tokenizer: give prompt_ids")
         messages = prompt_messages(row)
         if messages is not None:
-            return encoder.encode_prompt(messages, fields.get("tools"))
+            return encoder.encode_prompt(messages, tools(fields.get("tools")))
         if isinstance(fields.get("prompt"), str):
-            return encoder.encode_text(fields["prompt"])
+            return encoder.encode_text(text(fields["prompt"], "prompt"))
     except (BadRow, DataError) as problem:
         raise DataError(f"{row.origin}: {problem}") from problem
     raise DataError(f"{row.origin} has none of messages, prompt (text), prompt_ids (list of ids)")
-
-
-def _ids(value: list) -> list[int]:
-    if not all(type(token) is int for token in value):
-        raise DataError("prompt_ids must be a list of integers")
-    return value

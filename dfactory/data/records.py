@@ -7,7 +7,6 @@ Preference pairs are read in pairs.py.
 
 import codecs
 import gzip
-import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
 }
+LONGEST_LINE = 1 << 28  # bytes, unpacked: a small .gz can hold a line that no memory does
 PARQUET_BATCH = 1024  # rows that are read together
 PROGRESS_ROWS = 256  # between two words to the progress bar
 
@@ -83,7 +83,10 @@ def _json_rows(path: Path, unpack: Callable[[BinaryIO], Any], advance: Advance) 
     number, position = 0, 0
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(unpack(file), start=1):
+            lines = unpack(file)
+            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), b""), start=1):
+                if len(line) > LONGEST_LINE:
+                    raise DataError(f"{path}:{number}: the line has more than {LONGEST_LINE} bytes: split the record")
                 if number % PROGRESS_ROWS == 0:
                     here = os.lseek(file.fileno(), 0, os.SEEK_CUR)  # file.tell() is not to be had while lines are read
                     advance(here - position)
@@ -98,10 +101,10 @@ def _json_rows(path: Path, unpack: Callable[[BinaryIO], Any], advance: Advance) 
 def parse_line(line: bytes) -> Any:
     """The value of a line of JSON, or a BadRow."""
     try:
-        return json.loads(line.decode("utf-8"), parse_constant=fields.refuse_constant)
+        return fields.load_json(line.decode("utf-8"))
     except UnicodeDecodeError as problem:
         return BadRow(Fault.ENCODING, f"byte {problem.start} of the line is not UTF-8: convert the file to UTF-8")
-    except (ValueError, RecursionError) as problem:
+    except ValueError as problem:
         return BadRow(Fault.JSON, f"not valid JSON: {problem}")
 
 

@@ -58,7 +58,8 @@ def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | Non
 
 def read_state(checkpoint: Path) -> TrainState:
     raw = json.loads((checkpoint / STATE).read_text())
-    return TrainState(**{field.name: raw[field.name] for field in dataclasses.fields(TrainState)})
+    names = {field.name for field in dataclasses.fields(TrainState)}
+    return TrainState(**{name: value for name, value in raw.items() if name in names})
 
 
 def needs_universal(checkpoint: Path, recipe_stage: int, world_size: int, expert_parallel_size: int) -> bool:

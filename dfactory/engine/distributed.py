@@ -51,11 +51,17 @@ def all_reduce_sum(tensor: torch.Tensor) -> None:
     tensor.copy_(moved)
 
 
+def ranks_with(flag: bool) -> list[int]:
+    """The ranks on which `flag` holds; all ranks get the same answer."""
+    votes = torch.zeros(dist.get_world_size())
+    votes[dist.get_rank()] = float(flag)
+    all_reduce_sum(votes)
+    return votes.nonzero()[:, 0].tolist()
+
+
 def any_rank(flag: bool) -> bool:
     """Whether `flag` holds on any rank; all ranks get the same answer."""
-    votes = torch.tensor([float(flag)])
-    all_reduce_sum(votes)
-    return bool(votes.item())
+    return bool(ranks_with(flag))
 
 
 def _backend() -> str:

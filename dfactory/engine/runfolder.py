@@ -5,9 +5,11 @@ output_dir/metrics.jsonl    one object a step, and one an evaluation ("eval/..."
 output_dir/previews.jsonl   held-out prompts as the model answered them at each evaluation, where prompts are decoded
 output_dir/checkpoint-N/    a model directory that transformers loads, with the engine's state in engine/
 output_dir/LATEST           the newest whole checkpoint's name; written last
+output_dir/nonfinite/       step-N-rank-R.json: where a NaN or Inf came from, if there was one
 """
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -28,6 +30,7 @@ class RunFolder:
         self.path = Path(output_dir)
         self.metrics_file = self.path / "metrics.jsonl"
         self.previews_file = self.path / "previews.jsonl"
+        self.nonfinite = self.path / "nonfinite"
 
     def start(self, recipe: Recipe, resume_step: int | None) -> None:
         """Create the folder. Lines of steps behind the resumed one are dropped, so that none appears twice."""
@@ -36,6 +39,8 @@ class RunFolder:
             for old in self.checkpoints():
                 shutil.rmtree(old)
             (self.path / "LATEST").unlink(missing_ok=True)
+            for old in self.nonfinite.glob("step-*-rank-*.json"):
+                old.unlink()
         replace_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(recipe)))
         for file in (self.metrics_file, self.previews_file):
             kept = []
@@ -46,8 +51,10 @@ class RunFolder:
                 replace_text(file, "".join(f"{line}\n" for line in kept))
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
+        """A NaN or Inf, which JSON does not know, is written as null."""
+        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in metrics.items()}
         with self.metrics_file.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def append_previews(self, previews: list[dict[str, Any]]) -> None:
         with self.previews_file.open("a") as file:

@@ -21,7 +21,15 @@ from transformers.integrations import HfDeepSpeedConfig
 from dfactory.config.recipe import Recipe
 from dfactory.engine import distributed, expert_parallel
 from dfactory.engine.replay import replay
-from dfactory.engine.window import MeanTracker, Measure, Objective, Source, micro_loss, window_counts
+from dfactory.engine.window import (
+    MeanTracker,
+    Measure,
+    Objective,
+    Source,
+    micro_loss,
+    spread_nonfinite,
+    window_counts,
+)
 from dfactory.errors import ConfigError
 from dfactory.models.policy import Policy
 from dfactory.models.registry import family_of
@@ -47,7 +55,13 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "eps": recipe.adam_epsilon,
         "weight_decay": recipe.weight_decay,
     }
-    offloaded = "offload_optimizer" in config.get("zero_optimization", {})
+    zero = config.get("zero_optimization", {})
+    offloaded = "offload_optimizer" in zero and zero.get("stage", 0) > 0
+    if zero.get("compute_grad_norm") is False:
+        raise ConfigError(
+            f"zero_optimization.compute_grad_norm false in {recipe.deepspeed}: "
+            "steps with a NaN would be applied; leave it out"
+        )
     if not offloaded:  # torch's: DeepSpeed's own is compiled on the spot, which needs CUDA's compiler
         optimizer |= {"torch_adam": True, "fused": True}
     elif not torch.cuda.is_available():
@@ -56,7 +70,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": recipe.per_device_train_batch_size,
         "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
         "gradient_clipping": recipe.max_grad_norm,
-        "bf16": {"enabled": recipe.dtype == "bfloat16"},
+        "bf16": {"enabled": recipe.dtype == "bfloat16", "check_grad_overflow": True},  # a NaN must not be applied
         "optimizer": {"type": "AdamW", "params": optimizer},
     }
     if recipe.expert_parallel_size > 1 or "expert_parallel" in config:
@@ -124,6 +138,7 @@ class Trainer:
         )
         if recipe.expert_parallel_size > 1:
             expert_parallel.finish_layers(policy, moe_blocks)
+        self.losses: list[torch.Tensor] = []  # of the last window, each micro-batch's part of it
 
     @property
     def zero_stage(self) -> int:
@@ -142,18 +157,19 @@ class Trainer:
             objective, moved = replay(objective, moved, [self.score(batch) for batch in moved])
         ahead = self._scores_ahead(moved, objective)
         counts = window_counts(objective, moved, ahead, distributed.all_reduce_sum)
-        means = MeanTracker()
+        means, self.losses = MeanTracker(), []
         for number, (batch, scores) in enumerate(zip(moved, ahead, strict=True), start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(moved))  # windows may differ in length
             if scores is None or not scores.logprob_N.requires_grad:
                 scores = self.engine(batch)
             terms = objective(batch, scores)
             loss = micro_loss(terms, counts, self.world_size)
-            self.engine.backward(loss, scale_wrt_gas=False)
+            self.engine.backward(spread_nonfinite(loss), scale_wrt_gas=False)
             grad_norm = self._plain_grad_norm()
-            self.engine.step()
+            self._step(grad_norm)
             share = len(micro_batches) * self.world_size  # the loss is divided already: its counts add up to 1
-            means.add({**terms.loss, **terms.metrics, "loss": Mean(loss / self.world_size, 1 / share)})
+            self.losses.append(loss.detach() / self.world_size)
+            means.add({**terms.loss, **terms.metrics, "loss": Mean(self.losses[-1], 1 / share)})
         sizes = torch.tensor([[batch.num_tokens, batch.num_targets] for batch in micro_batches]).sum(dim=0)
         distributed.all_reduce_sum(sizes)
         tokens, targets = sizes.tolist()
@@ -200,6 +216,20 @@ class Trainer:
         for group in groups:
             with self.gathered([tensor for _, tensor in group if isinstance(tensor, nn.Parameter)]):
                 yield {name: tensor.detach() for name, tensor in group}
+
+    def _step(self, plain_grad_norm: torch.Tensor | float) -> None:
+        """DeepSpeed's step, which changes nothing where the gradient's norm over all ranks is not finite.
+
+        Sharded optimisers see to that themselves. Without ZeRO torch's fused AdamW does, on the device, by the flag that
+        GradScaler gives it. The schedule goes on in any case: a step's learning rate depends on its number alone.
+        """
+        if not self.engine.is_gradient_accumulation_boundary():
+            return self.engine.step()
+        if self.zero_stage == 0:
+            self.engine.optimizer.found_inf = (~plain_grad_norm.isfinite()).float()
+        self.engine.step()
+        if not self.engine.was_step_applied():
+            self.engine.lr_scheduler.step()
 
     def _plain_grad_norm(self) -> torch.Tensor | float:
         """DeepSpeed tells the norm of sharded gradients only; plain ones are averaged over the ranks by now."""

@@ -10,6 +10,7 @@ into ranks and micro-batches, L and its gradient stay what they are. DeepSpeed a
 divide once more: `micro_loss` multiplies by their number.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -74,18 +75,31 @@ Measure = Callable[[ViewBatch, TokenScores], dict[str, Mean]]
 def window_counts(
     objective: Objective, micro_batches: list[ViewBatch], scores: list[TokenScores | None], all_reduce
 ) -> dict[str, float]:
-    """Z of every loss term. `all_reduce` sums a float64 tensor over the ranks in place. Empty windows count 1."""
+    """Z of every loss term. `all_reduce` sums a float64 tensor over the ranks in place. Empty windows count 1.
+
+    An infinite count is NaN: a loss divided by it would look like a finite 0.
+    """
     shares = [objective.counts(batch, ahead) for batch, ahead in zip(micro_batches, scores, strict=True)]
     names = sorted(shares[0])
     total = torch.tensor([float(sum(share[name] for share in shares)) for name in names], dtype=torch.float64)
     all_reduce(total)
-    return {name: max(value, 1.0) for name, value in zip(names, total.tolist(), strict=True)}
+    finite = (value if math.isfinite(value) else math.nan for value in total.tolist())
+    return {name: max(value, 1.0) for name, value in zip(names, finite, strict=True)}
 
 
 def micro_loss(terms: LossTerms, counts: dict[str, float], world_size: int) -> torch.Tensor:
     """What a rank has to backpropagate for one micro-batch, so that averaging over ranks gives the window's gradient."""
     parts = (terms.weights.get(name, 1.0) * mean.total / counts[name] for name, mean in terms.loss.items())
     return sum(parts) * world_size
+
+
+def spread_nonfinite(loss: torch.Tensor) -> torch.Tensor:
+    """The same loss, whose gradient is NaN where the loss is NaN or infinite; a finite one keeps every bit.
+
+    A loss of +inf can have a finite gradient. With this the norm of the gradient, which all ranks learn before weights
+    change, tells of either, and nobody has to ask the device for the loss in the middle of a step.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 class MeanTracker:

@@ -7,7 +7,6 @@ there, is refused; null is as if it were left out.
 
 import dataclasses
 import difflib
-import json
 import secrets
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from dfactory.config.decode import DecodeKeys
 from dfactory.config.load import decode_keys_over
 from dfactory.data.chat import ChatEncoder
-from dfactory.data.fields import check_messages, refuse_constant, text, tools
+from dfactory.data.fields import check_messages, load_json, text, tools
 from dfactory.decoding import DecodeRules, check_prompts
 from dfactory.errors import DataError
 from dfactory.vocabulary import Vocabulary
@@ -102,7 +101,7 @@ class Reader:
     def _body(self, raw: bytes, own: tuple[str, ...], neutral: dict) -> dict[str, Any]:
         """A JSON object of known fields, nulls left out."""
         try:
-            body = json.loads(raw, parse_constant=refuse_constant)
+            body = load_json(raw.decode())
         except (ValueError, RecursionError) as problem:
             raise DataError(f"the body is not JSON: {problem}") from problem
         if not isinstance(body, dict):

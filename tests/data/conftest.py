@@ -27,6 +27,10 @@ MARKED_TEMPLATE = TURN.replace("OPEN", "{%- generation %}").replace("CLOSE", "{%
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    return make_tokenizer()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, apart from "th", "he" and "the"."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

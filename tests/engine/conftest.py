@@ -28,8 +28,11 @@ def write_records(path: Path, count: int, seed: int) -> Path:
 
 @pytest.fixture(scope="session")
 def recipe_file(tmp_path_factory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+def write_recipe(folder: Path) -> Path:
     """20 steps of 8 rows on the golden checkpoint, in fp32; the data lasts for a bit more than two steps an epoch."""
-    folder = tmp_path_factory.mktemp("recipe")
     keys = {
         "model_name_or_path": str(GOLDEN),
         "dtype": "float32",
@@ -66,8 +69,11 @@ def write_pairs(path: Path, count: int, seed: int) -> Path:
 
 @pytest.fixture(scope="session")
 def dpo_keys(tmp_path_factory) -> list[str]:
+    return write_dpo_keys(tmp_path_factory.mktemp("pairs"))
+
+
+def write_dpo_keys(folder: Path) -> list[str]:
     """Overrides that turn the recipe into preference optimisation."""
-    folder = tmp_path_factory.mktemp("pairs")
     train, held_out = write_pairs(folder / "train.jsonl", 30, seed=3), write_pairs(folder / "held_out.jsonl", 6, seed=4)
     data = [f"datasets=[{{path: {train}}}]", f"eval_datasets=[{{path: {held_out}}}]"]
     return ["stage=dpo", *data]
@@ -80,18 +86,22 @@ def run_jobs(tmp_path_factory):
     def run(processes: int, jobs: list[tuple[Path, list[str]]], expect: int = 0) -> str:
         file = tmp_path_factory.mktemp("jobs") / "jobs.json"
         file.write_text(json.dumps([{"recipe": str(recipe), "overrides": keys} for recipe, keys in jobs]))
-        worker = [str(ROOT / "tests/engine/worker.py"), str(file)]
-        command = [sys.executable, *worker]
-        if processes > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-            command = [sys.executable, *launcher, *worker]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        environment |= {"WANDB_MODE": "offline", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540, check=False)
+        done = launch(processes, "worker.py", file)
         assert (done.returncode == 0) == (expect == 0), f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         return done.stdout + done.stderr
 
     return run
+
+
+def launch(processes: int, worker: str, jobs: Path) -> subprocess.CompletedProcess:
+    """Run a worker of this folder on a file of jobs, by itself or under torchrun."""
+    command = [str(ROOT / "tests/engine" / worker), str(jobs)]
+    if processes > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"WANDB_MODE": "offline", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    command = [sys.executable, *command]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540, check=False)
 
 
 def read_metrics(run: Path, name: str = "loss") -> list[float]:

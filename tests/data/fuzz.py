@@ -1,0 +1,219 @@
+"""Hostile files of records: `python -m tests.data.fuzz --lines 1000000` for the long run, test_fuzz.py for the quick one.
+
+A file is made of lines that were right once and were then broken, of any JSON, and of any bytes; it comes plain, gzipped,
+cut short, or as parquet. Reading it has to end with documents, with rows that are refused with a reason, or with a DataError
+that names the file; and no text may ever turn into the mask.
+"""
+
+import argparse
+import copy
+import gzip
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dfactory.config.data import DatasetKeys
+from dfactory.data.chat import ChatEncoder
+from dfactory.data.examples import DocumentRules, read_documents
+from dfactory.data.fields import BadRow, Fault
+from dfactory.data.prompts import encode_prompt, read_rows
+from dfactory.data.records import read_records
+from dfactory.data.streaming import StreamedExamples
+from dfactory.errors import DataError
+from tests.data.conftest import EOS, MASK, SPECIAL, make_tokenizer
+
+LINES = 25  # of a file
+DEPTHS = (2, 90, 99, 101, 400, 990, 1000, 10_000)
+USER, BOT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]}
+RIGHT = (
+    {"messages": [USER, BOT, USER, BOT]},
+    {"messages": [USER, CALL, {"role": "tool", "content": "1"}, BOT], "tools": [{"name": "f"}]},
+    {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+    {"input_ids": [9, 10, 11], "prompt_lengths": 1},
+    {"prompt": "hi", "completion": "yo"},
+    {"prompt": [USER], "completion": [BOT]},
+    {"instruction": "hi", "input": "", "output": "yo"},
+    {"text": "hi yo"},
+    {"prompt": "hi", "chosen": "yo", "rejected": "no"},
+    {"chosen": [USER, BOT], "rejected": [USER, {"role": "assistant", "content": "no"}]},
+    {"prompt_ids": [9], "chosen_ids": [10], "rejected_ids": [11]},
+    {"prompt_ids": [9, 9], "token_ids": [10, 11], "commit_step": [0, 1], "block_size": 4},
+    {"prompt_ids": [9], "prompt": "hi"},
+)
+NASTY = (
+    *SPECIAL, "<|mask|", "\0", "\ud800", "\udfff", "\u202e", "\u200f", "\ufeff", "\U000f0000", "\u2028", "\r", "\x85",
+    "", " " * 3000, "\n\n", "{% generation %}", "{{ 1 }}", "\U0001f600", "a\u0301" * 50,
+)  # fmt: skip
+NUMBERS = (0, -1, 1.5, 1e308, 2**31, 2**63, -(10**30), True, False, None, MASK, 10**6)
+
+texts = st.lists(
+    st.one_of(st.sampled_from(NASTY), st.text('ab \t"\\{}<|>\u00e9\u6f22\u0416', max_size=8)), max_size=4
+).map("".join)
+values = st.one_of(
+    texts,
+    st.sampled_from(NUMBERS),
+    st.sampled_from([[], {}, [[]], [{}], [None], [1], ["a"], {"role": []}, [USER], [BOT, BOT], [BOT, USER]]),
+)
+
+
+@st.composite
+def records(draw) -> dict:
+    """A right record, a few of whose parts were replaced, removed or swapped."""
+    record = json.loads(json.dumps(draw(st.sampled_from(RIGHT))))
+    for _ in range(draw(st.integers(0, 3))):
+        parent = record
+        while True:
+            keys = list(parent) if isinstance(parent, dict) else list(range(len(parent)))
+            if not keys:
+                break
+            key = draw(st.sampled_from(keys))
+            if not isinstance(parent[key], (dict, list)) or draw(st.booleans()):
+                _break(draw, parent, key)
+                break
+            parent = parent[key]
+    return record
+
+
+def _break(draw, parent, key) -> None:
+    how = draw(st.integers(0, 5))
+    if how == 0:
+        del parent[key]
+    elif how == 1 and isinstance(parent, list):
+        parent.reverse()
+    elif how == 2 and isinstance(parent, dict):
+        parent[draw(texts)] = parent[key]
+    else:
+        parent[key] = copy.deepcopy(draw(values))  # it may be broken in its turn
+
+
+@st.composite
+def lines(draw) -> bytes:
+    """A record as JSON, with whatever can be wrong with bytes."""
+    text = json.dumps(draw(records()), ensure_ascii=draw(st.booleans()))
+    how = draw(st.integers(0, 11))
+    if how == 0:  # a value that is nested deeper than anything that walks through it
+        depth = draw(st.sampled_from(DEPTHS))
+        nested = draw(st.sampled_from(["[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth, "[" * depth]))
+        old = draw(st.sampled_from(['"hi"', '"yo"', '"user"', "1", '"f"']))
+        text = text.replace(old, draw(st.sampled_from([nested, json.dumps(nested), f'"yo", "x": {nested}'])), 1)
+    elif how == 1:  # keys that stand twice
+        text = text.replace("{", f'{{"messages": {json.dumps(draw(values))}, ', 1)
+    elif how == 2:
+        text = text.replace('"hi"', draw(st.sampled_from(["1e999", "NaN", "-Infinity", "9" * 5000, "0123"])))
+    data = text.encode("utf-8", "surrogatepass")
+    if how in (3, 4, 5):  # bytes put in, or cut off
+        at = draw(st.integers(0, len(data)))
+        put = draw(
+            st.sampled_from([b"", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\0", b"\xef\xbb\xbf", b"\xf4\x90\x80\x80"])
+        )
+        data = data[:at] + put + (b"" if how == 3 else data[at:])
+    elif how == 6:
+        data = draw(st.binary(max_size=40)).replace(b"\n", b"")
+    elif how == 7:
+        data = data * draw(st.integers(0, 3))
+    return data
+
+
+@st.composite
+def files(draw) -> tuple[str, bytes]:
+    """(the name's end, the bytes) of a file."""
+    rows = draw(st.lists(lines(), min_size=LINES, max_size=LINES))
+    body = draw(st.sampled_from([b"\n", b"\r\n"])).join(rows) + draw(st.sampled_from([b"", b"\n", b"\r\n", b"\n\n"]))
+    body = draw(st.sampled_from([b"", b"\xef\xbb\xbf", b"\n"])) + body
+    kind = draw(st.sampled_from([".jsonl", ".jsonl", ".jsonl", ".jsonl.gz", ".parquet"]))
+    if kind == ".parquet":
+        columns = ["text"] if draw(st.booleans()) else ["prompt", "completion"]
+        sink = pa.BufferOutputStream()
+        table = pa.table(
+            {name: pa.array(rows, pa.binary()).view(pa.string()) for name in columns}
+        )  # not UTF-8: who knows
+        pq.write_table(table, sink)
+        body = sink.getvalue().to_pybytes()
+    elif kind == ".jsonl.gz":
+        body = gzip.compress(body, 1)
+    if kind != ".jsonl" and draw(st.booleans()):
+        body = body[: draw(st.integers(0, len(body)))]
+    return kind, body
+
+
+class Reader:
+    """Reads a hostile file in every way that there is."""
+
+    def __init__(self, folder: Path):
+        self.folder, tokenizer = folder, make_tokenizer()
+        self.encoder = ChatEncoder(tokenizer)
+        self.rules = DocumentRules(48, "truncate", EOS, len(tokenizer), MASK)
+        self.kept, self.refused, self.broken = 0, dict.fromkeys(Fault, 0), 0
+
+    def read(self, kind: str, body: bytes) -> None:
+        file = self.folder / f"fuzz{kind}"
+        file.write_bytes(body)
+        for paired in (False, True):
+            self._told(file, lambda paired=paired: self._documents(str(file), paired))
+        if kind == ".jsonl":
+            self._told(file, lambda: self._streamed(str(file)))
+            self._told(file, lambda: [self._told(file, encode_prompt, r, self.encoder) for r in read_rows(file)])
+
+    def _told(self, file: Path, read, *arguments) -> None:
+        """Anything but a DataError that names the file rises."""
+        try:
+            read(*arguments)
+        except DataError as problem:
+            if str(file) not in str(problem):
+                raise AssertionError("the message does not name the file") from problem
+            self.broken += 1
+
+    def _documents(self, file: str, paired: bool) -> None:
+        for row in read_documents(read_records(file, paired), file, self.encoder, self.rules):
+            if isinstance(row.finished, BadRow):
+                assert str(row.finished)
+                self.refused[row.finished.fault] += 1
+                continue
+            for document in row.finished or ():
+                self.kept += 1
+                assert MASK not in document.tokens[0]
+
+    def _streamed(self, file: str) -> None:
+        options = {"on_bad_row": "skip", "max_bad_fraction": 1.0, "block_size": 4, "paired": False}
+        StreamedExamples([DatasetKeys(file)], self.encoder, self.rules, **options)
+
+
+def fuzz(reader: Reader, num_lines: int) -> None:
+    """Read files of about so many lines in all, the same ones every time."""
+
+    @settings(
+        max_examples=max(num_lines // LINES, 1),
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(files())
+    def run(file: tuple[str, bytes]) -> None:
+        reader.read(*file)
+
+    run()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="read hostile files of records")
+    parser.add_argument("--lines", type=int, default=20_000)
+    started, arguments = time.perf_counter(), parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        reader = Reader(Path(folder))
+        fuzz(reader, arguments.lines)
+    seconds = time.perf_counter() - started
+    print(f"{arguments.lines} lines in {seconds:.0f} s ({arguments.lines / seconds:.0f} a second), no crash")
+    print(f"{reader.kept} documents kept, {reader.broken} DataErrors that name the file; rows refused:")
+    print("\n".join(f"  {fault.value:55} {count}" for fault, count in reader.refused.items() if count))
+
+
+if __name__ == "__main__":
+    main()
