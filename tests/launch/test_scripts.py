@@ -214,7 +214,7 @@ def test_quickstart_goes_through_its_stages_once_and_then_reuses_them(house):
     assert calls[0] == f"train recipes/quickstart/sft.yaml {keys} output_dir={first}"
     assert calls[1].startswith(f"eval --model {first} --data recipes/quickstart/data/heldout.jsonl --thresholds ")
     assert calls[2].startswith(f"generate --model {first} --input recipes/quickstart/data/preferred_heldout.jsonl ")
-    for stage, run, previous, call in zip(STAGES[1:], runs[1:], runs, calls[3::3], strict=False):
+    for stage, run, previous, call in zip(STAGES[1:], runs[1:], (first, first, runs[2]), calls[3::3], strict=False):
         assert call == f"train recipes/quickstart/{stage}.yaml {keys} model_name_or_path={previous} output_dir={run}"
     assert calls[12:] == ["report " + " ".join(map(str, runs))]
     assert all(stage.upper() in result.stdout for stage in STAGES)
