@@ -118,7 +118,7 @@ def test_a_sequence_is_whole_on_its_rank():
             whole = join(make_source(rank=rank, **options).next_window())
             logprob_N = whole.columns["old_logprob_N"] + 0.01 * whole.target_ids_N
             term = objective(whole, TokenScores(*[logprob_N] * len(TokenScores._fields))).loss["policy"]
-            sums = [sums[0] + term.total.item(), sums[1] + term.count]
+            sums = [sums[0] + term.total.item(), sums[1] + float(term.count)]
         return tuple(sums)
 
     expected = total()
