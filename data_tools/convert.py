@@ -9,19 +9,21 @@ ShareGPT's `system` column and speakers function_call and observation. Out, by w
     conversation       messages, and tools       preference pair    prompt, chosen, rejected
     text               prompt + completion, or text                 token ids          as it was
 
-Further columns are kept. The first row that cannot be read ends the command with its file:line, unless --skip-bad.
+A .json file, as Alpaca and ShareGPT data are published, holds one array of rows and is read whole; its rows are counted from
+1. Further columns are kept. The first row that cannot be read ends the command with its file:line, unless --skip-bad.
 """
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from data_tools.command import parser_of, run, say
 from data_tools.files import writing
 from dfactory.data.fields import BadRow, Completion, Conversation, Fault, Pair, Record, json_object, show
-from dfactory.data.progress import reading
-from dfactory.data.records import parse_row, read_objects
+from dfactory.data.progress import Advance, reading
+from dfactory.data.records import parse_line, parse_row, read_objects
 from dfactory.errors import DataError
 
 FINAL_ANSWER = "####"  # stands before the answer proper in GSM8K's answers
@@ -34,7 +36,7 @@ SHOWN = 5  # bad rows that are printed
 
 def main(words: list[str] | None = None) -> int:
     parser = parser_of("convert")
-    parser.add_argument("files", nargs="+", help=".jsonl, .jsonl.gz or .parquet")
+    parser.add_argument("files", nargs="+", help=".jsonl, .jsonl.gz, .parquet, or .json with an array of rows")
     parser.add_argument("--output", required=True, help=".jsonl, .jsonl.gz or .parquet")
     parser.add_argument("--pairs", action="store_true", help="read rows as preference pairs where they can be both")
     parser.add_argument("--skip-bad", action="store_true", help="count rows that cannot be read, and go on")
@@ -43,7 +45,7 @@ def main(words: list[str] | None = None) -> int:
     counts: Counter[str] = Counter()
     with reading(options.files, "converting") as advance, writing(options.output) as write:
         for path in options.files:
-            for number, row in read_objects(path, advance):
+            for number, row in rows_of(path, advance):
                 try:
                     kind, converted = convert(row, options.pairs)
                 except BadRow as bad:
@@ -59,6 +61,19 @@ def main(words: list[str] | None = None) -> int:
             raise DataError(f"no row of {', '.join(options.files)} could be read")
     say(f"{', '.join(f'{count:,} {kind}' for kind, count in counts.most_common())}: {options.output}")
     return 0
+
+
+def rows_of(path: str, advance: Advance) -> Iterator[tuple[int, Any]]:
+    """The rows of a file with their numbers. Raises DataError for a .json file that is not an array."""
+    if not path.endswith(".json"):
+        yield from read_objects(path, advance)
+        return
+    rows = parse_line(Path(path).read_bytes())
+    if isinstance(rows, BadRow):
+        raise DataError(f"{path}: {rows}; if it has an object a line, name it .jsonl")
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: {show(rows)} is no array of rows; a file with an object a line is named .jsonl")
+    yield from enumerate(rows, start=1)
 
 
 def convert(row: Any, prefer_pairs: bool = False) -> tuple[str, dict[str, Any]]:

@@ -282,3 +282,20 @@ def test_a_report_on_many_rows_takes_seconds(files, tool):
     started = time.perf_counter()
     assert tool("validate", path)[0] == 0
     assert time.perf_counter() - started < 60
+
+
+def test_convert_reads_an_array_of_rows(tmp_path, capsys):
+    """As Alpaca's and ShareGPT's data are published."""
+    rows = [{"instruction": "Add.", "input": "1 + 1", "output": "2"}, {"instruction": "Say a.", "output": "a"}]
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows, indent=1))
+    out = tmp_path / "out.jsonl"
+    assert main(["data", "convert", str(tmp_path / "alpaca.json"), "--output", str(out)]) == 0
+    answers = [json.loads(line)["messages"][-1]["content"] for line in out.read_text().splitlines()]
+    assert answers == ["2", "a"]
+    (tmp_path / "bad.json").write_text(json.dumps([*rows, {"instruction": 3}]))
+    assert main(["data", "convert", str(tmp_path / "bad.json"), "--output", str(out)]) == 1
+    assert "bad.json:3: " in capsys.readouterr().err
+    for text in ('{"a": 1}', '{"a": 1}\n{"b": 2}'):
+        (tmp_path / "no.json").write_text(text)
+        assert main(["data", "convert", str(tmp_path / "no.json"), "--output", str(out)]) == 1
+        assert ".jsonl" in capsys.readouterr().err
