@@ -166,7 +166,8 @@ def main(words: list[str] | None = None) -> int:
             rate = "" if part == "start" else f"{60 * options.records / usage.cpu_seconds:,.0f}"
             numbers = f"{usage.seconds:,.0f}", f"{usage.cpu_seconds:,.0f}", f"{usage.peak_mib:,.0f}"
             table.add_row(f"{part}, {size}", f"{options.records:,}", *numbers, rate, f"{MEMORY_BAR_MIB:,} MiB")
-            within &= usage.peak_mib <= MEMORY_BAR_MIB
+            # The kernel counts what the parent had in use when it forked: of a test run that is more than the bar.
+            within &= options.smoke or usage.peak_mib <= MEMORY_BAR_MIB
     console.print(table)
     return 0 if within else 1
 
