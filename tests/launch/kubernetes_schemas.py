@@ -1,8 +1,9 @@
 """The part of the custom resources' schemas that the manifests use, as JSON Schema: names, types, what must and may be.
 
-Written from the field references of KubeRay 1.6 (ray.io/v1) and of Kubeflow's training operator 1.9 (kubeflow.org/v1),
-because neither's schema can be had through pip. Objects take no other names, so a misspelt one is found; names that the
-manifests do not use are left out, apart from those that one would confuse them with.
+Written by hand after what is known of KubeRay (ray.io/v1) and of Kubeflow's training operator (kubeflow.org/v1), because
+neither's schema can be had through pip; only `authOptions` was looked up. Not compared with the official schemas. Objects
+take no other names, so a misspelt one is found; names that the manifests do not use are left out, apart from those that one
+would confuse them with.
 """
 
 from typing import Any
