@@ -9,12 +9,11 @@ the scores that it gave before training (stored.py).
 
 from collections.abc import Callable
 
-import deepspeed
 import torch
 
 from dfactory.config.recipe import Recipe
 from dfactory.engine import distributed
-from dfactory.engine.trainer import Trainer, deepspeed_config, gather_moe_blocks_whole, zero_stage
+from dfactory.engine.trainer import Trainer, deepspeed_config, gather_moe_blocks_whole, start_engine, zero_stage
 from dfactory.engine.window import MappedSource, Source
 from dfactory.models.policy import Policy
 from dfactory.objectives.elbo import elbo
@@ -60,7 +59,7 @@ def frozen_copy(recipe: Recipe, policy: Policy) -> Score:
         config = deepspeed_config(recipe)
         config.pop("optimizer")
         config["zero_optimization"].pop("offload_optimizer", None)  # there is none
-        model, *_ = deepspeed.initialize(model=policy, config=config)
+        model = start_engine(policy, config)
 
     @torch.no_grad()
     def score(batch: ViewBatch) -> TokenScores:

@@ -130,10 +130,10 @@ class Trainer:
             policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             policy.model.enable_input_require_grads()
         moe_blocks = gather_moe_blocks_whole(policy)
-        self.engine, *_ = deepspeed.initialize(
-            model=policy.train(),
+        self.engine = start_engine(
+            policy.train(),
+            config,
             model_parameters=_parameter_groups(policy, recipe.weight_decay),
-            config=config,
             lr_scheduler=lambda optimizer: learning_rate_schedule(recipe, optimizer, num_steps),
         )
         if recipe.expert_parallel_size > 1:
@@ -253,6 +253,15 @@ def gather_moe_blocks_whole(policy: Policy) -> list[str]:
     if blocks:
         set_z3_leaf_modules(policy, sorted({type(block) for block in blocks.values()}, key=str))
     return list(blocks)
+
+
+def start_engine(policy: Policy, config: dict[str, Any], **options) -> deepspeed.DeepSpeedEngine:
+    """deepspeed.initialize, for a policy whose buffers go along: of a model that was read into ZeRO-3 shards it moves the
+    parameters alone, and a router's correction would stay behind on the CPU."""
+    engine, *_ = deepspeed.initialize(model=policy, config=config, **options)
+    for buffer in policy.buffers():
+        buffer.data = buffer.data.to(engine.device)
+    return engine
 
 
 def learning_rate_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, num_steps: int):
