@@ -1,8 +1,10 @@
 """The vocabulary head that answers with five numbers a target, TokenScores, never with logits.
 
-With a vocabulary of 157,184 the logits of one row outweigh the model, so they are made in chunks of a bounded size, both
-in the forward and, again, in the backward pass. Nothing of size [targets, V] outlives its chunk. The head owns its
-weight and reads it inside its own forward, which is what ZeRO-3 needs to gather it.
+With a vocabulary of 157,184 the logits of one row outweigh the model, so they are made in tiles of a bounded size, both
+in the forward and, again, in the backward pass; sums over the vocabulary run along, each relative to the largest logit so
+far. Nothing of size [targets, V] outlives its tile. Tiles of one part of the vocabulary come one behind the other, so that
+its weights are read, and their gradient is written, once. The head owns its weight and reads it inside its own forward,
+which is what ZeRO-3 needs to gather it.
 
 With z the logits, p = softmax(z), q = softmax(z / T) and H the entropy of q:
 
@@ -11,12 +13,15 @@ With z the logits, p = softmax(z), q = softmax(z / T) and H the entropy of q:
 The temperature T concerns the entropy alone ([DP] trains it at 0.5); everything else is said of p.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
 from dfactory.types import TokenScores
 
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}  # fp32 logits of one chunk: a CPU's cache likes little
+CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}  # fp32 logits of one tile: a CPU's cache likes little
+WIDTH = 4096  # of a tile at least; where there are more targets than fit in, they are divided too
 
 
 class VocabularyHead(nn.Linear):
@@ -35,68 +40,124 @@ class VocabularyHead(nn.Linear):
         return TokenScores(*_Scores.apply(hidden, self.weight, target_ids_N, entropy_temperature))
 
 
-def _chunks(targets: int, weight_VH: torch.Tensor) -> list[slice]:
-    rows = max(1, CHUNK_BYTES[weight_VH.device.type] // (4 * len(weight_VH)))
-    return [slice(start, min(start + rows, targets)) for start in range(0, targets, rows)]
+def _tiles(targets: int, weight_VH: torch.Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Parts of the vocabulary, each with the parts of the targets that meet it one after another."""
+    room = max(1, CHUNK_BYTES[weight_VH.device.type] // 4)
+    vocabulary = len(weight_VH)
+    width = min(vocabulary, room, max(WIDTH, room // max(1, targets)))
+    rows = room // width
+    parts = [slice(start, min(start + rows, targets)) for start in range(0, targets, rows)]
+    for start in range(0, vocabulary, width):
+        yield slice(start, min(start + width, vocabulary)), parts
+
+
+def _place(target_ids_N: torch.Tensor, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which targets lie in a part of the vocabulary, [N, 1], and at which of its columns, [N, 1]; 0 for the others."""
+    inside_N1 = ((target_ids_N >= tile.start) & (target_ids_N < tile.stop))[:, None]
+    return inside_N1, torch.where(inside_N1, target_ids_N[:, None] - tile.start, 0)
+
+
+class _Sums:
+    """Of rows of logits that come in tiles: the largest, the sum of exp(z - largest), and with x = (z - largest) / T those
+    of exp(x) and x exp(x)."""
+
+    def __init__(self, hidden_NH: torch.Tensor, temperature: float):
+        self.temperature = temperature
+        numbers = (hidden_NH.new_zeros(len(hidden_NH), dtype=torch.float32) for _ in range(4))
+        self.top_N, self.sum_N, self.tempered_N, self.weighted_N = numbers
+        self.top_N.fill_(-1e30)  # below all logits; an infinity would make a NaN of the first difference
+        self.argmax_N = torch.zeros(len(hidden_NH), dtype=torch.long, device=hidden_NH.device)
+
+    def add(self, part: slice, tile: slice, logits: torch.Tensor) -> None:
+        """Takes the logits, and overwrites them."""
+        here, argmax = logits.max(dim=-1)
+        top = self.top_N[part]
+        self.argmax_N[part] = torch.where(here > top, argmax + tile.start, self.argmax_N[part])
+        new_top = torch.maximum(here, top)
+        fall, below_top = top - new_top, logits.sub_(new_top[:, None])
+        self.top_N[part] = new_top
+        weight = below_top.exp()
+        if self.temperature != 1:
+            self.sum_N[part] = fall.exp() * self.sum_N[part] + weight.sum(dim=-1)
+            fall, below_top = fall / self.temperature, below_top.div_(self.temperature)
+            torch.exp(below_top, out=weight)
+        scale, tempered = fall.exp(), self.tempered_N[part]
+        self.weighted_N[part] = scale * (self.weighted_N[part] + fall * tempered)
+        self.tempered_N[part] = scale * tempered + weight.sum(dim=-1)
+        self.weighted_N[part] += weight.mul_(below_top).sum(dim=-1)
+
+    def logs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logarithms of the sums of exp(z - largest) and of exp(x)."""
+        log_tempered_N = self.tempered_N.log()
+        return (log_tempered_N if self.temperature == 1 else self.sum_N.log()), log_tempered_N
 
 
 class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, target_ids_N, temperature):
-        count = len(target_ids_N)
-        # log q = (log p) / T - shift
-        numbers = (hidden_NH.new_zeros(count, dtype=torch.float32) for _ in range(5))
-        logprob_N, entropy_N, log_sum_N, argmax_logprob_N, shift_N = numbers
-        argmax_N = torch.empty_like(target_ids_N)
-        for part in _chunks(count, weight_VH):
-            logits = (hidden_NH[part] @ weight_VH.T).float()
-            top, argmax_N[part] = logits.max(dim=-1)
-            below_top = logits.sub_(top[:, None])
-            weight = below_top.exp()
-            log_sum = weight.sum(dim=-1).log()
-            logprob_N[part] = below_top.gather(1, target_ids_N[part, None])[:, 0] - log_sum
-            argmax_logprob_N[part], log_sum_N[part] = -log_sum, top + log_sum
-            log_sum_q = log_sum
-            if temperature != 1:
-                torch.exp(below_top.div_(temperature), out=weight)
-                log_sum_q = weight.sum(dim=-1).log()
-                shift_N[part] = log_sum_q - log_sum / temperature
-            # H = sum of q (log sum - x), with q = weight / sum
-            entropy_N[part] = log_sum_q - weight.mul_(below_top).sum(dim=-1) * (-log_sum_q).exp()
+        sums = _Sums(hidden_NH, temperature)
+        target_logit_N = torch.zeros_like(sums.top_N)
+        for tile, parts in _tiles(len(target_ids_N), weight_VH):
+            for part in parts:
+                logits = (hidden_NH[part] @ weight_VH[tile].T).float()
+                inside, column = _place(target_ids_N[part], tile)
+                target_logit_N[part] += (logits.gather(1, column) * inside)[:, 0]
+                sums.add(part, tile, logits)
+        log_sum_N, log_tempered_N = sums.logs()
+        entropy_N = log_tempered_N - sums.weighted_N / sums.tempered_N
+        shift_N = log_tempered_N - log_sum_N / temperature  # log q = (log p) / T - shift
+        argmax_logprob_N, log_sum_N = -log_sum_N, sums.top_N + log_sum_N
         ctx.temperature = temperature
         ctx.save_for_backward(hidden_NH, weight_VH, target_ids_N, log_sum_N, shift_N, entropy_N)
-        hit_N = argmax_N == target_ids_N
-        ctx.mark_non_differentiable(hit_N, argmax_N, argmax_logprob_N)
+        hit_N = sums.argmax_N == target_ids_N
+        ctx.mark_non_differentiable(hit_N, sums.argmax_N, argmax_logprob_N)
         ctx.set_materialize_grads(False)  # an unused entropy is told by None, without a look at the device
-        return logprob_N, entropy_N, hit_N, argmax_N, argmax_logprob_N
+        return target_logit_N - log_sum_N, entropy_N, hit_N, sums.argmax_N, argmax_logprob_N
 
     @staticmethod
     def backward(ctx, grad_logprob_N, grad_entropy_N, *_):
-        hidden_NH, weight_VH, target_ids_N, log_sum_N, shift_N, entropy_N = ctx.saved_tensors
+        hidden_NH, weight_VH, target_ids_N, *_ = ctx.saved_tensors
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
-        parts = _chunks(len(target_ids_N), weight_VH)
-        grad_hidden = torch.empty_like(hidden_NH) if needs_hidden else None
-        # Chunks add up in fp32: sums of rounded bf16 parts would depend on the chunk size.
-        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
         if grad_logprob_N is None:
-            grad_logprob_N = torch.zeros_like(entropy_N)
-        for part in parts:
-            log_p = (hidden_NH[part] @ weight_VH.T).float().sub_(log_sum_N[part, None])
-            upstream = grad_logprob_N[part, None].expand(-1, 1)
-            p = log_p.exp_() if grad_entropy_N is None else log_p.exp()
-            grad_logits = p.mul_(-upstream)
-            grad_logits.scatter_add_(1, target_ids_N[part, None], upstream.contiguous())
-            if grad_entropy_N is not None:
-                log_q = log_p.div_(ctx.temperature).sub_(shift_N[part, None])
-                slope = log_q.exp().mul_(log_q.add_(entropy_N[part, None]))
-                grad_logits.sub_(slope.mul_(grad_entropy_N[part, None] / ctx.temperature))
-                del slope
-            grad_logits = grad_logits.to(weight_VH.dtype)
-            if needs_hidden:
-                torch.matmul(grad_logits, weight_VH, out=grad_hidden[part])
-            if needs_weight:
-                if grad_weight.dtype == grad_logits.dtype:
-                    grad_weight.addmm_(grad_logits.T, hidden_NH[part])
-                else:
-                    grad_weight += grad_logits.T @ hidden_NH[part]
-        return grad_hidden, grad_weight.to(weight_VH.dtype) if needs_weight else None, None, None
+            grad_logprob_N = torch.zeros_like(grad_entropy_N)
+        # Tiles add up in fp32: sums of rounded bf16 parts would depend on their size.
+        grad_hidden = torch.zeros_like(hidden_NH, dtype=torch.float32) if needs_hidden else None
+        make = torch.empty_like if len(target_ids_N) else torch.zeros_like  # without targets nothing is written
+        grad_weight = make(weight_VH) if needs_weight else None
+        for tile, parts in _tiles(len(target_ids_N), weight_VH):
+            grad_tile = 0
+            for part in parts:
+                grad_logits = _grad_logits(ctx, tile, part, grad_logprob_N, grad_entropy_N).to(weight_VH.dtype)
+                if needs_hidden:
+                    _add_product(grad_hidden[part], grad_logits, weight_VH[tile])
+                if needs_weight and len(parts) == 1:
+                    torch.mm(grad_logits.T, hidden_NH[part], out=grad_weight[tile])
+                elif needs_weight:
+                    grad_tile = grad_tile + (grad_logits.T @ hidden_NH[part]).float()
+            if needs_weight and len(parts) > 1:
+                grad_weight[tile] = grad_tile
+        return None if grad_hidden is None else grad_hidden.to(hidden_NH.dtype), grad_weight, None, None
+
+
+def _grad_logits(ctx, tile: slice, part: slice, grad_logprob_N, grad_entropy_N) -> torch.Tensor:
+    """The loss's gradient of a tile's logits, fp32."""
+    hidden_NH, weight_VH, target_ids_N, log_sum_N, shift_N, entropy_N = ctx.saved_tensors
+    log_p = (hidden_NH[part] @ weight_VH[tile].T).float().sub_(log_sum_N[part, None])
+    upstream = grad_logprob_N[part, None]
+    p = log_p.exp_() if grad_entropy_N is None else log_p.exp()
+    grad_logits = p.mul_(-upstream)
+    inside, column = _place(target_ids_N[part], tile)
+    grad_logits.scatter_add_(1, column, upstream * inside)
+    if grad_entropy_N is not None:
+        log_q = log_p.div_(ctx.temperature).sub_(shift_N[part, None])
+        slope = log_q.exp().mul_(log_q.add_(entropy_N[part, None]))
+        grad_logits.sub_(slope.mul_(grad_entropy_N[part, None] / ctx.temperature))
+    return grad_logits
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right, for a total in fp32."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

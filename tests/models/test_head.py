@@ -33,9 +33,12 @@ def run(head, hidden, target, upstream, plain: bool, temperature: float = 1.0):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0], ids=lambda temperature: f"T {temperature}")
-@pytest.mark.parametrize("rows", [1, 5, 36, 1000], ids=lambda rows: f"{rows} rows a chunk")
-def test_scores_and_gradients_of_whole_logits(monkeypatch, rows, temperature):
+@pytest.mark.parametrize("rows", [1, 5, 36, 1000], ids=lambda rows: f"{rows} rows fit a tile")
+@pytest.mark.parametrize("width", [7, 4096])
+def test_scores_and_gradients_of_whole_logits(monkeypatch, width, rows, temperature):
+    """Tiles of all targets and some columns, of all columns and some targets, and of some of both."""
     monkeypatch.setitem(head_module.CHUNK_BYTES, "cpu", 4 * V * rows)
+    monkeypatch.setattr(head_module, "WIDTH", width)
     expected_scores, expected_grads = run(*problem(), plain=True, temperature=temperature)
     scores, grads = run(*problem(), plain=False, temperature=temperature)
     torch.testing.assert_close(scores, expected_scores, atol=1e-5, rtol=1e-5)
@@ -77,10 +80,12 @@ def test_bfloat16_gradients_within_its_rounding(temperature):
         assert (got.float() - want).norm() / want.norm() < 0.02
 
 
-def test_gradients_do_not_depend_on_the_chunk_in_bfloat16(monkeypatch):
-    """Chunks of the weight gradient add up in fp32."""
+@pytest.mark.parametrize("width", [7, 4096])
+def test_gradients_do_not_depend_on_the_tile_in_bfloat16(monkeypatch, width):
+    """Tiles add up in fp32."""
     _, (_, whole) = run(*problem(torch.bfloat16), plain=False)
     monkeypatch.setitem(head_module.CHUNK_BYTES, "cpu", 4 * V * 2)
+    monkeypatch.setattr(head_module, "WIDTH", width)
     _, (_, chunked) = run(*problem(torch.bfloat16), plain=False)
     assert (chunked.float() - whole.float()).norm() / whole.float().norm() < 4e-3
 
@@ -115,10 +120,10 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_of_targets_times_vocabulary_is_ever_made(monkeypatch):
-    """LLaDA2's vocabulary, 1024 targets: whole fp32 logits would be 644 MB; no tensor may exceed one chunk of 8 MiB."""
+    """LLaDA2's vocabulary, 1024 targets: whole fp32 logits would be 644 MB; no tensor may exceed one tile of 8 MiB."""
     targets, vocabulary, hidden_size = 1024, 157_184, 8
     monkeypatch.setitem(head_module.CHUNK_BYTES, "cpu", 8 * 2**20)
-    chunk = 13 * vocabulary  # the rows whose logits fit 8 MiB
+    tile = 8 * 2**20 // 4  # elements
     head = VocabularyHead.adopt(nn.Linear(hidden_size, vocabulary, bias=False))
     hidden = torch.randn(targets, hidden_size, requires_grad=True)
     target = torch.randint(0, vocabulary, (targets,))
@@ -127,6 +132,6 @@ def test_no_tensor_of_targets_times_vocabulary_is_ever_made(monkeypatch):
     saved = logprob.grad_fn.saved_tensors
     with LargestTensor() as backward:
         (logprob.sum() + entropy.sum()).backward()
-    assert forward.elements == backward.elements == chunk
+    assert forward.elements == backward.elements == tile
     assert max(tensor.numel() for tensor in saved) == vocabulary * hidden_size  # the weight itself, no logits
     assert hidden.grad.isfinite().all()
