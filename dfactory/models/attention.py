@@ -68,7 +68,6 @@ class MaskPlan:
 class Chunk:
     """Neighbouring queries of a row, the keys that any of them sees, and the mask among those (None: all see all)."""
 
-    row: int
     queries: slice
     keys: torch.Tensor | slice | None  # None: padding
     mask: torch.Tensor | None
@@ -88,24 +87,30 @@ class SegmentPlan:
     def of(cls, place_RS: Place, chunk: int = CHUNK) -> "SegmentPlan":
         device = place_RS.document.device
         rows = Place(*(field.cpu().numpy() for field in place_RS))
-        return cls([_chunks(row, rows.at(row), chunk, device) for row in range(rows.document.shape[0])])
+        return cls([_chunks(rows.at(row), chunk, device) for row in range(rows.document.shape[0])])
 
     def attend(self, query, key, value, scaling):
+        # Rows and queries are taken apart at once, by unbind and split: a gradient that comes back is put together in one
+        # go, where that of every slice by itself would be as large as the whole batch.
         rows = []
-        for chunks in self.chunks_by_row:
-            parts = []
-            for c in chunks:
-                q = query[c.row : c.row + 1, :, c.queries]
-                keys = slice(c.queries.start, c.queries.start + 1) if c.keys is None else c.keys
-                k, v = key[c.row : c.row + 1, :, keys], value[c.row : c.row + 1, :, keys]
-                part = _attention(q, k, v, c.mask, scaling)
-                # Padding sees nothing. Zeros made of a key keep rows of padding alone in the graph, as ZeRO-3 needs.
-                parts.append(part * 0 if c.keys is None else part)
-            rows.append(torch.cat(parts, dim=2))
-        return torch.cat(rows).transpose(1, 2)
+        for chunks, *row in zip(self.chunks_by_row, query.unbind(), key.unbind(), value.unbind(), strict=True):
+            rows.append(torch.cat(_attend_row(chunks, *row, scaling), dim=1))
+        return torch.stack(rows).transpose(1, 2)
 
 
-def _chunks(row: int, place_S: Place, chunk: int, device: torch.device) -> list[Chunk]:
+def _attend_row(chunks: list[Chunk], query, key, value, scaling) -> list[torch.Tensor]:
+    """query [heads, S, d], key and value [kv heads, S, d] -> [heads, queries, d] for each chunk."""
+    parts = []
+    for c, q in zip(chunks, query.split([c.queries.stop - c.queries.start for c in chunks], dim=1), strict=True):
+        keys = slice(c.queries.start, c.queries.start + 1) if c.keys is None else c.keys
+        k, v = (x[:, keys] if isinstance(keys, slice) else x.index_select(1, keys) for x in (key, value))
+        part = _attention(q[None], k[None], v[None], c.mask, scaling)[0]
+        # Padding sees nothing. Zeros made of a key keep rows of padding alone in the graph, as ZeRO-3 needs.
+        parts.append(part * 0 if c.keys is None else part)
+    return parts
+
+
+def _chunks(place_S: Place, chunk: int, device: torch.device) -> list[Chunk]:
     length = len(place_S.document)
     changes = np.zeros(length, dtype=bool)
     changes[0] = True
@@ -125,14 +130,14 @@ def _chunks(row: int, place_S: Place, chunk: int, device: torch.device) -> list[
             last += 1
         queries = slice(int(starts[first]), int(starts[last - 1] + sizes[last - 1]))
         if padding:
-            chunks.append(Chunk(row, queries, None, None))
+            chunks.append(Chunk(queries, None, None))
         else:
             here = Place(*(field[first:last, None] for field in segment))
             sees = visible(here, Place(*(field[None] for field in segment)))
             seen = np.flatnonzero(sees.any(axis=0))
             keys = np.flatnonzero(np.repeat(sees.any(axis=0), sizes))
             mask = np.repeat(np.repeat(sees[:, seen], sizes[first:last], axis=0), sizes[seen], axis=1)
-            chunks.append(Chunk(row, queries, _as_slice(keys, device), _as_mask(mask, device)))
+            chunks.append(Chunk(queries, _as_slice(keys, device), _as_mask(mask, device)))
         first = last
     return chunks
 
