@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dfactory.errors import CheckpointError, ConfigError
-from dfactory.models import attention, llada2
+from dfactory.models import attention, experts, llada2
 from dfactory.models.headers import Shapes, check_shapes, read_shapes
 from dfactory.models.policy import Policy
 from dfactory.models.saving import GENERATION_CONFIG
@@ -65,6 +65,7 @@ FAMILIES: dict[str, Family] = {
 
 llada2.register()
 attention.register()
+experts.register()
 transformers_logging.disable_progress_bar()
 
 
@@ -172,7 +173,7 @@ def load_policy(
 
 
 def _options(dtype: torch.dtype) -> dict:
-    return {"dtype": dtype, "attn_implementation": attention.ATTENTION}
+    return {"dtype": dtype, "attn_implementation": attention.ATTENTION, "experts_implementation": experts.EXPERTS}
 
 
 def _draw(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
