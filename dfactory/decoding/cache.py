@@ -92,6 +92,11 @@ def span_places(spans: list[Span]) -> tuple[Place, Place]:
     return places(queries), places(keys)
 
 
+def seen_blocks(spans: list[Span]) -> np.ndarray:
+    """How many blocks each block of the spans sees, [R, Q]; they are the first ones of its slot."""
+    return _seen_RQK(spans).sum(axis=-1)
+
+
 def _seen_RQK(spans: list[Span]) -> np.ndarray:
     query_RQ, key_RK = span_places(spans)
     return visible(Place(*(f[:, :, None] for f in query_RQ)), Place(*(f[:, None, :] for f in key_RK)))
@@ -106,7 +111,7 @@ class BlockwiseAttention:
     @classmethod
     def of(cls, spans: list[Span], block_size: int, device: torch.device) -> "BlockwiseAttention":
         blocks, start = [], 0
-        keys_RQ = _seen_RQK(spans).sum(axis=-1) * block_size  # what a block sees is the beginning of its slot
+        keys_RQ = seen_blocks(spans) * block_size
         for span, keys_Q in zip(spans, keys_RQ.tolist(), strict=True):
             for keys in keys_Q[: span.blocks]:
                 blocks.append((span.slot, slice(start, start + block_size), keys))

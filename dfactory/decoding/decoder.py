@@ -10,6 +10,8 @@ size. `decode` feeds it a list of prompts, the server what comes in.
 What a response draws is a pure function of (rules.seed, its prompt's noise id, its own forward): it depends neither on
 the other prompts of the batch nor on the slot.
 
+On a GPU the denoising forwards have few fixed shapes and are replayed as CUDA graphs (static.py).
+
 Letters: R responses in slots, B block size, N tokens of a forward or open positions, T document length.
 """
 
@@ -23,6 +25,7 @@ import torch
 from dfactory.decoding.cache import BlockCache, Span, attend_spans
 from dfactory.decoding.response import Response, document_length
 from dfactory.decoding.rules import DecodeRules, Proposal
+from dfactory.decoding.static import StaticForward
 from dfactory.errors import ConfigError, DataError
 from dfactory.types import Rollout
 
@@ -35,6 +38,7 @@ class Decodable(Protocol):
 
     device: torch.device
     config: object  # with `vocab_size`
+    can_be_recorded: bool  # whether forwards of fixed shape may be replayed as CUDA graphs
 
     def hidden(self, input_ids_RS, position_ids_RS, visibility, cache) -> torch.Tensor: ...
 
@@ -128,8 +132,9 @@ class BlockDecoder:
     """`slots` responses of up to `capacity` tokens each, prompt included, decoded together; see `document_length`."""
 
     def __init__(self, policy: Decodable, block_size: int, slots: int, capacity: int):
-        self.policy, self.block_size = policy, block_size
-        self.cache = BlockCache(slots, capacity)
+        self.policy, self.block_size, self.capacity = policy, block_size, capacity
+        self.cache = BlockCache(slots, capacity + block_size)  # the last block is for what stands in, see static.py
+        self.static = StaticForward(policy, self.cache, block_size) if policy.can_be_recorded else None
         self.free = list(reversed(range(slots)))
         self.live: list[Response] = []
         self._someone_joined = False
@@ -142,10 +147,10 @@ class BlockDecoder:
         length = document_length(len(prompt), rules)
         if rules.block_size != self.block_size:
             raise ConfigError(f"block_size {rules.block_size}: this decoder has blocks of {self.block_size}")
-        if length > self.cache.capacity:
+        if length > self.capacity:
             raise ConfigError(
                 f"prompt of {len(prompt)} tokens with max_new_tokens {rules.max_new_tokens} takes {length} positions, a "
-                f"slot has {self.cache.capacity}: shorten the prompt or lower max_new_tokens"
+                f"slot has {self.capacity}: shorten the prompt or lower max_new_tokens"
             )
         response = Response(index, prompt, draft, noise_id, self.free.pop(), rules)
         if response.is_complete:
@@ -187,8 +192,13 @@ class BlockDecoder:
 
     def _prefill(self) -> None:
         """Compute clean blocks, of new prompts mostly, as far as the next step's forward cannot take them along."""
-        while sum(response.pending for response in self.live) > self._most_clean:
+        while not self._fits_a_step():
             self._forward_clean(self.live, self._most_clean)
+
+    def _fits_a_step(self) -> bool:
+        if self.static is not None:
+            return all(response.pending <= 1 for response in self.live)
+        return sum(response.pending for response in self.live) <= self._most_clean
 
     def _share_prompts(self) -> None:
         """Let responses to one prompt compute its whole blocks once: a group of rollouts costs one prefill."""
@@ -220,9 +230,9 @@ class BlockDecoder:
 
     def _step(self) -> list[Progress]:
         spans = [response.span for response in self.live]
-        hidden_NH = self._forward(self.live, spans)
+        hidden_NH, end_R = (self.static or self._forward)(self.live, spans)
         heard = []
-        for response, proposed_B, logprob_B, commit_B, edit_B in list(self._decisions(hidden_NH, spans)):
+        for response, proposed_B, logprob_B, commit_B, edit_B in list(self._decisions(hidden_NH, end_R)):
             here, proposed_B = response.here, proposed_B.numpy()
             goes_on = response.apply(proposed_B, logprob_B.numpy(), commit_B, edit_B)
             heard.append(self._progress(response, here, proposed_B, logprob_B.numpy(), goes_on))
@@ -250,9 +260,8 @@ class BlockDecoder:
             None if goes_on else response.rollout(),
         )
 
-    def _decisions(self, hidden_NH: torch.Tensor, spans: list[Span]) -> Iterator[tuple]:
+    def _decisions(self, hidden_NH: torch.Tensor, end_R: torch.Tensor) -> Iterator[tuple]:
         """Each live response with its rows of what `_decide` returns; those that decide alike are decided together."""
-        end_R = torch.tensor([span.blocks * self.block_size for span in spans]).cumsum(0)
         alike = defaultdict(list)
         for row, response in enumerate(self.live):
             alike[response.rules.deciding].append(row)
@@ -261,8 +270,9 @@ class BlockDecoder:
             proposal_RB, commit_RB, edit_RB = self._decide(hidden_NH, responses, end_R[rows])
             yield from zip(responses, proposal_RB.token, proposal_RB.logprob, commit_RB, edit_RB, strict=True)
 
-    def _forward(self, responses: list[Response], spans: list[Span]) -> torch.Tensor:
-        """Hidden states [N, H] of the spans, one behind the other; their keys go to the cache."""
+    def _forward(self, responses: list[Response], spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [N, H] of the spans, one behind the other, and behind which of them each ends [R], on the host.
+        Their keys go to the cache."""
         size, device = self.block_size, self.policy.device
         parts = [slice(span.first * size, span.stop * size) for span in spans]
         ids_N = np.concatenate([response.tokens_T[part] for response, part in zip(responses, parts, strict=True)])
@@ -271,7 +281,8 @@ class BlockDecoder:
         ids_N, position_N, slot_N = torch.from_numpy(np.stack([ids_N, position_N, slot_N])).to(device)
         self.cache.expect(slot_N, position_N)
         plan = attend_spans(spans, size, device)
-        return self.policy.hidden(ids_N[None], position_N[None], plan, self.cache)[0]
+        end_R = torch.tensor([span.blocks * size for span in spans]).cumsum(0)
+        return self.policy.hidden(ids_N[None], position_N[None], plan, self.cache)[0], end_R
 
     def _decide(
         self, hidden_NH: torch.Tensor, responses: list[Response], end_R: torch.Tensor

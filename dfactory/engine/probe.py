@@ -99,6 +99,7 @@ class InStep:
 
     policy: Policy
     device: torch.device
+    can_be_recorded = False  # the ranks talk in between
 
     @property
     def config(self):
