@@ -1,6 +1,7 @@
 """The cached decoder beside the obvious loop: tokens a second of both in one run, and that the tokens are the same.
 
     python -m benchmarks.decoding
+    python -m benchmarks.decoding --graphs    # on a GPU, in bf16: forwards replayed as CUDA graphs beside launched ones
 
 One prompt of 256 tokens and 512 new ones; then 32 ragged prompts of 40 to 256 tokens in 8 slots, where a finished response
 makes room for the next prompt. The obvious loop (tests/decoding/uncached.py) takes one prompt at a time and runs every
@@ -13,6 +14,8 @@ rounds, after one that is not timed.
 """
 
 import argparse
+import dataclasses
+import functools
 import random
 import statistics
 import sys
@@ -36,10 +39,10 @@ from tests.decoding.uncached import Outcome, Settings, uncached
 HEAD = 4.0  # times the drawn weights
 
 
-def draw_policy(vocabulary: int, shape: str) -> Policy:
-    """In fp32. Logits of EOS are 0, far below the largest ones, so that it never comes out."""
+def draw_policy(vocabulary: int, shape: str, dtype: str = "float32") -> Policy:
+    """Logits of EOS are 0, far below the largest ones, so that it never comes out."""
     with tempfile.TemporaryDirectory() as folder:
-        policy = load_policy(write_config(Path(folder), vocabulary, shape), dtype="float32", init_weights="random")
+        policy = load_policy(write_config(Path(folder), vocabulary, shape), dtype=dtype, init_weights="random")
     with torch.no_grad():
         head = policy.model.get_output_embeddings().weight
         head.mul_(HEAD)
@@ -130,6 +133,34 @@ def add_rows(table: Table, result: Result) -> None:
         )
 
 
+def _decode(policy: Policy, prompts: list[list[int]], rules: DecodeRules, round_: int) -> list[Rollout]:
+    return decode(policy, prompts, rules)
+
+
+def compare_graphs(works: list[Workload], options: argparse.Namespace) -> Table:
+    """bf16 rounds otherwise in batches of another shape, so that a few tokens may differ."""
+    policy = draw_policy(options.vocabulary, options.shape, "bfloat16")
+    sides = {"launched": False, "replayed": True}
+    table = Table("", "side", "seconds", "tokens a second", "launched / this", "equal tokens", title="bf16")
+    for work in works:
+        rules = {name: dataclasses.replace(work.rules, cuda_graphs=graphs) for name, graphs in sides.items()}
+        calls = {name: functools.partial(_decode, policy, work.prompts, rule) for name, rule in rules.items()}
+        timed = interleave(calls, options.rounds)
+        tokens = [[token for r in side.results[-1] for token in r.output_ids] for side in timed.values()]
+        equal = sum(a == b for a, b in zip(*tokens, strict=True)) / len(tokens[0])
+        for name, side in timed.items():
+            ratio = timed["launched"].median / side.median
+            table.add_row(
+                work.name,
+                name,
+                f"{side.median:.2f}",
+                f"{len(tokens[0]) / side.median:,.0f}",
+                f"{ratio:.1f}",
+                f"{equal:.1%}",
+            )
+    return table
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the one prompt (default: %(default)s)")
@@ -142,22 +173,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vocabulary", type=int, default=8192, help="(default: %(default)s)")
     parser.add_argument("--shape", default="small", choices=SHAPES, help="of the model (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="that are timed (default: %(default)s)")
+    parser.add_argument("--graphs", action="store_true", help="on a GPU: CUDA graphs beside launched kernels, in bf16")
     parser.add_argument("--smoke", action="store_true", help="sizes for tests")
     options = parser.parse_args(arguments)
     if options.smoke:
         small = {"prompt": 40, "prompts": 4, "slots": 2, "sample": 2, "new_tokens": 64, "vocabulary": 512}
         vars(options).update(small | {"shortest": 8, "min_commit": 16, "rounds": 1})
 
-    policy, rng = draw_policy(options.vocabulary, options.shape), random.Random(1)
+    rng = random.Random(1)
     ragged = [rng.randint(options.shortest, options.prompt) for _ in range(options.prompts)]
     name = f"{options.prompts} prompts of {options.shortest} to {options.prompt}, {options.slots} slots"
-    results = [
-        measure(policy, work, options.rounds)
-        for work in (
-            make_workload(f"prompt of {options.prompt}", [options.prompt], 1, 1, options),
-            make_workload(name, ragged, options.sample, options.slots, options),
-        )
+    works = [
+        make_workload(f"prompt of {options.prompt}", [options.prompt], 1, 1, options),
+        make_workload(name, ragged, options.sample, options.slots, options),
     ]
+    if options.graphs:
+        Console(width=130, highlight=False).print(compare_graphs(works, options))
+        return 0
+    policy = draw_policy(options.vocabulary, options.shape)
+    results = [measure(policy, work, options.rounds) for work in works]
     columns = ["seconds", "tokens a second", "forwards a response", "obvious / this", "identical"]
     table = Table("", "side", *columns, title=f"{options.new_tokens} new tokens, {torch.get_num_threads()} thread(s)")
     for result in results:

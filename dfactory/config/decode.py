@@ -57,6 +57,11 @@ class DecodeKeys:
     suppress_special: bool = key(
         True, "never emit the mask and other special tokens, EOS apart; false: as LLaDA2's own code"
     )
+    cuda_graphs: bool = key(
+        False,
+        "denoising forwards of few fixed shapes, which a GPU replays instead of launching thousands of kernels from "
+        "Python; needs 16 bits there. Recording has not been run on a GPU yet; on a CPU the shapes alone",
+    )
     batch_size: int = key(32, "slots decoded together; a finished response frees its slot", low=1)
     seed: int = key(0, "of the sampling, per prompt", low=0, high=2**63 - 1)
     mask_token_id: Optional[int] = key(None, "null: ask the tokenizer")

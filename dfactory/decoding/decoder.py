@@ -10,7 +10,7 @@ size. `decode` feeds it a list of prompts, the server what comes in.
 What a response draws is a pure function of (rules.seed, its prompt's noise id, its own forward): it depends neither on
 the other prompts of the batch nor on the slot.
 
-On a GPU the denoising forwards have few fixed shapes and are replayed as CUDA graphs (static.py).
+With `cuda_graphs` the denoising forwards have few fixed shapes and a GPU replays them (static.py).
 
 Letters: R responses in slots, B block size, N tokens of a forward or open positions, T document length.
 """
@@ -79,7 +79,8 @@ def decode(
     _check_drafts(prompt_ids, drafts, rules, policy.config.vocab_size)
     noise_ids = range(len(prompt_ids)) if noise_ids is None else noise_ids
     longest = max((document_length(len(prompt), rules) for prompt in prompt_ids), default=0)
-    decoder = BlockDecoder(policy, rules.block_size, min(rules.batch_size, len(prompt_ids)), longest)
+    slots = min(rules.batch_size, len(prompt_ids))
+    decoder = BlockDecoder(policy, rules.block_size, slots, longest, cuda_graphs=rules.cuda_graphs)
     waiting = deque(zip(range(len(prompt_ids)), prompt_ids, drafts, noise_ids, strict=True))
     rollouts: list[Rollout | None] = [None] * len(prompt_ids)
     while waiting or decoder.live:
@@ -131,10 +132,10 @@ def _check_drafts(prompt_ids, drafts: Sequence[Sequence[int]], rules: DecodeRule
 class BlockDecoder:
     """`slots` responses of up to `capacity` tokens each, prompt included, decoded together; see `document_length`."""
 
-    def __init__(self, policy: Decodable, block_size: int, slots: int, capacity: int):
+    def __init__(self, policy: Decodable, block_size: int, slots: int, capacity: int, *, cuda_graphs: bool = False):
         self.policy, self.block_size, self.capacity = policy, block_size, capacity
         self.cache = BlockCache(slots, capacity + block_size)  # the last block is for what stands in, see static.py
-        self.static = StaticForward(policy, self.cache, block_size) if policy.can_be_recorded else None
+        self.static = StaticForward(policy, self.cache, block_size) if cuda_graphs else None
         self.free = list(reversed(range(slots)))
         self.live: list[Response] = []
         self._someone_joined = False

@@ -230,6 +230,7 @@ class DecodeRules:
     editing: Editing | None = None
     batch_size: int = 32
     seed: int = 0
+    cuda_graphs: bool = False
 
     @property
     def deciding(self) -> tuple:
@@ -281,4 +282,5 @@ class DecodeRules:
             editing=editing,
             batch_size=keys.batch_size,
             seed=keys.seed,
+            cuda_graphs=keys.cuda_graphs,
         )

@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dfactory.decoding.cache import BlockCache, Span, seen_blocks
 from dfactory.decoding.response import Response
+from dfactory.errors import ConfigError
 
 FEWEST_KEYS = 8  # blocks
 
@@ -86,6 +87,11 @@ class StaticForward:
     """Forwards over the slots of a cache, which has room for one block more than its longest document."""
 
     def __init__(self, policy, cache: BlockCache, block_size: int):
+        if policy.device.type == "cuda" and not policy.can_be_recorded:
+            raise ConfigError(
+                "cuda_graphs with a model in float32, or one whose forwards need other ranks: load it in bfloat16, or set "
+                "decode.cuda_graphs to false"
+            )
         self.policy, self.cache, self.block_size = policy, cache, block_size
         self.recordings: dict[tuple[int, int], Recording] = {}
 

@@ -41,10 +41,10 @@ class Policy(nn.Module):
 
     @property
     def can_be_recorded(self) -> bool:
-        """Whether forwards of equal shape can become a CUDA graph: on a GPU, in 16 bits (in float32 its grouped matmul asks
-        the device how many tokens each expert got), with weights that stay where they are (ZeRO-3 gathers its own)."""
+        """Whether forwards of equal shape can become a CUDA graph: in 16 bits (in float32 the grouped matmul asks a GPU how
+        many tokens each expert got), with weights that stay where they are (ZeRO-3 gathers them)."""
         still = not any(hasattr(parameter, "ds_id") for parameter in self.parameters())
-        return still and self.device.type == "cuda" and self._causal_lm.dtype in (torch.bfloat16, torch.float16)
+        return still and self._causal_lm.dtype in (torch.bfloat16, torch.float16)
 
     def forward(self, batch: ViewBatch) -> TokenScores:
         """log p, entropy and hit of every target of the batch, in the batch's target order."""

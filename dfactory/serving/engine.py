@@ -57,8 +57,17 @@ class Counts:
 class Engine:
     """Start it, submit jobs, stop it."""
 
-    def __init__(self, policy: Decodable, block_size: int, slots: int, capacity: int, max_queue: int):
-        self.decoder = BlockDecoder(policy, block_size, slots, capacity)
+    def __init__(
+        self,
+        policy: Decodable,
+        block_size: int,
+        slots: int,
+        capacity: int,
+        max_queue: int,
+        *,
+        cuda_graphs: bool = False,
+    ):
+        self.decoder = BlockDecoder(policy, block_size, slots, capacity, cuda_graphs=cuda_graphs)
         self.slots, self.max_queue = slots, max_queue
         self.counts = Counts()
         self.changed = threading.Condition()

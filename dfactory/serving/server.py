@@ -74,7 +74,9 @@ def serve(
             f"--max-length {longest}: it must be a block, {rules.block_size}, to {most} as the model has it"
         )
     capacity = longest // rules.block_size * rules.block_size
-    engine = Engine(policy, rules.block_size, rules.batch_size, capacity, options.max_queue)
+    engine = Engine(
+        policy, rules.block_size, rules.batch_size, capacity, options.max_queue, cuda_graphs=rules.cuda_graphs
+    )
     reader = Reader(options.model_name, vocabulary, keys, policy.config.vocab_size, longest)
     service = Service(reader, engine, Metrics(engine), token, options.request_timeout, int(time.time()))
     return asyncio.run(_serve(service, options, console))

@@ -123,7 +123,8 @@ class Chat:
             self.console.print(str(problem), style="red", markup=False)
             return
         started = time.perf_counter()
-        decoder = BlockDecoder(self.policy, rules.block_size, 1, document_length(len(prompt), rules))
+        length = document_length(len(prompt), rules)
+        decoder = BlockDecoder(self.policy, rules.block_size, 1, length, cuda_graphs=rules.cuda_graphs)
         decoder.add(0, prompt, rules, noise_id=len(self.turns))
         frames: list[Frame] = []
         rollout = self._decode(decoder, rules, frames)

@@ -21,7 +21,8 @@ pytestmark = [
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_losses_of_twenty_steps_equal_plain_torch_on_a_cpu(recipe_file, dpo_keys, run_jobs, tmp_path, objective):
-    """fp32 at ZeRO 0 and 3, with flex_attention; and bf16 as near as its rounding lets it be."""
+    """fp32 at ZeRO 0 and 3, with flex_attention, to 1e-5; and bf16 as near as its rounding lets it be: over twenty steps at
+    a high learning rate 2 percent of a loss were seen, of DPO's, a function of differences of sums, 7."""
     keys = OBJECTIVES[objective] + (dpo_keys if objective == "dpo" else [])
     runs = {
         tmp_path / "zero0": [ZERO[0]],
@@ -31,8 +32,10 @@ def test_losses_of_twenty_steps_equal_plain_torch_on_a_cpu(recipe_file, dpo_keys
     run_jobs(1, [(recipe_file, [*keys, *own, f"output_dir={run}"]) for run, own in runs.items()])
     expected = torch.tensor(plain_losses(recipe_file, keys))
     for run in runs:
-        tolerance = 3e-2 if run.name == "bf16" else 1e-4
-        difference = (torch.tensor(read_metrics(run)) - expected).abs().max().item()
+        tolerance = 1e-5
+        if run.name == "bf16":
+            tolerance = 0.1 if objective == "dpo" else 0.03
+        difference = ((torch.tensor(read_metrics(run)) - expected) / expected).abs().max().item()
         assert difference < tolerance, f"{run.name}: losses differ by {difference:.2e}"
 
 
@@ -70,3 +73,18 @@ def test_decoding_gives_the_tokens_of_a_cpu(keys):
         torch.testing.assert_close(
             torch.tensor(there.commit_logprob), torch.tensor(here.commit_logprob), atol=1e-4, rtol=0
         )
+
+
+@pytest.mark.parametrize("keys", [{}, {"editing_threshold": 0.7, "threshold": 0.4}, {"temperature": 1.0}])
+def test_replayed_forwards_give_the_tokens_of_launched_ones(monkeypatch, keys):
+    """In bf16, where forwards are replayed as CUDA graphs; more prompts than slots, so that recordings serve several."""
+    prompts, keys = random_prompts(3, 17, 8, 30, 11), {"batch_size": 3, **keys}
+    policy = sharpen(load_policy(GOLDEN, dtype="bfloat16", device="cuda"))
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
+    replayed = decode(policy, prompts, make_rules(cuda_graphs=True, **keys))
+    assert len(replays) > len(set(map(id, replays))) > 1
+    launched = decode(policy, prompts, make_rules(**keys))
+    assert [r.token_ids for r in replayed] == [r.token_ids for r in launched]
+    assert [r.commit_step for r in replayed] == [r.commit_step for r in launched]
