@@ -48,7 +48,7 @@ def learn(recipe: Recipe, feed: Feed | None = None) -> int:
     preemption = Preemption()
     rank, world_size = distributed.start()
     folder = RunFolder(recipe.output_dir)
-    resumed = folder.find_resume(recipe.resume_from_checkpoint, recipe.overwrite_output_dir)
+    resumed, warnings = checkpoint.find_resume(folder, recipe.resume_from_checkpoint, recipe.overwrite_output_dir)
 
     inputs = read_inputs(recipe, recipe.streaming)
     records = make_source(recipe, inputs, rank, world_size) if inputs.train is not None else None
@@ -72,10 +72,13 @@ def learn(recipe: Recipe, feed: Feed | None = None) -> int:
         state = checkpoint.read_state(resumed)
         source.load_state_dict(state.source)
     if rank == 0:
-        folder.start(recipe, resume_step=state.step if resumed is not None else None)
+        aside = folder.start(recipe, resume_step=state.step if resumed is not None else None)
+        warnings += [f"{path} is set aside: it may be removed" for path in aside]
 
     with MetricsLog(recipe, folder, num_steps, state.step) if rank == 0 else contextlib.nullcontext() as log:
         if log:
+            for warning in warnings:
+                log.warn(warning)
             if records is not None:
                 log.say(f"{inputs.train.report}\n{records.rows_per_window} rows a step")
             log.say(f"{num_steps} steps from step {state.step}, into {folder.path}")

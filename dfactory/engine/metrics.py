@@ -64,6 +64,10 @@ class MetricsLog:
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)  # a log file's lines are not the terminal's
 
+    def warn(self, text: str) -> None:
+        """On standard error, and not to be overlooked."""
+        Console(stderr=True, highlight=False).print(f"WARNING: {text}", style="bold red", markup=False, soft_wrap=True)
+
     def _write(self, metrics: dict[str, Any]) -> None:
         self.folder.append_metrics(metrics)
         if self.wandb is not None:
