@@ -16,6 +16,7 @@ import time
 import traceback
 from pathlib import Path
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  every run would import it, which takes seconds
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -143,8 +144,9 @@ def _child(recipe, place: dict, log: Path, fault: str | None, record: Path | Non
 
 
 def _record(file: Path, rank: int, point: str, path: Path | None = None, start: int = 0) -> None:
+    size = path.stat().st_size if path is not None else 0
     with file.open("a") as lines:
-        lines.write(json.dumps({"point": point if rank == 0 else f"{point}@{rank}", "path": path is not None}) + "\n")
+        lines.write(json.dumps({"point": point if rank == 0 else f"{point}@{rank}", "bytes": size}) + "\n")
 
 
 def _wait(children: dict[int, int]) -> int:
