@@ -107,6 +107,7 @@ def learn(recipe: Recipe, feed: Feed | None = None) -> int:
                 if log:
                     log.say(f"saved {saved}")
             if preempted and not last:
+                preemption.leave()
                 return EXIT_PREEMPTED
     return 0
 

@@ -101,6 +101,14 @@ class Runner:
     ) -> tuple[int, str]:
         """(exit status of the rank that ended first with another than 0, or 0; what was printed)"""
         recipe, log = self.recipe(kind, run, list(more)), self.folder / "log"
+        while True:
+            status = self._start(kind, recipe, log, fault, record)
+            if "EADDRINUSE" not in (
+                said := log.read_text()
+            ):  # another process took the port that was free: nothing began
+                return status, said
+
+    def _start(self, kind: Kind, recipe, log: Path, fault: str | None, record: Path | None) -> int:
         log.write_text("")
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
@@ -111,7 +119,7 @@ class Runner:
             else:
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": kind.ranks, "MASTER_PORT": port}
                 _child(recipe, place if kind.ranks > 1 else {}, log, fault, record)
-        return _wait(children), log.read_text()
+        return _wait(children)
 
 
 def _child(recipe, place: dict, log: Path, fault: str | None, record: Path | None) -> None:
