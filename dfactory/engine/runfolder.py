@@ -29,6 +29,7 @@ from dfactory.errors import CheckpointError, ConfigError, DataError
 
 STATE = "engine/state.json"
 
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container")  # how torch.save says that it could not write
 _NAME = re.compile(r"checkpoint-\d+")
 
 
@@ -213,7 +214,7 @@ def writing(what: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as problem:
-        if isinstance(problem, RuntimeError) and "PytorchStreamWriter" not in str(problem):
+        if isinstance(problem, RuntimeError) and not any(word in str(problem) for word in _TORCH_SAVE):
             raise
         raise CheckpointError(
             f"{what} could not be written: {problem}; make room or repair the disk, then go on from the last whole "

@@ -9,15 +9,19 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dfactory.config.load import load_recipe
 from dfactory.engine import checkpoint, distributed
-from dfactory.engine.runfolder import RunFolder, append_text, replace_text
+from dfactory.engine.runfolder import RunFolder, append_text, replace_text, writing
 from dfactory.errors import CheckpointError
 from dfactory.models.manifest import MANIFEST
 from dfactory.train import train
 from tests.engine.conftest import ROOT, environment
 from tests.engine.killpoints import FEW
+
+TENSORS = {"a": torch.zeros(1000)}
 
 
 @pytest.mark.slow
@@ -108,6 +112,9 @@ def test_a_file_that_the_disk_cuts_short_is_an_error_and_the_old_one_stays(tmp_p
             replace_text(file, "n" * 200)
         with pytest.raises(CheckpointError, match=r"could not be written: .*File too large"):
             append_text(tmp_path / "metrics.jsonl", "n" * 200)
+        for save in (lambda path: save_file(TENSORS, path), lambda path: torch.save(TENSORS, path)):
+            with pytest.raises(CheckpointError, match="shard could not be written"), writing(tmp_path / "shard"):
+                save(tmp_path / "shard")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert file.read_text() == "old"
