@@ -29,5 +29,9 @@ class NonFiniteError(DFactoryError):
     """A loss or gradient is NaN or infinite more often than the recipe tolerates; the message names step and dump."""
 
 
+class SilentFailureError(DFactoryError):
+    """A run would go on and have nothing to show for it: no parameter changes, nothing is to be predicted."""
+
+
 class RolloutError(DFactoryError):
     """A rollout, reward or actor failed beyond what the recipe tolerates."""

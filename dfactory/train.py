@@ -23,6 +23,7 @@ from dfactory.assembly import (
 )
 from dfactory.config.recipe import Recipe
 from dfactory.engine import checkpoint, distributed
+from dfactory.engine.gates import Gates
 from dfactory.engine.metrics import MetricsLog
 from dfactory.engine.nonfinite import NonFiniteGuard
 from dfactory.engine.preemption import EXIT_PREEMPTED, Preemption
@@ -48,7 +49,7 @@ def learn(recipe: Recipe, feed: Feed | None = None) -> int:
     preemption = Preemption()
     rank, world_size = distributed.start()
     folder = RunFolder(recipe.output_dir)
-    resumed = folder.find_resume(recipe.resume_from_checkpoint, recipe.overwrite_output_dir)
+    resumed, warnings = checkpoint.find_resume(folder, recipe.resume_from_checkpoint, recipe.overwrite_output_dir)
 
     inputs = read_inputs(recipe, recipe.streaming)
     records = make_source(recipe, inputs, rank, world_size) if inputs.train is not None else None
@@ -71,11 +72,15 @@ def learn(recipe: Recipe, feed: Feed | None = None) -> int:
         checkpoint.load(trainer, resumed, universal=universal)
         state = checkpoint.read_state(resumed)
         source.load_state_dict(state.source)
+    gates = Gates(recipe, trainer, eos_id=inputs.special.eos, vocab_size=inputs.vocabulary.size)
     if rank == 0:
-        folder.start(recipe, resume_step=state.step if resumed is not None else None)
+        aside = folder.start(recipe, resume_step=state.step if resumed is not None else None)
+        warnings += [f"{path} is set aside: it may be removed" for path in aside]
 
     with MetricsLog(recipe, folder, num_steps, state.step) if rank == 0 else contextlib.nullcontext() as log:
         if log:
+            for warning in warnings:
+                log.warn(warning)
             if records is not None:
                 log.say(f"{inputs.train.report}\n{records.rows_per_window} rows a step")
             log.say(f"{num_steps} steps from step {state.step}, into {folder.path}")
@@ -84,9 +89,11 @@ def learn(recipe: Recipe, feed: Feed | None = None) -> int:
             state.advance(metrics)
             metrics |= guard.check(state, window, trainer.losses, metrics["grad_norm"])
             source.check(metrics)
-            if log:
-                log.step(state.step, source.epoch, metrics)
             last = state.step == num_steps
+            found, warnings = gates.check(state.step, metrics, last)
+            metrics |= found
+            if log:
+                log.step(state.step, source.epoch, metrics, warnings)
             if inputs.held_out is not None and (last or is_due(recipe.eval_steps, state.step)):
                 held_out = with_reference(make_eval_source(recipe, inputs, rank, world_size))
                 results = trainer.evaluate(held_out, make_measure(recipe, objective))
@@ -100,6 +107,7 @@ def learn(recipe: Recipe, feed: Feed | None = None) -> int:
                 if log:
                     log.say(f"saved {saved}")
             if preempted and not last:
+                preemption.leave()
                 return EXIT_PREEMPTED
     return 0
 

@@ -4,8 +4,9 @@
 #     launch/local.sh RECIPE [key=value ...]
 #
 # For several machines run it on each, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set; NPROC_PER_NODE overrides
-# the number of processes. Uses .venv in the repository root if it is there, else the python on PATH. A single process
-# keeps the exit status of `dfactory train`; among several, any failure is status 1.
+# the number of processes. Uses .venv in the repository root if it is there, else the python on PATH. Keeps the exit status
+# of `dfactory train`. SIGTERM or SIGUSR1, to this process or to any of those that it starts, makes all of them save and end
+# with 75; a second one ends them at once.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 
@@ -39,5 +40,5 @@ meeting=(--standalone) # torchrun itself finds a free port on this machine
 if [ "$nodes" -gt 1 ]; then
     meeting=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
-exec "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" "${meeting[@]}" \
+exec "$python" -m dfactory.engine.torchrun --nnodes "$nodes" --nproc-per-node "$processes" "${meeting[@]}" \
     -m dfactory.cli train "$@"

@@ -33,6 +33,14 @@ class TrainingKeys:
     save_steps: Optional[int] = key(None, "steps between checkpoints; null: only the last step", low=1)
     save_total_limit: Optional[int] = key(None, "keep only the newest ones; null: all", low=1)
     resume_from_checkpoint: Any = key(False, "true: the newest whole checkpoint of output_dir; or a path")
+    first_loss_check: str = key(
+        "warn",
+        "where weights were read and the first loss is that of guessing, log V: warn, stop, or off",
+        choices=("warn", "stop", "off"),
+    )
+    expert_coverage_steps: int = key(
+        100, "steps after which experts that were never routed to are counted and warned of; 0: never", low=0
+    )
 
     logging_steps: int = key(1, "steps between console lines; metrics.jsonl has every step", low=1)
     report_to: list[str] = key([], "trackers beside metrics.jsonl: wandb")

@@ -1,7 +1,11 @@
 """Training checkpoints: the model directory, DeepSpeed's engine state beside it, and the run's own state.
 
-A checkpoint is written into a hidden partial directory, synced, renamed, and only then named by LATEST. Resuming on as
-many ranks as before restores DeepSpeed's shards as they are; on another number they go through its universal format.
+A checkpoint is written into a hidden partial directory. Its manifest comes last, and every file is read once more and
+compared with it; then the directory is synced, renamed, named by LATEST, and old ones are removed. Each rank reads a share
+of the files. A resumed run takes the newest checkpoint that equals its manifest.
+
+Resuming on as many ranks as before restores DeepSpeed's shards as they are; on another number they go through its universal
+format.
 """
 
 import dataclasses
@@ -10,14 +14,27 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
+from dfactory import faults
 from dfactory.data.chat import read_chat_template
+from dfactory.engine import distributed
 from dfactory.engine.expert_parallel import WholeLayers
-from dfactory.engine.runfolder import STATE, RunFolder, replace_text
+from dfactory.engine.runfolder import STATE, RunFolder, replace_text, writing
 from dfactory.engine.trainer import Trainer
 from dfactory.errors import CheckpointError
+from dfactory.models.manifest import (
+    MANIFEST,
+    Manifest,
+    hash_files,
+    hash_problems,
+    list_files,
+    manifest_text,
+    read_manifest,
+    size_problems,
+)
 from dfactory.models.saving import save_policy
 from dfactory.types import TrainState
 
@@ -26,12 +43,34 @@ SHARDS, UNIVERSAL = "shards", "universal"  # DeepSpeed's tags in it
 
 
 def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | None) -> Path:
-    """Write checkpoint-N of the step in `state`; every rank has to call this. Returns its path."""
+    """Write checkpoint-N of the step in `state`; every rank has to call this. Returns its path.
+
+    Raises CheckpointError where the disk is full, or does not give back what was written; older checkpoints are then as
+    they were.
+    """
     partial = folder.path / f".checkpoint-{state.step}.partial"
-    if trainer.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
+    with writing(partial):
+        if trainer.rank == 0:
+            faults.at("checkpoint.begun")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        _write_model(trainer, partial)
+        _write_shards(trainer, partial)
+        if trainer.rank == 0:
+            _write_state(trainer, state, partial)
+        _write_manifest(partial)
+        if problems := find_problems(partial):
+            raise CheckpointError(f"{partial} is not what was written, check the disk: {'; '.join(problems)}")
+        if trainer.rank == 0:
+            faults.at("checkpoint.verified")
+            folder.publish(partial, state.step)
+            folder.remove_old(keep)
+        dist.barrier()
+    return folder.checkpoint(state.step)
+
+
+def _write_model(trainer: Trainer, partial: Path) -> None:
     save_policy(
         trainer.policy,
         partial,
@@ -42,18 +81,60 @@ def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | Non
         mask_token_id=trainer.recipe.mask_token_id,
         chat_template=read_chat_template(trainer.recipe.chat_template_path),
     )
+
+
+def _write_shards(trainer: Trainer, partial: Path) -> None:
+    faults.after_each_save(trainer.engine.checkpoint_engine, "shard")
     trainer.engine.save_checkpoint(str(partial / ENGINE), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True)
+
+
+def _write_state(trainer: Trainer, state: TrainState, partial: Path) -> None:
+    shape = {
+        "world_size": trainer.world_size,
+        "zero_stage": trainer.zero_stage,
+        "expert_parallel_size": trainer.recipe.expert_parallel_size,
+    }
+    replace_text(partial / STATE, json.dumps(dataclasses.asdict(state) | shape, indent=2) + "\n")
+
+
+def _write_manifest(partial: Path) -> None:
+    """Each rank hashes its share of the files, the first one writes the sums down."""
+    names = distributed.on_first_rank(lambda: list_files(partial))
+    parts = distributed.gather(hash_files(partial, _share(names)))
+    if dist.get_rank() == 0:
+        faults.at("manifest.hashed")
+        manifest = {name: entry for part in parts for name, entry in part.items()}
+        replace_text(partial / MANIFEST, manifest_text(manifest))
     dist.barrier()
-    if trainer.rank == 0:
-        shape = {
-            "world_size": trainer.world_size,
-            "zero_stage": trainer.zero_stage,
-            "expert_parallel_size": trainer.recipe.expert_parallel_size,
-        }
-        replace_text(partial / STATE, json.dumps(dataclasses.asdict(state) | shape, indent=2) + "\n")
-        folder.publish(partial, state.step, keep)
-    dist.barrier()
-    return folder.checkpoint(state.step)
+
+
+def _share(names: list[str]) -> list[str]:
+    """Of files by their size: every rank gets some of each size."""
+    return names[dist.get_rank() :: dist.get_world_size()]
+
+
+def find_problems(checkpoint: Path) -> list[str]:
+    """How a checkpoint differs from its manifest, the same on all ranks, which have to call this together."""
+
+    def read() -> tuple[Manifest, list[str]]:
+        manifest = read_manifest(checkpoint)
+        return manifest, size_problems(checkpoint, manifest)
+
+    try:
+        manifest, problems = distributed.on_first_rank(read)
+    except CheckpointError as problem:
+        return [str(problem)]
+    if problems:
+        return problems
+    mine = hash_problems(checkpoint, {name: manifest[name] for name in _share(list(manifest))})
+    return [problem for part in distributed.gather(mine) for problem in part]
+
+
+def find_resume(folder: RunFolder, wanted: Any, overwrite: bool) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint that `resume_from_checkpoint` may mean, None to start anew; and a warning for each
+    newer one that is damaged. All ranks call this together. Raises CheckpointError if there is no whole one."""
+    candidates = distributed.on_first_rank(lambda: folder.resume_candidates(wanted, overwrite))
+    return folder.first_whole(candidates, find_problems)
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -99,6 +180,7 @@ def load(trainer: Trainer, checkpoint: Path, *, universal: bool) -> None:
     """Restore weights, optimiser, schedule and counters into a fresh Trainer; every rank has to call this."""
     if universal:
         if trainer.rank == 0:
+            shutil.rmtree(checkpoint / ENGINE / UNIVERSAL, ignore_errors=True)  # of a run that was killed meanwhile
             _make_universal(checkpoint)
         dist.barrier()
     hyperparameters = [

@@ -4,10 +4,14 @@ import os
 import resource
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
+
+from dfactory.errors import DFactoryError
 
 _at_start = 0  # bytes, of the resident set
 
@@ -62,6 +66,27 @@ def ranks_with(flag: bool) -> list[int]:
 def any_rank(flag: bool) -> bool:
     """Whether `flag` holds on any rank; all ranks get the same answer."""
     return bool(ranks_with(flag))
+
+
+def on_first_rank(ask: Callable[[], Any]) -> Any:
+    """What the first rank finds, told to all; an expected failure is raised on all of them."""
+    box = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = ask()
+        except DFactoryError as problem:
+            box[1] = problem
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """What every rank has, by rank, on all of them."""
+    box = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
 
 
 def _backend() -> str:

@@ -1,5 +1,6 @@
 """Where metrics go: metrics.jsonl (the truth), one console line a step, and trackers when asked."""
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -34,14 +35,16 @@ class MetricsLog:
         if self.wandb is not None:
             self.wandb.finish()
 
-    def step(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
+    def step(self, step: int, epoch: float, metrics: dict[str, float], warnings: list[str] = ()) -> None:
+        for warning in warnings:
+            self.warn(warning)
         phase = {"block_size": self.recipe.block_size_at(step - 1)} if self.recipe.block_size_schedule else {}
         self._write({"step": step, "epoch": round(epoch, 4), **phase, **metrics})
         self.progress.update(self.task, completed=step, description=f"loss {metrics['loss']:.4f}")
         if step % self.recipe.logging_steps == 0 or step == self.num_steps:
             self.say(
                 f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {metrics['loss']:.4f}  "
-                f"hit {metrics['hit_rate']:.3f}  {_told(metrics)}"
+                f"hit {metrics.get('hit_rate', math.nan):.3f}  {_told(metrics)}"  # nan: a window without a target
                 f"grad {metrics['grad_norm']:.3f}  lr {metrics['learning_rate']:.2e}  "
                 f"{metrics['tokens_per_second']:,.0f} tok/s"
             )
@@ -56,6 +59,10 @@ class MetricsLog:
                 f"{metrics['decoded']:.0f} prompts decoded: {metrics['tokens_per_forward']:.2f} tokens per forward, "
                 f"exact match {metrics['exact_match']:.1%}"
             )
+        if metrics.get("clipped_ratio") == 1.0:
+            self.warn(
+                f"none of the {metrics['decoded']:.0f} answers at step {step} ended with EOS: was it ever learnt?"
+            )
         if previews:
             self.folder.append_previews([{"step": step, **preview} for preview in previews])
             first = previews[0]
@@ -63,6 +70,10 @@ class MetricsLog:
 
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)  # a log file's lines are not the terminal's
+
+    def warn(self, text: str) -> None:
+        """On standard error, and not to be overlooked."""
+        Console(stderr=True, highlight=False).print(f"WARNING: {text}", style="bold red", markup=False, soft_wrap=True)
 
     def _write(self, metrics: dict[str, Any]) -> None:
         self.folder.append_metrics(metrics)

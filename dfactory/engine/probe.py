@@ -17,7 +17,7 @@ from dfactory.engine import distributed
 from dfactory.engine.trainer import Trainer
 from dfactory.errors import DataError
 from dfactory.models.policy import Policy
-from dfactory.types import Example, Rollout
+from dfactory.types import Example, FinishReason, Rollout
 from dfactory.vocabulary import Vocabulary
 
 PREVIEWS = 4  # answers that are written down at each evaluation
@@ -62,8 +62,8 @@ class DecodingProbe:
         self.questions, self.rules, self.vocabulary = questions, rules, vocabulary
 
     def measure(self, trainer: Trainer) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """tokens_per_forward: answer tokens up to EOS over forwards, both summed; exact_match; decoded: how many. And the
-        first of this rank's answers, to be read by people."""
+        """tokens_per_forward: answer tokens up to EOS over forwards, both summed; exact_match; clipped_ratio: answers
+        without EOS; decoded: how many. And the first of this rank's answers, to be read by people."""
         in_step = trainer.zero_stage == 3 or trainer.recipe.expert_parallel_size > 1
         mine = slice(None) if in_step else slice(trainer.rank, None, trainer.world_size)
         questions = self.questions[mine]
@@ -78,11 +78,13 @@ class DecodingProbe:
         answered = zip(questions, rollouts, strict=True)
         hits = [question.is_answered_by(rollout, self.vocabulary) for question, rollout in answered]
         tokens, forwards = (sum(len(r.output_ids) for r in rollouts), sum(r.forwards for r in rollouts))
-        sums = torch.tensor([tokens, forwards, sum(hits), len(hits)], dtype=torch.float64)
+        clipped = sum(rollout.finish_reason == FinishReason.LENGTH for rollout in rollouts)
+        sums = torch.tensor([tokens, forwards, sum(hits), clipped, len(hits)], dtype=torch.float64)
         if not in_step:
             distributed.all_reduce_sum(sums)
-        tokens, forwards, right, decoded = sums.tolist()
-        metrics = {"tokens_per_forward": tokens / forwards, "exact_match": right / decoded, "decoded": decoded}
+        tokens, forwards, right, clipped, decoded = sums.tolist()
+        shares = {"exact_match": right / decoded, "clipped_ratio": clipped / decoded}
+        metrics = {"tokens_per_forward": tokens / forwards, **shares, "decoded": decoded}
         return metrics, [self._preview(*one) for one in zip(questions[:PREVIEWS], rollouts, hits, strict=False)]
 
     def _preview(self, question: Question, rollout: Rollout, right: bool) -> dict[str, Any]:

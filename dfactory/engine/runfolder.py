@@ -3,24 +3,34 @@
 output_dir/config.yaml      the recipe as it was resolved
 output_dir/metrics.jsonl    one object a step, and one an evaluation ("eval/...")
 output_dir/previews.jsonl   held-out prompts as the model answered them at each evaluation, where prompts are decoded
+output_dir/completions.jsonl   rollouts with their rewards, in reinforcement learning; steps count from 0 there
 output_dir/checkpoint-N/    a model directory that transformers loads, with the engine's state in engine/
 output_dir/LATEST           the newest whole checkpoint's name; written last
 output_dir/nonfinite/       step-N-rank-R.json: where a NaN or Inf came from, if there was one
+output_dir/unused-checkpoint-N/   set aside: damaged, or of steps behind the checkpoint that a run was resumed from
 """
 
+import contextlib
 import json
 import math
 import os
+import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 
+from dfactory import faults
 from dfactory.config.recipe import Recipe
 from dfactory.errors import CheckpointError, ConfigError, DataError
 
-STATE = "engine/state.json"  # written last into a checkpoint: one without it is not whole
+STATE = "engine/state.json"
+
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container")  # how torch.save says that it could not write
+_NAME = re.compile(r"checkpoint-\d+")
 
 
 class RunFolder:
@@ -30,35 +40,57 @@ class RunFolder:
         self.path = Path(output_dir)
         self.metrics_file = self.path / "metrics.jsonl"
         self.previews_file = self.path / "previews.jsonl"
+        self.completions_file = self.path / "completions.jsonl"
+        self.latest_file = self.path / "LATEST"
         self.nonfinite = self.path / "nonfinite"
 
-    def start(self, recipe: Recipe, resume_step: int | None) -> None:
-        """Create the folder. Lines of steps behind the resumed one are dropped, so that none appears twice."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        if resume_step is None:
-            for old in self.checkpoints():
-                shutil.rmtree(old)
-            (self.path / "LATEST").unlink(missing_ok=True)
-            for old in self.nonfinite.glob("step-*-rank-*.json"):
-                old.unlink()
-        replace_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(recipe)))
-        for file in (self.metrics_file, self.previews_file):
-            kept = []
-            if resume_step is not None and file.is_file():
-                lines = file.read_text().splitlines()
-                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resume_step]
-            if kept or file.is_file() or file == self.metrics_file:
-                replace_text(file, "".join(f"{line}\n" for line in kept))
+    def start(self, recipe: Recipe, resume_step: int | None) -> list[Path]:
+        """Create the folder. What belongs to steps behind the resumed one is taken out of the way, so that no step appears
+        twice: lines are dropped, checkpoints are set aside. Returns the new paths of those."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            for left in (*self.path.glob(".checkpoint-*.partial"), *self.path.glob(".checkpoint-*.removed")):
+                shutil.rmtree(left)
+            faults.at("leftovers.removed")
+            aside = self._start_anew() if resume_step is None else self._set_aside(resume_step)
+            replace_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+            for file, first_step in ((self.metrics_file, 1), (self.previews_file, 1), (self.completions_file, 0)):
+                kept = _lines_before(file, resume_step + first_step) if resume_step is not None else []
+                if kept or file.is_file() or file == self.metrics_file:
+                    replace_text(file, "".join(f"{line}\n" for line in kept))
+            return aside
+
+    def _start_anew(self) -> list[Path]:
+        self.latest_file.unlink(missing_ok=True)
+        for old in self._named():
+            self._remove(old)
+        for old in self.nonfinite.glob("step-*-rank-*.json"):
+            old.unlink()
+        return []
+
+    def _set_aside(self, step: int) -> list[Path]:
+        """Rename the checkpoints of later steps; LATEST first, so that it never names one that is gone."""
+        later = [path for path in self._named() if step_of(path) > step]
+        staying = [path for path in self.checkpoints() if path not in later]
+        if staying:
+            replace_text(self.latest_file, staying[-1].name + "\n")
+        else:
+            self.latest_file.unlink(missing_ok=True)
+        aside = []
+        for path in later:
+            target = path.with_name(f"unused-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            aside.append(path.rename(target))
+            faults.at("unused.renamed")
+        return aside
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """A NaN or Inf, which JSON does not know, is written as null."""
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in metrics.items()}
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        append_text(self.metrics_file, json.dumps(row, allow_nan=False) + "\n")
 
     def append_previews(self, previews: list[dict[str, Any]]) -> None:
-        with self.previews_file.open("a") as file:
-            file.writelines(json.dumps(preview) + "\n" for preview in previews)
+        append_text(self.previews_file, "".join(json.dumps(preview) + "\n" for preview in previews))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl. Raises DataError where it is missing, empty or broken."""
@@ -81,48 +113,80 @@ class RunFolder:
         return self.path / f"checkpoint-{step}"
 
     def checkpoints(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
-        found = [path.parent.parent for path in self.path.glob(f"checkpoint-*/{STATE}")]
+        """Checkpoints that took their name, oldest first. Whether they are whole today, their manifests tell."""
+        return [path for path in self._named() if (path / STATE).is_file()]
+
+    def _named(self) -> list[Path]:
+        found = [path for path in self.path.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
         return sorted(found, key=step_of)
 
-    def publish(self, partial: Path, step: int, keep: int | None) -> Path:
-        """Turn a finished partial directory into checkpoint-N, point LATEST to it, and remove the oldest ones."""
+    def publish(self, partial: Path, step: int) -> Path:
+        """Turn a finished partial directory into checkpoint-N, and point LATEST to it."""
         final = self.checkpoint(step)
         if final.exists():
-            shutil.rmtree(final)
+            self._remove(final)
         sync_tree(partial)
+        faults.at("checkpoint.synced")
         partial.rename(final)
         _sync(self.path)
-        replace_text(self.path / "LATEST", final.name + "\n")
-        if keep is not None:
-            for old in self.checkpoints()[:-keep]:
-                shutil.rmtree(old)
+        faults.at("checkpoint.renamed")
+        replace_text(self.latest_file, final.name + "\n")
         return final
 
-    def find_resume(self, wanted: Any, overwrite: bool) -> Path | None:
-        """The checkpoint that `resume_from_checkpoint` asks for; None to start anew.
+    def remove_old(self, keep: int | None) -> None:
+        """Remove all but the newest checkpoints."""
+        for old in self.checkpoints()[:-keep] if keep is not None else ():
+            self._remove(old)
+
+    def _remove(self, checkpoint: Path) -> None:
+        """Under another name, so that none is ever seen half removed."""
+        doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        checkpoint.rename(doomed)
+        faults.at("old.removing", doomed)
+        shutil.rmtree(doomed)
+        faults.at("old.removed")
+
+    def resume_candidates(self, wanted: Any, overwrite: bool) -> list[Path]:
+        """The checkpoints that `resume_from_checkpoint` may mean, the best first; empty to start anew.
 
         Raises CheckpointError if there is no such checkpoint, and ConfigError if a new run would mix its checkpoints with
         those of another.
         """
         if wanted is None or wanted is False:
             self._refuse_mixing_runs(overwrite)
-            return None
+            return []
         if wanted is True:
-            whole = self.checkpoints()
-            if not whole:
-                raise CheckpointError(
-                    f"resume_from_checkpoint true, but {self.path} holds no whole checkpoint-N: "
-                    "check output_dir, or set resume_from_checkpoint=false to start anew"
-                )
-            return whole[-1]
+            if not (named := self._named()):
+                raise CheckpointError(self._nothing_whole(f"{self.path} holds no checkpoint-N"))
+            return named[::-1]
         path = Path(str(wanted))
         if not (path / STATE).is_file():
             raise CheckpointError(f"resume_from_checkpoint {path} is not a whole checkpoint: it holds no {STATE}")
-        return path
+        return [path]
+
+    def first_whole(
+        self, candidates: list[Path], find_problems: Callable[[Path], list[str]]
+    ) -> tuple[Path | None, list[str]]:
+        """The first checkpoint without a problem, and a sentence on each one before it. Raises CheckpointError if every
+        one is damaged."""
+        damaged = []
+        for path in candidates:
+            if not (problems := find_problems(path)):
+                return path, [f"{one}; it is not used, the run goes on from {path}" for one in damaged]
+            damaged.append(f"{path} is damaged: {'; '.join(problems)}")
+        if damaged:
+            raise CheckpointError(self._nothing_whole("; ".join(damaged)))
+        return None, []
+
+    def _nothing_whole(self, why: str) -> str:
+        return (
+            f"resume_from_checkpoint finds no whole checkpoint: {why}; check output_dir {self.path}, or set "
+            "resume_from_checkpoint=false and overwrite_output_dir=true to start anew"
+        )
 
     def _refuse_mixing_runs(self, overwrite: bool) -> None:
-        if not overwrite and (old := self.checkpoints()):
+        if not overwrite and (old := self._named()):
             raise ConfigError(
                 f"output_dir {self.path} holds {old[-1].name} of an earlier run: set resume_from_checkpoint=true to go on, "
                 "overwrite_output_dir=true to remove it and start anew, or another output_dir"
@@ -134,14 +198,57 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def _lines_before(file: Path, step: int) -> list[str]:
+    """The lines of steps before one; a line that was cut short by the end of its writer is not among them."""
+    kept = []
+    for line in file.read_bytes().split(b"\n") if file.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+            if json.loads(line)["step"] < step:
+                kept.append(line.decode())
+    return kept
+
+
+@contextlib.contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Turns what a full or failing disk raises into a CheckpointError."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as problem:
+        if isinstance(problem, RuntimeError) and not any(word in str(problem) for word in _TORCH_SAVE):
+            raise
+        raise CheckpointError(
+            f"{what} could not be written: {problem}; make room or repair the disk, then go on from the last whole "
+            "checkpoint with resume_from_checkpoint=true"
+        ) from problem
+
+
 def replace_text(file: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new text, never a part."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w") as stream:
-        stream.write(text)
+    partial, encoded = file.with_name(file.name + ".partial"), text.encode()
+    with partial.open("wb") as stream:
+        stream.write(encoded)
         stream.flush()
         os.fsync(stream.fileno())
+    faults.at(f"{file.name}.written", partial)
+    _refuse_short(partial, len(encoded))
     partial.replace(file)
+    faults.at(f"{file.name}.renamed")
+
+
+def append_text(file: Path, text: str) -> None:
+    """Raises CheckpointError where not all of it arrives."""
+    encoded = text.encode()
+    with writing(file):
+        with file.open("ab") as stream:
+            before = stream.tell()
+            stream.write(encoded)
+        faults.at(f"{file.name}.appended", file, before)
+        _refuse_short(file, before + len(encoded))
+
+
+def _refuse_short(file: Path, size: int) -> None:
+    if (found := file.stat().st_size) != size:
+        raise CheckpointError(f"{file} was cut short while it was written: {found:,} bytes of {size:,}")
 
 
 def sync_tree(directory: Path) -> None:

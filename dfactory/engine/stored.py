@@ -9,7 +9,6 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from safetensors.numpy import save_file
 from dfactory.config.noise import NoiseKeys
 from dfactory.config.recipe import Recipe
 from dfactory.data.source import RecordSource
+from dfactory.engine import distributed
 from dfactory.engine.reference import Reference
 from dfactory.errors import CheckpointError
 from dfactory.models.headers import weight_files
@@ -90,8 +90,8 @@ def stored_reference(recipe: Recipe, sources: Sources, model: Reference, resumin
     was computed from another model, noise or data, or for fewer visits.
     """
     file = Path(recipe.reference_path or Path(recipe.output_dir) / FILE)
-    origin = _on_first_rank(lambda: origin_of(recipe))
-    if recipe.reference_path is not None or (resuming and _on_first_rank(file.is_file)):
+    origin = distributed.on_first_rank(lambda: origin_of(recipe))
+    if recipe.reference_path is not None or (resuming and distributed.on_first_rank(file.is_file)):
         reference = StoredReference(file, _read(file, origin))
     else:
         scores = {source.state_dict()["data"]: _compute(source, count, model) for source, count in sources}
@@ -135,13 +135,6 @@ def _sha256(files: list[Path]) -> str:
         return hashlib.sha256(b"".join(threads.map(digest, files))).hexdigest()
 
 
-def _on_first_rank(ask: Callable[[], Any]) -> Any:
-    """What the first rank finds, told to all."""
-    box = [ask() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 def _keys(batch: ViewBatch) -> np.ndarray:
     pairs = (batch.document_id_D[0::2].tolist(), batch.columns["visit_D"][0::2].tolist())
     return np.array(list(zip(*pairs, strict=True)), KEY)
@@ -155,9 +148,7 @@ def _compute(source: RecordSource, num_windows: int, model: Reference) -> Scores
         for batch in source.next_window():
             parts.append((_keys(batch), model(batch, data).cpu().numpy().reshape(-1, 2)))
     mine = tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
-    return Scores.sort(*(np.concatenate(columns) for columns in zip(*gathered, strict=True)))
+    return Scores.sort(*(np.concatenate(columns) for columns in zip(*distributed.gather(mine), strict=True)))
 
 
 def _write(file: Path, scores: dict[int, Scores], origin: dict[str, Any]) -> None:

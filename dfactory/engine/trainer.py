@@ -138,6 +138,7 @@ class Trainer:
         )
         if recipe.expert_parallel_size > 1:
             expert_parallel.finish_layers(policy, moe_blocks)
+        self.watch: Measure = lambda batch, scores: {}  # what else to log of a micro-batch
         self.losses: list[torch.Tensor] = []  # of the last window, each micro-batch's part of it
 
     @property
@@ -169,7 +170,9 @@ class Trainer:
             self._step(grad_norm)
             share = len(micro_batches) * self.world_size  # the loss is divided already: its counts add up to 1
             self.losses.append(loss.detach() / self.world_size)
-            means.add({**terms.loss, **terms.metrics, "loss": Mean(self.losses[-1], 1 / share)})
+            means.add(
+                {**terms.loss, **terms.metrics, **self.watch(batch, scores), "loss": Mean(self.losses[-1], 1 / share)}
+            )
         sizes = torch.tensor([[batch.num_tokens, batch.num_targets] for batch in micro_batches]).sum(dim=0)
         distributed.all_reduce_sum(sizes)
         tokens, targets = sizes.tolist()

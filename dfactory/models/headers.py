@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from dfactory.errors import CheckpointError
+from dfactory.models.manifest import check_sizes
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -49,7 +50,9 @@ def weight_files(model_dir: Path) -> list[Path]:
 def read_shapes(model_dir: Path) -> Shapes:
     """Name -> shape of every tensor in the weight files. Raises CheckpointError that names a broken file."""
     shapes: Shapes = {}
-    for file in weight_files(model_dir):
+    files = weight_files(model_dir)
+    check_sizes(model_dir, [file.name for file in files])
+    for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118

@@ -18,10 +18,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from dfactory import faults
+from dfactory.errors import CheckpointError
 from dfactory.models.headers import INDEX, WEIGHTS
 from dfactory.models.policy import Policy
 
 GENERATION_CONFIG = "generation_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"  # transformers prefers it to the template inside tokenizer_config.json
 _NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
@@ -52,7 +55,7 @@ def save_policy(
     if write:
         _record(policy.source_dir, directory, block_size=block_size, mask_token_id=mask_token_id)
     if write and chat_template is not None:
-        (directory / CHAT_TEMPLATE).write_text(chat_template)
+        _write_text(directory / CHAT_TEMPLATE, chat_template)
     if isinstance(model, PeftModel):
         _save_adapters(policy, directory, gathered, write)
         return
@@ -76,7 +79,9 @@ def _save_adapters(policy: Policy, directory: Path, gathered: Gather, write: boo
     with gathered(list(trainable.values())):
         if write:
             whole = {name: tensor.detach().to("cpu", copy=True) for name, tensor in trainable.items()}
+            faults.at("weights.writing")
             model.save_pretrained(directory, state_dict=whole, save_embedding_layers=False)
+            faults.at("weights.written", directory / ADAPTER_WEIGHTS)
             carry_files(policy.source_dir, directory)
             (directory / "config.json").unlink(missing_ok=True)  # with it, transformers would look for whole weights
 
@@ -114,7 +119,10 @@ class _Shards:
 
     def _flush(self) -> None:
         self.files.append(sorted(self.pending))
-        save_file(self.pending, self.directory / f"part-{len(self.files)}", metadata={"format": "pt"})
+        part = self.directory / f"part-{len(self.files)}"
+        faults.at("weights.writing")
+        save_file(self.pending, part, metadata={"format": "pt"})
+        faults.at("weights.written", part)
         self.pending = {}
 
     def close(self) -> None:
@@ -122,14 +130,16 @@ class _Shards:
         count = len(self.files)
         if count == 1:
             (self.directory / "part-1").rename(self.directory / WEIGHTS)
+            faults.at("weights.renamed")
             return
         weight_map = {}
         for number, names in enumerate(self.files, start=1):
             file = f"model-{number:05d}-of-{count:05d}.safetensors"
             (self.directory / f"part-{number}").rename(self.directory / file)
+            faults.at("weights.renamed")
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _write_text(self.directory / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _write_config(policy: Policy, directory: Path) -> None:
@@ -140,7 +150,7 @@ def _write_config(policy: Policy, directory: Path) -> None:
         config["num_nextn_predict_layers"] = 0
     config["torch_dtype"] = str(policy.model.dtype).removeprefix("torch.")
     config.pop("dtype", None)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _record(source_dir: Path, directory: Path, **trained_with: int | None) -> None:
@@ -149,7 +159,7 @@ def _record(source_dir: Path, directory: Path, **trained_with: int | None) -> No
     if stated:
         source = source_dir / GENERATION_CONFIG
         keys = json.loads(source.read_text()) if source.is_file() else {}
-        (directory / GENERATION_CONFIG).write_text(json.dumps(keys | stated, indent=2) + "\n")
+        _write_text(directory / GENERATION_CONFIG, json.dumps(keys | stated, indent=2) + "\n")
 
 
 def carry_files(source_dir: Path, directory: Path) -> None:
@@ -158,3 +168,17 @@ def carry_files(source_dir: Path, directory: Path) -> None:
         target = directory / file.name
         if file.is_file() and not file.name.endswith(_NOT_CARRIED) and not target.exists():
             shutil.copyfile(file, target)
+            faults.at("carried.written", target)
+            _refuse_short(target, file.stat().st_size)
+
+
+def _write_text(file: Path, text: str) -> None:
+    encoded = text.encode()
+    file.write_bytes(encoded)
+    faults.at(f"{file.name}.written", file)
+    _refuse_short(file, len(encoded))
+
+
+def _refuse_short(file: Path, size: int) -> None:
+    if (found := file.stat().st_size) != size:
+        raise CheckpointError(f"{file} was cut short while it was written: {found:,} bytes of {size:,}")

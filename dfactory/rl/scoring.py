@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from dfactory import faults
 from dfactory.config.recipe import Recipe
 from dfactory.rl.advantage import GroupAdvantages
 from dfactory.rl.prompts import PromptStream
@@ -87,6 +88,7 @@ class Scorer:
         """Append the first groups of a step to the run's table of completions."""
         self.samples_path.parent.mkdir(parents=True, exist_ok=True)
         with self.samples_path.open("a", encoding="utf-8") as file:
+            before = file.tell()
             for group in groups[:SAMPLE_GROUPS]:
                 for index, rollout in enumerate(group.decoded.rollouts):
                     line = {
@@ -102,6 +104,7 @@ class Scorer:
                         "version": group.decoded.version,
                     }
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        faults.at("completions.jsonl.appended", self.samples_path, before)
 
     def close(self) -> None:
         self.pool.close()

@@ -98,10 +98,14 @@ def launch(processes: int, worker: str, jobs: Path) -> subprocess.CompletedProce
     command = [str(ROOT / "tests/engine" / worker), str(jobs)]
     if processes > 1:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"WANDB_MODE": "offline", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
     command = [sys.executable, *command]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=540, check=False)
+
+
+def environment() -> dict[str, str]:
+    """For processes that tests start."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return variables | {"WANDB_MODE": "offline", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
 
 
 def read_metrics(run: Path, name: str = "loss") -> list[float]:

@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -108,6 +109,25 @@ def test_a_job_trains_on_the_cluster_in_the_folder_of_its_caller(cluster, tmp_pa
     row = json.loads((folder / "a run" / "metrics.jsonl").read_text())
     assert row["step"] == 1
     assert (folder / "a run" / "checkpoint-1" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_learner_of_a_job_ends_it_with_75(cluster, tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD)
+    keys = [*KEYS, "max_steps=500", "num_learners=2"]
+    command = ["sh", str(SCRIPT), str(RECIPE), *keys]
+    with (tmp_path / "log").open("w") as log:
+        script = subprocess.Popen(command, cwd=tmp_path, env=environment(**cluster), stdout=log, stderr=log)
+    file, deadline = tmp_path / "a run/metrics.jsonl", time.monotonic() + 240
+    while not (file.is_file() and file.read_text()) and script.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    learners = [p for p in psutil.process_iter(["name", "cwd"]) if p.info["cwd"] == str(tmp_path)]
+    learners = [process for process in learners if "LearnerActor" in process.info["name"]]
+    assert len(learners) == 2, (tmp_path / "log").read_text()[-3000:]
+    learners[1].send_signal(signal.SIGUSR1)
+    assert script.wait(timeout=120) == 75, (tmp_path / "log").read_text()[-3000:]
+    last = json.loads(file.read_text().splitlines()[-1])["step"]
+    assert (tmp_path / "a run/LATEST").read_text() == f"checkpoint-{last}\n"
 
 
 @pytest.mark.slow

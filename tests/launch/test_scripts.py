@@ -69,7 +69,7 @@ def test_local_keeps_the_exit_status_of_a_wrong_recipe(tmp_path):
 @pytest.mark.slow
 def test_local_with_two_processes_fails_when_they_do(tmp_path):
     result = run("sh", str(LAUNCH / "local.sh"), "absent.yaml", cwd=tmp_path, NPROC_PER_NODE="2")
-    assert result.returncode != 0
+    assert result.returncode == 2
     assert "absent.yaml" in result.stderr
 
 

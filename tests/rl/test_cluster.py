@@ -26,17 +26,6 @@ def capitals(prompts, completions, completion_ids, **columns):
     texts = [completion[0]["content"] for completion in completions]
     return [sum(letter < "N" for letter in text) - 0.1 * len(ids) for text, ids in zip(texts, completion_ids)]
 """
-KILLER = """
-def killer(prompts, completions, completion_ids, **columns):
-    import os, pathlib, psutil
-
-    canary = os.environ["CANARY"]
-    if (pathlib.Path(canary) / "run" / "LATEST").exists():
-        for process in psutil.process_iter(["name"]):
-            if "LearnerActor" in process.info["name"] and process.environ().get("CANARY") == canary:
-                process.kill()
-    return capitals(prompts, completions, completion_ids)
-"""
 SABOTEUR = """
 def saboteur(prompts, completions, completion_ids, **columns):
     # Its first call kills the rollout actor, the next ones raise, hang, and lose a reward.
@@ -209,15 +198,28 @@ def test_a_demand_that_the_cluster_cannot_meet_lists_demand_and_supply(base, ray
     assert "'CPU': 501.0" in done.stderr
 
 
-def test_a_lost_learner_ends_the_run_and_names_the_checkpoint(base, tmp_path, monkeypatch):
-    """A reward kills the learner of its run as soon as that has saved a checkpoint."""
-    monkeypatch.setenv("CANARY", str(tmp_path))
-    (tmp_path / "reward.py").write_text(REWARD + KILLER)
-    keys = [f"reward_funcs=[{tmp_path}/reward.py:killer]", "max_steps=9", "save_steps=1", f"output_dir={tmp_path}/run"]
-    done = run("-m", "dfactory.cli", "train", RECIPE, *base, *keys)
+def test_a_lost_learner_and_a_lost_controller_end_the_run_which_resumes_bitwise(base, runs, tmp_path):
+    """The learner is killed behind its first checkpoint, the controller in the middle of its table of completions."""
+    keys = [*base, "max_steps=3", "save_steps=1", f"output_dir={tmp_path}/run"]
+    done = run("-m", "dfactory.cli", "train", RECIPE, *keys, DFACTORY_FAULT="LATEST.renamed:1")
     assert done.returncode == 1
     assert "learner rank 0 was lost" in done.stderr
-    assert "the last checkpoint is" in done.stderr
+    assert f"the last checkpoint is {tmp_path}/run/checkpoint-1" in done.stderr
+    keys += ["resume_from_checkpoint=true"]
+    done = run("-m", "dfactory.cli", "train", RECIPE, *keys, DFACTORY_FAULT="completions.jsonl.appended:1:half")
+    assert done.returncode == 1
+    assert "the controller was lost" in done.stderr
+    done = run("-m", "dfactory.cli", "train", RECIPE, *keys)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    whole, resumed = (folder / "checkpoint-3/model.safetensors" for folder in (runs["whole"], tmp_path / "run"))
+    assert whole.read_bytes() == resumed.read_bytes()
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3]
+    tables = [
+        [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+        for folder in (runs["whole"], tmp_path / "run")
+    ]
+    assert tables[0] == tables[1]  # no rollout twice, none left out
 
 
 def test_a_terminated_run_saves_and_says_preempted(base, tmp_path):

@@ -15,7 +15,8 @@ from dfactory.config.recipe import Recipe
 from dfactory.engine.memory import forecast, setup_of
 from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.trainer import deepspeed_config
-from dfactory.errors import ConfigError
+from dfactory.errors import CheckpointError, ConfigError
+from dfactory.models.manifest import read_manifest, size_problems
 
 
 def tell_output(page: Page, recipe: Recipe, model: Model | None, steps: int | None) -> None:
@@ -24,7 +25,10 @@ def tell_output(page: Page, recipe: Recipe, model: Model | None, steps: int | No
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"output_dir {folder.path}: {parent} is not a directory that can be written: choose another")
     page.line("output_dir", f"{folder.path}/", _files(recipe))
-    resumed = folder.find_resume(recipe.resume_from_checkpoint, recipe.overwrite_output_dir)
+    candidates = folder.resume_candidates(recipe.resume_from_checkpoint, recipe.overwrite_output_dir)
+    resumed, warnings = folder.first_whole(candidates, _size_problems)
+    for warning in warnings:
+        page.warn(warning)
     whole = folder.checkpoints()
     if resumed is not None:
         page.line("resumes", str(resumed))
@@ -38,6 +42,14 @@ def tell_output(page: Page, recipe: Recipe, model: Model | None, steps: int | No
     page.line("checkpoints", f"{often}; {kept}")
     if model is not None:
         _checkpoint_size(page, recipe, model, parent, steps or recipe.max_steps)
+
+
+def _size_problems(checkpoint: Path) -> list[str]:
+    """Without reading the files, which the run itself does."""
+    try:
+        return size_problems(checkpoint, read_manifest(checkpoint))
+    except CheckpointError as problem:
+        return [str(problem)]
 
 
 def _files(recipe: Recipe) -> Table:
