@@ -264,6 +264,8 @@ def start_engine(policy: Policy, config: dict[str, Any], **options) -> deepspeed
     engine, *_ = deepspeed.initialize(model=policy, config=config, **options)
     for buffer in policy.buffers():
         buffer.data = buffer.data.to(engine.device)
+    if engine.zero_optimization_stage() == 0 and engine.dp_world_size == 1:
+        engine.enable_backward_allreduce = False  # it would copy all gradients into a buffer and back, to add up one
     return engine
 
 
