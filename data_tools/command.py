@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from dfactory.errors import ConfigError, DFactoryError
+from dfactory.redaction import guard_output
 
 VERBS = {
     "convert": "write Alpaca, ShareGPT, OpenAI, TRL, question/answer or parquet rows as one of the readers' formats",
@@ -32,6 +33,7 @@ def dispatch(verb: str, words: list[str]) -> int:
 
 def run(main: Main, verb: str) -> int:
     """`main` on the words of this process; an expected failure becomes a message and its exit status."""
+    guard_output()
     try:
         return main(None)
     except DFactoryError as failure:

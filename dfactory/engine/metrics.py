@@ -1,5 +1,6 @@
 """Where metrics go: metrics.jsonl (the truth), one console line a step, and trackers when asked."""
 
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -7,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dfactory.config.recipe import Recipe
 from dfactory.engine.runfolder import RunFolder
+from dfactory.redaction import redact
 
 
 class MetricsLog:
@@ -24,8 +26,15 @@ class MetricsLog:
         if "wandb" in self.recipe.report_to:
             import wandb
 
-            name = self.recipe.run_name or self.folder.path.name
-            self.wandb = wandb.init(project="dfactory", name=name, dir=str(self.folder.path), resume="allow")
+            sys.argv[1:] = map(redact, sys.argv[1:])  # it sends the command line along
+            name = redact(self.recipe.run_name or self.folder.path.name)
+            self.wandb = wandb.init(
+                project="dfactory",
+                name=name,
+                dir=str(self.folder.path),
+                resume="allow",
+                settings=wandb.Settings(console="off"),  # it would copy the output before `redaction` sees it
+            )
         self.progress.start()
         return self
 

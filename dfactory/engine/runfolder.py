@@ -1,6 +1,6 @@
 """The run folder: what `dfactory train` writes, and where.
 
-output_dir/config.yaml      the recipe as it was resolved
+output_dir/config.yaml      the recipe as it was resolved, without secrets
 output_dir/metrics.jsonl    one object a step, and one an evaluation ("eval/...")
 output_dir/previews.jsonl   held-out prompts as the model answered them at each evaluation, where prompts are decoded
 output_dir/checkpoint-N/    a model directory that transformers loads, with the engine's state in engine/
@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from dfactory.config.recipe import Recipe
 from dfactory.errors import CheckpointError, ConfigError, DataError
+from dfactory.redaction import redacted
 
 STATE = "engine/state.json"  # written last into a checkpoint: one without it is not whole
 
@@ -41,7 +42,7 @@ class RunFolder:
             (self.path / "LATEST").unlink(missing_ok=True)
             for old in self.nonfinite.glob("step-*-rank-*.json"):
                 old.unlink()
-        replace_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+        replace_text(self.path / "config.yaml", OmegaConf.to_yaml(redacted(OmegaConf.to_container(OmegaConf.structured(recipe)))))
         for file in (self.metrics_file, self.previews_file):
             kept = []
             if resume_step is not None and file.is_file():

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dfactory.errors import DFactoryError
+from dfactory.redaction import redact
 
 PLAIN_WIDTH = 120  # of the output where there is no terminal
 
@@ -40,6 +41,7 @@ class Page:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(width=16, style="dim")
         grid.add_column(overflow="fold")
+        parts = [redact(part) if isinstance(part, str) else part for part in parts]  # the table will break lines
         grid.add_row(name, parts[0] if len(parts) == 1 else Group(*parts))
         self.console.print(grid)
 
