@@ -23,7 +23,9 @@ MARK = "<redacted>"
 SHORTEST = 8  # characters of a value: replacing "1" or "true" everywhere would hide all else
 
 VARIABLE = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET)$|PASSWORD|PASSWD", re.IGNORECASE)  # names in the environment
-OPTION = r"(?:api|access|secret|private|auth)[_-]?key|secret|passw(?:or)?d|(?:api|access|auth|bearer|hf|wandb)[_-]?token"
+OPTION = (
+    r"(?:api|access|secret|private|auth)[_-]?key|secret|passw(?:or)?d|(?:api|access|auth|bearer|hf|wandb)[_-]?token"
+)
 OPTION_NAME = re.compile(rf"^token$|(?:^|[_-])(?:{OPTION})$", re.IGNORECASE)  # names in a recipe; a stop_token is none
 SHAPES = re.compile(
     r"\b(?:hf_|gh[opsu]_|github_pat_|wandb_v1_)\w{16,}"

@@ -90,7 +90,13 @@ def holding(folder: Path, text: str) -> list[str]:
 @pytest.mark.slow
 def test_no_file_and_no_output_of_a_run_holds_a_canary(folder):
     data = f"datasets=[{{path: {ROOT}/recipes/quickstart/data/heldout.jsonl}}]"
-    keys = [*SHORT, data, "report_to=[wandb]", f"reward_funcs=[{{name: exact_match, {OPTIONS}}}]", "run_name=hf_ABCD1234"]
+    keys = [
+        *SHORT,
+        data,
+        "report_to=[wandb]",
+        f"reward_funcs=[{{name: exact_match, {OPTIONS}}}]",
+        "run_name=hf_ABCD1234",
+    ]
     recipe = ROOT / "recipes/quickstart/sft.yaml"
     done = run(folder, "-m", "dfactory.cli", "train", recipe, *keys, f"output_dir={folder}/run")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -22,10 +22,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from dfactory.data.pack import PackedDocument, collate
 from dfactory.engine.runfolder import sync_tree
 from dfactory.errors import CheckpointError, ConfigError
-from dfactory.models.headers import dtype_name, open_tensors, stored_dtype, weight_files
+from dfactory.models.headers import INDEX, WEIGHTS, dtype_name, open_tensors, stored_dtype, weight_files
 from dfactory.models.policy import Policy
 from dfactory.models.registry import ADAPTER_CONFIG, adapter_base, load_policy, resolve_model_dir
-from dfactory.models.saving import CHAT_TEMPLATE, GENERATION_CONFIG, layer_groups, save_policy
+from dfactory.models.saving import CHAT_TEMPLATE, GENERATION_CONFIG, carry_files, layer_groups, save_policy
 from dfactory.types import AlignedDocument, TokenScores, ViewBatch
 from dfactory.views import masked_view
 
@@ -84,11 +84,11 @@ def _appears_whole(target: Path) -> Iterator[Path]:
 
 
 def _copy_checkpoint(source: Path, partial: Path) -> list[str]:
-    weights = {file.name for file in weight_files(source)}
-    for file in sorted(source.iterdir()):
-        # weights that the checkpoint does not read (those of another format, or left over) are not part of it
-        if file.is_file() and (file.name in weights or file.suffix not in (".safetensors", ".bin", ".pt")):
-            shutil.copyfile(file, partial / file.name)
+    carry_files(source, partial)
+    # weights that the checkpoint does not read (those of another format, or left over) are not part of it
+    weights = weight_files(source)
+    for file in weights if weights == [source / WEIGHTS] else [*weights, source / INDEX]:
+        shutil.copyfile(file, partial / file.name)
     return [prove_copy(source, partial)]
 
 

@@ -42,7 +42,9 @@ class RunFolder:
             (self.path / "LATEST").unlink(missing_ok=True)
             for old in self.nonfinite.glob("step-*-rank-*.json"):
                 old.unlink()
-        replace_text(self.path / "config.yaml", OmegaConf.to_yaml(redacted(OmegaConf.to_container(OmegaConf.structured(recipe)))))
+        replace_text(
+            self.path / "config.yaml", OmegaConf.to_yaml(redacted(OmegaConf.to_container(OmegaConf.structured(recipe))))
+        )
         for file in (self.metrics_file, self.previews_file):
             kept = []
             if resume_step is not None and file.is_file():
