@@ -1,8 +1,8 @@
 """DeepSpeed's shards are read as data: by torch's weights-only unpickler, which runs nothing, and knows besides tensors and
 plain values the few classes that such shards hold.
 
-DeepSpeed 0.19 says weights_only=False in every torch.load of its own; torch lets the environment overrule that. Its converter
-to the universal format runs the same way: `python -m dfactory.engine.shards` with the converter's own words.
+DeepSpeed 0.19 says weights_only=False in every torch.load of its own; torch lets the environment overrule that. Its
+converter to the universal format runs the same way: `python -m dfactory.engine.shards` with the converter's own words.
 """
 
 import contextlib
