@@ -45,9 +45,9 @@ def run(main: Main, verb: str) -> int:
 
 def say(text: str) -> None:
     """A line on standard error, however long the paths in it are."""
-    from rich.console import Console  # not needed for --help
+    from dfactory.console import plain_console  # not needed for --help
 
-    Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
+    plain_console(stderr=True).print(text, soft_wrap=True)
 
 
 def parser_of(verb: str, epilog: str | None = None) -> argparse.ArgumentParser:

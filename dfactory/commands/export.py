@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
 from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
+from dfactory.console import plain_console
 from dfactory.data.pack import PackedDocument, collate
 from dfactory.engine.runfolder import sync_tree
 from dfactory.errors import CheckpointError, ConfigError
@@ -58,7 +58,7 @@ def write_proved(target: Path, named: str, write: Callable[[Path], list[str]]) -
         raise ConfigError(f"--output {target} exists and is not an empty directory: give a new one")
     with _appears_whole(target) as partial:
         proofs = write(partial)
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     for proof in proofs:
         console.print(proof)
     console.print(f"{named} is now {target}: {', '.join(sorted(file.name for file in target.iterdir()))}")

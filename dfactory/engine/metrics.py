@@ -3,10 +3,10 @@
 import sys
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dfactory.config.recipe import Recipe
+from dfactory.console import plain_console
 from dfactory.engine.runfolder import RunFolder
 from dfactory.redaction import redact
 
@@ -16,7 +16,7 @@ class MetricsLog:
 
     def __init__(self, recipe: Recipe, folder: RunFolder, num_steps: int, first_step: int):
         self.recipe, self.folder, self.num_steps = recipe, folder, num_steps
-        self.console = Console(highlight=False)
+        self.console = plain_console()
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.progress.add_task("", total=num_steps, completed=first_step)

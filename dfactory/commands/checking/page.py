@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from dfactory.console import plain_console
 from dfactory.errors import DFactoryError
 from dfactory.redaction import redact
 
@@ -17,7 +18,7 @@ class Page:
     """Where sections print, and what they find wrong."""
 
     def __init__(self):
-        self.console = Console(highlight=False)
+        self.console = plain_console()
         if not self.console.is_terminal:
             self.console.width = PLAIN_WIDTH
         self.problems: list[DFactoryError] = []
