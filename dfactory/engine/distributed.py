@@ -2,6 +2,7 @@
 
 import os
 import resource
+import socket
 import sys
 import warnings
 
@@ -19,6 +20,7 @@ def start() -> tuple[int, int]:
         _at_start = psutil.Process().memory_info().rss
         if "MASTER_ADDR" not in os.environ:  # no launcher; a parent process like this one may have left its RANK
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())  # else it listens where the host's name leads
             dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # no port to be taken
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's old names
         import deepspeed
@@ -62,6 +64,11 @@ def ranks_with(flag: bool) -> list[int]:
 def any_rank(flag: bool) -> bool:
     """Whether `flag` holds on any rank; all ranks get the same answer."""
     return bool(ranks_with(flag))
+
+
+def _loopback() -> str:
+    """`lo`, or what this system calls it."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
 def _backend() -> str:
