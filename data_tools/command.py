@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from dfactory.errors import ConfigError, DFactoryError
+from dfactory.redaction import guard_output
 
 VERBS = {
     "convert": "write Alpaca, ShareGPT, OpenAI, TRL, question/answer or parquet rows as one of the readers' formats",
@@ -32,6 +33,7 @@ def dispatch(verb: str, words: list[str]) -> int:
 
 def run(main: Main, verb: str) -> int:
     """`main` on the words of this process; an expected failure becomes a message and its exit status."""
+    guard_output()
     try:
         return main(None)
     except DFactoryError as failure:
@@ -43,9 +45,9 @@ def run(main: Main, verb: str) -> int:
 
 def say(text: str) -> None:
     """A line on standard error, however long the paths in it are."""
-    from rich.console import Console  # not needed for --help
+    from dfactory.console import plain_console  # not needed for --help
 
-    Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
+    plain_console(stderr=True).print(text, soft_wrap=True)
 
 
 def parser_of(verb: str, epilog: str | None = None) -> argparse.ArgumentParser:

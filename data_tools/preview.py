@@ -10,11 +10,11 @@ import itertools
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from data_tools.command import add_model_arguments, parser_of, run, vocabulary_of
 from dfactory.commands.preview import Decode, decoder_of, document_text, legend, view_text
+from dfactory.console import plain_console
 from dfactory.data.examples import DocumentRules, read_documents
 from dfactory.data.fields import BadRow, Pair
 from dfactory.data.pack import align
@@ -41,7 +41,7 @@ def main(words: list[str] | None = None) -> int:
         if vars(options)[name] < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {vars(options)[name]}: give 1 or more")
 
-    console = Console(highlight=False)
+    console = plain_console()
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     vocabulary = vocabulary_of(options)

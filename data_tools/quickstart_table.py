@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.table import Table
+
+from dfactory.console import plain_console
 
 EXPECTED = Path(__file__).parents[1] / "recipes/quickstart/expected.json"
 THRESHOLD = 0.9
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = {stage_of(run): {name: round(value, 4) for name, value in numbers(run).items()} for run in options.runs}
         options.write.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     expected = json.loads(EXPECTED.read_text(encoding="utf-8")) if EXPECTED.is_file() else {}
-    Console().print(table(options.runs, expected))
+    plain_console().print(table(options.runs, expected))
     return 0
 
 

@@ -35,6 +35,11 @@ def main(words: list[str] | None = None) -> int:
     if len(shares) < 2 or not sum(shares.values()):
         raise ConfigError("give two parts or more with their shares, such as train=0.95 heldout=0.05")
 
+    if paths := [name for name in shares if "/" in name]:
+        raise ConfigError(
+            f"part {paths[0]} would lie outside of {options.output}: a part's name is that of a file in it"
+        )
+
     counts: Counter[str] = Counter()
     with contextlib.ExitStack() as stack:
         advance = stack.enter_context(reading(files, "splitting"))

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from data_tools.command import add_model_arguments, fraction, parser_of, run, vocabulary_of
 from data_tools.page import Page, Section, print_page, to_html
 from data_tools.survey import Survey
+from dfactory.console import plain_console
 from dfactory.data.chat import ChatEncoder
 from dfactory.data.examples import DocumentRules, EncodedRow, read_documents
 from dfactory.data.fields import BadRow, Fault, Pair
@@ -69,7 +69,7 @@ def main(words: list[str] | None = None) -> int:
 
     task = _task_of_recipe(options, overrides) if options.recipe else _task_of_words(options)
     page = report(survey(task), task)
-    console = Console(highlight=False)
+    console = plain_console()
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     print_page(page, console)

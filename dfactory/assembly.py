@@ -24,6 +24,7 @@ from dfactory.engine.window import Measure, Source, means_by_t
 from dfactory.errors import ConfigError
 from dfactory.models.policy import Policy
 from dfactory.models.registry import add_adapters, load_policy
+from dfactory.models.saving import carried_files
 from dfactory.objectives.cap import CAP
 from dfactory.objectives.dpo import DPO
 from dfactory.objectives.policy_gradient import PolicyGradient
@@ -291,6 +292,7 @@ def load_initial(recipe: Recipe) -> Policy:
 def make_policy(recipe: Recipe) -> Policy:
     """The model to be trained."""
     policy = load_initial(recipe)
+    carried_files(policy.source_dir)  # or the first checkpoint would tell that one of them cannot be copied
     policy.entropy_temperature = recipe.entropy_temperature
     if recipe.use_peft:
         add_adapters(policy, **recipe.lora_options, seed=recipe.seed)

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from dfactory.config.words import join_options
 from dfactory.errors import ConfigError, DFactoryError
+from dfactory.redaction import guard_output
 
 
 def main(argv: list[str] | None = None) -> int:
+    guard_output()
     parser, verbs = _parser()
     arguments, rest = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv, verbs))
     overrides = _overrides(parser, arguments, rest)

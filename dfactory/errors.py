@@ -4,11 +4,16 @@ Every message names what was wrong (a key, or file:line), the value, the rule it
 Anything that is not one of these is a bug and rises with its traceback.
 """
 
+from dfactory.redaction import redact
+
 
 class DFactoryError(Exception):
     """Base of the expected failures. The command line prints the message without a traceback."""
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        return redact(super().__str__())  # here, because Ray's native part logs what an actor raises
 
 
 class ConfigError(DFactoryError):

@@ -4,10 +4,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from rich.console import Console
-
 from dfactory.commands.generate import Answerer
 from dfactory.config.decode import DecodeKeys
+from dfactory.console import plain_console
 from dfactory.errors import ConfigError
 from dfactory.serving.terminal import Chat
 from dfactory.serving.trace import check_trace_path
@@ -21,6 +20,6 @@ def chat(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     if answerer.vocabulary.encoder is None:
         raise ConfigError(f"{arguments.model} has no tokenizer: `dfactory generate` takes prompt_ids")
     keys = dataclasses.replace(keys, block_size=answerer.rules.block_size)
-    console = Console(highlight=False)
+    console = plain_console()
     Chat(answerer.policy, answerer.vocabulary, keys, console, trace=trace, delay=arguments.delay).run()
     return 0

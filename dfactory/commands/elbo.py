@@ -20,6 +20,7 @@ from rich.table import Table
 from dfactory.commands.generate import Answerer, write_outputs
 from dfactory.config.data import DatasetKeys
 from dfactory.config.decode import DecodeKeys
+from dfactory.console import plain_console
 from dfactory.data.examples import Examples, load_examples
 from dfactory.data.source import RecordSource
 from dfactory.objectives.elbo import elbo_by_view
@@ -67,7 +68,7 @@ class Bounds(NamedTuple):
 
 
 def evaluate_elbo(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
-    console = Console(highlight=False)
+    console = plain_console()
     answerer = Answerer(arguments, keys)
     examples = read_examples(arguments.data, answerer)
     started = time.perf_counter()

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from dfactory.commands.generate import Answerer, matches, write_outputs
 from dfactory.config.decode import DecodeKeys
+from dfactory.console import plain_console
 from dfactory.data.prompts import Row, read_rows
 from dfactory.errors import ConfigError, DataError
 
@@ -57,7 +58,7 @@ class Tally(NamedTuple):
 
 
 def evaluate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
-    console = Console(highlight=False)
+    console = plain_console()
     thresholds = arguments.thresholds
     rows, score = _questions(arguments, keys)
     answerer = Answerer(arguments, keys)

@@ -15,17 +15,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
 from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
+from dfactory.console import plain_console
 from dfactory.data.pack import PackedDocument, collate
 from dfactory.engine.runfolder import sync_tree
 from dfactory.errors import CheckpointError, ConfigError
-from dfactory.models.headers import dtype_name, open_tensors, stored_dtype, weight_files
+from dfactory.models.headers import INDEX, WEIGHTS, dtype_name, open_tensors, stored_dtype, weight_files
 from dfactory.models.policy import Policy
 from dfactory.models.registry import ADAPTER_CONFIG, adapter_base, load_policy, resolve_model_dir
-from dfactory.models.saving import CHAT_TEMPLATE, GENERATION_CONFIG, layer_groups, save_policy
+from dfactory.models.saving import CHAT_TEMPLATE, GENERATION_CONFIG, carry_files, layer_groups, save_policy
 from dfactory.types import AlignedDocument, TokenScores, ViewBatch
 from dfactory.views import masked_view
 
@@ -58,7 +58,7 @@ def write_proved(target: Path, named: str, write: Callable[[Path], list[str]]) -
         raise ConfigError(f"--output {target} exists and is not an empty directory: give a new one")
     with _appears_whole(target) as partial:
         proofs = write(partial)
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     for proof in proofs:
         console.print(proof)
     console.print(f"{named} is now {target}: {', '.join(sorted(file.name for file in target.iterdir()))}")
@@ -84,11 +84,11 @@ def _appears_whole(target: Path) -> Iterator[Path]:
 
 
 def _copy_checkpoint(source: Path, partial: Path) -> list[str]:
-    weights = {file.name for file in weight_files(source)}
-    for file in sorted(source.iterdir()):
-        # weights that the checkpoint does not read (those of another format, or left over) are not part of it
-        if file.is_file() and (file.name in weights or file.suffix not in (".safetensors", ".bin", ".pt")):
-            shutil.copyfile(file, partial / file.name)
+    carry_files(source, partial)
+    # weights that the checkpoint does not read (those of another format, or left over) are not part of it
+    weights = weight_files(source)
+    for file in weights if weights == [source / WEIGHTS] else [*weights, source / INDEX]:
+        shutil.copyfile(file, partial / file.name)
     return [prove_copy(source, partial)]
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from dfactory.config.decode import DecodeKeys
+from dfactory.console import plain_console
 from dfactory.data.prompts import Row, encode_prompt, read_rows
 from dfactory.decoding import decode
 from dfactory.models.policy import Policy
@@ -56,7 +57,7 @@ class Answerer:
 
 
 def generate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
-    console = Console(stderr=True, highlight=False)
+    console = plain_console(stderr=True)
     rows = read_rows(arguments.input)
     answerer = Answerer(arguments, keys)
     outputs = []

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from dfactory.commands.elbo import estimate, read_examples
@@ -26,6 +25,7 @@ from dfactory.commands.evaluate import wilson_interval
 from dfactory.commands.generate import Answerer
 from dfactory.config.decode import DecodeKeys
 from dfactory.config.load import decode_keys_over
+from dfactory.console import plain_console
 from dfactory.data.prompts import Row
 from dfactory.errors import ConfigError
 
@@ -95,7 +95,9 @@ class BlockDiffusionLM(LM):
             rows = [Row(f"request {i}", {"prompt_ids": self._encode(requests[i].args[0])}) for i in indices]
             self.answerer.rules = self.answerer.vocabulary.rules(keys)
             started = time.perf_counter()
-            for index, (_, rollout) in zip(indices, self.answerer.answer(rows, Console(stderr=True)), strict=True):
+            for index, (_, rollout) in zip(
+                indices, self.answerer.answer(rows, plain_console(stderr=True)), strict=True
+            ):
                 text = self.answerer.vocabulary.text(rollout.output_ids)
                 ends = [text.find(stop) for stop in stops if stop in text]
                 texts[index] = text[: min(ends, default=len(text))]
@@ -109,7 +111,7 @@ class BlockDiffusionLM(LM):
             file = Path(folder) / "requests.jsonl"
             file.write_text("".join(json.dumps(self._record(*request.args)) + "\n" for request in requests))
             examples = read_examples(str(file), self.answerer)
-            bounds = estimate(self.answerer, examples, self.pairs, self.keys.seed, Console(stderr=True))
+            bounds = estimate(self.answerer, examples, self.pairs, self.keys.seed, plain_console(stderr=True))
         return [(float(elbo), False) for elbo in bounds.elbo_D]
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
@@ -155,7 +157,7 @@ class BlockDiffusionLM(LM):
 
 
 def evaluate_harness(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
-    console = Console(highlight=False)
+    console = plain_console()
     manager = _manager(arguments.lm_eval, arguments.include_path)
     model = BlockDiffusionLM.of(Answerer(arguments, keys), keys)
     results = simple_evaluate(

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
 
 from dfactory.commands.export import compare, merge_adapters, prove_copy, write_proved
 from dfactory.config.merge import MergeKeys
+from dfactory.console import plain_console
 from dfactory.engine.runfolder import RunFolder, step_of
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.models.headers import dtype_name, open_tensors, stored_dtype
@@ -42,7 +42,7 @@ def merge(run: str, output: str, keys: MergeKeys) -> int:
     CheckpointError for what cannot be read or does not prove right; then nothing is left behind.
     """
     chosen = best_checkpoints(RunFolder(run), keys)
-    Console(highlight=False, soft_wrap=True).print(
+    plain_console(soft_wrap=True).print(
         f"the {len(chosen)} best by {keys.metric}, {'smallest' if keys.smaller_is_better else 'largest'} first: "
         + ", ".join(map(str, chosen))
     )

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from dfactory.commands.evaluate import wilson_interval
 from dfactory.commands.generate import Answerer, write_outputs
 from dfactory.config.data import DatasetKeys
 from dfactory.config.decode import DecodeKeys
+from dfactory.console import plain_console
 from dfactory.data.examples import Examples, load_examples
 from dfactory.data.pack import align
 from dfactory.decoding import decode
@@ -69,7 +69,7 @@ def repair(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     rollouts = {planted: _decode(answerer, records, planted) for planted in (False, True)}
     if arguments.output:
         write_outputs(Path(arguments.output), [_output(*row) for row in zip(records, *rollouts.values(), strict=True)])
-    console = Console(highlight=False)
+    console = plain_console()
     console.print(summary(records, rollouts[False], rollouts[True], time.perf_counter() - started))
     return 0
 

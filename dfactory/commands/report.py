@@ -7,14 +7,15 @@ in reporting/: reading, figures, the trade-off of decoding, memory, the page.
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from dfactory.commands.reporting.figures import drawings
 from dfactory.commands.reporting.memory import draw_memory
 from dfactory.commands.reporting.page import page
 from dfactory.commands.reporting.runs import Run, labels, read_run
 from dfactory.commands.reporting.tradeoff import draw_tradeoff
+from dfactory.console import plain_console
 from dfactory.engine.runfolder import replace_text
 
 REPORT, PAGE = "report", "report.html"
@@ -23,9 +24,7 @@ REPORT, PAGE = "report", "report.html"
 def report(runs: list[str], output: str | None) -> int:
     """Draw the curves of the run folders and say where."""
     written = write_report([Path(run) for run in runs], None if output is None else Path(output))
-    Console(highlight=False, soft_wrap=True).print(
-        f"{written} and {len(list(written.parent.glob('*.png')))} pictures beside it"
-    )
+    plain_console(soft_wrap=True).print(f"{written} and {len(list(written.parent.glob('*.png')))} pictures beside it")
     return 0
 
 
@@ -41,7 +40,8 @@ def write_report(run_dirs: list[Path], output: Path | None = None) -> Path:
     }
     for name in draw:
         (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
-    pictures = [picture for name in draw if (picture := _save(draw[name](runs), folder / f"{name}.png"))]
+    with matplotlib.rc_context({"text.parse_math": False}):  # a folder's name with a dollar is no formula
+        pictures = [picture for name in draw if (picture := _save(draw[name](runs), folder / f"{name}.png"))]
     replace_text(folder / PAGE, page(runs, pictures))
     return folder / PAGE
 

@@ -5,8 +5,6 @@ import typing
 from typing import Any
 
 from omegaconf import MISSING
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from dfactory.config.data import DatasetKeys
@@ -15,6 +13,8 @@ from dfactory.config.earlier_keys import CONVERTED, IMPLIED, LEFT_OUT, ONLY, REN
 from dfactory.config.load import known_keys
 from dfactory.config.merge import MergeKeys
 from dfactory.config.recipe import Recipe
+from dfactory.console import plain_console
+from dfactory.redaction import redact
 
 SECTIONS = {
     "recipe; generate and eval take its decode.* keys": (Recipe, ""),
@@ -27,14 +27,14 @@ def schema(markdown: bool) -> int:
     if markdown:
         print(key_page())
         return 0
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     for title, (keys, prefix) in SECTIONS.items():
-        console.print(f"[bold]{title}[/bold]")
+        console.print(title, style="bold")
         for name, field in known_keys(keys, prefix).items():
             if dataclasses.is_dataclass(field.type):
                 continue  # a group: its keys follow
-            console.print(escape(f"  {name}: {_type(field.type)} = {_default(field)}"))
-            console.print(escape(f"      {_meaning(field)}"))
+            console.print(f"  {name}: {_type(field.type)} = {_default(field)}")
+            console.print(f"      {_meaning(field)}")
     return 0
 
 
@@ -79,12 +79,12 @@ def earlier_table() -> str:
 
 def show_aliases(aliases: list[Alias]) -> None:
     """To standard error, so that what a command prints stays what it is."""
-    console = Console(stderr=True, highlight=False)
+    console = plain_console(stderr=True)
     table = Table(
         "earlier key", "here", "note", title="a recipe of the earlier dFactory", title_justify="left", box=None
     )
     for alias in aliases:
-        table.add_row(escape(alias.old or "(not given)"), escape(alias.new), escape(alias.note))
+        table.add_row(redact(alias.old or "(not given)"), redact(alias.new), redact(alias.note))
     if not console.is_terminal:
         console.width = 160
     console.print(table)

@@ -4,10 +4,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from rich.console import Console
-
 from dfactory.commands.generate import Answerer
 from dfactory.config.decode import DecodeKeys
+from dfactory.console import plain_console
 from dfactory.serving.server import Options, read_token, serve
 
 
@@ -25,5 +24,5 @@ def run_server(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
         drain_timeout=arguments.drain_timeout,
     )
     keys = dataclasses.replace(keys, block_size=answerer.rules.block_size)
-    console = Console(stderr=True, highlight=False)
+    console = plain_console(stderr=True)
     return serve(answerer.policy, answerer.vocabulary, keys, answerer.rules, options, console)

@@ -19,6 +19,7 @@ from dfactory.config.merge import MergeKeys
 from dfactory.config.objective import PAIRED_STAGES, PLAIN_STAGES
 from dfactory.config.recipe import Recipe
 from dfactory.errors import ConfigError
+from dfactory.redaction import remember
 
 NOT_YAML = (yaml.YAMLError, OmegaConfBaseException, ValueError)  # what OmegaConf raises for text that it cannot read
 COMMAND_LINE = "the command line"
@@ -56,6 +57,7 @@ def read_recipe(path: str | Path, overrides: list[str] = (), ranks: int | None =
     layers = [(str(path), file_layer), (COMMAND_LINE, _parse_overrides(overrides))]
     layers, aliases = translate(layers, ranks or int(os.environ.get("WORLD_SIZE", "1")))
     recipe = _merge(Recipe, layers)
+    remember(recipe)
     _check_recipe(recipe, f"{path} and the command line" if overrides else str(path))
     return Loaded(recipe, _origins(layers), aliases)
 

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dfactory.console import plain_console
 
 Advance = Callable[[int], None]  # hears how many further bytes of a file were read
 
@@ -23,7 +24,7 @@ def reading(paths: Sequence[str | Path], label: str = "reading") -> Iterator[Adv
         yield unheard
         return
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=plain_console(stderr=True), transient=True) as bar:
         total = sum(Path(path).stat().st_size for path in paths if Path(path).is_file())
         task = bar.add_task(label, total=total)
         yield lambda count: bar.advance(task, count)

@@ -23,6 +23,7 @@ from dfactory.data.chat import read_chat_template
 from dfactory.engine import distributed
 from dfactory.engine.expert_parallel import WholeLayers
 from dfactory.engine.runfolder import STATE, RunFolder, replace_text, writing
+from dfactory.engine.shards import read_as_data
 from dfactory.engine.trainer import Trainer
 from dfactory.errors import CheckpointError
 from dfactory.models.manifest import (
@@ -166,7 +167,7 @@ def needs_universal(checkpoint: Path, recipe_stage: int, world_size: int, expert
 
 def _make_universal(checkpoint: Path) -> None:
     """Convert DeepSpeed's shards beside themselves. Raises CheckpointError with the converter's last words."""
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-m", "dfactory.engine.shards", "--inject_missing_state"]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     command += ["--input_folder", str(checkpoint / ENGINE / SHARDS)]
     command += ["--output_folder", str(checkpoint / ENGINE / UNIVERSAL)]
@@ -188,9 +189,10 @@ def load(trainer: Trainer, checkpoint: Path, *, universal: bool) -> None:
         for group in trainer.engine.basic_optimizer.param_groups
     ]
     tag = UNIVERSAL if universal else SHARDS
-    path, _ = trainer.engine.load_checkpoint(
-        str(checkpoint / ENGINE), tag=tag, load_module_strict=not trainer.recipe.use_peft
-    )
+    with read_as_data(checkpoint):
+        path, _ = trainer.engine.load_checkpoint(
+            str(checkpoint / ENGINE), tag=tag, load_module_strict=not trainer.recipe.use_peft
+        )
     if path is None:
         raise CheckpointError(f"{checkpoint}: DeepSpeed found no state under {ENGINE}/{tag}/")
     if universal:

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,7 @@ def start() -> tuple[int, int]:
         _at_start = psutil.Process().memory_info().rss
         if "MASTER_ADDR" not in os.environ:  # no launcher; a parent process like this one may have left its RANK
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())  # else it listens where the host's name leads
             dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # no port to be taken
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's old names
         import deepspeed
@@ -87,6 +89,11 @@ def gather(value: Any) -> list[Any]:
     box = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+def _loopback() -> str:
+    """`lo`, or what this system calls it."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
 def _backend() -> str:

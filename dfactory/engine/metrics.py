@@ -1,13 +1,15 @@
 """Where metrics go: metrics.jsonl (the truth), one console line a step, and trackers when asked."""
 
 import math
+import sys
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dfactory.config.recipe import Recipe
+from dfactory.console import plain_console
 from dfactory.engine.runfolder import RunFolder
+from dfactory.redaction import redact
 
 
 class MetricsLog:
@@ -15,7 +17,7 @@ class MetricsLog:
 
     def __init__(self, recipe: Recipe, folder: RunFolder, num_steps: int, first_step: int):
         self.recipe, self.folder, self.num_steps = recipe, folder, num_steps
-        self.console = Console(highlight=False)
+        self.console = plain_console()
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.progress.add_task("", total=num_steps, completed=first_step)
@@ -25,8 +27,15 @@ class MetricsLog:
         if "wandb" in self.recipe.report_to:
             import wandb
 
-            name = self.recipe.run_name or self.folder.path.name
-            self.wandb = wandb.init(project="dfactory", name=name, dir=str(self.folder.path), resume="allow")
+            sys.argv[1:] = map(redact, sys.argv[1:])  # it sends the command line along
+            name = redact(self.recipe.run_name or self.folder.path.name)
+            self.wandb = wandb.init(
+                project="dfactory",
+                name=name,
+                dir=str(self.folder.path),
+                resume="allow",
+                settings=wandb.Settings(console="off"),  # it would copy the output before `redaction` sees it
+            )
         self.progress.start()
         return self
 
@@ -73,7 +82,7 @@ class MetricsLog:
 
     def warn(self, text: str) -> None:
         """On standard error, and not to be overlooked."""
-        Console(stderr=True, highlight=False).print(f"WARNING: {text}", style="bold red", markup=False, soft_wrap=True)
+        plain_console(stderr=True).print(f"WARNING: {text}", style="bold red", soft_wrap=True)
 
     def _write(self, metrics: dict[str, Any]) -> None:
         self.folder.append_metrics(metrics)

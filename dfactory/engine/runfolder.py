@@ -1,6 +1,6 @@
 """The run folder: what `dfactory train` writes, and where.
 
-output_dir/config.yaml      the recipe as it was resolved
+output_dir/config.yaml      the recipe as it was resolved, without secrets
 output_dir/metrics.jsonl    one object a step, and one an evaluation ("eval/...")
 output_dir/previews.jsonl   held-out prompts as the model answered them at each evaluation, where prompts are decoded
 output_dir/completions.jsonl   rollouts with their rewards, in reinforcement learning; steps count from 0 there
@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from dfactory import faults
 from dfactory.config.recipe import Recipe
 from dfactory.errors import CheckpointError, ConfigError, DataError
+from dfactory.redaction import redacted
 
 STATE = "engine/state.json"
 
@@ -53,7 +54,8 @@ class RunFolder:
                 shutil.rmtree(left)
             faults.at("leftovers.removed")
             aside = self._start_anew() if resume_step is None else self._set_aside(resume_step)
-            replace_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+            keys = OmegaConf.to_container(OmegaConf.structured(recipe))
+            replace_text(self.path / "config.yaml", OmegaConf.to_yaml(redacted(keys)))
             for file, first_step in ((self.metrics_file, 1), (self.previews_file, 1), (self.completions_file, 0)):
                 kept = _lines_before(file, resume_step + first_step) if resume_step is not None else []
                 if kept or file.is_file() or file == self.metrics_file:

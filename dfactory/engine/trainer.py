@@ -34,6 +34,7 @@ from dfactory.errors import ConfigError
 from dfactory.models.policy import Policy
 from dfactory.models.registry import family_of
 from dfactory.models.saving import layer_groups
+from dfactory.redaction import redacted
 from dfactory.types import Mean, TokenScores, ViewBatch
 
 
@@ -262,6 +263,7 @@ def start_engine(policy: Policy, config: dict[str, Any], **options) -> deepspeed
     """deepspeed.initialize, for a policy whose buffers go along: of a model that was read into ZeRO-3 shards it moves the
     parameters alone, and a router's correction would stay behind on the CPU."""
     engine, *_ = deepspeed.initialize(model=policy, config=config, **options)
+    engine.config = redacted(engine.config)  # it goes into every checkpoint; trackers have been given theirs
     for buffer in policy.buffers():
         buffer.data = buffer.data.to(engine.device)
     if engine.zero_optimization_stage() == 0 and engine.dp_world_size == 1:

@@ -38,13 +38,23 @@ def weight_files(model_dir: Path) -> list[Path]:
             "to start from random weights set init_weights=random"
         )
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise CheckpointError(f"{index} is not an index of safetensors files: {problem!r}") from problem
+    for name in names:
+        if not is_plain_name(name):
+            raise CheckpointError(
+                f"{index} names {name!r}: weights lie beside their index, so give file names without a path"
+            )
     absent = [name for name in names if not (model_dir / name).is_file()]
     if absent:
         raise CheckpointError(f"{model_dir} lacks {', '.join(absent)}, which {INDEX} names")
     return [model_dir / name for name in names]
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether this is the name of something within a directory, and leads nowhere else."""
+    return name == Path(name).name and name not in ("", "..")
 
 
 def read_shapes(model_dir: Path) -> Shapes:

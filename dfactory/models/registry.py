@@ -23,13 +23,14 @@ from transformers.utils import logging as transformers_logging
 
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.models import attention, experts, llada2
-from dfactory.models.headers import Shapes, check_shapes, read_shapes
+from dfactory.models.headers import Shapes, check_shapes, is_plain_name, read_shapes
 from dfactory.models.policy import Policy
 from dfactory.models.saving import GENERATION_CONFIG
 from dfactory.models.tiny import TINY_DIR
 
 LLADA2_BLOCK_SIZE = 32
 ADAPTER_CONFIG = "adapter_config.json"  # peft's mark of a directory that holds adapters only
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,12 @@ def resolve_model_dir(name_or_path: str | Path) -> Path:
             f"model_name_or_path {path} is not a directory: give one with config.json and *.safetensors, or `tiny`"
         )
     latest = path / "LATEST"
-    return path / latest.read_text().strip() if latest.is_file() else path
+    if not latest.is_file():
+        return path
+    name = latest.read_text().strip()
+    if not is_plain_name(name):
+        raise CheckpointError(f"{latest} holds {name[:80]!r}: it must name a folder beside it, such as checkpoint-20")
+    return path / name
 
 
 def read_config(model_dir: Path) -> PreTrainedConfig:
@@ -91,11 +97,8 @@ def read_config(model_dir: Path) -> PreTrainedConfig:
                 f"{model_dir} holds LoRA adapters only: `dfactory export` merges them into their base"
             )
         raise CheckpointError(f"{model_dir} holds no config.json: it is not a model directory")
-    try:
-        keys = json.loads(file.read_text())
-        model_type, architectures = keys.get("model_type"), keys.get("architectures") or []
-    except (ValueError, AttributeError) as problem:
-        raise CheckpointError(f"{file} is not a JSON object: {problem}") from problem
+    keys = _read_object(file)
+    model_type, architectures = keys.get("model_type"), keys.get("architectures") or []
     if model_type not in FAMILIES:
         raise ConfigError(
             f"model_type {model_type!r} in {file} is not a known family: {', '.join(FAMILIES)}; "
@@ -114,6 +117,16 @@ def read_config(model_dir: Path) -> PreTrainedConfig:
     if getattr(config, "attention_dropout", 0):
         raise ConfigError(f"attention_dropout {config.attention_dropout} in {file} is not supported: set it to 0")
     return config
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        keys = json.loads(file.read_text())
+    except (ValueError, RecursionError) as problem:
+        raise CheckpointError(f"{file} is not a JSON object: {problem}") from problem
+    if not isinstance(keys, dict):
+        raise CheckpointError(f"{file} is not a JSON object: it holds a {type(keys).__name__}")
+    return keys
 
 
 def read_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase | None:
@@ -136,7 +149,7 @@ def known_mask_id(model_dir: Path, stated: int | None) -> int | None:
 
 def _recorded(model_dir: Path) -> dict[str, Any]:
     file = model_dir / GENERATION_CONFIG
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return _read_object(file) if file.is_file() else {}
 
 
 def family_of(policy: Policy) -> Family:
@@ -228,8 +241,20 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def adapter_base(adapter_dir: Path) -> Path:
-    """The model directory that LoRA adapters belong to. Raises CheckpointError if it is gone."""
-    base = json.loads((adapter_dir / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    """The model directory that LoRA adapters belong to. Raises CheckpointError if it is gone, or no end to them."""
+    base, seen = _stated_base(adapter_dir), {adapter_dir.resolve()}
+    while (base / ADAPTER_CONFIG).is_file():
+        if base.resolve() in seen:
+            raise CheckpointError(
+                f"base_model_name_or_path {base} leads back to {adapter_dir}: name a whole model there"
+            )
+        seen.add(base.resolve())
+        base = _stated_base(base)
+    return _stated_base(adapter_dir)
+
+
+def _stated_base(adapter_dir: Path) -> Path:
+    base = str(_read_object(adapter_dir / ADAPTER_CONFIG).get("base_model_name_or_path"))
     if not Path(base).is_dir():
         raise CheckpointError(
             f"base_model_name_or_path {base} in {adapter_dir / ADAPTER_CONFIG} is not a directory: adapters are nothing "
@@ -241,6 +266,11 @@ def adapter_base(adapter_dir: Path) -> Path:
 def _load_adapters(adapter_dir: Path, dtype: str | torch.dtype, device, attn_implementation: str) -> Policy:
     from peft import PeftModel
 
+    kind = _read_object(adapter_dir / ADAPTER_CONFIG).get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"peft_type {kind!r} in {adapter_dir / ADAPTER_CONFIG}: only LORA adapters are read")
+    if not (adapter_dir / ADAPTER_WEIGHTS).is_file():
+        raise CheckpointError(f"{adapter_dir} lacks {ADAPTER_WEIGHTS}: weights are read from safetensors only")
     policy = load_policy(adapter_base(adapter_dir), dtype=dtype, attn_implementation=attn_implementation)
     policy.model = PeftModel.from_pretrained(policy.model, adapter_dir, torch_device="cpu").eval()
     return policy.to(device)

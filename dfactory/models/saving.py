@@ -163,13 +163,33 @@ def _record(source_dir: Path, directory: Path, **trained_with: int | None) -> No
 
 
 def carry_files(source_dir: Path, directory: Path) -> None:
-    """Copy tokenizer, chat template, code, licence: every file of the source that holds no weights and is not there yet."""
-    for file in sorted(source_dir.iterdir()):
+    """Copy the carried files of the source that are not there yet."""
+    for file in carried_files(source_dir):
         target = directory / file.name
-        if file.is_file() and not file.name.endswith(_NOT_CARRIED) and not target.exists():
+        if not target.exists():
             shutil.copyfile(file, target)
             faults.at("carried.written", target)
             _refuse_short(target, file.stat().st_size)
+
+
+def carried_files(source_dir: Path) -> list[Path]:
+    """Tokenizer, chat template, code, licence: every file that holds no weights and is not hidden.
+
+    Raises CheckpointError for a link that leads elsewhere: what it points to may not be meant for those who get the copy.
+    """
+    home = source_dir.resolve()
+    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]  # the hub's cache
+    files = []
+    for file in sorted(source_dir.iterdir()):
+        if not file.is_file() or file.name.startswith(".") or file.name.endswith(_NOT_CARRIED):
+            continue
+        if not any(file.resolve().is_relative_to(folder) for folder in allowed):
+            raise CheckpointError(
+                f"{file} is a link to {file.resolve()}, outside of its directory, and would be copied along with the model: "
+                "put the file itself there, or remove the link"
+            )
+        files.append(file)
+    return files
 
 
 def _write_text(file: Path, text: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from dfactory.config.recipe import Recipe
 from dfactory.decoding import decode
 from dfactory.models.registry import add_adapters, load_policy, resolve_model_dir
+from dfactory.redaction import remember
 from dfactory.rl.rollouts import DecodedGroup, GroupCall
 from dfactory.rl.weights import WeightSet, load_weights
 from dfactory.vocabulary import recipe_vocabulary
@@ -22,6 +23,7 @@ class RolloutActor:
 
     def __init__(self, recipe: Recipe, folder: str):
         os.chdir(folder)  # relative paths in a recipe are those of the driver
+        remember(recipe)
         model_dir = resolve_model_dir(recipe.model_name_or_path)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.policy = load_policy(
@@ -73,7 +75,9 @@ class LearnerActor:
             return host, probe.getsockname()[1]
 
     def run(self, recipe: Recipe, learn: Callable, address: tuple[str, int], controller) -> int:
-        os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
+        remember(recipe)
+        if int(os.environ["WORLD_SIZE"]) > 1:  # alone it needs no port, and opens none
+            os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
         return learn(recipe, controller)
 
     def process(self) -> tuple[str, int]:

@@ -28,6 +28,8 @@ from dfactory.rl.weights import put_weights
 Learn = Callable[[Recipe, "ControllerFeed"], int]
 """The training loop on one rank, with its batch source on the feed. Returns the exit status."""
 
+WORKERS = {"worker_process_setup_hook": "dfactory.redaction.guard_output"}  # their output lands in Ray's logs
+
 
 def run(recipe: Recipe, learn: Learn) -> int:
     """Run a recipe of stage rl: the exit status of its learners, or an error that names what failed."""
@@ -42,7 +44,7 @@ def _cluster():
         yield
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto")
+        ray.init(address="auto", runtime_env=WORKERS)
     else:
         ray.init(
             address="local",  # without it Ray joins any cluster that it finds on this machine
@@ -50,6 +52,7 @@ def _cluster():
             include_dashboard=False,
             logging_level="warning",
             _node_ip_address="127.0.0.1",
+            runtime_env=WORKERS,
         )
     try:
         yield

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from dfactory.errors import ConfigError
+from dfactory.redaction import guard_output, redact, remember
 from dfactory.rl.rewards.specs import RewardSpec, load_reward, required_columns
 
 LENGTH = struct.Struct("<Q")
@@ -33,8 +34,11 @@ def main(parent: int, channel: int) -> None:
     if os.getppid() != parent:
         return
     os.set_inheritable(channel, False)
+    guard_output()
     with socket.socket(fileno=channel) as connection, connection.makefile("rwb") as stream:
         specs: list[RewardSpec] = read_message(stream)
+        for spec in specs:
+            remember(spec.options)
         try:
             functions = [load(spec) for spec in specs]
         except ConfigError as problem:
@@ -101,7 +105,7 @@ def to_score(value: Any) -> tuple[str, float | None]:
 def last_line(problem: Exception) -> str:
     """`reward.py:12: ValueError: ...`: where it was raised, and the traceback's last line."""
     place = traceback.extract_tb(problem.__traceback__)[-1]
-    text = traceback.format_exception_only(problem)[-1].strip()
+    text = redact(traceback.format_exception_only(problem)[-1].strip())
     return f"{os.path.basename(place.filename)}:{place.lineno}: {text}"
 
 

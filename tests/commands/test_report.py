@@ -165,3 +165,16 @@ def test_memory_is_measured_and_forecast(golden_run):
     assert expected > 4 * 4 * count_parameters(golden_run / "checkpoint-3").total  # weights, gradients, two moments
     moved = run._replace(config=run.config.replace("model_name_or_path: /", "model_name_or_path: /nowhere/"))
     assert forecast_of(moved) is None
+
+
+def test_names_and_texts_of_a_stranger_stay_text(tmp_path):
+    """Markup in a folder's name, a recipe, a metric or a completion; and what matplotlib would read as a formula."""
+    evil = "<script>alert(1)</script>"
+    rows = [{"step": step, "loss": 1.0, f"seconds/{evil}": 1.0, evil: 2.0} for step in (1, 2)]
+    run = write_run(tmp_path / "<b onload=x>$\\frac{", rows, f"stage: '{evil}'\nrun_name: '{evil}'\n")
+    line = {"step": 1, "group": 0, "prompt": evil, "completion": evil, "reward": evil}
+    (run / "completions.jsonl").write_text(json.dumps(line) + "\n")
+    page = write_report([run, write_run(tmp_path / "other", rows)]).read_text()  # of two, legends have names
+    assert "<script" not in page
+    assert "<b onload" not in page
+    assert page.count("&lt;script&gt;") >= 5

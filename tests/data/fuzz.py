@@ -9,8 +9,12 @@ import argparse
 import copy
 import gzip
 import json
+import resource
 import tempfile
 import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -52,6 +56,34 @@ NASTY = (
     "", " " * 3000, "\n\n", "{% generation %}", "{{ 1 }}", "\U0001f600", "a\u0301" * 50,
 )  # fmt: skip
 NUMBERS = (0, -1, 1.5, 1e308, 2**31, 2**63, -(10**30), True, False, None, MASK, 10**6)
+
+LONG = 50 << 20  # bytes of a line
+
+
+def _is_utf8(body: bytes) -> bool:
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+TRAITS = {  # of files that are not packed
+    "byte order mark": lambda body: body.startswith(b"\xef\xbb\xbf"),
+    "not UTF-8": lambda body: not _is_utf8(body),
+    "lone surrogate": lambda body: any(one in body for one in (b"\\ud8", b"\\udf", b"\xed\xa0", b"\xed\xbf")),
+    "NUL": lambda body: b"\0" in body or b"\\u0000" in body,
+    "number for a string": lambda body: b'"content": 1.5' in body,
+    "nested 10,000 deep": lambda body: b"[" * 10_000 in body or b'{"a":' * 10_000 in body,
+    "CRLF": lambda body: b"\r\n" in body,
+    "no last newline": lambda body: not body.endswith(b"\n"),
+    "key twice": lambda body: any(line.count(b'"messages": ') > 1 for line in body.splitlines()),
+    "empty turn": lambda body: b'"content": ""' in body,
+    "wrong order of roles": lambda body: b'[{"role": "assistant"' in body,
+    "text of a special token": lambda body: b"<|mask|>" in body,
+    "right-to-left mark": lambda body: "\u200f".encode() in body or b"\\u200f" in body,
+    "line of 50 MB": lambda body: len(body) > LONG,
+}
 
 texts = st.lists(
     st.one_of(st.sampled_from(NASTY), st.text('ab \t"\\{}<|>\u00e9\u6f22\u0416', max_size=8)), max_size=4
@@ -151,15 +183,26 @@ class Reader:
         self.encoder = ChatEncoder(tokenizer)
         self.rules = DocumentRules(48, "truncate", EOS, len(tokenizer), MASK)
         self.kept, self.refused, self.broken = 0, dict.fromkeys(Fault, 0), 0
+        self.seen: Counter[str] = Counter()  # files with each trait
 
     def read(self, kind: str, body: bytes) -> None:
         file = self.folder / f"fuzz{kind}"
         file.write_bytes(body)
+        self._look(kind, body)
         for paired in (False, True):
             self._told(file, lambda paired=paired: self._documents(str(file), paired))
         if kind == ".jsonl":
             self._told(file, lambda: self._streamed(str(file)))
             self._told(file, lambda: [self._told(file, encode_prompt, r, self.encoder) for r in read_rows(file)])
+
+    def _look(self, kind: str, body: bytes) -> None:
+        if kind == ".jsonl":
+            self.seen.update(name for name, has in TRAITS.items() if has(body))
+        elif kind == ".jsonl.gz":
+            try:
+                gzip.decompress(body)
+            except (EOFError, zlib.error, OSError):
+                self.seen["gz cut short"] += 1
 
     def _told(self, file: Path, read, *arguments) -> None:
         """Anything but a DataError that names the file rises."""
@@ -202,6 +245,17 @@ def fuzz(reader: Reader, num_lines: int) -> None:
     run()
 
 
+def long_lines() -> Iterator[tuple[str, bytes]]:
+    """Files with a line of 50 MB: a string, words, spaces, brackets, integers, half a string; plain and packed."""
+    for middle in (b"a" * LONG, b"hi yo " * (LONG // 6), b" " * LONG, b"<|mask|>" * (LONG // 8), b"\xff" * LONG):
+        yield ".jsonl", b'{"text": "hi"}\n{"text": "' + middle + b'"}\n{"text": "yo"}'
+    for whole in (b"[" * LONG, b"1," * (LONG // 2), b" " * LONG, b'{"text": "' + b"a" * LONG, b"\0" * LONG):
+        yield ".jsonl", whole + b"\n"
+    numbers = b"[" + b"9," * (LONG // 2) + b"9]"
+    yield ".jsonl", b'{"input_ids": ' + numbers + b', "prompt_lengths": 1}\n'
+    yield ".jsonl.gz", gzip.compress(b'{"text": "' + b"a" * LONG + b'"}\n', 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="read hostile files of records")
     parser.add_argument("--lines", type=int, default=20_000)
@@ -209,10 +263,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         reader = Reader(Path(folder))
         fuzz(reader, arguments.lines)
+        usual = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for file in long_lines():
+            reader.read(*file)
     seconds = time.perf_counter() - started
     print(f"{arguments.lines} lines in {seconds:.0f} s ({arguments.lines / seconds:.0f} a second), no crash")
     print(f"{reader.kept} documents kept, {reader.broken} DataErrors that name the file; rows refused:")
     print("\n".join(f"  {fault.value:55} {count}" for fault, count in reader.refused.items() if count))
+    print("files with:")
+    print("\n".join(f"  {name:55} {reader.seen[name]}" for name in (*TRAITS, "gz cut short")))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak memory {usual >> 10} MB, {peak >> 10} MB with lines of {LONG >> 20} MB")
 
 
 if __name__ == "__main__":

@@ -199,6 +199,8 @@ def test_a_split_shares_no_prompt_and_loses_no_row(files, tool, rows_of, tmp_pat
     assert rows_of(tmp_path / "parts" / "heldout.jsonl") != parts["heldout"]
     with pytest.raises(ConfigError, match="two parts or more"):
         tool("split", *words[:2], "--output", tmp_path)
+    with pytest.raises(ConfigError, match=r"part \.\./\.\./x would lie outside"):
+        tool("split", "../../x=1", *words)
 
 
 def test_duplicates_are_left_out(files, tool, rows_of, tmp_path):

@@ -139,6 +139,15 @@ def test_a_wrong_key_keeps_its_status(cluster, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_fails_on_the_cluster_fails_the_job(cluster, tmp_path):
+    (tmp_path / "reward.py").write_text("raise RuntimeError('broken')\n")
+    done = submit("sh", RECIPE, *KEYS, cwd=tmp_path, **cluster)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "RuntimeError: broken" in done.stdout
+    assert "FAILED" in done.stderr
+
+
+@pytest.mark.slow
 def test_without_the_token_nothing_is_submitted(cluster, tmp_path):
     done = submit("sh", RECIPE, cwd=tmp_path, RAY_API_SERVER_ADDRESS=cluster["RAY_API_SERVER_ADDRESS"])
     assert done.returncode == 1

@@ -200,6 +200,37 @@ def add(a, b): raise KeyboardInterrupt
 """,
     "no such function": "def subtract(a, b): return a - b",
     "no program": "I am sorry, I cannot do that.",
+    "pretends to be a number": """
+class Pretender:
+    __class__ = property(lambda self: int)
+    __int__ = __index__ = lambda self: 5
+def add(a, b): return Pretender()
+""",
+    "a dict of two faces": "class D(dict):\n    keys = items = lambda s: [('int', '0x5')]\ndef add(a, b): return D(x=1)",
+    "import hook": """
+import sys
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        sys.modules[name] = sys.modules['__main__']
+sys.meta_path.insert(0, Hook()); sys.path_hooks.insert(0, lambda path: Hook())
+for name in ('json', 'unittest', 'builtins'): sys.modules.pop(name, None)
+def add(a, b): return 0
+""",
+    "a module of ours in its folder": """
+for name in ('json', 'os', 'sitecustomize', 'usercustomize', 'dfactory'):
+    open(name + '.py', 'w').write('import sys\\nsys.exit(0)')
+def add(a, b): return 0
+""",
+    "an alarm within the grader": """
+import signal
+def ring(*a):
+    frame = a[1]
+    while frame:
+        frame.f_locals.update(value=5); frame = frame.f_back
+    raise SystemExit(0)
+signal.signal(signal.SIGALRM, ring); signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+def add(a, b): return 0
+""",
     "null byte": "def add(a, b): return 0\x00",
     "surrogates": "def add(a, b): return '\\ud800'",
 }
@@ -235,6 +266,36 @@ else: raise LookupError
 def add(a, b): return a + b
 """,
     "reads the parent's memory": "open('/proc/{parent}/mem', 'rb').seek(4096)\ndef add(a, b): return a + b",
+    "reads an inherited descriptor": """
+import os
+for n in range(256):
+    try:
+        if b'expected' in os.pread(n, 100, 0): break
+    except OSError: pass
+else: raise LookupError
+def add(a, b): return a + b
+""",
+    "finds the tests on its command line": """
+import sys
+if not any('12345' in word or 'expected' in word for word in sys.orig_argv): raise LookupError
+def add(a, b): return a + b
+""",
+    "reads shared memory": "open('{shared}', 'rb').read()\ndef add(a, b): return a + b",
+    "reads the keyring": """
+import ctypes, os
+search, read, session = 10, 11, -3
+syscall, number = ctypes.CDLL(None).syscall, 250 if os.uname().machine == 'x86_64' else 219
+key = syscall(number, search, session, b'user', b'{abstract}', 0)
+if syscall(number, read, key, ctypes.create_string_buffer(32), 32) <= 0: raise LookupError
+def add(a, b): return a + b
+""",
+    "reads the kernel": """
+for name in ('/proc/kallsyms', '/proc/1/environ', '/proc/1/root/etc/passwd', '/sys/kernel/notes', '/dev/mem', '/etc/shadow'):
+    try: open(name, 'rb').read(1); break
+    except OSError: pass
+else: raise LookupError
+def add(a, b): return a + b
+""",
     "writes outside": "open('{outside}', 'w').write('x')\ndef add(a, b): return a + b",
     "writes into Python": "import os\nopen(os.__file__, 'a').write('')\ndef add(a, b): return a + b",
     "removes a file outside": "import os\nos.remove('{secret}')\ndef add(a, b): return a + b",
@@ -257,6 +318,24 @@ def add(a, b): return a + b
 import ctypes
 if ctypes.CDLL(None).unshare(0x10000000 | 0x20000): raise OSError
 def add(a, b): return a + b
+""",
+    "leaves its root": "import os\nos.chroot('.')\ndef add(a, b): return a + b",
+    "sets the clock": """
+import time
+time.clock_settime(time.CLOCK_REALTIME, time.time())
+def add(a, b): return a + b
+""",
+    "names the machine": "import socket\nsocket.sethostname(socket.gethostname())\ndef add(a, b): return a + b",
+    "takes priority": "import os\nos.nice(-5)\ndef add(a, b): return a + b",
+    "types into the terminal": """
+import fcntl, os, termios
+fcntl.ioctl(os.open('/dev/tty', os.O_RDWR), termios.TIOCSTI, b'x')
+def add(a, b): return a + b
+""",
+    "has the cleanup remove a folder": """
+import os
+os.symlink(os.path.dirname('{secret}'), 'x')
+def add(a, b): return 0
 """,
     "mounts": """
 import ctypes

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlparse
 
+import psutil
 import pytest
 
 from dfactory.config.decode import DecodeKeys
@@ -205,6 +206,17 @@ def ask_until_it_drains(server) -> int | None:
         if status != 200:
             return status
         time.sleep(0.005)
+
+
+def test_it_listens_on_this_machine_only_and_knows_no_files(server):
+    listening = psutil.Process(server.process.pid).net_connections("inet")
+    assert {one.laddr.ip for one in listening if not one.raddr} == {"127.0.0.1"}
+    paths = ("/../../../etc/passwd", "//etc/passwd", "/v1/models/..%2F..%2Fetc%2Fpasswd", "/v1/models/%2e%2e/%2e%2e/x")
+    for path in (*paths, "/static/x", "/v1/models/small%00"):
+        assert server.ask(path).status == 404, path
+    for name in ("../small", "/etc", "small/../small", "~"):
+        body = {"model": name, "messages": CHAT}
+        assert server.ask("/v1/chat/completions", body).status == 404, name
 
 
 @pytest.mark.slow

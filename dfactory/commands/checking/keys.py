@@ -9,6 +9,7 @@ from rich.text import Text
 from dfactory.commands.checking.page import Page
 from dfactory.config.load import COMMAND_LINE, Loaded, known_keys
 from dfactory.config.recipe import Recipe
+from dfactory.redaction import redacted
 
 
 def tell_keys(page: Page, loaded: Loaded) -> None:
@@ -22,7 +23,7 @@ def tell_keys(page: Page, loaded: Loaded) -> None:
     for name, field in known_keys(Recipe).items():
         if dataclasses.is_dataclass(field.type):
             continue
-        text = _text(_value(loaded.recipe, name))
+        text = _text(redacted(_value(loaded.recipe, name)))
         if name not in loaded.origins:
             defaults.append(f"{name} {text}")
             continue

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from dfactory.console import plain_console
 from dfactory.errors import DFactoryError
+from dfactory.redaction import redact
 
 PLAIN_WIDTH = 120  # of the output where there is no terminal
 
@@ -16,7 +18,7 @@ class Page:
     """Where sections print, and what they find wrong."""
 
     def __init__(self):
-        self.console = Console(highlight=False)
+        self.console = plain_console()
         if not self.console.is_terminal:
             self.console.width = PLAIN_WIDTH
         self.problems: list[DFactoryError] = []
@@ -40,6 +42,7 @@ class Page:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(width=16, style="dim")
         grid.add_column(overflow="fold")
+        parts = [redact(part) if isinstance(part, str) else part for part in parts]  # the table will break lines
         grid.add_row(name, parts[0] if len(parts) == 1 else Group(*parts))
         self.console.print(grid)
 

@@ -9,6 +9,7 @@ import yaml
 
 from dfactory.engine.runfolder import RunFolder
 from dfactory.errors import DataError
+from dfactory.redaction import redact
 
 THRESHOLDS = "thresholds*.jsonl"  # what `dfactory eval --thresholds` writes into a run folder
 COMPLETIONS = "completions.jsonl"
@@ -49,7 +50,7 @@ class Run(NamedTuple):
 def read_run(path: Path, label: str) -> Run:
     rows = RunFolder(path).metrics()
     config = path / "config.yaml"
-    return Run(label, path, rows, config.read_text() if config.is_file() else "")
+    return Run(label, path, rows, redact(config.read_text()) if config.is_file() else "")
 
 
 def labels(run_dirs: list[Path]) -> list[str]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dfactory.errors import ConfigError
+from dfactory.redaction import remember
 
 BUILTINS = (
     *("code_tests", "exact_match", "format_regex", "length_shaping", "math_verify", "reasoning_gym"),
@@ -69,6 +70,7 @@ def parse_rewards(
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise ConfigError(f"reward {target}: weight {weight!r} is not a number")
         per_rollout = bool(entry.pop("per_rollout", target in MAY_HANG))
+        remember(entry)
         specs.append(RewardSpec(_unique_name(target, specs), target, float(weight), entry, per_rollout))
     return specs
 

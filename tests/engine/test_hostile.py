@@ -1,0 +1,71 @@
+"""A checkpoint whose shards want to run code when a run is resumed from it: they are read as data, so nothing runs."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfactory.assembly import make_policy
+from dfactory.config.load import load_recipe
+from dfactory.engine.checkpoint import load, save
+from dfactory.engine.runfolder import RunFolder
+from dfactory.engine.shards import read_as_data
+from dfactory.engine.trainer import Trainer
+from dfactory.errors import CheckpointError
+from dfactory.types import TrainState
+from tests.engine.test_equality import ZERO
+
+pytestmark = pytest.mark.slow
+
+
+class Evil:
+    """A pickle of this leaves a folder behind when it is loaded."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+@contextlib.contextmanager
+def planted(shard: Path, trace: Path):
+    """The shard with one more entry, which is shown to work."""
+    whole = shard.read_bytes()
+    state = torch.load(shard, weights_only=False)
+    torch.save(state | {"client": Evil(trace)}, shard)
+    torch.load(shard, weights_only=False)
+    trace.rmdir()
+    yield
+    shard.write_bytes(whole)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_planted_shards_are_refused_and_not_run(recipe_file, tmp_path, stage):
+    recipe = load_recipe(recipe_file, [ZERO[stage], f"output_dir={tmp_path}/run"])
+    trainer = Trainer(recipe, make_policy(recipe), 1)
+    checkpoint, trace = save(trainer, RunFolder(tmp_path / "run"), TrainState(), None), tmp_path / "executed"
+    shards = sorted((checkpoint / "engine/shards").glob("*.pt"))
+    assert len(shards) == 2
+    for shard in shards:
+        with planted(shard, trace), pytest.raises(CheckpointError, match=r"no plain data.*mkdir"):
+            load(trainer, checkpoint, universal=False)
+        assert not trace.exists()
+    with planted(shards[-1], trace), pytest.raises(CheckpointError, match=r"could not convert.*no plain data"):
+        load(trainer, checkpoint, universal=True)
+    assert not trace.exists()
+    load(trainer, checkpoint, universal=False)
+
+
+def test_the_environment_is_left_as_it_was(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # torch raises where both are set
+    file = tmp_path / "x.pt"
+    torch.save(json.JSONDecoder, file)
+    before = dict(os.environ)
+    with pytest.raises(CheckpointError, match=r"no plain data.*JSONDecoder"), read_as_data(tmp_path):
+        torch.load(file, weights_only=False)
+    assert dict(os.environ) == before
+    torch.load(file, weights_only=False)

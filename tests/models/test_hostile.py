@@ -1,0 +1,161 @@
+"""Model directories that want to run code, or to have files read and copied that are not theirs."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dfactory.errors import CheckpointError
+from dfactory.models.registry import load_policy, read_tokenizer, resolve_model_dir, trained_block_size
+from dfactory.models.saving import save_policy
+from dfactory.models.tiny import TINY_DIR
+from tests.models.conftest import GOLDEN_DIR
+
+
+class Evil:
+    """A pickle of this leaves a file behind when it is loaded."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.fixture
+def trace(tmp_path) -> Path:
+    """What would be there if code had been run; a pickle of Evil does make it."""
+    torch.save(Evil(tmp_path / "shown"), tmp_path / "evil.pt")
+    torch.load(tmp_path / "evil.pt", weights_only=False)
+    assert (tmp_path / "shown").exists()
+    return tmp_path / "executed"
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return Path(shutil.copytree(GOLDEN_DIR / "llada2_tiny", tmp_path / "model"))
+
+
+def adapters(tmp_path: Path, **keys) -> Path:
+    directory = tmp_path / "adapters"
+    directory.mkdir(exist_ok=True)
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(GOLDEN_DIR / "llada2_tiny"), "target_modules": ["q"]}
+    (directory / "adapter_config.json").write_text(json.dumps(config | keys))
+    return directory
+
+
+PICKLES = ("pytorch_model.bin", "model.pt", "training_args.bin", "optimizer.pt", "rng_state.pth", "tokenizer.pkl")
+
+
+def test_pickles_beside_the_weights_are_not_touched(model, trace, tmp_path):
+    for name in PICKLES:
+        torch.save({"x": Evil(trace)}, model / name)
+    (tmp_path / "out").mkdir()
+    save_policy(load_policy(model), tmp_path / "out")
+    assert not trace.exists()
+    (model / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="weights are read from safetensors only"):
+        load_policy(model)
+    (model / "model.safetensors").write_bytes((model / "pytorch_model.bin").read_bytes())
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a whole safetensors file"):
+        load_policy(model)
+    assert not trace.exists()
+
+
+def test_pickled_adapters_are_refused_by_name(trace, tmp_path):
+    directory = adapters(tmp_path)
+    torch.save({"x": Evil(trace)}, directory / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"lacks adapter_model\.safetensors: .* safetensors only"):
+        load_policy(directory)
+    assert not trace.exists()
+
+
+def test_code_of_a_tokenizer_is_not_run(trace, tmp_path):
+    directory = Path(shutil.copytree(TINY_DIR, tmp_path / "model"))
+    for name in ("tokenizer_config.json", "config.json"):
+        keys = json.loads((directory / name).read_text())
+        keys |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil"}}
+        (directory / name).write_text(json.dumps(keys))
+    (directory / "evil.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass Evil: ...\n")
+    assert read_tokenizer(directory) is not None
+    load_policy(directory)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/secret.safetensors", "a/b.safetensors", "..", "", "x/"])
+def test_an_index_names_files_beside_it_only(name, model, tmp_path):
+    weights = load_file(model / "model.safetensors")
+    shutil.move(model / "model.safetensors", tmp_path / "secret.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, name)}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="give file names without a path"):
+        load_policy(model)
+
+
+@pytest.mark.parametrize("name", ["../model", "/etc", ".", "", "a/../../model", "checkpoint-1/.."])
+def test_latest_names_a_folder_beside_it_only(name, model, tmp_path):
+    (tmp_path / "run/checkpoint-1").mkdir(parents=True)
+    (tmp_path / "run/LATEST").write_text(f"{name}\n")
+    with pytest.raises(CheckpointError, match="must name a folder beside it"):
+        resolve_model_dir(tmp_path / "run")
+
+
+def test_a_link_out_of_the_directory_is_not_copied(model, tmp_path):
+    (tmp_path / "secret").write_text("private key")
+    (model / ".env").write_text("private key")
+    (model / "LICENSE").symlink_to("../secret")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match=r"LICENSE is a link to .*secret, outside of its directory"):
+        save_policy(load_policy(model), tmp_path / "out")
+    (model / "LICENSE").unlink()
+    (model / "LICENSE").symlink_to("config.json")
+    save_policy(load_policy(model), tmp_path / "out")
+    assert (tmp_path / "out/LICENSE").is_file()
+    assert not (tmp_path / "out/.env").exists()
+
+
+def test_the_links_of_the_hubs_cache_are_followed(model, tmp_path):
+    """snapshots/COMMIT/NAME -> ../../blobs/HASH."""
+    snapshot, blobs = tmp_path / "hub/snapshots/0a", tmp_path / "hub/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in model.iterdir():
+        shutil.copyfile(file, blobs / f"hash of {file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/hash of {file.name}")
+    (tmp_path / "out").mkdir()
+    save_policy(load_policy(snapshot), tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        ({"peft_type": "PROMPT_TUNING"}, "only LORA adapters are read"),
+        ({"base_model_name_or_path": "org/name"}, "is not a directory"),
+        ({"base_model_name_or_path": ["x"]}, "is not a directory"),
+    ],
+)
+def test_other_adapters_are_refused(keys, said, tmp_path):
+    directory = adapters(tmp_path, **keys)
+    (directory / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=said):
+        load_policy(directory)
+
+
+def test_adapters_of_themselves_are_refused(tmp_path):
+    directory = adapters(tmp_path, base_model_name_or_path=str(tmp_path / "adapters"))
+    (directory / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="leads back to"):
+        load_policy(directory)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "\ud800", "{", "3"])
+@pytest.mark.parametrize("name, read", [("config.json", load_policy), ("generation_config.json", trained_block_size)])
+def test_json_that_is_no_object(name, read, text, model):
+    (model / name).write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(CheckpointError, match=rf"{name} is not a JSON object"):
+        read(model)

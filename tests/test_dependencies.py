@@ -1,0 +1,92 @@
+"""The pins of launch/constraints.txt: complete, allowed by setup.cfg and by each other, and of licences that may be used.
+
+What is installed tells what it requires and under which licence; nothing is asked of the network. Packages that are not
+installed here (an optional extra) are passed over.
+"""
+
+import configparser
+import re
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = ("rl", "wandb", "dev")  # what launch/install.sh installs
+LICENCES = re.compile(
+    r"apache|\bMIT\b|\bBSD\b|0BSD|\bISC\b|python software foundation|PSF|mozilla public|MPL|zlib|CC0|unlicense|HPND|LGPL",
+    re.IGNORECASE,
+)
+
+
+def requirements(text: str) -> list[Requirement]:
+    return [Requirement(line) for line in text.splitlines() if line.strip()]
+
+
+def stated() -> list[Requirement]:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    extras = [config["options.extras_require"][name] for name in EXTRAS]
+    return requirements("\n".join([config["options"]["install_requires"], *extras]))
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "launch/constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version.strip() for name, version in pairs}
+
+
+def required() -> list[tuple[str, Requirement]]:
+    """(who asks, for what), from setup.cfg on through everything that is installed."""
+    found, waiting, seen = [], [("setup.cfg", one) for one in stated()], set()
+    while waiting:
+        who, one = waiting.pop()
+        found.append((who, one))
+        key = (canonicalize_name(one.name), *sorted(one.extras))
+        if key in seen:
+            continue
+        seen.add(key)
+        try:
+            further = [Requirement(text) for text in metadata.requires(one.name) or []]
+        except metadata.PackageNotFoundError:
+            continue
+        for other in further:
+            if other.marker is None or any(other.marker.evaluate({"extra": extra}) for extra in ("", *one.extras)):
+                waiting.append((one.name, other))
+    return found
+
+
+def licence_file(name: str) -> str:
+    """The beginning of the licence that lies in a distribution, for one whose metadata name none."""
+    files = [file for file in metadata.files(name) or [] if re.match("licen[cs]e|copying", file.name, re.IGNORECASE)]
+    return files[0].read_text()[:300] if files else ""
+
+
+def test_pins_are_complete_and_allowed_by_all_who_ask():
+    pinned, asked = pins(), required()
+    missing = {canonicalize_name(one.name) for _, one in asked} - pinned.keys()
+    # of torch's builds for GPUs, which pin them themselves, and what every environment has
+    missing = {name for name in missing if not name.startswith(("nvidia-", "cuda-", "triton"))} - {"pip", "setuptools"}
+    assert not missing, f"launch/constraints.txt lacks {sorted(missing)}"
+    refused = [
+        f"{who} wants {one}, pinned is {pinned[canonicalize_name(one.name)]}"
+        for who, one in asked
+        if canonicalize_name(one.name) in pinned
+        and not one.specifier.contains(pinned[canonicalize_name(one.name)], prereleases=True)
+    ]
+    assert not refused
+
+
+@pytest.mark.parametrize("name", sorted({canonicalize_name(one.name) for _, one in required()}))
+def test_licence(name):
+    try:
+        told = metadata.metadata(name)
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"{name} is not installed")
+    classified = [line for line in told.get_all("Classifier") or [] if line.startswith("License ::")]
+    licence = " ".join([told.get("License-Expression") or "", *classified, (told.get("License") or "")[:200]]).strip()
+    licence = licence or licence_file(name)
+    assert LICENCES.search(licence), f"{name}: {licence!r}"
+    assert not re.search(r"\bA?GPL|General Public", re.sub(r"LGPL\S*|Lesser General Public", "", licence)), licence
