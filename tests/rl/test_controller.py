@@ -12,6 +12,7 @@ from dfactory.config.load import load_recipe
 from dfactory.errors import RolloutError
 from dfactory.models.tiny import TINY_DIR
 from dfactory.rl.controller import Controller
+from dfactory.rl.liveness import this_process
 from dfactory.rl.rollouts import DecodedGroup
 from dfactory.rl.weights import WeightSet
 from dfactory.types import FinishReason, Rollout
@@ -30,7 +31,7 @@ def never(prompts, completions, **columns):
 
 @pytest.fixture(scope="module", autouse=True)
 def local_ray():
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -44,8 +45,8 @@ class FakeRolloutActor:
     def set_weights(self, weights):
         self.version = weights.version
 
-    def pid(self):
-        return os.getpid()
+    def process(self):
+        return this_process()
 
     def generate(self, calls):
         for call in calls:
