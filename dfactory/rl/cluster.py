@@ -26,7 +26,7 @@ from dfactory.rl.liveness import Process, Watch, why
 from dfactory.rl.rollouts import RolloutBatch
 from dfactory.rl.weights import put_weights
 
-GRACE_S = 10.0  # for the other learners to end when one has failed
+GRACE_S = 10.0  # for the others to end when one has failed
 
 Learn = Callable[[Recipe, "ControllerFeed"], int]
 """The training loop on one rank, with its batch source on the feed. Returns the exit status."""
@@ -130,7 +130,6 @@ def _run_learners(recipe: Recipe, learn: Learn, controller, group: PlacementGrou
         ray.remote(LearnerActor).options(**_options(group, rank, threads)).remote(rank, size, os.getcwd())
         for rank in range(size)
     ]
-    watch = None
     try:
         processes = {rank: _started(learner.process.remote(), rank, recipe) for rank, learner in enumerate(learners)}
         address = _started(learners[0].address.remote(), 0, recipe)
@@ -141,8 +140,6 @@ def _run_learners(recipe: Recipe, learn: Learn, controller, group: PlacementGrou
     finally:
         for actor in (*learners, controller):
             ray.kill(actor)
-        if watch is not None:
-            watch.end()
 
 
 def _started(reference, rank: int, recipe: Recipe):
@@ -167,12 +164,13 @@ def _wait(waiting: dict, processes: dict[int, Process], watch: Watch, recipe: Re
                 try:
                     statuses.append(ray.get(reference))
                 except RayError as problem:
-                    raise _failure(problem, reference, waiting, processes, recipe) from problem
+                    raise _failure(problem, reference, waiting, recipe) from problem
                 del waiting[reference]
             looked, before = time.monotonic(), looked
             try:
                 watch.look(looked - before, set(waiting.values()))
             except RolloutError as problem:
+                _kill([*(processes[rank] for rank in waiting.values()), *watch.processes])
                 raise RolloutError(f"{problem}; {_last_checkpoint(recipe)}") from problem
     return max(statuses)
 
@@ -194,17 +192,24 @@ def _preemption_signals():
             signal.signal(number, handler)
 
 
-def _send(number: int, process: Process) -> None:
-    """A signal to a process on any node."""
+def _send(number: int, process: Process):
+    """A signal to a process on any node; the reference is ready when it was sent."""
 
     def send() -> None:
-        os.kill(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
     there = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
-    ray.remote(send).options(num_cpus=0, scheduling_strategy=there).remote()
+    return ray.remote(send).options(num_cpus=0, scheduling_strategy=there).remote()
 
 
-def _failure(problem: RayError, reference, waiting: dict, processes: dict[int, Process], recipe: Recipe) -> Exception:
+def _kill(processes: list[Process]) -> None:
+    """End processes that may have been stopped: they do not hear Ray, and would outlive a Ray that ends now."""
+    sent = [_send(signal.SIGKILL, process) for process in processes]
+    ray.wait(sent, num_returns=len(sent), timeout=GRACE_S)
+
+
+def _failure(problem: RayError, reference, waiting: dict, recipe: Recipe) -> DFactoryError:
     """The error to raise for a learner that ended with `problem`, the last checkpoint named.
 
     Where one rank is lost the others fail soon, in the middle of a collective operation: they get a moment to be heard,
@@ -220,7 +225,10 @@ def _failure(problem: RayError, reference, waiting: dict, processes: dict[int, P
     rank = min(problems, key=lambda rank: (_blame(problems[rank]), rank))
     problem, name = problems[rank], f"learner rank {rank}"
     if not isinstance(problem, RayTaskError):
-        return RolloutError(f"{name} ({processes[rank]}) was lost: {why(problem)}; {_last_checkpoint(recipe)}")
+        told = f"{name} was lost: {why(problem)}"
+        if "its owner has died" in told:  # that is this process, which is there
+            told = f"the raylet of the driver's node has ended, and all that was started from here with it ({told})"
+        return RolloutError(f"{told}; {_last_checkpoint(recipe)}")
     kind = type(problem.cause) if isinstance(problem.cause, DFactoryError) else RolloutError
     told = problem.cause if isinstance(problem.cause, DFactoryError) else f"failed: {problem}"
     return kind(f"{name}: {told}; {_last_checkpoint(recipe)}")

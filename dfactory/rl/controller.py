@@ -16,6 +16,7 @@ cannot be replaced, because its node is gone, is tried again as long as another 
 
 import asyncio
 import collections
+import itertools
 import os
 import statistics
 import time
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from dfactory.config.recipe import Recipe
 from dfactory.errors import RolloutError
@@ -150,17 +151,19 @@ class Controller:
         return await group.done
 
     def _refuse_barren(self, seen: list[ScoredGroup]) -> None:
-        """Raises RolloutError when as many groups as max_steps_without_signal steps have had no signal."""
+        """Raises RolloutError when as many groups in a row as max_steps_without_signal steps take have had no signal; also
+        in a step that has some groups already, which would else wait for the others for ever."""
         limit = self.recipe.max_steps_without_signal * self.recipe.prompts_per_step
-        if len(seen) < limit or any(group.has_signal for group in seen):
+        barren = list(itertools.takewhile(lambda group: not group.has_signal, reversed(seen)))
+        if len(barren) < limit:
             return
-        rewards = [reward for group in seen for reward in group.rewards if reward is not None]
-        self.scorer.write_samples(self.handed_out + 1, seen)
+        rewards = [reward for group in barren for reward in group.rewards if reward is not None]
+        self.scorer.write_samples(self.handed_out + 1, barren)
         raise RolloutError(
-            f"no group of {len(seen)} had a signal: all {self.recipe.num_generations} rewards of every group were equal "
+            f"no group of {len(barren)} had a signal: all {self.recipe.num_generations} rewards of every group were equal "
             f"(mean {statistics.fmean(rewards) if rewards else float('nan'):.3f}); reward outcomes "
-            f"{self.scorer.outcomes()}{self.scorer.complaints()}; check the reward on the completions in {self.scorer.samples_path}, or raise "
-            "decode.temperature or num_generations"
+            f"{self.scorer.outcomes()}{self.scorer.complaints()}; check the reward on the completions in "
+            f"{self.scorer.samples_path}, or raise decode.temperature or num_generations"
         )
 
     def take(self, most: int) -> list["_Group"]:

@@ -114,12 +114,10 @@ class Watch:
             self._judge(answer, running)
         self._asked, self._waited = self.controller.silence.remote(), 0.0
 
-    def end(self) -> None:
-        """Ray's own way of ending an actor needs its help, or takes long; and the controller's processes end with it."""
-        ray.kill(self.controller)
-        if self._process is not None and self._process.node_id == ray.get_runtime_context().get_node_id():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(self._process.pid, 9)
+    @property
+    def processes(self) -> list[Process]:
+        """The controller's, once it is known."""
+        return [self._process] if self._process is not None else []
 
     def _judge(self, silence: dict[int, float], running: set[int]) -> None:
         """Late twice in a row, because a controller that was stopped for a while answers before it has read its letters."""

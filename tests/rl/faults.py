@@ -3,8 +3,9 @@
     python -m tests.rl.faults --runs 20 --seed 0
 
 A run gets several faults that it has to survive, and at last perhaps one that ends it. Ended, it has exited 0, or with a
-message that names the culprit, within a bound; every prompt was consumed once, in order; no process of it is left. A run that
-was ended is taken up again from its checkpoint by the next one. Prints a table; the exit status is 1 if any promise was broken.
+message that names the culprit, within a bound; every prompt was consumed once, in order; no process of it is left. A run
+that was ended is taken up again from its checkpoint by the next one. Prints a table; the exit status is 1 if any promise
+was broken.
 """
 
 import argparse
@@ -37,7 +38,13 @@ KEYS = (
     *("model_name_or_path=tiny", "num_generations=4", "prompts_per_step=2", "decode.max_new_tokens=16"),
     *("decode.threshold=0.5", "eval_datasets=[]", "eval_decode_prompts=0", "warmup_steps=0", "reward_workers=1"),
     *("num_rollout_workers=2", "reward_timeout_s=4", "rollout_timeout_s=30", "heartbeat_timeout_s=15"),
-    *("cluster_timeout_s=100", "save_steps=2", "save_total_limit=2", "max_rollout_attempts=6", "logging_steps=1"),
+    *(
+        "cluster_timeout_s=100",
+        "save_steps=2",
+        "save_total_limit=2",
+        "max_rollout_attempts=6",
+        "max_steps_without_signal=4",
+    ),
 )
 BLAME = {  # what the output of a run that was ended by a fault has to say
     "learner": r"learner rank \d.*(was lost|no sign of life)",
@@ -84,7 +91,13 @@ class Run:
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         self.log = (folder / "log").open("w")
-        command = [sys.executable, str(ROOT / "tests/rl/faulty.py"), str(ROOT / "recipes/quickstart/rl.yaml"), *KEYS, *keys]
+        command = [
+            sys.executable,
+            str(ROOT / "tests/rl/faulty.py"),
+            str(ROOT / "recipes/quickstart/rl.yaml"),
+            *KEYS,
+            *keys,
+        ]
         self.first = len(self.steps()) if resume else 0
         self.started = time.monotonic()
         self.driver = subprocess.Popen(
@@ -180,7 +193,9 @@ def node_fault(name: str, act: Callable, target: str = "node of a rollout") -> F
     return Fault(name, target, strike)
 
 
-def head_fault(name: str, target: str, find: Callable[[Nodes], object], act: Callable, blame: str | None = None) -> Fault:
+def head_fault(
+    name: str, target: str, find: Callable[[Nodes], object], act: Callable, blame: str | None = None
+) -> Fault:
     def strike(run: Run) -> bool:
         act(find(run.nodes))
         return True
@@ -222,7 +237,9 @@ SURVIVED = [
     node_fault("slow", lambda nodes, host: fault_nodes.slow_down(nodes.inside(host), 6.0)),
     head_fault("SIGKILL", "log monitor", lambda nodes: nodes.helper(HOSTS[1], "log_monitor"), fault_nodes.kill),
     head_fault("SIGSTOP, SIGCONT", "GCS", lambda nodes: nodes.helper(HOSTS[0], "gcs_server"), for_a_while),
-    head_fault("slow", "head node", lambda nodes: nodes.inside(HOSTS[0]), lambda found: fault_nodes.slow_down(found, 6.0)),
+    head_fault(
+        "slow", "head node", lambda nodes: nodes.inside(HOSTS[0]), lambda found: fault_nodes.slow_down(found, 6.0)
+    ),
     driver_fault("SIGSTOP, SIGCONT", for_a_while),
 ]
 FATAL = [
@@ -271,7 +288,7 @@ def judge(run: Run, status: int | None) -> tuple[str, str]:
 
 
 def left_processes(nodes: Nodes) -> list[str]:
-    """Processes of a run that are there 30 s after its end; nothing of a cluster whose head was broken is expected to last."""
+    """Processes of a run that are there 30 s after its end."""
     kinds = ("rollout", "learner", "controller", "reward worker")
     end = time.monotonic() + 30
     while (left := [f"{kind} {process.pid} on {host}" for kind in kinds for host, process in nodes.find(kind)]) and (
@@ -281,7 +298,9 @@ def left_processes(nodes: Nodes) -> list[str]:
     return left
 
 
-def one_run(nodes: Nodes, folder: Path, chance: random.Random, faults: list[Fault], last_step: int) -> tuple[Run, str, str]:
+def one_run(
+    nodes: Nodes, folder: Path, chance: random.Random, faults: list[Fault], last_step: int
+) -> tuple[Run, str, str]:
     run = Run(nodes, folder, chance, last_step)
     first = last_step - STEPS
     for fault, step in zip(faults, sorted(chance.choices(range(first, last_step - 1), k=len(faults))), strict=True):
@@ -313,10 +332,11 @@ def print_table(table: Counter) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=5, help="of a run, to be survived")
     parser.add_argument("--only", default="", help="faults whose name and target hold this text")
+    parser.add_argument("--plan", help="names as in the table, with semicolons between: what every run gets")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so long")
     arguments = parser.parse_args()
     chance, table, broken = random.Random(arguments.seed), Counter(), []
@@ -333,9 +353,13 @@ def main() -> int:
                 nodes.close()
             nodes = Nodes()
         nodes.repair()
-        faults = chance.choices(survived, k=arguments.faults) if survived else []
-        if fatal and (not survived or chance.random() < 0.6):
-            faults.append(fatal[number % len(fatal)])
+        if arguments.plan:
+            known = {str(fault): fault for fault in (*SURVIVED, *FATAL)}
+            faults = [known[name.strip()] for name in arguments.plan.split(";")]
+        else:
+            faults = chance.choices(survived, k=arguments.faults) if survived else []
+            if fatal and (not faults or chance.random() < 0.6):
+                faults.append(fatal[number % len(fatal)])
         folder.mkdir(exist_ok=True)
         before = time.monotonic()
         run, outcome, complaint = one_run(nodes, folder, chance, faults, last_step)

@@ -1,5 +1,5 @@
-"""`dfactory train` whose learners can lose the weights they have published: `faulty.py RECIPE key=value ...`, the Ray cluster
-in RAY_ADDRESS. The file `lose` beside output_dir is the order to do so, and is taken away.
+"""`dfactory train` whose learners can lose the weights they have published: `faulty.py RECIPE key=value ...`, with the Ray
+cluster in RAY_ADDRESS. The file `lose` beside output_dir is the order to do so, and is taken away.
 """
 
 import sys

@@ -22,7 +22,9 @@ def ordered(prompts, completions, completion_ids, **columns):
     if how == "nan":
         return [float("nan")] * len(completions)
     texts = [completion[0]["content"] for completion in completions]
-    return [sum(letter < "N" for letter in text) - 0.1 * len(ids) for text, ids in zip(texts, completion_ids, strict=True)]
+    return [
+        sum(letter < "N" for letter in text) - 0.1 * len(ids) for text, ids in zip(texts, completion_ids, strict=True)
+    ]
 
 
 def take() -> str | None:
