@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from dfactory.config.recipe import Recipe
 from dfactory.errors import RolloutError
@@ -35,6 +35,8 @@ from dfactory.rl.prompts import PromptStream
 from dfactory.rl.rollouts import DecodedGroup, GroupCall, RolloutBatch
 from dfactory.rl.scoring import ScoredGroup, Scorer
 from dfactory.rl.weights import WeightSet
+
+LONGEST_PAUSE_S = 30.0  # between two tries to start a rollout actor
 
 
 class Controller:
@@ -184,6 +186,8 @@ class Controller:
                 )
             else:
                 self.waiting.appendleft(group)
+        for worker in self.workers:
+            worker.wake()
 
     def fail(self, problem: BaseException) -> None:
         """End the run: whoever waits for a group hears of the problem."""
@@ -262,24 +266,26 @@ class RolloutWorker:
 
     async def _ready(self) -> bool:
         """Whether the actor is there and has the newest weights. If not it was tried, and there was a pause."""
-        recipe, weights = self.controller.recipe, self.controller.weights
+        recipe = self.controller.recipe
         try:
             if self.actor is None:
                 self._tell("is being started")
                 self.actor, self.version = self.make_actor(self.index), -1
                 self.process = await asyncio.wait_for(self.actor.process.remote(), recipe.cluster_timeout_s)
-            if weights.version != self.version:
+            while (weights := self.controller.weights).version != self.version:
                 self._tell(f"takes weights of version {weights.version}")
                 await asyncio.wait_for(self.actor.set_weights.remote(weights), recipe.rollout_timeout_s)
                 self.version = weights.version
         except (RayError, TimeoutError) as problem:
-            if self._is_our_code(problem):
-                self.controller.fail(problem)
+            if isinstance(problem, RayTaskError) and not isinstance(problem.cause, TimeoutError):
+                version = self.controller.weights.version
+                self._tell(f"could not take the weights of version {version} from Ray's store: {why(problem)}")
+                self.controller.fail(RolloutError(self.state))
                 return False
             self.failed_starts += 1
             self._replace("could not take the weights" if self.process else "did not start", problem)
             self.controller.check_workers()
-            await asyncio.sleep(min(2.0**self.failed_starts, recipe.cluster_timeout_s))
+            await asyncio.sleep(min(2.0**self.failed_starts, LONGEST_PAUSE_S))
             return False
         self.failed_starts = 0
         return True
@@ -291,9 +297,10 @@ class RolloutWorker:
             calls = [group.call for group in groups]
             decoded = await asyncio.wait_for(self.actor.generate.remote(calls), recipe.rollout_timeout_s)
         except (RayError, TimeoutError) as problem:
-            if self._is_our_code(problem):
+            if isinstance(problem, RayTaskError):  # the code raised: it would again
+                self._tell(f"raised an error: {problem}")
                 for group in groups:
-                    group.fail(problem)
+                    group.fail(RolloutError(self.state))
             else:
                 self._replace("failed while it decoded", problem)
                 self.controller.give_back(groups, self.state)
@@ -302,11 +309,6 @@ class RolloutWorker:
             for group, result in zip(groups, decoded, strict=True):
                 group.end_decoding()
                 group.scoring = asyncio.ensure_future(self.controller.score(group, result))
-
-    @staticmethod
-    def _is_our_code(problem: BaseException) -> bool:
-        """Whether code of an actor raised: it would again. An object that it could not get is no such case."""
-        return isinstance(problem, RayTaskError) and not isinstance(problem.cause, (ObjectLostError, TimeoutError))
 
     def _replace(self, what: str, problem: BaseException) -> None:
         self._tell(f"{what}: {why(problem)}")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from dfactory.errors import RolloutError
 
@@ -44,6 +44,10 @@ def why(problem: BaseException) -> str:
         lines = [line.strip() for line in text.splitlines() if not re.match(r"\t\w+: ", line)]
         told = " ".join(lines[1:] or lines)
         return where + re.split(r" Worker exit detail: | Some common causes | There are some potential ", told)[0]
+    if isinstance(problem, RayTaskError):
+        problem = problem.cause
+    if isinstance(problem, ObjectLostError):
+        return f"the object {problem.object_ref_hex} was lost ({type(problem).__name__})"
     if isinstance(problem, GetTimeoutError) or (isinstance(problem, TimeoutError) and not str(problem)):
         return "no answer in time"
     return str(problem).strip().splitlines()[-1] if str(problem).strip() else type(problem).__name__

@@ -50,7 +50,7 @@ BLAME = {  # what the output of a run that was ended by a fault has to say
     "learner": r"learner rank \d.*(was lost|no sign of life)",
     "controller": r"controller.*(was lost|no sign of life)",
     "head": r"(?i)raylet|gcs|learner rank \d|controller was lost",
-    "weights": r"could not take the weights",
+    "weights": r"could not take the weights of version \d+ from Ray's store: the object \w+ was lost",
     "reward": r"no group of \d+ had a signal.*poisoned",
     "rollout": r"rollout actor \d",
 }
