@@ -43,7 +43,7 @@ KEYS = (
         "save_steps=2",
         "save_total_limit=2",
         "max_rollout_attempts=6",
-        "max_steps_without_signal=4",
+        "max_steps_without_signal=6",
     ),
 )
 BLAME = {  # what the output of a run that was ended by a fault has to say
