@@ -15,8 +15,7 @@ TITLES = {  # how the processes of a run are told apart: the beginning of the co
     "learner": "ray::LearnerActor",
     "controller": "ray::Controller",
     "reward worker": "dfactory.rl.reward_worker",
-    "agent": "runtime_env_agent",
-    "dashboard agent": "DashboardAgent",
+    "agent": "RuntimeEnvAgent",
 }
 
 

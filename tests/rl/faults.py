@@ -33,7 +33,7 @@ from tests.rl.fault_nodes import HOSTS, Nodes  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 BOUND_S = 400.0  # for a run, and again from its last fault on
-STEPS = 8
+STEPS = 20
 KEYS = (
     *("model_name_or_path=tiny", "num_generations=4", "prompts_per_step=2", "decode.max_new_tokens=16"),
     *("decode.threshold=0.5", "eval_datasets=[]", "eval_decode_prompts=0", "warmup_steps=0", "reward_workers=1"),
@@ -53,6 +53,7 @@ BLAME = {  # what the output of a run that was ended by a fault has to say
     "weights": r"could not take the weights of version \d+ from Ray's store: the object \w+ was lost",
     "reward": r"no group of \d+ had a signal.*poisoned",
     "rollout": r"rollout actor \d",
+    "reward worker": r"a process with the rewards ordered (did not start|took longer)",
 }
 
 
@@ -125,7 +126,7 @@ class Run:
         return "steps from step" in self.text()
 
     def strike(self, fault: Fault) -> None:
-        time.sleep(self.chance.uniform(0.0, 1.5))
+        time.sleep(self.chance.uniform(0.0, 1.0))
         self.nodes.find("rollout")  # remember what is there, before it is broken
         step = self.steps()[-1]["step"] if self.steps() else 0
         if self.driver.poll() is None and fault.strike(self):
@@ -219,8 +220,13 @@ def for_a_while(process) -> None:
     fault_nodes.pause([process], 4.0)
 
 
-def raylet_of(nodes: Nodes, host: str):
-    return nodes.raylet(host)
+def agent_of(nodes: Nodes, host: str):
+    """Ray's helper on a node; the raylet ends with it."""
+    return next(process for place, process in nodes.find("agent") if place == host)
+
+
+def node_of_the_learner(nodes: Nodes):
+    return nodes.raylet(nodes.find("learner")[0][0])
 
 
 SURVIVED = [
@@ -235,6 +241,7 @@ SURVIVED = [
     node_fault("SIGSTOP", lambda nodes, host: fault_nodes.stop(nodes.raylet(host))),
     node_fault("SIGSTOP, SIGCONT", lambda nodes, host: for_a_while(nodes.raylet(host)), "raylet of a rollout"),
     node_fault("slow", lambda nodes, host: fault_nodes.slow_down(nodes.inside(host), 6.0)),
+    node_fault("SIGKILL", lambda nodes, host: fault_nodes.kill(agent_of(nodes, host)), "agent of a rollout's node"),
     head_fault("SIGKILL", "log monitor", lambda nodes: nodes.helper(HOSTS[1], "log_monitor"), fault_nodes.kill),
     head_fault("SIGSTOP, SIGCONT", "GCS", lambda nodes: nodes.helper(HOSTS[0], "gcs_server"), for_a_while),
     head_fault(
@@ -250,6 +257,7 @@ FATAL = [
     Fault("object lost", "weights", lambda run: run.order("lose"), "weights"),
     reward_fault("always", "reward"),
     driver_fault("SIGKILL", fault_nodes.kill, "driver"),
+    head_fault("SIGKILL", "node of the learner", node_of_the_learner, fault_nodes.kill, "head"),
     head_fault("SIGKILL", "head node", lambda nodes: nodes.raylet(HOSTS[0]), fault_nodes.kill, "head"),
     head_fault("SIGKILL", "GCS", lambda nodes: nodes.helper(HOSTS[0], "gcs_server"), fault_nodes.kill, "head"),
 ]
@@ -280,7 +288,7 @@ def judge(run: Run, status: int | None) -> tuple[str, str]:
         return "processes left", ", ".join(left)
     if status == 0:
         return "finished", ""
-    blames = {strike.fault.blame for strike in run.strikes} | {"rollout"}
+    blames = {strike.fault.blame for strike in run.strikes} | {"rollout", "reward worker"}
     if status == -signal.SIGKILL and "driver" in blames:
         return "named", ""
     named = any(re.search(BLAME[blame], run.text(), re.DOTALL) for blame in blames & BLAME.keys())
@@ -303,7 +311,7 @@ def one_run(
 ) -> tuple[Run, str, str]:
     run = Run(nodes, folder, chance, last_step)
     first = last_step - STEPS
-    for fault, step in zip(faults, sorted(chance.choices(range(first, last_step - 1), k=len(faults))), strict=True):
+    for fault, step in zip(faults, sorted(chance.choices(range(first, last_step - 4), k=len(faults))), strict=True):
         if not run.wait_for_step(step):
             break
         run.strike(fault)
