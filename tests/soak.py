@@ -108,8 +108,7 @@ def store() -> dict[tuple[str, str], float]:
 
     if not ray.is_initialized():
         return {}
-    state = internal_api.get_state_from_address(ray.get_runtime_context().gcs_address)
-    stats = internal_api.get_memory_info_reply(state).store_stats
+    stats = internal_api.get_memory_info_reply(ray._private.state.state).store_stats
     return {
         ("Ray store", "objects"): float(stats.num_local_objects),
         ("Ray store", "store MB"): stats.object_store_bytes_used / 2**20,

@@ -37,7 +37,7 @@ STEPS = 20
 KEYS = (
     *("model_name_or_path=tiny", "num_generations=4", "prompts_per_step=2", "decode.max_new_tokens=16"),
     *("decode.threshold=0.5", "eval_datasets=[]", "eval_decode_prompts=0", "warmup_steps=0", "reward_workers=1"),
-    *("num_rollout_workers=2", "reward_timeout_s=4", "rollout_timeout_s=30", "heartbeat_timeout_s=15"),
+    *("reward_timeout_s=4", "rollout_timeout_s=30", "heartbeat_timeout_s=15"),
     *(
         "cluster_timeout_s=100",
         "save_steps=2",
@@ -45,6 +45,10 @@ KEYS = (
         "max_rollout_attempts=6",
         "max_steps_without_signal=6",
     ),
+)
+SHAPES = (  # of a run; the cluster has three places
+    ("num_learners=1", "num_rollout_workers=2"),
+    ("num_learners=2", "num_rollout_workers=1"),
 )
 BLAME = {  # what the output of a run that was ended by a fault has to say
     "learner": r"learner rank \d.*(was lost|no sign of life)",
@@ -80,7 +84,7 @@ class Strike:
 class Run:
     """A driver process on the cluster, its folder and what was done to it."""
 
-    def __init__(self, nodes: Nodes, folder: Path, chance: random.Random, last_step: int):
+    def __init__(self, nodes: Nodes, folder: Path, chance: random.Random, shape: tuple[str, str], last_step: int):
         self.nodes, self.folder, self.chance = nodes, folder, chance
         resume = (folder / "run" / "LATEST").is_file()
         shutil.copy(ROOT / "tests/rl/ordered_reward.py", folder / "reward_file.py")
@@ -88,7 +92,7 @@ class Run:
             (folder / order).unlink(missing_ok=True)
         keys = [
             *(f"reward_funcs=[{folder}/reward_file.py:ordered]", f"output_dir={folder}/run", f"max_steps={last_step}"),
-            f"resume_from_checkpoint={str(resume).lower()}",
+            *(f"resume_from_checkpoint={str(resume).lower()}", *shape),
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         self.log = (folder / "log").open("w")
@@ -273,7 +277,7 @@ def consumed_wrongly(folder: Path) -> str:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
     if [row["step"] for row in rows] != list(range(1, len(rows) + 1)):
         return f"steps {[row['step'] for row in rows]}"
-    met = [number for row in rows for number in groups[row["step"]]]
+    met = [number for row in rows for number in groups.get(row["step"], [])]
     told = sum(int(row["groups"]) for row in rows)
     return "" if met == list(range(told)) else f"groups {met}, and the learners tell of {told}"
 
@@ -306,18 +310,14 @@ def left_processes(nodes: Nodes) -> list[str]:
     return left
 
 
-def one_run(
-    nodes: Nodes, folder: Path, chance: random.Random, faults: list[Fault], last_step: int
-) -> tuple[Run, str, str]:
-    run = Run(nodes, folder, chance, last_step)
-    first = last_step - STEPS
-    for fault, step in zip(faults, sorted(chance.choices(range(first, last_step - 4), k=len(faults))), strict=True):
+def break_one(run: Run, faults: list[Fault], last_step: int) -> tuple[str, str]:
+    """Let the faults strike at random steps, and wait for the end: (outcome, complaint)."""
+    steps = range(last_step - STEPS, last_step - 4)
+    for fault, step in zip(faults, sorted(run.chance.choices(steps, k=len(faults))), strict=True):
         if not run.wait_for_step(step):
             break
         run.strike(fault)
-    status = run.wait()
-    outcome, complaint = judge(run, status)
-    return run, outcome, complaint
+    return judge(run, run.wait())
 
 
 def tally(table: Counter, run: Run, outcome: str) -> None:
@@ -351,7 +351,7 @@ def main() -> int:
     base = Path(tempfile.mkdtemp(prefix="faults"))
     survived = [fault for fault in SURVIVED if arguments.only in str(fault)]
     fatal = [fault for fault in FATAL if arguments.only in str(fault)]
-    nodes, folder, last_step, started = None, base / "0", STEPS, time.monotonic()
+    nodes, folder, last_step, shape, started = None, base / "0", STEPS, SHAPES[0], time.monotonic()
     chance.shuffle(fatal)
     for number in range(arguments.runs):
         if time.monotonic() - started > 60 * arguments.minutes:
@@ -370,10 +370,13 @@ def main() -> int:
                 faults.append(fatal[number % len(fatal)])
         folder.mkdir(exist_ok=True)
         before = time.monotonic()
-        run, outcome, complaint = one_run(nodes, folder, chance, faults, last_step)
+        run = Run(nodes, folder, chance, shape, last_step)
+        outcome, complaint = break_one(run, faults, last_step)
         tally(table, run, outcome)
         done = ", ".join(str(strike.fault) for strike in run.strikes)
-        print(f"run {number}: {outcome} after {time.monotonic() - before:.0f} s: {done}", flush=True)
+        print(
+            f"run {number} ({' '.join(shape)}): {outcome} after {time.monotonic() - before:.0f} s: {done}", flush=True
+        )
         if complaint:
             broken.append(number)
             print(f"    {complaint}\n    in {folder}", flush=True)
@@ -381,6 +384,7 @@ def main() -> int:
             last_step = int((folder / "run" / "LATEST").read_text().strip().rpartition("-")[2]) + STEPS
         else:
             folder, last_step = base / str(number + 1), STEPS
+            shape = SHAPES[chance.random() < 0.25]
     if nodes is not None:
         nodes.close()
     print_table(table)
