@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from dfactory.errors import RolloutError
 
@@ -108,9 +108,7 @@ class Watch:
             return
         try:
             answer = ray.get(self._asked)
-        except RayTaskError:
-            raise
-        except RayError as problem:
+        except RayActorError as problem:
             raise RolloutError(f"the controller was lost: {why(problem)}") from problem
         if self._process is None:
             self._process = answer

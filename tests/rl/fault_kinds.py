@@ -11,9 +11,10 @@ from tests.rl import fault_nodes
 from tests.rl.fault_nodes import HOSTS, Nodes
 
 BLAME = {  # what the output of a run that was ended by a fault has to say
-    "learner": r"learner rank \d.*(was lost|no sign of life)",
-    "controller": r"controller.*(was lost|no sign of life)",
-    "head": r"(?i)raylet|gcs|learner rank \d|controller was lost",
+    "learner": r"^learner rank \d (was lost|\(pid \d+ on [\d.]+\) has given no sign of life)",
+    "learner's node": r"^learner rank \d was lost: .*node|raylet of the driver's node",
+    "controller": r"the controller (was lost|\(pid \d+ on [\d.]+\) has given no sign of life)",
+    "head": r"raylet|GCS|gcs",
     "weights": r"could not take the weights of version \d+ from Ray's store: the object \w+ was lost",
     "reward": r"no group of \d+ had a signal.*poisoned",
     "rollout": r"rollout actor \d",
@@ -122,7 +123,7 @@ FATAL = [
     Fault("object lost", "weights", lambda run: run.order("lose"), "weights"),
     reward_fault("always", "reward"),
     driver_fault("SIGKILL", fault_nodes.kill, "driver"),
-    head_fault("SIGKILL", "node of the learner", node_of_the_learner, fault_nodes.kill, "head"),
+    head_fault("SIGKILL", "node of the learner", node_of_the_learner, fault_nodes.kill, "learner's node"),
     head_fault("SIGKILL", "head node", lambda nodes: nodes.raylet(HOSTS[0]), fault_nodes.kill, "head"),
     head_fault("SIGKILL", "GCS", lambda nodes: nodes.helper(HOSTS[0], "gcs_server"), fault_nodes.kill, "head"),
 ]

@@ -108,6 +108,12 @@ class Run:
     def text(self) -> str:
         return (self.folder / "log").read_text(errors="replace")
 
+    def last_words(self) -> str:
+        """The message that it ended with; without one the end of its own output, without that of its actors."""
+        _, mark, message = self.text().rpartition("dfactory train: ")
+        own = "\n".join(line for line in self.text().splitlines() if "pid=" not in line)
+        return message if mark else own[-2000:]
+
     def _last(self) -> float:
         return self.strikes[-1].at if self.strikes else self.started
 

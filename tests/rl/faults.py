@@ -35,14 +35,14 @@ def judge(run: Run, status: int | None) -> tuple[str, str]:
     if wrong := consumed_wrongly(run.folder):
         return "prompts wrong", wrong
     if left := left_processes(run.nodes):
-        return "processes left", ", ".join(left)
+        return "left behind", ", ".join(left)
     if status == 0:
         return "finished", ""
     blames = {strike.fault.blame for strike in run.strikes} | {"rollout", "reward worker"}
     if status == -signal.SIGKILL and "driver" in blames:
         return "named", ""
-    named = any(re.search(BLAME[blame], run.text(), re.DOTALL) for blame in blames & BLAME.keys())
-    return ("named", "") if named else ("no culprit", run.text()[-1500:])
+    named = any(re.search(BLAME[blame], run.last_words(), re.DOTALL) for blame in blames & BLAME.keys())
+    return ("named", "") if named else ("no culprit", run.last_words())
 
 
 def break_one(run: Run, faults: list[Fault], last_step: int) -> tuple[str, str]:
@@ -56,21 +56,24 @@ def break_one(run: Run, faults: list[Fault], last_step: int) -> tuple[str, str]:
 
 
 def tally(table: Counter, run: Run, outcome: str) -> None:
-    """Count each fault under what became of the run: a fault after which steps were finished was survived."""
+    """Count each fault under what became of it: one after which a step was finished was survived."""
     last = run.steps()[-1]["step"] if run.steps() else 0
     for strike in run.strikes:
-        ending = strike is run.strikes[-1]
-        survived = outcome in ("finished", "named") and (not ending or outcome == "finished") and last >= strike.step
-        table[str(strike.fault.name), strike.fault.target, "survived" if survived else outcome] += 1
+        became = outcome
+        if outcome == "finished" or (outcome == "named" and last > strike.step):
+            became = "survived"
+        elif outcome == "named" and strike is not run.strikes[-1]:
+            became = "overtaken"  # by a later one, before the next step
+        table[strike.fault.name, strike.fault.target, became] += 1
 
 
 def print_table(table: Counter) -> None:
-    outcomes = ["survived", "named", "hung", "prompts wrong", "processes left", "no culprit"]
-    print(f"\n{'fault':<18}{'target':<22}" + "".join(f"{name:>16}" for name in outcomes))
+    outcomes = ["survived", "overtaken", "named", "hung", "prompts wrong", "left behind", "no culprit"]
+    print(f"\n{'fault':<18}{'target':<22}" + "".join(f"{name:>14}" for name in outcomes))
     for name, target in sorted({key[:2] for key in table}):
-        print(f"{name:<18}{target:<22}" + "".join(f"{table[name, target, outcome]:>16}" for outcome in outcomes))
+        print(f"{name:<18}{target:<22}" + "".join(f"{table[name, target, outcome]:>14}" for outcome in outcomes))
     totals = [sum(count for key, count in table.items() if key[2] == outcome) for outcome in outcomes]
-    print(f"{'all':<40}" + "".join(f"{total:>16}" for total in totals) + f"\n{sum(totals)} faults")
+    print(f"{'all':<40}" + "".join(f"{total:>14}" for total in totals) + f"\n{sum(totals)} faults")
 
 
 def main() -> int:
