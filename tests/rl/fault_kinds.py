@@ -64,8 +64,10 @@ def head_fault(
     name: str, target: str, find: Callable[[Nodes], object], act: Callable, blame: str | None = None
 ) -> Fault:
     def strike(run) -> bool:
-        act(find(run.nodes))
-        return True
+        found = find(run.nodes)
+        if found is not None:
+            act(found)
+        return found is not None
 
     return Fault(name, target, strike, blame)
 
@@ -92,7 +94,8 @@ def agent_of(nodes: Nodes, host: str):
 
 
 def node_of_the_learner(nodes: Nodes):
-    return nodes.raylet(nodes.find("learner")[0][0])
+    found = nodes.find("learner")
+    return nodes.raylet(found[0][0]) if found else None
 
 
 SURVIVED = [
