@@ -18,5 +18,5 @@ def test_a_run_survives_some_faults_and_names_the_last(ray_folder):
         command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=590, check=False
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    assert "run 0: named" in done.stdout
+    assert "): named after" in done.stdout
     assert done.stdout.splitlines()[-1] == "3 faults"
