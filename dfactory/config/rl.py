@@ -90,4 +90,7 @@ class RLKeys:
     num_rollout_workers: int = key(1, "processes that decode", low=1)
     rollout_timeout_s: float = key(600.0, "a decoding call that takes longer counts as hung: restarted", low=1.0)
     max_rollout_attempts: int = key(3, "tries of a prompt's group before the run gives up", low=1)
+    heartbeat_timeout_s: float = key(
+        300.0, "a learner or controller that gives no sign of life for so long is taken for lost: the run ends", low=5.0
+    )
     cluster_timeout_s: float = key(300.0, "longest wait for the processes to be placed", low=1.0)

@@ -13,6 +13,7 @@ from dfactory.config.recipe import Recipe
 from dfactory.decoding import decode
 from dfactory.models.registry import add_adapters, load_policy, resolve_model_dir
 from dfactory.redaction import remember
+from dfactory.rl.liveness import Process, beating, this_process
 from dfactory.rl.rollouts import DecodedGroup, GroupCall
 from dfactory.rl.weights import WeightSet, load_weights
 from dfactory.vocabulary import recipe_vocabulary
@@ -55,8 +56,8 @@ class RolloutActor:
             DecodedGroup(call.number, self.version, [next(rollouts) for _ in call.noise_ids], seconds) for call in calls
         ]
 
-    def pid(self) -> int:
-        return os.getpid()
+    def process(self) -> Process:
+        return this_process()
 
 
 class LearnerActor:
@@ -66,6 +67,7 @@ class LearnerActor:
         os.chdir(folder)  # as above
         # Ray shows an actor its own GPU only (CUDA_VISIBLE_DEVICES), so that is number 0 in every learner.
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
+        self.rank = rank
 
     def address(self) -> tuple[str, int]:
         """Where the ranks can meet, asked of rank 0: its node's address and a port that is free there."""
@@ -74,12 +76,12 @@ class LearnerActor:
             probe.bind((host, 0))
             return host, probe.getsockname()[1]
 
-    def run(self, recipe: Recipe, learn: Callable, address: tuple[str, int], controller) -> int:
+    def run(self, recipe: Recipe, learn: Callable, address: tuple[str, int], feed) -> int:
         remember(recipe)
         if int(os.environ["WORLD_SIZE"]) > 1:  # alone it needs no port, and opens none
             os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
-        return learn(recipe, controller)
+        with beating(lambda: feed.beat(self.rank)):
+            return learn(recipe, feed)
 
-    def process(self) -> tuple[str, int]:
-        """Node and process id."""
-        return ray.get_runtime_context().get_node_id(), os.getpid()
+    def process(self) -> Process:
+        return this_process()

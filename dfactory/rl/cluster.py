@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ray
 import torch
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -22,8 +22,11 @@ from dfactory.config.recipe import Recipe
 from dfactory.errors import DFactoryError, RolloutError
 from dfactory.rl.actors import LearnerActor, RolloutActor
 from dfactory.rl.controller import Controller
+from dfactory.rl.liveness import Process, Watch, why
 from dfactory.rl.rollouts import RolloutBatch
 from dfactory.rl.weights import put_weights
+
+GRACE_S = 10.0  # for the others to end when one has failed
 
 Learn = Callable[[Recipe, "ControllerFeed"], int]
 """The training loop on one rank, with its batch source on the feed. Returns the exit status."""
@@ -130,21 +133,48 @@ def _run_learners(recipe: Recipe, learn: Learn, controller, group: PlacementGrou
         ray.remote(LearnerActor).options(**_options(group, rank, threads)).remote(rank, size, os.getcwd())
         for rank in range(size)
     ]
-    first = [learners[0].address.remote(), learners[0].process.remote()]
-    address, process = ray.get(first, timeout=recipe.cluster_timeout_s)
-    feed = ControllerFeed(controller, recipe)
-    waiting = {learner.run.remote(recipe, learn, address, feed): rank for rank, learner in enumerate(learners)}
-    statuses = []
     try:
-        with _preemption_signals() as signals:
-            while waiting:
-                done, _ = ray.wait(list(waiting), num_returns=1, timeout=1.0)
-                while signals:
-                    _send(signals.pop(), *process)  # one rank that knows is enough: see distributed.any_rank
-                statuses += [_result(reference, waiting.pop(reference), recipe) for reference in done]
+        processes = {rank: _started(learner.process.remote(), rank, recipe) for rank, learner in enumerate(learners)}
+        address = _started(learners[0].address.remote(), 0, recipe)
+        feed = ControllerFeed(controller, recipe)
+        waiting = {learner.run.remote(recipe, learn, address, feed): rank for rank, learner in enumerate(learners)}
+        watch = Watch(controller, processes, recipe.heartbeat_timeout_s)
+        return _wait(waiting, processes, watch, recipe)
     finally:
         for actor in (*learners, controller):
             ray.kill(actor)
+
+
+def _started(reference, rank: int, recipe: Recipe):
+    """The first answer of a learner."""
+    try:
+        return ray.get(reference, timeout=recipe.cluster_timeout_s)
+    except (RayActorError, GetTimeoutError) as problem:
+        raise RolloutError(
+            f"learner rank {rank} did not start within cluster_timeout_s {recipe.cluster_timeout_s:.0f} s: {why(problem)}"
+        ) from problem
+
+
+def _wait(waiting: dict, processes: dict[int, Process], watch: Watch, recipe: Recipe) -> int:
+    """The largest exit status of the learners, once all have ended."""
+    statuses, looked = [], time.monotonic()
+    with _preemption_signals() as signals:
+        while waiting:
+            done, _ = ray.wait(list(waiting), num_returns=1, timeout=1.0)
+            while signals:
+                _send(signals.pop(), processes[0])  # one rank that knows is enough: see distributed.any_rank
+            for reference in done:
+                try:
+                    statuses.append(ray.get(reference))
+                except RayError as problem:
+                    raise _failure(problem, reference, waiting, recipe) from problem
+                del waiting[reference]
+            looked, before = time.monotonic(), looked
+            try:
+                watch.look(looked - before, set(waiting.values()))
+            except RolloutError as problem:
+                _kill([*(processes[rank] for rank in waiting.values()), *watch.processes])
+                raise RolloutError(f"{problem}; {_last_checkpoint(recipe)}") from problem
     return max(statuses)
 
 
@@ -165,29 +195,53 @@ def _preemption_signals():
             signal.signal(number, handler)
 
 
-def _send(number: int, node_id: str, pid: int) -> None:
-    """A signal to a process on any node."""
+def _send(number: int, process: Process):
+    """A signal to a process on any node; the reference is ready when it was sent."""
 
     def send() -> None:
-        os.kill(pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
-    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    ray.remote(send).options(num_cpus=0, scheduling_strategy=there).remote()
+    there = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
+    return ray.remote(send).options(num_cpus=0, scheduling_strategy=there).remote()
 
 
-def _result(reference, rank: int, recipe: Recipe) -> int:
-    """Exit status of a learner. Raises RolloutError, with the last checkpoint named, for one that was lost or failed."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as problem:
-        cause = problem.cause
-        if isinstance(cause, DFactoryError):
-            raise type(cause)(f"learner rank {rank}: {cause}; {_last_checkpoint(recipe)}") from problem
-        raise RolloutError(f"learner rank {rank} failed: {problem}; {_last_checkpoint(recipe)}") from problem
-    except (RayActorError, ActorDiedError) as problem:
-        raise RolloutError(
-            f"learner rank {rank} was lost ({type(problem).__name__}); {_last_checkpoint(recipe)}"
-        ) from problem
+def _kill(processes: list[Process]) -> None:
+    """End processes that may have been stopped: they do not hear Ray, and would outlive a Ray that ends now."""
+    sent = [_send(signal.SIGKILL, process) for process in processes]
+    ray.wait(sent, num_returns=len(sent), timeout=GRACE_S)
+
+
+def _failure(problem: RayError, reference, waiting: dict, recipe: Recipe) -> DFactoryError:
+    """The error to raise for a learner that ended with `problem`, the last checkpoint named.
+
+    Where one rank is lost the others fail soon, in the middle of a collective operation: they get a moment to be heard,
+    and the one that was lost is named.
+    """
+    problems = {waiting.pop(reference): problem}
+    others, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=GRACE_S) if waiting else ([], [])
+    for other in others:
+        try:
+            ray.get(other)
+        except RayError as its_problem:
+            problems[waiting[other]] = its_problem
+    rank = min(problems, key=lambda rank: (_blame(problems[rank]), rank))
+    problem, name = problems[rank], f"learner rank {rank}"
+    if not isinstance(problem, RayTaskError):
+        told = f"{name} was lost: {why(problem)}"
+        if "its owner has died" in told:  # that is this process, which is there
+            told = f"the raylet of the driver's node has ended, and all that was started from here with it ({told})"
+        return RolloutError(f"{told}; {_last_checkpoint(recipe)}")
+    kind = type(problem.cause) if isinstance(problem.cause, DFactoryError) else RolloutError
+    told = problem.cause if isinstance(problem.cause, DFactoryError) else f"failed: {problem}"
+    return kind(f"{name}: {told}; {_last_checkpoint(recipe)}")
+
+
+def _blame(problem: RayError) -> int:
+    """Orders the problems of several ranks: what is lost first, then what says itself what is wrong."""
+    if not isinstance(problem, RayTaskError):
+        return 0
+    return 1 if isinstance(problem.cause, DFactoryError) else 2
 
 
 def _last_checkpoint(recipe: Recipe) -> str:
@@ -206,6 +260,10 @@ class ControllerFeed:
         self.controller = controller
         attempts = recipe.max_rollout_attempts + 1
         self.timeout_s = attempts * (recipe.rollout_timeout_s + recipe.reward_timeout_s) * 4 + recipe.cluster_timeout_s
+
+    def beat(self, rank: int) -> None:
+        """A learner's sign of life; nobody waits for it."""
+        self.controller.beat.remote(rank)
 
     def publish(self, version: int, groups: Iterable[dict[str, torch.Tensor]]) -> dict[str, float]:
         started = time.perf_counter()
@@ -226,4 +284,4 @@ class ControllerFeed:
                 raise problem.cause from problem
             raise
         except RayActorError as problem:
-            raise RolloutError(f"the controller was lost while waiting for {what}: {problem}") from problem
+            raise RolloutError(f"the controller was lost while waiting for {what}: {why(problem)}") from problem

@@ -10,11 +10,13 @@ With max_staleness 0 that is synchronous training: nothing is decoded until the 
 in the order of their numbers, so in that mode a run, and its resumption, decode exactly the same.
 
 A group is answered once: its number is the key. A rollout actor that dies, or does not answer in time, is killed and
-replaced, and its groups go back to the front of the queue; what the old one might still say is never heard.
+replaced, and its groups go back to the front of the queue; what the old one might still say is never heard. One that
+cannot be replaced, because its node is gone, is tried again as long as another one works; it holds no groups meanwhile.
 """
 
 import asyncio
 import collections
+import itertools
 import os
 import statistics
 import time
@@ -22,16 +24,19 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from dfactory.config.recipe import Recipe
 from dfactory.errors import RolloutError
 from dfactory.rl.advantage import group_advantages
+from dfactory.rl.liveness import Process, Pulse, this_process, why
 from dfactory.rl.metrics import batch_metrics
 from dfactory.rl.prompts import PromptStream
 from dfactory.rl.rollouts import DecodedGroup, GroupCall, RolloutBatch
 from dfactory.rl.scoring import ScoredGroup, Scorer
 from dfactory.rl.weights import WeightSet
+
+LONGEST_PAUSE_S = 30.0  # between two tries to start a rollout actor
 
 
 class Controller:
@@ -54,6 +59,18 @@ class Controller:
         self.next_group = 0
         self.batches: dict[int, asyncio.Future] = {}
         self.restarts = 0
+        self.problem: BaseException | None = None  # why the run cannot go on
+        self.pulse = Pulse(recipe.num_learners)
+
+    async def process(self) -> Process:
+        return this_process()
+
+    async def beat(self, rank: int) -> None:
+        """A learner's sign of life."""
+        self.pulse.beat(rank)
+
+    async def silence(self) -> dict[int, float]:
+        return self.pulse.silence()
 
     async def publish(self, weights: WeightSet) -> None:
         """Make these the weights of all decoding that begins from now on."""
@@ -99,7 +116,8 @@ class Controller:
             "seconds/rollout_wait": time.perf_counter() - started,
             "rollout_restarts": float(self.restarts),
         }
-        self.scorer.write_samples(version, seen)
+        self.scorer.write_samples(version + 1, seen)
+        self.scorer.write_groups(version + 1, seen, used)
         rollouts = [rollout for scored in used if scored.has_signal for rollout in scored.rollouts()]
         self._submit()
         following = seen[-1].number + 1
@@ -113,6 +131,8 @@ class Controller:
             self.handed_out + (collected + len(self.groups)) // size <= self.weights.version + self.recipe.max_staleness
         ):
             group = _Group(self.prompts.call(self.next_group))
+            if self.problem is not None:
+                group.fail(self.problem)
             self.next_group += 1
             self.groups.append(group)
             self.waiting.append(group)
@@ -120,29 +140,32 @@ class Controller:
             worker.wake()
 
     async def _finished(self, group: "_Group") -> ScoredGroup:
-        limit = (
-            self.recipe.rollout_timeout_s * (self.recipe.max_rollout_attempts + 1) + self.recipe.reward_timeout_s * 4
-        )
+        """The group, decoded and scored. The reward pool answers every call in bounded time, hanging rewards included."""
+        recipe = self.recipe
+        limit = recipe.max_rollout_attempts * (recipe.cluster_timeout_s + 3 * recipe.rollout_timeout_s)
         try:
-            return await asyncio.wait_for(asyncio.shield(group.done), limit)
+            await asyncio.wait_for(asyncio.shield(group.decoded), limit)
         except TimeoutError:
             raise RolloutError(
-                f"no rollouts of {group.call.number} ({self.prompts.origin(group.call.number)}) after {limit:.0f} s: "
-                "are the rollout actors alive? rollout_timeout_s bounds one decoding call"
+                f"no rollouts of group {group.call.number} ({self.prompts.origin(group.call.number)}) after {limit:.0f} s: "
+                f"{'; '.join(worker.state for worker in self.workers)}; rollout_timeout_s bounds one decoding call"
             ) from None
+        return await group.done
 
     def _refuse_barren(self, seen: list[ScoredGroup]) -> None:
-        """Raises RolloutError when as many groups as max_steps_without_signal steps have had no signal."""
+        """Raises RolloutError when as many groups in a row as max_steps_without_signal steps take have had no signal; also
+        in a step that has some groups already, which would else wait for the others for ever."""
         limit = self.recipe.max_steps_without_signal * self.recipe.prompts_per_step
-        if len(seen) < limit or any(group.has_signal for group in seen):
+        barren = list(itertools.takewhile(lambda group: not group.has_signal, reversed(seen)))
+        if len(barren) < limit:
             return
-        rewards = [reward for group in seen for reward in group.rewards if reward is not None]
-        self.scorer.write_samples(self.handed_out, seen)
+        rewards = [reward for group in barren for reward in group.rewards if reward is not None]
+        self.scorer.write_samples(self.handed_out + 1, barren)
         raise RolloutError(
-            f"no group of {len(seen)} had a signal: all {self.recipe.num_generations} rewards of every group were equal "
+            f"no group of {len(barren)} had a signal: all {self.recipe.num_generations} rewards of every group were equal "
             f"(mean {statistics.fmean(rewards) if rewards else float('nan'):.3f}); reward outcomes "
-            f"{self.scorer.outcomes()}; check the reward on the completions in {self.scorer.samples_path}, or raise "
-            "decode.temperature or num_generations"
+            f"{self.scorer.outcomes()}{self.scorer.complaints()}; check the reward on the completions in "
+            f"{self.scorer.samples_path}, or raise decode.temperature or num_generations"
         )
 
     def take(self, most: int) -> list["_Group"]:
@@ -163,6 +186,22 @@ class Controller:
                 )
             else:
                 self.waiting.appendleft(group)
+        for worker in self.workers:
+            worker.wake()
+
+    def fail(self, problem: BaseException) -> None:
+        """End the run: whoever waits for a group hears of the problem."""
+        self.problem = problem
+        self.waiting.clear()
+        for group in self.groups:
+            group.fail(problem)
+
+    def check_workers(self) -> None:
+        """Ends the run when no worker could start its actor, each as often as a group may be tried."""
+        tries = self.recipe.max_rollout_attempts
+        if all(worker.failed_starts >= tries for worker in self.workers):
+            reasons = "; ".join(worker.state for worker in self.workers)
+            self.fail(RolloutError(f"no rollout actor could be started again, in {tries} tries each: {reasons}"))
 
     async def score(self, group: "_Group", decoded: DecodedGroup) -> None:
         """Reward and advantages of a decoded group. An exception ends the run: rewards count their own failures."""
@@ -183,6 +222,7 @@ class _Group:
         self.call = call
         self.attempts = 0
         self.scoring: asyncio.Future | None = None  # held, or the loop might drop it
+        self.decoded: asyncio.Future = asyncio.get_running_loop().create_future()
         self.done: asyncio.Future = asyncio.get_running_loop().create_future()
 
     def finish(self, scored: ScoredGroup) -> None:
@@ -192,17 +232,26 @@ class _Group:
     def fail(self, problem: BaseException) -> None:
         if not self.done.done():
             self.done.set_exception(problem)
+            self.end_decoding()
+
+    def end_decoding(self) -> None:
+        if not self.decoded.done():
+            self.decoded.set_result(None)
 
 
 class RolloutWorker:
-    """Feeds one rollout actor, and replaces it when it fails."""
+    """Feeds one rollout actor, and replaces it when it fails. `state` is what it does, for messages."""
 
     def __init__(self, controller: Controller, index: int, make_actor: Callable[[int], Any]):
         self.controller, self.index, self.make_actor = controller, index, make_actor
         self.actor = None
+        self.process: Process | None = None
         self.version = -1
+        self.failed_starts = 0  # in a row
+        self.state = f"rollout actor {index} was not needed yet"
         self.event = asyncio.Event()
         self.task = asyncio.ensure_future(self._serve())
+        self.task.add_done_callback(self._ended)
 
     def wake(self) -> None:
         self.event.set()
@@ -211,31 +260,67 @@ class RolloutWorker:
         while True:
             await self.event.wait()
             self.event.clear()
-            while self.controller.weights is not None and (groups := self.controller.take(most=64)):
-                await self._decode(groups)
+            while self.controller.weights is not None and self.controller.waiting:
+                if await self._ready() and (groups := self.controller.take(most=64)):
+                    await self._decode(groups)
 
-    async def _decode(self, groups: list[_Group]) -> None:
+    async def _ready(self) -> bool:
+        """Whether the actor is there and has the newest weights. If not it was tried, and there was a pause."""
         recipe = self.controller.recipe
         try:
             if self.actor is None:
+                self._tell("is being started")
                 self.actor, self.version = self.make_actor(self.index), -1
-                await asyncio.wait_for(self.actor.pid.remote(), recipe.cluster_timeout_s)  # it reads its weights first
-            weights = self.controller.weights
-            if weights.version != self.version:
+                self.process = await asyncio.wait_for(self.actor.process.remote(), recipe.cluster_timeout_s)
+            while (weights := self.controller.weights).version != self.version:
+                self._tell(f"takes weights of version {weights.version}")
                 await asyncio.wait_for(self.actor.set_weights.remote(weights), recipe.rollout_timeout_s)
                 self.version = weights.version
+        except (RayError, TimeoutError) as problem:
+            if isinstance(problem, RayTaskError) and not isinstance(problem.cause, TimeoutError):
+                version = self.controller.weights.version
+                self._tell(f"could not take the weights of version {version} from Ray's store: {why(problem)}")
+                self.controller.fail(RolloutError(self.state))
+                return False
+            self.failed_starts += 1
+            self._replace("could not take the weights" if self.process else "did not start", problem)
+            self.controller.check_workers()
+            await asyncio.sleep(min(2.0**self.failed_starts, LONGEST_PAUSE_S))
+            return False
+        self.failed_starts = 0
+        return True
+
+    async def _decode(self, groups: list[_Group]) -> None:
+        recipe = self.controller.recipe
+        self._tell(f"decodes {len(groups)} groups")
+        try:
             calls = [group.call for group in groups]
             decoded = await asyncio.wait_for(self.actor.generate.remote(calls), recipe.rollout_timeout_s)
-        except RayTaskError as problem:  # the code raised: it would again
-            for group in groups:
-                group.fail(problem)
-        except (RayActorError, TimeoutError) as problem:
-            reason = "the rollout actor died" if isinstance(problem, RayActorError) else "the rollout actor hung"
-            print(f"rollout actor {self.index}: {reason}; restarting it", flush=True)
-            ray.kill(self.actor)
-            self.actor = None
-            self.controller.restarts += 1
-            self.controller.give_back(groups, reason)
+        except (RayError, TimeoutError) as problem:
+            if isinstance(problem, RayTaskError):  # the code raised: it would again
+                self._tell(f"raised an error: {problem}")
+                for group in groups:
+                    group.fail(RolloutError(self.state))
+            else:
+                self._replace("failed while it decoded", problem)
+                self.controller.give_back(groups, self.state)
         else:
+            self._tell("waits for groups")
             for group, result in zip(groups, decoded, strict=True):
+                group.end_decoding()
                 group.scoring = asyncio.ensure_future(self.controller.score(group, result))
+
+    def _replace(self, what: str, problem: BaseException) -> None:
+        self._tell(f"{what}: {why(problem)}")
+        print(f"{self.state}; restarting it", flush=True)
+        ray.kill(self.actor)
+        self.actor = self.process = None
+        self.controller.restarts += 1
+
+    def _tell(self, what: str) -> None:
+        self.state = f"rollout actor {self.index}{f' ({self.process})' if self.process else ''} {what}"
+
+    def _ended(self, task: asyncio.Task) -> None:
+        """It serves until the controller is killed; anything else is a bug, and nobody shall wait for it."""
+        if not task.cancelled() and (problem := task.exception()) is not None:
+            self.controller.fail(problem)

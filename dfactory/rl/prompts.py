@@ -1,5 +1,7 @@
 """The endless stream of prompts: group n is answered to prompt n of a shuffled order that begins anew every epoch."""
 
+import bisect
+
 from dfactory.config.recipe import Recipe
 from dfactory.data.prompts import Row, encode_prompt, prompt_of, read_rows
 from dfactory.data.source import EpochOrder
@@ -24,6 +26,7 @@ class PromptStream:
         self.prompt_ids = [encode_prompt(row, self.vocabulary.encoder) for row in self.rows]
         self._refuse_long_prompts(recipe.max_length - recipe.decode.max_new_tokens)
         self._order = EpochOrder(weights, recipe.seed)
+        self._starts = [0]  # the first group of each epoch, as far as they are known
         self._num_generations = recipe.num_generations
 
     def call(self, group: int) -> GroupCall:
@@ -51,10 +54,10 @@ class PromptStream:
 
     def _place(self, group: int) -> tuple[int, int, int]:
         """(epoch, place in it, its length) of a group."""
-        epoch = 0
-        while group >= (length := len(self._order.visits(epoch)[0])):
-            group, epoch = group - length, epoch + 1
-        return epoch, group, length
+        while group >= self._starts[-1]:
+            self._starts.append(self._starts[-1] + len(self._order.visits(len(self._starts) - 1)[0]))
+        epoch = bisect.bisect_right(self._starts, group) - 1
+        return epoch, group - self._starts[epoch], self._starts[epoch + 1] - self._starts[epoch]
 
     def _refuse_long_prompts(self, room: int) -> None:
         for row, ids in zip(self.rows, self.prompt_ids, strict=True):

@@ -37,6 +37,7 @@ from dfactory.rl.reward_worker import LENGTH
 from dfactory.rl.rewards.specs import RewardSpec
 
 START_S = 120.0  # for a reward process to import its libraries
+STARTS = 3  # tries to start one
 LONGEST_REPLY = 1 << 26
 
 
@@ -248,11 +249,24 @@ class _Worker:
         self._process: asyncio.subprocess.Process | None = None
 
     @property
+    def _name(self) -> str:
+        return f"a process with the rewards {', '.join(spec.name for spec in self.specs)}"
+
+    @property
     def alive(self) -> bool:
         return self._process is not None and self._process.returncode is None
 
     async def start(self) -> dict[str, list[str]]:
-        """Columns that each reward needs, once all are loaded."""
+        """Columns that each reward needs, once all are loaded. One that was killed meanwhile is started again."""
+        for _ in range(STARTS):
+            try:
+                return await self._start()
+            except _Ended as end:
+                await self.kill()
+                reason = end
+        raise RolloutError(f"{self._name} did not start in {STARTS} tries: {reason}")
+
+    async def _start(self) -> dict[str, list[str]]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         ours, theirs = socket.socketpair()
         with theirs:
@@ -265,16 +279,12 @@ class _Worker:
             )
         self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=LONGEST_REPLY)
         self.memory_mb = 0.0
-        names = ", ".join(spec.name for spec in self.specs)
         try:
             async with asyncio.timeout(START_S):
                 ready = await self._ask(pickle.dumps(self.specs))
         except TimeoutError:
             await self.kill()
-            raise RolloutError(f"rewards {names} took longer than {START_S:g} s to be imported") from None
-        except _Ended as end:
-            await self.kill()
-            raise RolloutError(f"a process with the rewards {names} did not start: {end}") from None
+            raise RolloutError(f"{self._name} took longer than {START_S:g} s to import them") from None
         if "failed" in ready:
             await self.kill()
             raise ConfigError(ready["failed"])

@@ -10,11 +10,13 @@ from dfactory import faults
 from dfactory.config.recipe import Recipe
 from dfactory.rl.advantage import GroupAdvantages
 from dfactory.rl.prompts import PromptStream
-from dfactory.rl.reward_pool import RewardGroup, RewardPool, RewardResult, outcome_counts
+from dfactory.rl.reward_pool import RewardGroup, RewardPool, RewardResult, failure_messages, outcome_counts
 from dfactory.rl.rewards.specs import parse_rewards
 from dfactory.rl.rollouts import DecodedGroup, ScoredRollout
 
 SAMPLES = "completions.jsonl"
+GROUPS = "groups.jsonl"
+KINDS_OF_FAILURE = 100  # distinct messages of failed rewards that are remembered
 SAMPLE_GROUPS = 2  # of a step that are written down whole
 
 
@@ -58,6 +60,7 @@ class Scorer:
     def __init__(self, recipe: Recipe, prompts: PromptStream):
         self.prompts = prompts
         self.samples_path = Path(recipe.output_dir) / SAMPLES
+        self.groups_path = Path(recipe.output_dir) / GROUPS
         specs = parse_rewards(
             recipe.reward_funcs, recipe.reward_weights, allow_code_execution=recipe.allow_code_execution
         )
@@ -68,6 +71,7 @@ class Scorer:
             memory_mb=recipe.reward_worker_memory_mb,
         )
         self._outcomes: Counter[str] = Counter()
+        self._failures: Counter[str] = Counter()
 
     async def score(self, decoded: DecodedGroup) -> ScoredGroup:
         loop = asyncio.get_running_loop()
@@ -78,11 +82,39 @@ class Scorer:
         result = await asyncio.wrap_future(self.pool.submit(group))
         for (name, outcome), count in outcome_counts([result]).items():
             self._outcomes[f"{name}/{outcome.value}"] += count
+        self._remember(failure_messages([result]), decoded.number)
         return ScoredGroup(decoded, texts, result, loop.time() - started)
 
     def outcomes(self) -> dict[str, int]:
         """How often each function ended how, in rollouts: `exact_match/ok`, `exact_match/timeout`."""
         return dict(self._outcomes)
+
+    def complaints(self) -> str:
+        """The commonest messages of rewards that failed, in brackets; empty if none did."""
+        common = [f"{message} ({count} times)" for message, count in self._failures.most_common(3)]
+        return f" ({'; '.join(common)})" if common else ""
+
+    def _remember(self, failures: Counter[str], group: int) -> None:
+        """Count failures, and tell each kind of them once."""
+        for message, count in failures.items():
+            if message not in self._failures and len(self._failures) < KINDS_OF_FAILURE:
+                print(f"group {group} ({self.prompts.origin(group)}): {message}", flush=True)
+                self._failures[message] = 0
+            if message in self._failures:
+                self._failures[message] += count
+
+    def write_groups(self, step: int, seen: list[ScoredGroup], used: list[ScoredGroup]) -> None:
+        """Append a line: the groups that a step met, with the version that decoded each, and those that it trains on. A run
+        that is taken up again repeats the steps behind its checkpoint: of several lines of a step the last one counts."""
+        line = {
+            "step": step,
+            "groups": [group.number for group in seen],
+            "versions": [group.decoded.version for group in seen],
+            "trained": [group.number for group in used if group.has_signal],
+        }
+        self.groups_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.groups_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def write_samples(self, step: int, groups: list[ScoredGroup]) -> None:
         """Append the first groups of a step to the run's table of completions."""

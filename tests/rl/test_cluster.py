@@ -2,13 +2,10 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -94,15 +91,6 @@ def base(tmp_path_factory) -> list[str]:
         "warmup_steps=0",
         "reward_workers=1",
     ]
-
-
-@pytest.fixture
-def ray_folder(monkeypatch) -> Iterator[Path]:
-    """Where Ray keeps what belongs to the whole machine, such as the address of the cluster that was started last."""
-    folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # short: the path of a socket has at most 107 bytes
-    monkeypatch.setenv("RAY_TMPDIR", str(folder))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

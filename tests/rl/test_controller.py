@@ -12,6 +12,7 @@ from dfactory.config.load import load_recipe
 from dfactory.errors import RolloutError
 from dfactory.models.tiny import TINY_DIR
 from dfactory.rl.controller import Controller
+from dfactory.rl.liveness import this_process
 from dfactory.rl.rollouts import DecodedGroup
 from dfactory.rl.weights import WeightSet
 from dfactory.types import FinishReason, Rollout
@@ -25,12 +26,20 @@ def by_index(prompts, completions, completion_ids, **columns):
 
 def never(prompts, completions, **columns):
     return [0.0] * len(prompts)
+
+calls = []
+
+def at_first(prompts, completions, completion_ids, **columns):
+    calls.append(1)
+    if len(calls) > 2:
+        raise ValueError("the judge has gone")
+    return [float(ids[0] % 2) for ids in completion_ids]
 """
 
 
 @pytest.fixture(scope="module", autouse=True)
 def local_ray():
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -44,8 +53,8 @@ class FakeRolloutActor:
     def set_weights(self, weights):
         self.version = weights.version
 
-    def pid(self):
-        return os.getpid()
+    def process(self):
+        return this_process()
 
     def generate(self, calls):
         for call in calls:
@@ -72,7 +81,7 @@ def start(tmp_path):
     (tmp_path / "faults").mkdir()
     controllers = []
 
-    def make(*, reward="by_index", faults=(), **keys):
+    def make(*, reward="by_index", faults=(), actor_cpus=0, **keys):
         text = {
             "stage": "rl",
             "model_name_or_path": str(TINY_DIR),
@@ -95,7 +104,7 @@ def start(tmp_path):
         folder = str(tmp_path / "faults")
 
         def make_actor(index):
-            return ray.remote(FakeRolloutActor).options(num_cpus=0).remote(folder)
+            return ray.remote(FakeRolloutActor).options(num_cpus=actor_cpus).remote(folder)
 
         recipe = load_recipe(tmp_path / "rl.yaml")
         controller = ray.remote(Controller).options(num_cpus=0, max_concurrency=100).remote(recipe, make_actor)
@@ -173,3 +182,24 @@ def test_rewards_that_never_differ_stop_the_run_with_what_to_look_at(start):
     with pytest.raises(ray.exceptions.RayTaskError, match=r"no group of 6 had a signal.*completions\.jsonl") as caught:
         steps(controller, 1)
     assert isinstance(caught.value.cause, RolloutError)
+
+
+def test_rewards_that_fail_from_a_group_on_stop_the_run_within_the_step_and_are_quoted(start):
+    """The step has groups with a signal already, and would wait for the last one for ever."""
+    controller = start(reward="at_first", max_steps_without_signal=2)
+    with pytest.raises(ray.exceptions.RayTaskError, match=r"no group of 6 had a signal.*the judge has gone"):
+        steps(controller, 1)
+
+
+def test_a_rollout_actor_that_finds_no_place_is_named(start):
+    controller = start(actor_cpus=1000, cluster_timeout_s=1, max_rollout_attempts=2)
+    with pytest.raises(ray.exceptions.RayTaskError, match="rollout actor 0 did not start: no answer in time") as caught:
+        steps(controller, 1)
+    assert isinstance(caught.value.cause, RolloutError)
+
+
+def test_groups_are_written_down_in_order(start, tmp_path):
+    batches = steps(start(), 2)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "groups.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["groups"]) for line in lines] == [(1, [0, 1, 2]), (2, [3, 4, 5])]
+    assert [number for line in lines for number in line["trained"]] == groups_of(batches)

@@ -112,6 +112,24 @@ def test_what_a_reward_leaves_behind_dies_with_its_process():
     assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
 
 
+KILLED_AT_START = """
+import os, pathlib, signal
+mark = pathlib.Path(__file__).with_suffix(".mark")
+if not mark.exists():
+    mark.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def fine(completions, **columns):
+    return [1.0] * len(completions)
+"""
+
+
+def test_a_process_that_is_killed_while_it_starts_is_started_again(tmp_path):
+    (tmp_path / "reward.py").write_text(KILLED_AT_START)
+    with RewardPool([RewardSpec("fine", f"{tmp_path}/reward.py:fine")], workers=1) as pool:
+        assert pool.score([group("a")])[0].reward_G == [1.0]
+
+
 def test_scores_are_computed_while_the_caller_goes_on(pool):
     future = pool.submit(group("hang"))
     assert not future.done()

@@ -64,6 +64,7 @@ def _files(recipe: Recipe) -> Table:
         files["previews.jsonl"] = "held-out prompts as they were answered, at each evaluation"
     if recipe.stage == "rl":
         files["completions.jsonl"] = "rollouts with their rewards"
+        files["groups.jsonl"] = "which prompts each step met"
     if recipe.stage in PAIRED_STAGES and recipe.reference == "precomputed" and recipe.reference_path is None:
         files["reference.safetensors"] = "the reference's scores"
     if "wandb" in recipe.report_to:
