@@ -29,6 +29,7 @@ import psutil
 ROOT = Path(__file__).parents[1]
 FOREVER = 10**8
 WARM_UP = 0.2
+FEWEST = 10  # samples that a line is fitted to
 BOUNDS = {  # growth over the whole time, at most: a part of the first value and a constant
     "memory MB": (0.05, 20.0),
     "threads": (0.0, 3.0),
@@ -128,8 +129,11 @@ def watch(minutes: float, every_s: float, samples: list, sft: subprocess.Popen) 
 def judge(samples: list) -> bool:
     """Print the table; whether all is within its bounds."""
     end = samples[-1][0]
-    warm = [(at, values) for at, values in samples if at >= WARM_UP * end]
-    names = sorted(set.intersection(*(set(values) for _, values in warm)))
+    names = sorted(set.union(*(set(values) for _, values in samples)))
+    warm = [(at, values) for at, values in samples if at >= WARM_UP * end and values.keys() >= set(names)]
+    if len(warm) < FEWEST:
+        print(f"only {len(warm)} samples with all processes there, {FEWEST} are needed: give it more --minutes")
+        return False
     good = True
     print(f"{len(warm)} samples from {warm[0][0] / 60:.1f} to {end / 60:.1f} minutes")
     print(f"{'of':<20}{'what':<12}{'first':>10}{'last':>10}{'fitted growth':>16}{'bound':>10}")
