@@ -23,7 +23,8 @@ table.text td { text-align: left; vertical-align: top; white-space: pre-wrap; fo
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px; }
 """
 CAPTIONS = {
-    "loss": "Thin: each step; thick: mean over 1/20 of the steps; diamonds: held out.",
+    "loss": "Thin: each step; thick: mean over 1/20 of the steps; diamonds: held out. Of RL, the training loss stays near 0 "
+    "(its gradient counts, look at the rewards) and the held-out one is a likelihood: they do not compare.",
     "loss_by_t": "A model that learns lowers all of them; the loss at high t is that of the first forwards of decoding.",
     "tradeoff": "From `dfactory eval --thresholds`. Up and to the right is better.",
     "memory": "The forecast is that of `dfactory check`: a ceiling of what training itself asks for.",
