@@ -11,7 +11,7 @@ from dfactory.train import train
 
 
 def main() -> None:
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="error")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="error")
     for job in json.loads(Path(sys.argv[1]).read_text()):
         status = train(load_recipe(job["recipe"], job["overrides"]))
         assert status == 0, f"{job} ended with {status}"
