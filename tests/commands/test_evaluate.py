@@ -1,6 +1,7 @@
 """`eval` on records, on reasoning-gym's tasks, and at several thresholds."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,8 @@ def test_a_sweep_is_a_table_and_a_line_a_threshold(records, tmp_path, capsys):
 
 def test_a_sweep_of_a_run_lies_in_its_folder(records, tmp_path):
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "LATEST").write_text(str(TINY_DIR))
+    shutil.copytree(TINY_DIR, run / "checkpoint-1")
+    (run / "LATEST").write_text("checkpoint-1")
     words = ["eval", "--model", str(run), "--data", str(records), "--thresholds", "0.5"]
     assert main([*words, "decode.block_size=8", "decode.max_new_tokens=8"]) == 0
     assert json.loads((run / "thresholds.jsonl").read_text())["threshold"] == 0.5

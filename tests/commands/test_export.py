@@ -15,6 +15,7 @@ from dfactory.commands import export as exporting
 from dfactory.commands.export import export, probe_batch
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.models.headers import stored_dtype
+from dfactory.models.manifest import MANIFEST
 from dfactory.models.registry import add_adapters, load_policy
 from dfactory.models.saving import save_policy
 from tests.commands.conftest import GOLDEN, save_plain
@@ -193,6 +194,8 @@ def test_a_damaged_checkpoint_is_refused_by_tensor(llama_run, tmp_path):
     tensors = load_file(damaged / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    refuse(damaged, tmp_path / "out", "model.safetensors has .* bytes, the manifest says")
+    (damaged / MANIFEST).unlink()
     refuse(damaged, tmp_path / "out", "missing tensor model.norm.weight")
 
 

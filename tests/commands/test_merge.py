@@ -14,6 +14,7 @@ from dfactory.config.load import load_merge_keys
 from dfactory.config.merge import MergeKeys
 from dfactory.engine.runfolder import RunFolder
 from dfactory.errors import CheckpointError, ConfigError
+from dfactory.models.manifest import MANIFEST
 from dfactory.models.registry import load_policy
 
 
@@ -146,6 +147,8 @@ def test_a_refusal_leaves_nothing(golden_run, tmp_path):
     tensors = load_file(run / "checkpoint-3/model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, run / "checkpoint-2/model.safetensors")
+    (run / "checkpoint-2" / MANIFEST).unlink()  # it would refuse the file by its size
+    before.remove(run / "checkpoint-2" / MANIFEST)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
         merge(str(run), str(tmp_path / "out"), MergeKeys(topk=3))
     assert sorted(tmp_path.rglob("*")) == before

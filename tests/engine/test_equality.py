@@ -1,5 +1,6 @@
 """However DeepSpeed shards the work, and however a batch is cut, the losses are those of plain torch."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,11 @@ ZERO = {stage: f"deepspeed={ROOT}/recipes/deepspeed/zero{stage}.json" for stage 
 
 def plain_losses(recipe_file: Path, overrides: list[str] = ()) -> list[float]:
     """The losses of a recipe, by tests/reference.py."""
+    return _plain_losses(recipe_file, tuple(overrides))
+
+
+@functools.cache  # slow, and the same for any number of processes
+def _plain_losses(recipe_file: Path, overrides: tuple[str, ...]) -> list[float]:
     recipe = load_recipe(recipe_file, list(overrides))
     steps = recipe.max_steps
     source = make_source(recipe, read_inputs(recipe), rank=0, world_size=1)
