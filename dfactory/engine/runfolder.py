@@ -3,7 +3,7 @@
 output_dir/config.yaml      the recipe as it was resolved, without secrets
 output_dir/metrics.jsonl    one object a step, and one an evaluation ("eval/...")
 output_dir/previews.jsonl   held-out prompts as the model answered them at each evaluation, where prompts are decoded
-output_dir/completions.jsonl   rollouts with their rewards, in reinforcement learning; steps count from 0 there
+output_dir/completions.jsonl   rollouts with their rewards, in reinforcement learning
 output_dir/checkpoint-N/    a model directory that transformers loads, with the engine's state in engine/
 output_dir/LATEST           the newest whole checkpoint's name; written last
 output_dir/nonfinite/       step-N-rank-R.json: where a NaN or Inf came from, if there was one
@@ -56,8 +56,8 @@ class RunFolder:
             aside = self._start_anew() if resume_step is None else self._set_aside(resume_step)
             keys = OmegaConf.to_container(OmegaConf.structured(recipe))
             replace_text(self.path / "config.yaml", OmegaConf.to_yaml(redacted(keys)))
-            for file, first_step in ((self.metrics_file, 1), (self.previews_file, 1), (self.completions_file, 0)):
-                kept = _lines_before(file, resume_step + first_step) if resume_step is not None else []
+            for file in (self.metrics_file, self.previews_file, self.completions_file):
+                kept = _lines_up_to(file, resume_step) if resume_step is not None else []
                 if kept or file.is_file() or file == self.metrics_file:
                     replace_text(file, "".join(f"{line}\n" for line in kept))
             return aside
@@ -200,12 +200,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _lines_before(file: Path, step: int) -> list[str]:
-    """The lines of steps before one; a line that was cut short by the end of its writer is not among them."""
+def _lines_up_to(file: Path, step: int) -> list[str]:
+    """The lines of steps up to one; a line that was cut short by the end of its writer is not among them."""
     kept = []
     for line in file.read_bytes().split(b"\n") if file.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
-            if json.loads(line)["step"] < step:
+            if json.loads(line)["step"] <= step:
                 kept.append(line.decode())
     return kept
 
