@@ -187,6 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
         make_workload(f"prompt of {options.prompt}", [options.prompt], 1, 1, options),
         make_workload(name, ragged, options.sample, options.slots, options),
     ]
+    if options.graphs and not torch.cuda.is_available():
+        parser.error("--graphs replays CUDA graphs: it needs a GPU")
     if options.graphs:
         Console(width=130, highlight=False).print(compare_graphs(works, options))
         return 0

@@ -4,6 +4,7 @@ output_dir/config.yaml      the recipe as it was resolved, without secrets
 output_dir/metrics.jsonl    one object a step, and one an evaluation ("eval/...")
 output_dir/previews.jsonl   held-out prompts as the model answered them at each evaluation, where prompts are decoded
 output_dir/completions.jsonl   rollouts with their rewards, in reinforcement learning
+output_dir/groups.jsonl     which prompts each of its steps met and trained on, by number
 output_dir/checkpoint-N/    a model directory that transformers loads, with the engine's state in engine/
 output_dir/LATEST           the newest whole checkpoint's name; written last
 output_dir/nonfinite/       step-N-rank-R.json: where a NaN or Inf came from, if there was one
@@ -29,6 +30,8 @@ from dfactory.errors import CheckpointError, ConfigError, DataError
 from dfactory.redaction import redacted
 
 STATE = "engine/state.json"
+METRICS, PREVIEWS = "metrics.jsonl", "previews.jsonl"
+STEP_TABLES = (METRICS, PREVIEWS, "completions.jsonl", "groups.jsonl")  # each line names its step, counted from 1
 
 _TORCH_SAVE = ("PytorchStreamWriter", "inline_container")  # how torch.save says that it could not write
 _NAME = re.compile(r"checkpoint-\d+")
@@ -39,9 +42,8 @@ class RunFolder:
 
     def __init__(self, output_dir: str | Path):
         self.path = Path(output_dir)
-        self.metrics_file = self.path / "metrics.jsonl"
-        self.previews_file = self.path / "previews.jsonl"
-        self.completions_file = self.path / "completions.jsonl"
+        self.metrics_file = self.path / METRICS
+        self.previews_file = self.path / PREVIEWS
         self.latest_file = self.path / "LATEST"
         self.nonfinite = self.path / "nonfinite"
 
@@ -56,7 +58,7 @@ class RunFolder:
             aside = self._start_anew() if resume_step is None else self._set_aside(resume_step)
             keys = OmegaConf.to_container(OmegaConf.structured(recipe))
             replace_text(self.path / "config.yaml", OmegaConf.to_yaml(redacted(keys)))
-            for file in (self.metrics_file, self.previews_file, self.completions_file):
+            for file in (self.path / name for name in STEP_TABLES):
                 kept = _lines_up_to(file, resume_step) if resume_step is not None else []
                 if kept or file.is_file() or file == self.metrics_file:
                     replace_text(file, "".join(f"{line}\n" for line in kept))

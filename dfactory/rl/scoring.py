@@ -104,8 +104,8 @@ class Scorer:
                 self._failures[message] += count
 
     def write_groups(self, step: int, seen: list[ScoredGroup], used: list[ScoredGroup]) -> None:
-        """Append a line: the groups that a step met, with the version that decoded each, and those that it trains on. A run
-        that is taken up again repeats the steps behind its checkpoint: of several lines of a step the last one counts."""
+        """Append a line: the groups that a step met, with the version that decoded each, and those that it trains on. A
+        resumed run drops the lines of the steps that it repeats (engine/runfolder.py)."""
         line = {
             "step": step,
             "groups": [group.number for group in seen],

@@ -35,6 +35,8 @@ def test_losses_of_twenty_steps_equal_plain_torch_on_a_cpu(recipe_file, dpo_keys
         tolerance = 1e-5
         if run.name == "bf16":
             tolerance = 0.1 if objective == "dpo" else 0.03
+            first = abs(read_metrics(run)[0] - expected[0].item())  # later, rounded weights go ways of their own
+            assert first < 3e-2, f"bf16: first losses differ by {first:.2e}"
         difference = ((torch.tensor(read_metrics(run)) - expected) / expected).abs().max().item()
         assert difference < tolerance, f"{run.name}: losses differ by {difference:.2e}"
 

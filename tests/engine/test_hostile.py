@@ -17,18 +17,9 @@ from dfactory.engine.trainer import Trainer
 from dfactory.errors import CheckpointError
 from dfactory.types import TrainState
 from tests.engine.test_equality import ZERO
+from tests.planted import Evil
 
 pytestmark = pytest.mark.slow
-
-
-class Evil:
-    """A pickle of this leaves a folder behind when it is loaded."""
-
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Model directories that want to run code, or to have files read and copied that are not theirs."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -14,16 +13,7 @@ from dfactory.models.registry import load_policy, read_tokenizer, resolve_model_
 from dfactory.models.saving import save_policy
 from dfactory.models.tiny import TINY_DIR
 from tests.models.conftest import GOLDEN_DIR
-
-
-class Evil:
-    """A pickle of this leaves a file behind when it is loaded."""
-
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
+from tests.planted import Evil
 
 
 @pytest.fixture
