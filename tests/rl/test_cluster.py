@@ -186,7 +186,6 @@ def test_a_demand_that_the_cluster_cannot_meet_lists_demand_and_supply(base, ray
     assert "'CPU': 501.0" in done.stderr
 
 
-@pytest.mark.skip(reason="written, and not yet seen to the end: it takes minutes")
 def test_a_lost_learner_and_a_lost_controller_end_the_run_which_resumes_bitwise(base, runs, tmp_path):
     """The learner is killed behind its first checkpoint, the controller in the middle of its table of completions."""
     keys = [*base, "max_steps=3", "save_steps=1", f"output_dir={tmp_path}/run"]
