@@ -23,7 +23,7 @@ from data_tools.command import parser_of, run, say
 from data_tools.files import writing
 from dfactory.data.fields import BadRow, Completion, Conversation, Fault, Pair, Record, json_object, show
 from dfactory.data.progress import Advance, reading
-from dfactory.data.records import parse_line, parse_row, read_objects
+from dfactory.data.records import parse_json, parse_row, read_objects
 from dfactory.errors import DataError
 
 FINAL_ANSWER = "####"  # stands before the answer proper in GSM8K's answers
@@ -68,7 +68,7 @@ def rows_of(path: str, advance: Advance) -> Iterator[tuple[int, Any]]:
     if not path.endswith(".json"):
         yield from read_objects(path, advance)
         return
-    rows = parse_line(Path(path).read_bytes())
+    rows = parse_json(Path(path).read_bytes())
     if isinstance(rows, BadRow):
         raise DataError(f"{path}: {rows}; if it has an object a line, name it .jsonl")
     if not isinstance(rows, list):

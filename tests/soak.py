@@ -48,9 +48,10 @@ KINDS = {
     "tests.soak": "RL driver",
 }
 REWARD = """
-def capitals(prompts, completions, completion_ids, **columns):
-    texts = [completion[0]["content"] for completion in completions]
-    return [sum(letter < "N" for letter in text) - 0.1 * len(ids) for text, ids in zip(texts, completion_ids)]
+import random
+
+def chance(completions, **columns):
+    return [random.random() for _ in completions]  # one that could be learnt would leave no signal within the hour
 """
 SHORT = [
     "model_name_or_path=tiny",
@@ -79,7 +80,7 @@ def run_rl(folder: Path) -> int:
     keys = [
         *(*SHORT, "save_steps=50", "logging_steps=1000", f"output_dir={folder}/soak-rl", "num_generations=4"),
         *("prompts_per_step=2", "decode.max_new_tokens=16", "decode.threshold=0.5", "reward_workers=1"),
-        *(f"reward_funcs=[{folder}/reward.py:capitals]", "max_staleness=1", "max_steps_without_signal=1000"),
+        *(f"reward_funcs=[{folder}/reward.py:chance]", "max_staleness=1", "max_steps_without_signal=1000"),
     ]
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
     try:
@@ -158,7 +159,10 @@ def main() -> int:
     sft, samples = start_sft(folder), []
     thread = threading.Thread(target=watch, args=(arguments.minutes, arguments.every, samples, sft), daemon=True)
     thread.start()
-    statuses = {"RL": run_rl(folder), "SFT": sft.wait(timeout=120)}
+    try:
+        statuses = {"RL": run_rl(folder), "SFT": sft.wait(timeout=120)}
+    finally:
+        sft.kill()  # where RL failed it would go on for ever
     thread.join()
     steps = {name: (folder / f"soak-{name}/metrics.jsonl").read_text().count("\n") for name in ("sft", "rl")}
     print(f"exit statuses {statuses} (75: preempted, as asked), steps {steps}, in {folder}")

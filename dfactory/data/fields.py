@@ -70,6 +70,7 @@ class Fault(enum.StrEnum):
 
     ENCODING = "not UTF-8"
     JSON = "not a JSON object"
+    LINE = "a line too long to be a record"
     FORMAT = "unknown format"
     FIELD = "a field of the wrong type or value"
     EMPTY = "empty answer"

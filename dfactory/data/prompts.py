@@ -1,12 +1,11 @@
 """Prompts to answer: JSONL rows with `messages`, `prompt` (text) or `prompt_ids`, and whatever columns a reward reads."""
 
-import codecs
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dfactory.data.chat import ChatEncoder
 from dfactory.data.fields import integers, text, tools
-from dfactory.data.records import BadRow, check_messages, parse_line
+from dfactory.data.records import BadRow, check_messages, parse_line, read_lines
 from dfactory.errors import DataError
 
 
@@ -21,8 +20,7 @@ def read_rows(path: str | Path) -> list[Row]:
         raise DataError(f"{path} does not exist: give a JSONL file of prompts")
     rows = []
     with Path(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        for number, line in enumerate(read_lines(file), start=1):
             if not line.strip():
                 continue
             origin, fields = f"{path}:{number}", parse_line(line)

@@ -28,7 +28,7 @@ SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
 }
-LONGEST_LINE = 1 << 28  # bytes, unpacked: a small .gz can hold a line that no memory does
+LONGEST_LINE = 1 << 22  # bytes, unpacked: tokenising such a text takes a gigabyte, and no max_length is that long
 PARQUET_BATCH = 1024  # rows that are read together
 PROGRESS_ROWS = 256  # between two words to the progress bar
 
@@ -83,25 +83,38 @@ def _json_rows(path: Path, unpack: Callable[[BinaryIO], Any], advance: Advance) 
     number, position = 0, 0
     try:
         with path.open("rb") as file:
-            lines = unpack(file)
-            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), b""), start=1):
-                if len(line) > LONGEST_LINE:
-                    raise DataError(f"{path}:{number}: the line has more than {LONGEST_LINE} bytes: split the record")
+            for number, line in enumerate(read_lines(unpack(file)), start=1):
                 if number % PROGRESS_ROWS == 0:
                     here = os.lseek(file.fileno(), 0, os.SEEK_CUR)  # file.tell() is not to be had while lines are read
                     advance(here - position)
                     position = here
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
                     yield number, parse_line(line)
     except (EOFError, zlib.error, OSError) as problem:
         raise DataError(f"{path}:{number}: unreadable behind this line ({problem}): copy the file anew") from problem
 
 
+def read_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file without its byte order mark; of one longer than LONGEST_LINE, as much as tells that it is."""
+    mark = codecs.BOM_UTF8
+    while line := file.readline(LONGEST_LINE + 1):
+        yield line.removeprefix(mark)
+        mark = b""
+        while len(line) > LONGEST_LINE and not line.endswith(b"\n"):  # a small .gz can hold a line that no memory does
+            line = file.readline(LONGEST_LINE + 1)
+
+
 def parse_line(line: bytes) -> Any:
     """The value of a line of JSON, or a BadRow."""
+    if len(line) > LONGEST_LINE:
+        return BadRow(Fault.LINE, f"the line has more than {LONGEST_LINE} bytes: split the record")
+    return parse_json(line)
+
+
+def parse_json(text: bytes) -> Any:
+    """The value of a JSON text of any length, or a BadRow."""
     try:
-        return fields.load_json(line.decode("utf-8"))
+        return fields.load_json(text.decode("utf-8"))
     except UnicodeDecodeError as problem:
         return BadRow(Fault.ENCODING, f"byte {problem.start} of the line is not UTF-8: convert the file to UTF-8")
     except ValueError as problem:

@@ -35,7 +35,7 @@ from dfactory.data.examples import (
 )
 from dfactory.data.fields import BadRow
 from dfactory.data.progress import Advance, reading
-from dfactory.data.records import parse_line, parse_row
+from dfactory.data.records import LONGEST_LINE, parse_line, parse_row
 from dfactory.errors import ConfigError, DataError
 from dfactory.types import Example
 
@@ -70,7 +70,7 @@ class Lines:
 
     def __getitem__(self, index: int) -> bytes:
         start, stop = self._end_L1[index : index + 2].tolist()
-        line = os.pread(self._file.fileno(), stop - start, start)
+        line = os.pread(self._file.fileno(), min(stop - start, LONGEST_LINE + 1), start)
         return line.removeprefix(codecs.BOM_UTF8) if index == 0 else line
 
 

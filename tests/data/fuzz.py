@@ -1,24 +1,27 @@
 """Hostile files of records: `python -m tests.data.fuzz --lines 1000000` for the long run, test_fuzz.py for the quick one.
 
 A file is made of lines that were right once and were then broken, of any JSON, and of any bytes; it comes plain, gzipped,
-cut short, or as parquet. Reading it has to end with documents, with rows that are refused with a reason, or with a DataError
-that names the file; and no text may ever turn into the mask.
+cut short, or as parquet. From the lines of a file further files are made: with bytes changed, put in, cut out, and halves of
+two lines joined. Reading one has to end with documents, with rows that are refused with a reason, or with a DataError that
+names the file; and no text may ever turn into the mask. Last come lines of 50 MB.
 """
 
 import argparse
 import copy
 import gzip
 import json
+import random
+import re
 import resource
 import tempfile
 import time
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from dfactory.config.data import DatasetKeys
@@ -32,6 +35,11 @@ from dfactory.errors import DataError
 from tests.data.conftest import EOS, MASK, SPECIAL, make_tokenizer
 
 LINES = 25  # of a file
+VARIANTS = 9  # files that are made of the lines of a drawn one, and of earlier ones
+DRAWN_TOGETHER = 200  # files; hypothesis keeps what it drew
+POOL = 2000  # lines that variants are made of
+HUGE = 50 * 2**20  # bytes of a huge line
+SCALARS = re.compile(rb'"(?:[^"\\]|\\.){0,200}"(?!:)|-?\d[\d.eE+]*|true|false|null')
 DEPTHS = (2, 90, 99, 101, 400, 990, 1000, 10_000)
 USER, BOT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]}
@@ -171,6 +179,64 @@ def files(draw) -> tuple[str, bytes]:
     return kind, body
 
 
+class Variants:
+    """Files of lines that were read before, most of them with something changed."""
+
+    def __init__(self, number: int):
+        self.chance, self.pool = random.Random(number), deque(maxlen=POOL)
+
+    def learn(self, body: bytes) -> None:
+        self.pool.extend(body.splitlines())
+
+    def __call__(self) -> bytes:
+        return b"\n".join(self._line() for _ in range(LINES))
+
+    def _line(self) -> bytes:
+        line, at = self.chance.choice(self.pool), self.chance.randrange
+        if at(4):
+            line = self._with_other_values(line)
+        for _ in range(max(0, at(6) - 3)):
+            here, there = sorted(at(len(line) + 1) for _ in range(2))
+            how = at(5)
+            if how == 0:  # another byte
+                line = line[:here] + bytes([at(256)]) + line[here + 1 :]
+            elif how == 1:
+                line = line[:here] + line[there:]
+            elif how == 2 and len(line) < 100_000:  # a piece twice
+                line = line[:there] + line[here:]
+            elif how == 3:
+                line = line[:here] + self.chance.choice(NASTY).encode("utf-8", "surrogatepass") + line[here:]
+            else:
+                other = self.chance.choice(self.pool)
+                line = line[:here] + other[at(len(other) + 1) :]
+        return line.replace(b"\n", b"")
+
+    def _with_other_values(self, line: bytes) -> bytes:
+        """Strings and numbers in place of others: what was JSON stays JSON."""
+        for _ in range(1 + self.chance.randrange(3)):
+            found, others = (list(SCALARS.finditer(one)) for one in (line, self.chance.choice(self.pool)))
+            if not found or not others:
+                break
+            old, new = self.chance.choice(found), self.chance.choice(others).group()
+            if self.chance.randrange(3) == 0:
+                new = json.dumps(self.chance.choice(NASTY + NUMBERS)).encode()
+            line = line[: old.start()] + new + line[old.end() :]
+        return line
+
+
+HUGE_LINES = {
+    "words": lambda: b'{"text": "' + b"hi yo " * (HUGE // 6) + b'"}',
+    "a word": lambda: b'{"text": "' + b"a" * HUGE + b'"}',
+    "a turn": lambda: b'{"messages": [{"role": "user", "content": "' + b"yo " * (HUGE // 3) + b'"}]}',
+    "turns": lambda: json.dumps({"messages": [USER, BOT] * (HUGE // 80)}).encode(),
+    "ids": lambda: b'{"input_ids": [' + b"9," * (HUGE // 2) + b"9]}",
+    "brackets": lambda: b"[" * HUGE,
+    "keys": lambda: b"{" + b'"k":1,' * (HUGE // 6) + b'"k":1}',
+    "zeros": lambda: bytes(HUGE),
+    "quotes": lambda: b'{"text": "' + b'\\"' * (HUGE // 2) + b'"}',
+}
+
+
 class Reader:
     """Reads a hostile file in every way that there is."""
 
@@ -178,12 +244,13 @@ class Reader:
         self.folder, tokenizer = folder, make_tokenizer()
         self.encoder = ChatEncoder(tokenizer)
         self.rules = DocumentRules(48, "truncate", EOS, len(tokenizer), MASK)
-        self.kept, self.refused, self.broken = 0, dict.fromkeys(Fault, 0), 0
+        self.lines, self.kept, self.refused, self.broken = 0, 0, dict.fromkeys(Fault, 0), 0
         self.seen: Counter[str] = Counter()  # files with each trait
 
     def read(self, kind: str, body: bytes) -> None:
         file = self.folder / f"fuzz{kind}"
         file.write_bytes(body)
+        self.lines += body.count(b"\n") if kind == ".jsonl" else LINES
         self._look(kind, body)
         for paired in (False, True):
             self._told(file, lambda paired=paired: self._documents(str(file), paired))
@@ -224,38 +291,57 @@ class Reader:
         StreamedExamples([DatasetKeys(file)], self.encoder, self.rules, **options)
 
 
-def fuzz(reader: Reader, num_lines: int) -> None:
-    """Read files of about so many lines in all, the same ones every time."""
+def fuzz(reader: Reader, num_lines: int, first_seed: int = 0) -> None:
+    """Read files of about so many lines in all, the same ones every time for a seed."""
+    variants = Variants(first_seed)
+    for number in range(max(1, num_lines // (LINES * (1 + VARIANTS) * DRAWN_TOGETHER))):
+        left = num_lines - number * LINES * (1 + VARIANTS) * DRAWN_TOGETHER
+        drawn = min(DRAWN_TOGETHER, max(1, left // (LINES * (1 + VARIANTS))))
 
-    @settings(
-        max_examples=max(num_lines // LINES, 1),
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(files())
-    def run(file: tuple[str, bytes]) -> None:
-        reader.read(*file)
+        @seed(first_seed + number)
+        @settings(max_examples=drawn, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(files())
+        def run(file: tuple[str, bytes]) -> None:
+            kind, body = file
+            reader.read(kind, body)
+            if kind == ".jsonl":
+                variants.learn(body)
+            for _ in range(VARIANTS if variants.pool else 0):
+                reader.read(".jsonl", variants())
 
-    run()
+        run()
+
+
+def read_huge(reader: Reader) -> None:
+    """Each huge line between two right ones, plain and gzipped."""
+    right = json.dumps(RIGHT[-2]).encode()
+    for name, make in HUGE_LINES.items():
+        body, started = b"\n".join([b'{"text": "hi yo"}', make(), right]), time.perf_counter()
+        reader.read(".jsonl", body)
+        reader.read(".jsonl.gz", gzip.compress(body, 1))
+        print(f"50 MB of {name}: {time.perf_counter() - started:.1f} s, {peak_memory()} MB", flush=True)
+
+
+def peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="read hostile files of records")
     parser.add_argument("--lines", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
     started, arguments = time.perf_counter(), parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         reader = Reader(Path(folder))
-        fuzz(reader, arguments.lines)
-    seconds = time.perf_counter() - started
-    print(f"{arguments.lines} lines in {seconds:.0f} s ({arguments.lines / seconds:.0f} a second), no crash")
+        fuzz(reader, arguments.lines, arguments.seed)
+        seconds = time.perf_counter() - started
+        print(f"{reader.lines:,} lines in {seconds:.0f} s ({reader.lines / seconds:.0f} a second), no crash")
+        read_huge(reader)
     print(f"{reader.kept} documents kept, {reader.broken} DataErrors that name the file; rows refused:")
     print("\n".join(f"  {fault.value:55} {count}" for fault, count in reader.refused.items() if count))
     print("files with:")
     print("\n".join(f"  {name:55} {reader.seen[name]}" for name in (*TRAITS, "gz cut short")))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"peak memory {peak >> 10} MB")
+    print(f"peak memory {peak_memory()} MB")
 
 
 if __name__ == "__main__":

@@ -13,16 +13,17 @@ from dfactory.data.prompts import encode_prompt, read_rows
 from dfactory.data.records import parse_line, read_records
 from dfactory.errors import DataError
 from tests.data.conftest import make_tokenizer
-from tests.data.fuzz import DEPTHS, Reader, fuzz
+from tests.data.fuzz import DEPTHS, Reader, fuzz, read_huge
 
 ANSWER = {"role": "assistant", "content": "yo"}
 
 
-def test_six_hundred_hostile_lines(tmp_path):
+def test_five_thousand_hostile_lines(tmp_path):
     reader = Reader(tmp_path)
-    fuzz(reader, 600)
-    assert reader.kept > 30
-    assert reader.broken > 3
+    fuzz(reader, 5000)
+    assert reader.lines > 4000
+    assert reader.kept > 100
+    assert reader.broken > 30
     assert sum(count > 0 for count in reader.refused.values()) >= 6
 
 
@@ -60,13 +61,25 @@ def test_hostile_prompts_name_file_and_line(line, said, tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_line_that_no_memory_holds(packed, tmp_path, monkeypatch):
+def test_a_line_that_no_memory_holds_is_a_bad_row(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(records, "LONGEST_LINE", 1000)
-    rows = b'{"text": "hi"}\n{"text": "' + b"a" * 5000 + b'"}\n'
+    rows = b'{"text": "hi"}\n{"text": "' + b"a" * 5000 + b'"}\n{"text": "yo"}'
     file = tmp_path / ("rows.jsonl.gz" if packed else "rows.jsonl")
     file.write_bytes(gzip.compress(rows) if packed else rows)
-    with pytest.raises(DataError, match=r"rows.jsonl(.gz)?:2: the line has more than 1000 bytes"):
-        list(read_records(file))
+    (_, first), (number, huge), (last, second) = read_records(file)
+    assert (number, last) == (2, 3)
+    assert not isinstance(first, BadRow)
+    assert not isinstance(second, BadRow)
+    assert huge.fault == Fault.LINE
+    assert "more than 1000 bytes: split the record" in str(huge)
+
+
+@pytest.mark.slow
+def test_lines_of_fifty_megabytes(tmp_path, capsys):
+    reader = Reader(tmp_path)
+    read_huge(reader)
+    assert reader.refused[Fault.LINE] == 4 * 9  # single and paired, plain and gzipped
+    assert capsys.readouterr().out.count("\n") == 9
 
 
 def test_all_private_use_characters_and_a_literal(tokenizer):
