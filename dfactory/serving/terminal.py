@@ -31,9 +31,10 @@ from dfactory.types import Rollout
 from dfactory.vocabulary import Vocabulary
 
 HELP = """\
-/threshold 0.7           any decode key, now and for what comes: /editing_threshold 0.5, /temperature 1, /max_new_tokens 64
+/threshold 0.7           from now on; in this way any decode key: /editing_threshold 0.5,
+                         /temperature 1, /max_new_tokens 64
 /delay 0.2               seconds to wait after each forward, to watch a fast model
-/keys                    how it decodes
+/keys                    the values of all of them
 /new                     forget the conversation
 /help  /quit             Ctrl-C ends an answer, Ctrl-D the conversation"""
 FIXED = ("block_size", "batch_size", "mask_token_id", "eos_token_id")
@@ -134,6 +135,9 @@ class Chat:
             text = self.vocabulary.text(rollout.output_ids)
             self.messages = [*messages, {"role": "assistant", "content": text}]
             self.console.print(printable(text), markup=False, soft_wrap=True)
+            if self.console.is_terminal and not text:
+                later = "; trained on single turns? /new forgets the ones before" if len(messages) > 1 else ""
+                self.console.print(f"(an empty answer{later})", style="dim")
         if self.console.is_terminal and frames:
             self.console.print(_counts(rollout, frames[-1], seconds), style="dim")
         if self.trace is not None:
@@ -211,7 +215,8 @@ def _counts(rollout: Rollout | None, last: Frame, seconds: float) -> str:
     if rollout is None:
         return f"interrupted at {last.rate}"
     tokens, rate = len(rollout.output_ids), rollout.tokens_per_forward
-    return f"{rollout.forwards} forwards, {tokens} tokens, {rate:.2f} a forward, {tokens / seconds:,.0f} a second"
+    counted = f"{rollout.forwards} forward{'s' * (rollout.forwards != 1)}, {tokens} token{'s' * (tokens != 1)}"
+    return f"{counted}, {rate:.2f} a forward, {tokens / seconds:,.0f} a second"
 
 
 class Keyboard:

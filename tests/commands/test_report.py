@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -90,6 +91,15 @@ def test_final_numbers(tmp_path):
         "seconds": "40",
         "tokens per second (median)": "50",
     }
+
+
+def test_powers_of_ten_are_numbers_although_formulae_are_off(tmp_path):
+    rows = [{"step": step, "loss": 10.0 ** (2 - step)} for step in range(1, 6)]
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure = drawings()["loss"]([read_run(write_run(tmp_path / "r", rows), "r")])
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert "0.1" in labels
+    assert not any("$" in label for label in labels)
 
 
 def test_smoothing_keeps_constants_and_ends():

@@ -94,6 +94,7 @@ def new_figure(cells: int) -> tuple[Figure, list[Axes]]:
     columns = min(2, cells)
     rows = math.ceil(cells / columns)
     figure = Figure(figsize=(8 if columns == 1 else 10.4, 0.4 + 3.2 * rows), dpi=130, layout="constrained")
+    figure.get_layout_engine().set(hspace=0.06)
     every_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for spare in every_axes[cells:]:
         spare.set_axis_off()
@@ -149,8 +150,10 @@ def _finish(axes: Axes, panel: Panel) -> None:
     values = np.concatenate([line.get_ydata() for line in axes.lines])
     if panel.log and (values > 0).all() and values.max() > 20 * values.min():
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")  # matplotlib's own powers of ten are formulae, which are off
     elif panel.from_zero:
-        axes.set_ylim(0, 1.08 * values.max() or 1)
+        top = values.max() or 1
+        axes.set_ylim(-0.02 * top, 1.08 * top)  # a line of zeros is seen too
         axes.ticklabel_format(axis="y", scilimits=(-3, 6))
     labels = [label for line in axes.lines if not (label := str(line.get_label())).startswith("_")]
     if len(labels) > 1 or any("held out" in label for label in labels):

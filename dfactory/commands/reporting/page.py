@@ -19,7 +19,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; } th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; } img { max-width: 100%; } div.wide { overflow-x: auto; }
-table.text td { text-align: left; vertical-align: top; white-space: pre-wrap; font-size: 13px; }
+table.text th, table.text td { text-align: left; vertical-align: top; white-space: pre-wrap; font-size: 13px; }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px; }
 """
 CAPTIONS = {
@@ -27,7 +27,8 @@ CAPTIONS = {
     "(its gradient counts, look at the rewards) and the held-out one is a likelihood: they do not compare.",
     "loss_by_t": "A model that learns lowers all of them; the loss at high t is that of the first forwards of decoding.",
     "tradeoff": "From `dfactory eval --thresholds`. Up and to the right is better.",
-    "memory": "The forecast is that of `dfactory check`: a ceiling of what training itself asks for.",
+    "memory": "The forecast is that of `dfactory check`: a ceiling of what training itself asks for. On a CPU the measured "
+    "number is that of the whole process: what libraries and records grow by counts too.",
     "rewards": "Groups whose rewards are all equal teach nothing; few different answers are the sign of a collapse.",
 }
 HELD_OUT_NUMBERS = {
