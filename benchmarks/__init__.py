@@ -7,6 +7,7 @@ BENCHMARKS = {
     "tree": "a prompt shared by the answers of a group, beside rows without sharing",
     "decoding": "cached block decoding in slots, beside the uncached loop",
     "rl": "an update split into rollout, reward, sync and training, beside the obvious one",
+    "overlap": "reinforcement learning with asynchronous rollouts, beside the same with synchronous ones",
     "loading": "reading a checkpoint, beside reading its bytes",
     "data": "the reader, a start and the tools on large files of records",
     "growth": "how a step's cost grows with length, views, batch, experts and ranks",

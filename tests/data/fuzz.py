@@ -250,7 +250,7 @@ class Reader:
     def read(self, kind: str, body: bytes) -> None:
         file = self.folder / f"fuzz{kind}"
         file.write_bytes(body)
-        self.lines += body.count(b"\n") if kind == ".jsonl" else LINES
+        self.lines += body.count(b"\n") + (not body.endswith(b"\n")) if kind == ".jsonl" else LINES
         self._look(kind, body)
         for paired in (False, True):
             self._told(file, lambda paired=paired: self._documents(str(file), paired))
