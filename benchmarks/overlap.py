@@ -9,6 +9,7 @@ other does, and the most that can be hidden is the shorter of the two. It takes 
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -55,9 +56,11 @@ def run(folder: Path, staleness: int, options: argparse.Namespace) -> tuple[list
             lines = _lines(output / "metrics.jsonl")
             times += [time.perf_counter()] * (len(lines) - len(times))
     if process.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{(folder / 'log').read_text()[-2000:]}")
+        raise SystemExit(
+            f"{' '.join(command)} ended with {process.returncode}:\n{(folder / 'log').read_text()[-2000:]}"
+        )
     rows = [json.loads(line) for line in lines][WARM_UP:]
-    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)][WARM_UP - 1 :], rows
+    return [later - earlier for earlier, later in itertools.pairwise(times)][WARM_UP - 1 :], rows
 
 
 def _lines(file: Path) -> list[str]:
@@ -76,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     seconds: dict[int, list[float]] = {0: [], 1: []}
     rows: dict[int, list[dict]] = {0: [], 1: []}
-    for number in range(options.rounds):
+    for _ in range(options.rounds):
         for staleness in seconds:
             with tempfile.TemporaryDirectory() as folder:
                 found = run(Path(folder), staleness, options)
@@ -92,8 +95,12 @@ def main(arguments: list[str] | None = None) -> int:
         )
         spread = f"{wall[staleness]:.2f} ({min(values):.2f} to {max(values):.2f})"
         table.add_row(str(staleness), spread, *(f"{value:.2f}" for value in told))
-    table.title = f"{options.prompts} groups of {options.generations} answers of up to {options.new_tokens} tokens a step"
-    table.caption = f"asynchronous / synchronous {wall[1] / wall[0]:.2f} (bar {BAR}; 0.50 where both parts take as long)"
+    table.title = (
+        f"{options.prompts} groups of {options.generations} answers of up to {options.new_tokens} tokens a step"
+    )
+    table.caption = (
+        f"asynchronous / synchronous {wall[1] / wall[0]:.2f} (bar {BAR}; 0.50 where both parts take as long)"
+    )
     Console(width=110, highlight=False).print(table)
     return 0
 

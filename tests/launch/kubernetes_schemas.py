@@ -1,10 +1,10 @@
 """The part of the custom resources' schemas that the manifests use, as JSON Schema: names, types, what must and may be.
 
-Written by hand, and compared on 2026-11-22: every name in the manifests, down to the containers, is a field of the generated
-models in the packages kubeflow-training 1.9.4 (PyTorchJob) and kubernetes 34.1 (pods), with its type; RayJob's own fields and
-`authOptions` are those of KubeRay's sources and field reference, read by eye. The packages are not installed for the tests: they
-pin others. Objects take no other names, so a misspelt one is found; names that the manifests do not use are left out, apart
-from those that one would confuse them with.
+Written by hand, and compared on 2026-11-22: every name in the manifests, down to the containers, is a field of the
+generated models in the packages kubeflow-training 1.9.4 (PyTorchJob) and kubernetes 34.1 (pods), with its type; RayJob's
+own fields and `authOptions` are those of KubeRay's sources and field reference, read by eye. The packages are not
+installed for the tests: they pin others. Objects take no other names, so a misspelt one is found; names that the
+manifests do not use are left out, apart from those that one would confuse them with.
 """
 
 from typing import Any
