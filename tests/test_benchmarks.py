@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import data, decoding, dpo_variance, growth, likelihood, loading, packing, rl, step, tree
+from benchmarks import data, decoding, dpo_variance, growth, likelihood, loading, overlap, packing, rl, step, tree
 from benchmarks.workload import Timed, interleave
 from dfactory.cli import main
 from dfactory.models.registry import load_policy
@@ -51,6 +51,15 @@ def test_both_sides_of_a_benchmark_of_speed_compute_the_same(benchmark, capsys):
 def test_the_elbo_of_many_views_is_that_of_separate_passes(capsys):
     assert likelihood.main(["--smoke"]) == 0
     assert "times as fast" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_reinforcement_learning_with_and_without_waiting(capsys):
+    """Two real runs on Ray; rollouts of the asynchronous one may be a version old."""
+    assert overlap.main(["--smoke"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"asynchronous / synchronous \d+\.\d\d", shown)
+    assert len(re.findall(r"^│ [01] ", shown, re.MULTILINE)) == 2
 
 
 @pytest.mark.slow

@@ -7,11 +7,13 @@ import contextlib
 import dataclasses
 import os
 import select
+import signal
 import sys
 import termios
+import threading
 import time
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
@@ -39,6 +41,7 @@ HELP = """\
 /help  /quit             Ctrl-C ends an answer, Ctrl-D the conversation"""
 FIXED = ("block_size", "batch_size", "mask_token_id", "eos_token_id")
 LINES_BESIDE = 5  # of the screen, that are not the answer's
+GLANCE_S = 0.1  # between two looks for Ctrl-C
 
 
 class Chat:
@@ -158,24 +161,22 @@ class Chat:
     def _decode(self, decoder: BlockDecoder, rules: DecodeRules, frames: list[Frame]) -> Rollout | None:
         """The finished response; None where Ctrl-C ended it. `frames` gets what there was to see."""
         denoising = Denoising(self.vocabulary, rules.block_size)
-        with self._screen() as (show, typed):
-            try:
-                while True:
-                    (progress,) = decoder.step()
-                    frames.append(denoising.frame(progress, self.keys.threshold))
+        with interrupts() as interrupted, self._screen(interrupted) as (show, typed):
+            while not interrupted():
+                (progress,) = decoder.step()
+                frames.append(denoising.frame(progress, self.keys.threshold))
+                show(frames[-1])
+                if progress.rollout is not None:
+                    return progress.rollout
+                for line in typed(self.delay):
+                    self._command(line)
+                    changed = dataclasses.replace(self.keys, max_new_tokens=rules.max_new_tokens)
+                    decoder.change_rules(0, self.vocabulary.rules(changed))
                     show(frames[-1])
-                    if progress.rollout is not None:
-                        return progress.rollout
-                    for line in typed(self.delay):
-                        self._command(line)
-                        changed = dataclasses.replace(self.keys, max_new_tokens=rules.max_new_tokens)
-                        decoder.change_rules(0, self.vocabulary.rules(changed))
-                        show(frames[-1])
-            except KeyboardInterrupt:
-                return None
+        return None
 
     @contextlib.contextmanager
-    def _screen(self) -> Iterator[tuple]:
+    def _screen(self, interrupted: Callable[[], bool]) -> Iterator[tuple]:
         """(show a frame, lines that were typed since); both do nothing where there is no terminal."""
         if not self.console.is_terminal:
             yield lambda frame: None, lambda delay: ()
@@ -190,11 +191,11 @@ class Chat:
                 lines, before = [], keyboard.line
                 ends = time.monotonic() + delay
                 while True:
-                    lines += keyboard.read(max(0.0, ends - time.monotonic()))
+                    lines += keyboard.read(min(GLANCE_S, max(0.0, ends - time.monotonic())))
                     if keyboard.line != before:
                         live.update(self._picture(self._last_frame, keyboard.line), refresh=True)
                         before = keyboard.line
-                    if lines or time.monotonic() >= ends:
+                    if lines or interrupted() or time.monotonic() >= ends:
                         return lines
 
             yield show, typed
@@ -217,6 +218,20 @@ def _counts(rollout: Rollout | None, last: Frame, seconds: float) -> str:
     tokens, rate = len(rollout.output_ids), rollout.tokens_per_forward
     counted = f"{rollout.forwards} forward{'s' * (rollout.forwards != 1)}, {tokens} token{'s' * (tokens != 1)}"
     return f"{counted}, {rate:.2f} a forward, {tokens / seconds:,.0f} a second"
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Tells whether Ctrl-C was pressed. An exception in the midst of a forward might end in code that swallows it."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # which alone may listen to signals
+        yield pressed.is_set
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.set())
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Keyboard:
