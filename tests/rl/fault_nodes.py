@@ -9,7 +9,12 @@ import psutil
 from ray.cluster_utils import Cluster
 
 HOSTS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")  # 127.0.0.1 is "this machine" to Ray, which replaces it
-QUICK = {"health_check_period_ms": 1000, "health_check_timeout_ms": 5000, "health_check_failure_threshold": 3}
+SETTINGS = {
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 5000,
+    "health_check_failure_threshold": 3,
+    "worker_niceness": 0,  # 15 is Ray's: beside other jobs its processes would hardly run
+}
 TITLES = {  # how the processes of a run are told apart: the beginning of the command line, or a part of it
     "rollout": "ray::RolloutActor",
     "learner": "ray::LearnerActor",
@@ -87,7 +92,7 @@ class Nodes:
 
     def _add(self, host: str) -> None:
         self._below = {**getattr(self, "_below", {}), host: []}
-        config = {"_system_config": QUICK} if not self.nodes else {}
+        config = {"_system_config": SETTINGS} if not self.nodes else {}
         self.nodes[host] = self.cluster.add_node(num_cpus=1, node_ip_address=host, include_dashboard=False, **config)
 
 
