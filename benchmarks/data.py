@@ -172,6 +172,7 @@ def main(words: list[str] | None = None) -> int:
         size = f"{file.stat().st_size / 1e9:.2f} GB"
         for part in [part for part in PARTS if part in options.parts]:
             usage = PARTS[part](file, Path(folder))
+            console.print(f"{part}: {usage.seconds:,.0f} s, {usage.peak_mib:,.0f} MiB", style="dim")
             rate = "" if part == "start" else f"{60 * options.records / usage.cpu_seconds:,.0f}"
             numbers = f"{usage.seconds:,.0f}", f"{usage.cpu_seconds:,.0f}", f"{usage.peak_mib:,.0f}"
             table.add_row(f"{part}, {size}", f"{options.records:,}", *numbers, rate, f"{MEMORY_BAR_MIB:,} MiB")
