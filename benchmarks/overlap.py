@@ -55,6 +55,8 @@ def run(folder: Path, staleness: int, options: argparse.Namespace) -> tuple[list
             time.sleep(POLL_S)
             lines = _lines(output / "metrics.jsonl")
             times += [time.perf_counter()] * (len(lines) - len(times))
+    lines = _lines(output / "metrics.jsonl")
+    times += [time.perf_counter()] * (len(lines) - len(times))  # what came between the last look and the end
     if process.returncode != 0:
         raise SystemExit(
             f"{' '.join(command)} ended with {process.returncode}:\n{(folder / 'log').read_text()[-2000:]}"

@@ -26,6 +26,8 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 import numpy as np
 import psutil
 
+from benchmarks.overlap import REWARD  # by chance: one that could be learnt would leave no signal within the hour
+
 ROOT = Path(__file__).parents[1]
 FOREVER = 10**8
 WARM_UP = 0.2
@@ -47,12 +49,6 @@ KINDS = {
     "soak-sft": "SFT",
     "tests.soak": "RL driver",
 }
-REWARD = """
-import random
-
-def chance(completions, **columns):
-    return [random.random() for _ in completions]  # one that could be learnt would leave no signal within the hour
-"""
 SHORT = [
     "model_name_or_path=tiny",
     "eval_datasets=[]",
