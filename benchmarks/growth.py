@@ -8,7 +8,8 @@ A step is forward, backward, clipping and AdamW in fp32, as in benchmarks/step.p
 cover the other half. All axes begin at L 1024, batch 2, two views and 32 experts of which a token takes 4. The points
 of an axis take turns, a step each on new documents, and the first step of each is not timed. The exponent is the slope of
 log seconds over log size by least squares: 1 is linear, 0 is free. On ranks (gloo, ZeRO 0, a process each under torchrun)
-every rank has the same batch, so that 0 would be perfect.
+every rank has as large a batch and as many threads, so that 0 would be perfect: the threads of this process, divided by
+the largest number of ranks.
 
 Operations (benchmarks/costs.py, by visible pairs) are told beside the seconds: where they grow faster than positions, so
 does a perfect step. A step is called linear in tokens up to L 2048 if its seconds a position differ by at most 15 percent
@@ -150,6 +151,7 @@ def measure(points: dict[int, Point], folder: Path, rounds: int) -> dict[int, Co
 def measure_ranks(points: dict[int, Point], folder: Path, rounds: int) -> dict[int, Cost]:
     """Each number of ranks in processes of its own, under torchrun; rank 0 writes what it measured."""
     model_dir = write_model(folder, next(iter(points.values())).vocabulary)
+    threads = str(max(1, torch.get_num_threads() // max(points)))  # of a rank, the same at every number of them
     costs = {}
     for ranks, point in points.items():
         point_recipe(point, model_dir, rounds + 1)  # so that the ranks find the records written
@@ -158,7 +160,6 @@ def measure_ranks(points: dict[int, Point], folder: Path, rounds: int) -> dict[i
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command = [*launcher, "-m", "benchmarks.growth", "--rank-job", json.dumps(job)]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        threads = str(torch.get_num_threads())
         subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads})
         costs[ranks] = Cost(*json.loads(output.read_text()))
     return costs

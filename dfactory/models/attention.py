@@ -21,6 +21,7 @@ ATTENTION = "dfactory_visibility"  # what a model's config names as its attentio
 CHUNK = 256  # queries that the segment plan hands to one attention call
 DENSE_BELOW = 512  # rows so short that one masked call beats many small ones
 DENSE_LIMIT = 4096  # a dense mask of a longer row is refused
+FLOAT32_ON = {"cpu"}  # devices where torch's backward pass takes several times as long in bfloat16 as in float32
 
 
 class AttentionPlan(Protocol):
@@ -51,8 +52,7 @@ def plan_attention(place_RS: Place, implementation: str = "auto") -> AttentionPl
 
 def _attention(query, key, value, mask, scaling):
     """SDPA with grouped key/value heads. Queries that see nothing get zeros."""
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # torch's backward pass takes several times as long there in bfloat16 as in float32
+    if query.dtype == torch.bfloat16 and query.device.type in FLOAT32_ON:
         return _attention(query.float(), key.float(), value.float(), mask, scaling).to(query.dtype)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
 

@@ -1,40 +1,56 @@
-"""Groups of few sizes give what groups of any size give."""
+"""Routed experts give what transformers' own loop over them gives, whether their groups are filled up or not."""
 
 import pytest
 import torch
-from transformers.integrations import moe
 
 from dfactory.models import experts
 from dfactory.models.registry import load_policy
 from tests.engine.conftest import GOLDEN
 
 
+def expert_block(dtype):
+    policy = load_policy(GOLDEN, dtype=dtype)
+    return next(module for name, module in policy.named_modules() if name.endswith("layers.1.mlp"))
+
+
+def some_tokens(block, tokens):
+    drawn = torch.randn(1, tokens, block.experts.hidden_dim, generator=torch.Generator().manual_seed(tokens))
+    return drawn.to(block.experts.gate_up_proj.dtype)
+
+
 def run(block, hidden):
     hidden = hidden.clone().requires_grad_()
     out = block(hidden)
-    grads = torch.autograd.grad(out.float().pow(2).sum(), [hidden, block.experts.gate_up_proj, block.experts.down_proj])
-    return out.detach(), grads
+    learnt = [block.experts.gate_up_proj, block.experts.down_proj, block.gate.weight]
+    return out.detach(), torch.autograd.grad(out.float().pow(2).sum(), [hidden, *learnt])
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 333])
+def test_outputs_and_gradients_are_those_of_a_loop_over_experts(tokens):
+    block = expert_block("float32")
+    hidden = some_tokens(block, tokens)
+    ours = run(block, hidden)
+    block.experts.config._experts_implementation = "eager"
+    torch.testing.assert_close(ours, run(block, hidden), atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 333])
 def test_filled_groups_give_the_same_outputs_and_gradients(monkeypatch, tokens):
-    policy = load_policy(GOLDEN, dtype="bfloat16")
-    block = next(module for name, module in policy.named_modules() if name.endswith("layers.1.mlp"))
-    hidden = torch.randn(
-        1, tokens, policy.config.hidden_size, generator=torch.Generator().manual_seed(tokens)
-    ).bfloat16()
+    block = expert_block("bfloat16")
+    hidden = some_tokens(block, tokens)
     monkeypatch.setattr(experts, "ROUND", 10**9)
     plain = run(block, hidden)
 
-    sizes = []
+    sizes, multiply = [], experts.grouped_mm
 
-    def remember(module, hidden_TH, expert_TK, weight_TK):
-        sizes.extend(expert_TK.flatten().bincount(minlength=module.num_experts).tolist())
-        return moe.grouped_mm_experts_forward(module, hidden_TH, expert_TK, weight_TK)
+    def remember(rows, weights, *, offs):
+        sizes.extend(offs.diff(prepend=offs.new_zeros(1)).tolist())
+        return multiply(rows, weights, offs=offs)
 
     monkeypatch.setattr(experts, "ROUND", 4)
-    monkeypatch.setattr(experts, "grouped_mm_experts_forward", remember)
+    monkeypatch.setattr(experts, "grouped_mm", remember)
     filled = run(block, hidden)
     torch.testing.assert_close(filled, plain, atol=1e-2, rtol=1e-2)
     if tokens > 1:  # fewer than ROUND an expert are left as they are
         assert all(size % 4 == 0 for size in sizes)
+        assert sum(sizes) > 2 * tokens * block.gate.top_k  # both products

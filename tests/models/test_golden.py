@@ -5,6 +5,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from dfactory.models.attention import plan_attention
+from dfactory.models.experts import EXPERTS
 from dfactory.models.registry import load_policy
 from dfactory.types import Place
 from tests.batches import Document, make_batch
@@ -44,7 +45,7 @@ def test_block_causal_logits(golden, implementation):
     torch.testing.assert_close(logits, golden.block_causal_logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("experts", ["grouped_mm", "eager"])
+@pytest.mark.parametrize("experts", [EXPERTS, "grouped_mm", "eager"])
 @pytest.mark.parametrize("pairs", [((0,), (1,)), ((0, 1),)], ids=["two rows", "one packed row"])
 def test_loss_and_every_gradient_norm_of_one_step(golden, experts, pairs):
     policy = load_policy(golden.directory, dtype="float32")
