@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -75,6 +76,11 @@ class Chunk:
     keys: torch.Tensor | slice | None  # None: padding
     mask: torch.Tensor | None
 
+    @property
+    def seen(self) -> torch.Tensor | slice:
+        """The keys that are handed over; padding, which sees none, is given one."""
+        return slice(self.queries.start, self.queries.start + 1) if self.keys is None else self.keys
+
 
 @dataclasses.dataclass(frozen=True)
 class SegmentPlan:
@@ -104,13 +110,33 @@ class SegmentPlan:
 def _attend_row(chunks: list[Chunk], query, key, value, scaling) -> list[torch.Tensor]:
     """query [heads, S, d], key and value [kv heads, S, d] -> [heads, queries, d] for each chunk."""
     parts = []
-    for c, q in zip(chunks, query.split([c.queries.stop - c.queries.start for c in chunks], dim=1), strict=True):
-        keys = slice(c.queries.start, c.queries.start + 1) if c.keys is None else c.keys
-        k, v = (x[:, keys] if isinstance(keys, slice) else x.index_select(1, keys) for x in (key, value))
+    queries = query.split([c.queries.stop - c.queries.start for c in chunks], dim=1)
+    for c, q, k, v in zip(chunks, queries, _Seen.apply(key, chunks), _Seen.apply(value, chunks), strict=True):
         part = _attention(q[None], k[None], v[None], c.mask, scaling)[0]
         # Padding sees nothing. Zeros made of a key keep rows of padding alone in the graph, as ZeRO-3 needs.
         parts.append(part * 0 if c.keys is None else part)
     return parts
+
+
+class _Seen(torch.autograd.Function):
+    """Keys or values [kv heads, S, d] -> those that each chunk sees. Their gradients are added up in one tensor, where by
+    itself every chunk would make one as long as the row."""
+
+    @staticmethod
+    def forward(ctx, key, chunks):
+        ctx.chunks, ctx.shape = chunks, key.shape
+        return tuple(key[:, c.seen] if isinstance(c.seen, slice) else key.index_select(1, c.seen) for c in chunks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        total = gradients[0].new_zeros(ctx.shape)
+        for c, gradient in zip(ctx.chunks, gradients, strict=True):
+            if isinstance(c.seen, slice):
+                total[:, c.seen] += gradient
+            else:
+                total.index_add_(1, c.seen, gradient)
+        return total, None
 
 
 def _chunks(place_S: Place, chunk: int, device: torch.device) -> list[Chunk]:
