@@ -5,8 +5,9 @@
 
 One prompt of 256 tokens and 512 new ones; then 32 ragged prompts of 40 to 256 tokens in 8 slots, where a finished response
 makes room for the next prompt. The obvious loop (tests/decoding/uncached.py) takes one prompt at a time and runs every
-forward over the whole prefix, with logits at all positions. Of the ragged prompts it decodes a sample only, evenly spaced,
-and its seconds are scaled to all of them; each of the sample has to be identical.
+forward over the whole prefix, with logits at all positions: on the obvious model (tests/reference.py), and, as `uncached`,
+on ours, whose modules are faster. Of the ragged prompts it decodes a sample only, evenly spaced, and its seconds are scaled
+to all of them; each of the sample has to be identical.
 
 The model is that of benchmarks.workload with random weights, whose head is wider so that tokens are chosen clearly. Every
 forward commits `min_commit` tokens of a block of 32, and no response ends early. Sides take turns; the medians are of
@@ -16,6 +17,7 @@ rounds, after one that is not timed.
 import argparse
 import dataclasses
 import functools
+import json
 import random
 import statistics
 import sys
@@ -31,23 +33,30 @@ from benchmarks.workload import BLOCK, SHAPES, Timed, interleave, special_ids, t
 from dfactory.config.decode import DecodeKeys
 from dfactory.decoding import DecodeRules, decode
 from dfactory.engine import distributed
+from dfactory.models.headers import original_tensors
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy
 from dfactory.types import Rollout
 from tests.decoding.uncached import Outcome, Settings, uncached
+from tests.reference import ReferenceModel
 
 HEAD = 4.0  # times the drawn weights
 
 
-def draw_policy(vocabulary: int, shape: str, dtype: str = "float32") -> Policy:
-    """Logits of EOS are 0, far below the largest ones, so that it never comes out."""
+def draw_models(vocabulary: int, shape: str, dtype: str = "float32") -> tuple[Policy, ReferenceModel]:
+    """Ours and the obvious one, of the same weights. Logits of EOS are 0, far below the largest ones, so that it never
+    comes out."""
     with tempfile.TemporaryDirectory() as folder:
-        policy = load_policy(write_config(Path(folder), vocabulary, shape), dtype=dtype, init_weights="random")
+        model_dir = write_config(Path(folder), vocabulary, shape)
+        policy = load_policy(model_dir, dtype=dtype, init_weights="random")
+        config = json.loads((model_dir / "config.json").read_text())
     with torch.no_grad():
         head = policy.model.get_output_embeddings().weight
         head.mul_(HEAD)
         head[special_ids(vocabulary)[1]] = 0
-    return policy.to(distributed.device())
+    policy = policy.to(distributed.device())
+    tensors = {name: tensor.detach() for name, tensor in original_tensors(policy.model).items()}
+    return policy, ReferenceModel(config, tensors)
 
 
 class Workload(NamedTuple):
@@ -74,21 +83,21 @@ def make_workload(name: str, lengths: list[int], sample: int, slots: int, option
 
 class Result(NamedTuple):
     workload: Workload
-    timed: dict[str, Timed]
+    timed: dict[str, Timed]  # obvious, uncached, cached
 
     @property
     def scale(self) -> float:
         return len(self.workload.prompts) / len(self.workload.sample)
 
-    @property
-    def ratios(self) -> list[float]:
-        pairs = zip(self.timed["obvious"].seconds, self.timed["cached"].seconds, strict=True)
-        return [slow * self.scale / fast for slow, fast in pairs]
+    def ratio(self, side: str) -> float:
+        """Median over rounds of the obvious loop's seconds to those of a side."""
+        scale = self.scale if side == "cached" else 1.0
+        pairs = zip(self.timed["obvious"].seconds, self.timed[side].seconds, strict=True)
+        return statistics.median(slow * scale / fast for slow, fast in pairs)
 
-    @property
-    def identical(self) -> int:
-        """Of how many prompts of the sample every round gave the same tokens at the same forwards on both sides."""
-        rounds = list(zip(self.timed["cached"].results, self.timed["obvious"].results, strict=True))
+    def identical(self, side: str) -> int:
+        """Of how many prompts of the sample every round of a loop gave the decoder's tokens at the same forwards."""
+        rounds = list(zip(self.timed["cached"].results, self.timed[side].results, strict=True))
         return sum(
             all(_same(cached[prompt], obvious[row]) for cached, obvious in rounds)
             for row, prompt in enumerate(self.workload.sample)
@@ -96,20 +105,21 @@ class Result(NamedTuple):
 
     @property
     def is_equal(self) -> bool:
-        return self.identical == len(self.workload.sample)
+        return all(self.identical(side) == len(self.workload.sample) for side in ("obvious", "uncached"))
 
 
 def _same(rollout: Rollout, outcome: Outcome) -> bool:
     return rollout.token_ids == outcome.token_ids and rollout.commit_step == outcome.commit_step
 
 
-def measure(policy: Policy, work: Workload, rounds: int) -> Result:
-    def obvious(_):
+def measure(policy: Policy, obvious: ReferenceModel, work: Workload, rounds: int) -> Result:
+    def loop(model):
         with policy.device:  # where the loop makes its tensors
-            return [uncached(policy, work.prompts[i], work.settings) for i in work.sample]
+            return [uncached(model, work.prompts[i], work.settings) for i in work.sample]
 
     calls = {
-        "obvious": obvious,
+        "obvious": lambda _: loop(obvious),
+        "uncached": lambda _: loop(policy),
         "cached": lambda _: decode(policy, work.prompts, work.rules),
     }
     return Result(work, interleave(calls, rounds))
@@ -118,18 +128,19 @@ def measure(policy: Policy, work: Workload, rounds: int) -> Result:
 def add_rows(table: Table, result: Result) -> None:
     work = result.workload
     tokens = len(work.prompts) * work.rules.max_new_tokens
-    seconds = {"obvious": result.timed["obvious"].median * result.scale, "cached": result.timed["cached"].median}
     forwards = statistics.mean(rollout.forwards for rollout in result.timed["cached"].results[0])
-    for name, value in seconds.items():
-        first = name == "obvious"
+    sampled = f", {len(work.sample)} of {len(work.prompts)}" if result.scale > 1 else ""
+    for name, timed in result.timed.items():
+        first, loops = name == "obvious", name != "cached"
+        seconds = timed.median * (result.scale if loops else 1.0)
         table.add_row(
             work.name if first else "",
-            f"{name}, {len(work.sample)} of {len(work.prompts)}" if first and result.scale > 1 else name,
-            f"{value:.2f}",
-            f"{tokens / value:,.0f}",
+            name + sampled * loops,
+            f"{seconds:.2f}",
+            f"{tokens / seconds:,.0f}",
             f"{forwards:.0f}",
-            "" if first else f"{statistics.median(result.ratios):.1f}",
-            "" if first else f"{result.identical} of {len(work.sample)}",
+            "" if first else f"{result.ratio(name):.1f}",
+            f"{result.identical(name)} of {len(work.sample)}" if loops else "",
         )
 
 
@@ -139,7 +150,7 @@ def _decode(policy: Policy, prompts: list[list[int]], rules: DecodeRules, round_
 
 def compare_graphs(works: list[Workload], options: argparse.Namespace) -> Table:
     """bf16 rounds otherwise in batches of another shape, so that a few tokens may differ."""
-    policy = draw_policy(options.vocabulary, options.shape, "bfloat16")
+    policy, _ = draw_models(options.vocabulary, options.shape, "bfloat16")
     sides = {"launched": False, "replayed": True}
     table = Table("", "side", "seconds", "tokens a second", "launched / this", "equal tokens", title="bf16")
     for work in works:
@@ -192,9 +203,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.graphs:
         Console(width=130, highlight=False).print(compare_graphs(works, options))
         return 0
-    policy = draw_policy(options.vocabulary, options.shape)
-    results = [measure(policy, work, options.rounds) for work in works]
-    columns = ["seconds", "tokens a second", "forwards a response", "obvious / this", "identical"]
+    models = draw_models(options.vocabulary, options.shape)
+    results = [measure(*models, work, options.rounds) for work in works]
+    columns = ["seconds", "tokens a second", "forwards a response", "obvious / this", "cached is identical"]
     table = Table("", "side", *columns, title=f"{options.new_tokens} new tokens, {torch.get_num_threads()} thread(s)")
     for result in results:
         add_rows(table, result)

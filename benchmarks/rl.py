@@ -119,14 +119,13 @@ def our_update(side: Ours, source: RolloutSource, clock: Clock) -> float:
     return old_N.mean().item()
 
 
-def obvious_update(
-    side: Obvious, policy, setting: Setting, scored: list[ScoredRollout], sample: int, clock: Clock
-) -> float:
+def obvious_update(side: Obvious, setting: Setting, scored: list[ScoredRollout], sample: int, clock: Clock) -> float:
     step = len(scored) // sample
     for one in scored[:: step or 1][:sample]:
         scale, started = len(scored) / sample, time.perf_counter()
         rng = random.Random(one.index)
-        uncached(policy, one.rollout.prompt_ids, setting.settings, lambda _, r=rng: [r.random() for _ in range(BLOCK)])
+        prompt_ids = one.rollout.prompt_ids
+        uncached(side.model, prompt_ids, setting.settings, lambda _, r=rng: [r.random() for _ in range(BLOCK)])
         clock.seconds["rollout"] += (time.perf_counter() - started) * scale
     clock.measure("reward", lambda: score_groups([one.rollout for one in scored], setting.generations))
     return clock.measure("train", lambda: obvious_step(side, setting, scored))
@@ -206,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
                 for clock in clocks.values():
                     clock.seconds.clear()
             mean = our_update(ours, source, clocks["this"])
-            reference = obvious_update(obvious, feed.actor, setting, feed.scored, options.sample, clocks["obvious"])
+            reference = obvious_update(obvious, setting, feed.scored, options.sample, clocks["obvious"])
             means.append((mean, reference))
 
     parts = ("rollout", "reward", "sync", "train")

@@ -12,6 +12,7 @@ import torch
 from dfactory.models.attention import MaskPlan
 from dfactory.types import Place
 from dfactory.visibility import dense_mask
+from tests.reference import ReferenceModel, block_causal_mask
 
 
 @dataclasses.dataclass
@@ -51,8 +52,10 @@ class Outcome:
 
 
 def block_causal_logits(policy, ids_S: torch.Tensor, block_size: int) -> torch.Tensor:
-    """[S] -> [S, V], the whole sequence as one clean stream."""
+    """[S] -> [S, V], the whole sequence as one clean stream. `policy` is a Policy or a ReferenceModel."""
     position_S = torch.arange(len(ids_S))
+    if isinstance(policy, ReferenceModel):
+        return policy(ids_S[None], position_S[None], block_causal_mask(len(ids_S), block_size))[0]
     zero_S = torch.zeros_like(position_S)
     mask_SS = dense_mask(Place(zero_S, zero_S, position_S // block_size, zero_S))
     return policy.logits(policy.hidden(ids_S[None], position_S[None], MaskPlan(mask_SS[None])))[0]
