@@ -205,11 +205,12 @@ def _thresholds(text: str) -> list[float]:
 
 def _train(arguments, overrides) -> int:
     recipe = _read(arguments, overrides).recipe
-    from dfactory.commands.report import write_report
     from dfactory.train import train
 
     status = train(recipe)
     if status == 0 and os.environ.get("RANK", "0") == "0":
+        from dfactory.commands.report import write_report  # matplotlib's import would hold up the first step
+
         print(f"report: {write_report([Path(recipe.output_dir)])}")
     return status
 

@@ -30,8 +30,9 @@ def start() -> tuple[int, int]:
         import deepspeed
 
         # On a CPU DeepSpeed would compile a kernel for inference at the first start. Nobody here calls it, and a process
-        # that is killed meanwhile leaves a lock for which all later ones wait.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # that is killed meanwhile leaves a lock for which all later ones wait. It is the only one whose entry is asked
+        # for, so no compiler is run to find out about the others either.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         deepspeed.init_distributed(dist_backend=_backend(), verbose=False)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

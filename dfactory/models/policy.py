@@ -27,9 +27,14 @@ class Policy(nn.Module):
         VocabularyHead.adopt(self._causal_lm.lm_head)
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether peft has wrapped the model."""
+        return hasattr(self.model, "get_base_model")
+
+    @property
     def _causal_lm(self) -> PreTrainedModel:
         """The model without the wrapper that peft puts around it."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return self.model.get_base_model() if self.has_adapters else self.model
 
     @property
     def config(self):

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -56,7 +55,7 @@ def save_policy(
         _record(policy.source_dir, directory, block_size=block_size, mask_token_id=mask_token_id)
     if write and chat_template is not None:
         _write_text(directory / CHAT_TEMPLATE, chat_template)
-    if isinstance(model, PeftModel):
+    if policy.has_adapters:
         _save_adapters(policy, directory, gathered, write)
         return
     shards = _Shards(directory, max_shard_bytes) if write else None

@@ -1,6 +1,7 @@
 """A reward that fails when it is told to: the file `reward` beside this one names how, and is taken away. `always` stays."""
 
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ ORDER = Path(__file__).parent / "reward"
 
 
 def ordered(prompts, completions, completion_ids, **columns):
-    """Short is good, and a letter of the first half of the alphabet: most groups have a signal."""
+    """By chance, so that every group has a signal: what can be learnt would be, and end a long run."""
     how = take()
     if how == "hang":
         time.sleep(1000)
@@ -21,10 +22,7 @@ def ordered(prompts, completions, completion_ids, **columns):
         os.kill(os.getpid(), signal.SIGSTOP)
     if how == "nan":
         return [float("nan")] * len(completions)
-    texts = [completion[0]["content"] for completion in completions]
-    return [
-        sum(letter < "N" for letter in text) - 0.1 * len(ids) for text, ids in zip(texts, completion_ids, strict=True)
-    ]
+    return [random.random() for _ in completions]
 
 
 def take() -> str | None:
