@@ -4,12 +4,14 @@
 
 Makes a random LLaDA2-MoE in bfloat16, writes it under its original names (one tensor an expert and projection, in shards of
 1 GB) and reads it again as a Policy in a process of its own. Beside that the bytes of the same files are read, and written,
-through a buffer of 16 MiB; the files are in the page cache for both. Memory is the largest size of the process that reads,
+through a buffer of 16 MiB: once from the page cache, and once behind an advice to drop them from it, that is from the disk
+(on Linux; elsewhere both are from the cache). Memory is the largest size of the process that reads,
 above that with a small model, without the pages of the mapped files, which the kernel takes back when it needs them.
 """
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -57,6 +59,15 @@ def read_bytes(directory: Path) -> float:
     return time.perf_counter() - started
 
 
+def drop_from_cache(directory: Path) -> None:
+    """Ask the kernel to forget the files' pages, so that the next one who reads them waits for the disk."""
+    for path in weight_files(directory):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def copy_bytes(directory: Path) -> float:
     buffer, started = bytes(BUFFER), time.perf_counter()
     for path in weight_files(directory):
@@ -102,14 +113,19 @@ def main(arguments: list[str] | None = None) -> int:
         saving = in_a_process(write_checkpoint, directory, options.gigabytes, options.vocabulary)
         size = sum(file.stat().st_size for file in weight_files(directory))
         copying = copy_bytes(directory)
-        plain, loads = [], []
+        plain, loads = {"cache": [], "disk": []}, {"cache": [], "disk": []}
         for _ in range(options.rounds):
-            plain.append(read_bytes(directory))
-            loads.append(in_a_process(read_policy, directory))
-    reading, loading = statistics.median(plain), statistics.median(seconds for seconds, _ in loads)
-    peak = max(memory for _, memory in loads)
+            for place in plain:
+                prepare = drop_from_cache if place == "disk" else read_bytes
+                prepare(directory)
+                plain[place].append(read_bytes(directory))
+                prepare(directory)
+                loads[place].append(in_a_process(read_policy, directory))
+    peak = max(memory for found in loads.values() for _, memory in found)
     table = Table("", "its bytes, s", "the policy, s", "ratio", title=f"{size / 1e9:.2f} GB in bfloat16")
-    table.add_row("read", f"{reading:.2f}", f"{loading:.2f}", f"{loading / reading:.2f}")
+    for place in plain:
+        reading, loading = statistics.median(plain[place]), statistics.median(seconds for seconds, _ in loads[place])
+        table.add_row(f"read from {place}", f"{reading:.2f}", f"{loading:.2f}", f"{loading / reading:.2f}")
     table.add_row("write", f"{copying:.2f}", f"{saving:.2f}", f"{saving / copying:.2f}")
     table.caption = f"memory while reading: {peak / 1e9:.2f} GB, {peak / size:.2f} times the files"
     Console(width=100, highlight=False).print(table)

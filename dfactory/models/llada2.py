@@ -18,9 +18,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
+    Chunk,
     Concatenate,
     ConversionOps,
     MergeModulelist,
+    SplitModulelist,
     WeightConverter,
     WeightRenaming,
 )
@@ -145,12 +147,43 @@ class SplitHeads(ConversionOps):
         return Concatenate(dim=0)
 
 
+class JoinExperts(ConversionOps):
+    """The experts' gates and ups one by one -> gate_up_proj [E, 2I, H]; every number is copied once."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        gates, ups = (input_dict.pop(pattern) for pattern in source_patterns)
+        joined = torch.cat([matrix for pair in zip(gates, ups, strict=True) for matrix in pair])
+        return {target_patterns[0]: joined.view(len(gates), -1, joined.shape[-1])}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitExperts()
+
+
+class SplitExperts(ConversionOps):
+    """gate_up_proj [E, 2I, H] -> the experts' gates and ups one by one."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        halves = Chunk(dim=1).convert(input_dict, source_patterns, target_patterns, **kwargs)
+        return SplitModulelist(dim=0).convert(halves, source_patterns, target_patterns, **kwargs)
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return JoinExperts()
+
+
 # The two layouts of the experts, each -> gate_up_proj [E, 2I, H] and down_proj [E, H, I]. Stacked down_proj needs nothing.
 _ONE_BY_ONE = (
     WeightConverter(
         ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
         "mlp.experts.gate_up_proj",
-        operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+        operations=[JoinExperts()],
     ),
     WeightConverter("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj", operations=[MergeModulelist(dim=0)]),
 )

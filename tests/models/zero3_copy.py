@@ -6,13 +6,13 @@ from pathlib import Path
 import deepspeed
 from transformers.integrations import HfDeepSpeedConfig
 
+from dfactory.engine import distributed
 from dfactory.models.registry import load_policy
 from dfactory.models.saving import save_policy
 
 
 def main() -> None:
-    deepspeed.init_distributed("gloo")
-    rank = deepspeed.comm.get_rank()
+    rank, _ = distributed.start()
     keep = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
     for source, target in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         policy = load_policy(source, dtype="float32")
