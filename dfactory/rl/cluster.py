@@ -167,7 +167,7 @@ def _wait(waiting: dict, processes: dict[int, Process], watch: Watch, recipe: Re
                 try:
                     statuses.append(ray.get(reference))
                 except RayError as problem:
-                    raise _failure(problem, reference, waiting, recipe) from problem
+                    raise _failure(problem, reference, waiting, processes, recipe) from problem
                 del waiting[reference]
             looked, before = time.monotonic(), looked
             try:
@@ -212,7 +212,9 @@ def _kill(processes: list[Process]) -> None:
     ray.wait(sent, num_returns=len(sent), timeout=GRACE_S)
 
 
-def _failure(problem: RayError, reference, waiting: dict, recipe: Recipe) -> DFactoryError:
+def _failure(
+    problem: RayError, reference, waiting: dict, processes: dict[int, Process], recipe: Recipe
+) -> DFactoryError:
     """The error to raise for a learner that ended with `problem`, the last checkpoint named.
 
     Where one rank is lost the others fail soon, in the middle of a collective operation: they get a moment to be heard,
@@ -228,7 +230,8 @@ def _failure(problem: RayError, reference, waiting: dict, recipe: Recipe) -> DFa
     rank = min(problems, key=lambda rank: (_blame(problems[rank]), rank))
     problem, name = problems[rank], f"learner rank {rank}"
     if not isinstance(problem, RayTaskError):
-        told = f"{name} was lost: {why(problem)}"
+        process = str(processes[rank])  # Ray names it in some of its errors only
+        told = f"{name} ({process}) was lost: {why(problem).removeprefix(f'{process}: ')}"
         if "its owner has died" in told:  # that is this process, which is there
             told = f"the raylet of the driver's node has ended, and all that was started from here with it ({told})"
         return RolloutError(f"{told}; {_last_checkpoint(recipe)}")

@@ -11,8 +11,8 @@ from tests.rl import fault_nodes
 from tests.rl.fault_nodes import HOSTS, Nodes
 
 BLAME = {  # what the output of a run that was ended by a fault has to say
-    "learner": r"^learner rank \d (was lost|\(pid \d+ on [\d.]+\) has given no sign of life)",
-    "learner's node": r"^learner rank \d was lost: .*node|raylet of the driver's node",
+    "learner": r"^learner rank \d \(pid \d+ on [\d.]+\) (was lost|has given no sign of life)",
+    "learner's node": r"^learner rank \d \(pid \d+ on [\d.]+\) was lost|raylet of the driver's node",
     "controller": r"the controller (was lost|\(pid \d+ on [\d.]+\) has given no sign of life)",
     "head": r"raylet|GCS|gcs",
     "weights": r"could not take the weights of version \d+ from Ray's store: the object \w+ was lost",
