@@ -71,7 +71,7 @@ def _lines(file: Path) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    numbers = {"steps": 12, "prompts": 8, "generations": 8, "new-tokens": 64, "views": 2, "rounds": 2}
+    numbers = {"steps": 12, "prompts": 8, "generations": 8, "new-tokens": 64, "views": 1, "rounds": 2}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="sizes for tests")

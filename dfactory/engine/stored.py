@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dfactory import faults
 from dfactory.config.noise import NoiseKeys
 from dfactory.config.recipe import Recipe
 from dfactory.data.source import RecordSource
 from dfactory.engine import distributed
 from dfactory.engine.reference import Reference
+from dfactory.engine.runfolder import writing
 from dfactory.errors import CheckpointError
 from dfactory.models.headers import weight_files
 from dfactory.models.registry import ADAPTER_CONFIG, adapter_base, resolve_model_dir
@@ -158,8 +161,14 @@ def _write(file: Path, scores: dict[int, Scores], origin: dict[str, Any]) -> Non
         tensors[f"{data}.elbo"] = one.elbo_U2
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial")
-    save_file(tensors, partial, metadata={HEADER: json.dumps(origin)})
+    with writing(file):
+        save_file(tensors, partial, metadata={HEADER: json.dumps(origin)})
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        faults.at(f"{FILE}.written", partial)
+    _read(partial, origin)  # refuses a file that was cut short, before it takes the name
     partial.replace(file)
+    faults.at(f"{FILE}.renamed")
 
 
 def _read(file: Path, origin: dict[str, Any]) -> dict[int, Scores]:
@@ -168,7 +177,10 @@ def _read(file: Path, origin: dict[str, Any]) -> dict[int, Scores]:
             header = (stored.metadata() or {}).get(HEADER)
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as problem:
-        raise CheckpointError(f"{file} cannot be read as a precomputed reference: {problem}") from problem
+        raise CheckpointError(
+            f"{file} cannot be read as a precomputed reference: {problem}; remove it, or leave reference_path out, to "
+            "compute it anew"
+        ) from problem
     if header is None:
         raise CheckpointError(f"{file} is no precomputed reference: give the {FILE} of a run")
     _refuse_another_origin(file, json.loads(header), origin)

@@ -1,5 +1,6 @@
 """What a DPO run is compared with: a copy, the adapters off, or stored scores: always the initial model, nothing else."""
 
+import collections
 import json
 import math
 import shutil
@@ -7,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from dfactory import faults
 from dfactory.assembly import make_source, read_inputs
 from dfactory.cli import main
 from dfactory.config.load import load_recipe
@@ -71,6 +73,22 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one(copied, stored, runs, tmp_
     assert runs("unused", *keys)[0] == 0
     assert read_metrics(resumed) == read_metrics(whole)
     assert weights(resumed) == weights(whole)
+
+
+@pytest.mark.parametrize("fault, told", [("enospc", "No space left on device"), ("short", "cannot be read")])
+def test_scores_that_were_not_written_whole_are_computed_again(
+    stored, runs, tmp_path, monkeypatch, capsys, fault, told
+):
+    """The run ends, and leaves no file that a resumed one would take for whole."""
+    keys = ["reference=precomputed", "save_steps=2", f"output_dir={tmp_path}/run"]
+    monkeypatch.setattr(faults, "_passed", collections.Counter())
+    monkeypatch.setenv(faults.VARIABLE, f"reference.safetensors.written:1:{fault}")
+    assert runs("unused", *keys)[0] == 1
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run" / "reference.safetensors").exists()
+    monkeypatch.delenv(faults.VARIABLE)
+    assert runs("unused", *keys)[0] == 0
+    assert weights(tmp_path / "run") == weights(stored)
 
 
 OTHERS = {
