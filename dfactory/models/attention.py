@@ -53,9 +53,13 @@ def plan_attention(place_RS: Place, implementation: str = "auto") -> AttentionPl
 
 def _attention(query, key, value, mask, scaling):
     """SDPA with grouped key/value heads. Queries that see nothing get zeros."""
-    if query.dtype == torch.bfloat16 and query.device.type in FLOAT32_ON:
-        return _attention(query.float(), key.float(), value.float(), mask, scaling).to(query.dtype)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+
+
+def _as_computed(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """In the precision in which attention is computed."""
+    slow = tensors[0].dtype == torch.bfloat16 and tensors[0].device.type in FLOAT32_ON
+    return tuple(tensor.float() for tensor in tensors) if slow else tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +69,8 @@ class MaskPlan:
     mask_RSS: torch.Tensor
 
     def attend(self, query, key, value, scaling):
-        return _attention(query, key, value, self.mask_RSS[:, None], scaling).transpose(1, 2)
+        attended = _attention(*_as_computed(query, key, value), self.mask_RSS[:, None], scaling)
+        return attended.transpose(1, 2).to(query.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +106,11 @@ class SegmentPlan:
     def attend(self, query, key, value, scaling):
         # Rows and queries are taken apart at once, by unbind and split: a gradient that comes back is put together in one
         # go, where that of every slice by itself would be as large as the whole batch.
+        parts = (tensor.unbind() for tensor in _as_computed(query, key, value))
         rows = []
-        for chunks, *row in zip(self.chunks_by_row, query.unbind(), key.unbind(), value.unbind(), strict=True):
+        for chunks, *row in zip(self.chunks_by_row, *parts, strict=True):
             rows.append(torch.cat(_attend_row(chunks, *row, scaling), dim=1))
-        return torch.stack(rows).transpose(1, 2)
+        return torch.stack(rows).transpose(1, 2).to(query.dtype)
 
 
 def _attend_row(chunks: list[Chunk], query, key, value, scaling) -> list[torch.Tensor]:
