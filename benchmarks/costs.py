@@ -172,7 +172,7 @@ class Costs:
     def elementwise_seconds(self) -> float:
         """Of a micro-batch: what autograd keeps is written and read once a forward pass, read in the backward, and its
         gradient written and read."""
-        kept, _ = layer_activations(self.config, self.setup.dtype, self.setup.expert_parallel_size > 1)
+        kept, _ = layer_activations(self.config, self.setup.dtype)
         times = 2 * (self.passes - 1) + 3
         traffic = self.config.num_hidden_layers * self.positions * kept * times
         return traffic / (self.machine.hbm * self.machine.hbm_share)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from benchmarks.costs import Costs, Machine, Row, Step
 from dfactory.commands.checking.memory import FITS
 from dfactory.config.load import load_recipe
-from dfactory.engine.memory import PREFETCH_BUCKET, MemoryForecast, Setup, count_parameters, forecast_sizes, setup_of
+from dfactory.engine.memory import MemoryForecast, Setup, count_parameters, forecast_sizes, setup_of
 from dfactory.engine.trainer import deepspeed_config
 from dfactory.models.registry import read_config, resolve_model_dir
 
@@ -119,7 +119,6 @@ def plans(costs: Costs, gpus: int) -> Iterator[Plan]:
             rows=rows,
             gradient_checkpointing=checkpointing,
             offload_optimizer=offload,
-            prefetch_bucket=costs.setup.prefetch_bucket if stage == 3 else PREFETCH_BUCKET,  # others do not read it
         )
         plan = Plan.of(dataclasses.replace(costs, setup=setup, accumulation=accumulation))
         if plan.fits:

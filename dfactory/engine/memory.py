@@ -228,7 +228,7 @@ def _state_lines(counts: ParameterCounts, weights: int, trained: int, setup: Set
     ]
 
 
-def layer_activations(config: PreTrainedConfig, dtype: str, expert_parallel: bool = False) -> tuple[int, str]:
+def layer_activations(config: PreTrainedConfig, dtype: str) -> tuple[int, str]:
     """Bytes that autograd keeps for one row position in one decoder layer (its largest kind), and the formula."""
     b = _bytes(dtype)
     # RMSNorms, of the stream and of queries and keys, keep an fp32 copy of what they read.
@@ -245,16 +245,14 @@ def layer_activations(config: PreTrainedConfig, dtype: str, expert_parallel: boo
     experts, chosen, inner = config.num_local_experts, config.num_experts_per_tok, config.moe_intermediate_size
     # n_shared_experts is a name of the Glm4Moe configuration; other families have none.
     shared = config.to_dict().get("n_shared_experts", 0) * inner
-    # Weighted in front of the last product (models/experts.py), or behind it (AutoEP), which keeps what came out.
-    per_h, per_i = (2 * b, 4 * b) if expert_parallel else (b, 5 * b)
-    routed = chosen * (per_h * config.hidden_size + per_i * inner + 56)
-    formula += f" + k ({per_h} H + {per_i} I + 56) + {4 * b} I_shared + 5 E"
+    routed = chosen * (2 * b * config.hidden_size + 4 * b * inner + 56)
+    formula += f" + k ({2 * b} H + {4 * b} I + 56) + {4 * b} I_shared + 5 E"
     return attention + routed + 4 * b * shared + 5 * experts, formula
 
 
 def _activation_lines(config: PreTrainedConfig, setup: Setup) -> list[Line]:
     positions, layers = setup.rows * setup.row_length, config.num_hidden_layers
-    per_position, formula = layer_activations(config, setup.dtype, setup.expert_parallel_size > 1)
+    per_position, formula = layer_activations(config, setup.dtype)
     if not setup.gradient_checkpointing:
         return [Line("activations", layers * positions * per_position, f"L x t x ({formula})")]
     b = _bytes(setup.dtype)

@@ -21,11 +21,6 @@ EXPERTS = "dfactory_grouped_mm"  # what a model's config names as its experts im
 ROUND = 64  # rows of a filled group; fewer an expert have few sizes anyway, and would mostly be filling
 
 
-def _summed(rows_PH: torch.Tensor, row_TK: torch.Tensor) -> torch.Tensor:
-    """The rows of each token, added up: [T, H]."""
-    return rows_PH.index_select(0, row_TK.flatten()).view(*row_TK.shape, -1).sum(dim=1)
-
-
 class _Spread(torch.autograd.Function):
     """Tokens [T, H] -> rows [P, H]: row p holds token `token_P[p]`, and `row_TK` says where each token's rows stand."""
 
@@ -37,28 +32,29 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_PH):
-        return _summed(grad_PH, *ctx.saved_tensors), None, None
+        (row_TK,) = ctx.saved_tensors
+        return grad_PH.index_select(0, row_TK.flatten()).view(*row_TK.shape, -1).sum(dim=1), None, None
 
 
 class _Collect(torch.autograd.Function):
-    """Rows [P, H] -> the sum of each token's rows [T, H]; the other way round."""
+    """Rows [P, H] -> those of each token [T, K, H]; filling has no part in it, nor a gradient."""
 
     @staticmethod
-    def forward(ctx, rows_PH, token_P, row_TK):
-        ctx.save_for_backward(token_P)
-        return _summed(rows_PH, row_TK)
+    def forward(ctx, rows_PH, row_TK):
+        ctx.save_for_backward(row_TK)
+        ctx.rows = len(rows_PH)
+        return rows_PH.index_select(0, row_TK.flatten()).view(*row_TK.shape, -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TH):
-        return grad_TH.index_select(0, *ctx.saved_tensors), None, None
+    def backward(ctx, grad_TKH):
+        (row_TK,) = ctx.saved_tensors
+        grad_PH = grad_TKH.new_zeros((ctx.rows, grad_TKH.shape[-1]))
+        return grad_PH.index_copy_(0, row_TK.flatten(), grad_TKH.flatten(0, 1)), None
 
 
 def _experts_function(module, hidden_TH, expert_TK, weight_TK) -> torch.Tensor:
-    """What transformers' MoE modules call: tokens, the experts of each and their weights -> [T, H].
-
-    A weight is multiplied in front of the last product and not behind it: that is the same, on fewer numbers.
-    """
+    """What transformers' MoE modules call: tokens, the experts of each and their weights -> [T, H]."""
     expert_S, pair_S = expert_TK.flatten().sort(stable=True)
     expert_E = torch.arange(module.num_experts, device=expert_S.device)
     end_E = torch.searchsorted(expert_S, expert_E, right=True)  # behind each expert's rows
@@ -70,17 +66,15 @@ def _experts_function(module, hidden_TH, expert_TK, weight_TK) -> torch.Tensor:
         row_S = row_S + (filling_E.cumsum(0) - filling_E)[expert_S]
         end_E = end_E + filling_E.cumsum(0)
         rows = int(end_E[-1])
-    # Filling is any token, of weight 0: nothing comes out of it, and no gradient goes in.
-    token_P = pair_S.new_zeros(rows).index_copy_(0, row_S, pair_S // expert_TK.shape[1])
+    token_P = pair_S.new_zeros(rows).index_copy_(0, row_S, pair_S // expert_TK.shape[1])  # filling: any token
     row_TK = torch.empty_like(pair_S).index_copy_(0, pair_S, row_S).view_as(expert_TK)
-    weight_P = weight_TK.new_zeros(rows).scatter(0, row_TK.flatten(), weight_TK.flatten())
 
     end_E = end_E.int()
     rows_PH = _Spread.apply(hidden_TH, token_P, row_TK)
     gated_PI = module._apply_gate(grouped_mm(rows_PH, module.gate_up_proj.transpose(1, 2), offs=end_E))
-    weighted_PI = (gated_PI * weight_P[:, None]).to(hidden_TH.dtype)
-    out_PH = grouped_mm(weighted_PI, module.down_proj.transpose(1, 2), offs=end_E)
-    return _Collect.apply(out_PH, token_P, row_TK)
+    out_PH = grouped_mm(gated_PI, module.down_proj.transpose(1, 2), offs=end_E)
+    out_TKH = _Collect.apply(out_PH, row_TK)
+    return (out_TKH * weight_TK[..., None]).sum(dim=1).to(hidden_TH.dtype)
 
 
 def register() -> None:

@@ -32,6 +32,8 @@ Learn = Callable[[Recipe, "ControllerFeed"], int]
 """The training loop on one rank, with its batch source on the feed. Returns the exit status."""
 
 WORKERS = {"worker_process_setup_hook": "dfactory.redaction.guard_output"}  # their output lands in Ray's logs
+# Ray keeps a record of the last 100,000 calls, 3 kB each; those of a run of weeks, and its signs of life, are no news.
+NO_RECORD = {"enable_task_events": False}
 
 
 def run(recipe: Recipe, learn: Learn) -> int:
@@ -119,11 +121,12 @@ def _start_controller(recipe: Recipe, group: PlacementGroup):
     first, threads, folder = recipe.num_learners, _threads(recipe), os.getcwd()
 
     def make_rollout_actor(index: int):
-        return ray.remote(RolloutActor).options(**_options(group, first + index, threads)).remote(recipe, folder)
+        options = _options(group, first + index, threads) | NO_RECORD
+        return ray.remote(RolloutActor).options(**options).remote(recipe, folder)
 
     # Beside the driver, whose rewards and datasets it reads. Without a word Ray puts an actor of no cores anywhere.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
+    options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here} | NO_RECORD
     return ray.remote(Controller).options(**options).remote(recipe, make_rollout_actor, folder)
 
 

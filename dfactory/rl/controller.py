@@ -65,13 +65,10 @@ class Controller:
     async def process(self) -> Process:
         return this_process()
 
-    # Without Ray's task events: its record of past tasks would be of signs of life for the most part.
-    @ray.method(enable_task_events=False)
     async def beat(self, rank: int) -> None:
         """A learner's sign of life."""
         self.pulse.beat(rank)
 
-    @ray.method(enable_task_events=False)
     async def silence(self) -> dict[int, float]:
         return self.pulse.silence()
 
