@@ -98,8 +98,7 @@ def stored_reference(recipe: Recipe, sources: Sources, model: Reference, resumin
         reference = StoredReference(file, _read(file, origin))
     else:
         scores = {source.state_dict()["data"]: _compute(source, count, model) for source, count in sources}
-        if dist.get_rank() == 0:
-            _write(file, scores, origin)
+        distributed.on_first_rank(lambda: _write(file, scores, origin))
         reference = StoredReference(file, scores)
     for source, count in sources:
         reference.check(source, count)
