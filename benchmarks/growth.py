@@ -3,9 +3,10 @@
     python -m benchmarks.growth                             # the tables of benchmarks/LOG.md
     python -m benchmarks.growth --axes length views         # some of them
     python -m benchmarks.growth --axes ranks --ranks 1 2 4  # on a machine with more cores
+    python -m benchmarks.growth --axes length --length 512 1024 2048 --shape mini   # layers of LLaDA2-mini's own width
 
 A step is forward, backward, clipping and AdamW in fp32, as in benchmarks/step.py; half of each document is prompt, and views
-cover the other half. All axes begin at L 1024, batch 2, two views and 32 experts of which a token takes 4. The points
+cover the other half. All axes begin at L 1024, batch 2, two views and 32 experts, of which a token takes 4 (of `mini` 8). The points
 of an axis take turns, a step each on new documents, and the first step of each is not timed. The exponent is the slope of
 log seconds over log size by least squares: 1 is linear, 0 is free. On ranks (gloo, ZeRO 0, a process each under torchrun)
 every rank has as large a batch and as many threads, so that 0 would be perfect: the threads of this process, divided by
@@ -35,6 +36,7 @@ from rich.table import Table
 from benchmarks.costs import Row, forward_flops, step_flops
 from benchmarks.workload import (
     BLOCK,
+    SHAPES,
     Lengths,
     Ours,
     Records,
@@ -62,6 +64,7 @@ class Point:
     experts: int = 32
     ranks: int = 1
     vocabulary: int = 8192
+    shape: str = "small"  # of workload.SHAPES
 
 
 AXES = {
@@ -141,7 +144,7 @@ def measure(points: dict[int, Point], folder: Path, rounds: int) -> dict[int, Co
         if point.experts not in sides:
             at = folder / f"experts-{point.experts}"
             at.mkdir(exist_ok=True)
-            model_dir = write_model(at, point.vocabulary, num_experts=point.experts)
+            model_dir = write_model(at, point.vocabulary, point.shape, num_experts=point.experts)
             sides[point.experts] = (Ours(point_recipe(point, model_dir, rounds + 1)), model_dir)
         runners[size] = Runner(point, *sides[point.experts], rounds + 1)
     timed = interleave({str(size): runner.step for size, runner in runners.items()}, rounds)
@@ -150,7 +153,8 @@ def measure(points: dict[int, Point], folder: Path, rounds: int) -> dict[int, Co
 
 def measure_ranks(points: dict[int, Point], folder: Path, rounds: int) -> dict[int, Cost]:
     """Each number of ranks in processes of its own, under torchrun; rank 0 writes what it measured."""
-    model_dir = write_model(folder, next(iter(points.values())).vocabulary)
+    first = next(iter(points.values()))
+    model_dir = write_model(folder, first.vocabulary, first.shape, num_experts=first.experts)
     threads = str(max(1, torch.get_num_threads() // max(points)))  # of a rank, the same at every number of them
     costs = {}
     for ranks, point in points.items():
@@ -215,6 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     for axis, sizes in AXES.items():
         text = f"sizes of this axis (default: {' '.join(map(str, sizes))})"
         parser.add_argument(f"--{axis}", nargs="+", type=int, metavar="N", help=text)
+    parser.add_argument("--shape", default="small", choices=SHAPES, help="of the model (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each point (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="two small sizes an axis, one step each, for tests")
     parser.add_argument("--rank-job", type=json.loads, help=argparse.SUPPRESS)
@@ -223,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
         run_rank(options.rank_job)
         return 0
 
-    base, axes = (SMOKE_BASE, SMOKE_AXES) if options.smoke else (Point(), AXES)
+    base, axes = (SMOKE_BASE, SMOKE_AXES) if options.smoke else (Point(shape=options.shape), AXES)
     rounds = SMOKE_STEPS if options.smoke else options.rounds
     console = Console(width=110, highlight=False)
     console.print(f"{base}, {torch.get_num_threads()} thread(s), {rounds} timed step(s) a point")
