@@ -6,11 +6,11 @@
     python -m benchmarks.growth --axes length --length 512 1024 2048 --shape mini   # layers of LLaDA2-mini's own width
 
 A step is forward, backward, clipping and AdamW in fp32, as in benchmarks/step.py; half of each document is prompt, and views
-cover the other half. All axes begin at L 1024, batch 2, two views and 32 experts, of which a token takes 4 (of `mini` 8). The points
-of an axis take turns, a step each on new documents, and the first step of each is not timed. The exponent is the slope of
-log seconds over log size by least squares: 1 is linear, 0 is free. On ranks (gloo, ZeRO 0, a process each under torchrun)
-every rank has as large a batch and as many threads, so that 0 would be perfect: the threads of this process, divided by
-the largest number of ranks.
+cover the other half. All axes begin at L 1024, batch 2, two views and 32 experts, of which a token takes 4 (of `mini` 8).
+The points of an axis take turns, a step each on new documents, and the first step of each is not timed. The exponent is the
+slope of log seconds over log size by least squares: 1 is linear, 0 is free. On ranks (gloo, ZeRO 0, a process each under
+torchrun) every rank has as large a batch and as many threads, so that 0 would be perfect: the threads of this process,
+divided by the largest number of ranks.
 
 Operations (benchmarks/costs.py, by visible pairs) are told beside the seconds: where they grow faster than positions, so
 does a perfect step. A step is called linear in tokens up to L 2048 if its seconds a position differ by at most 15 percent
@@ -228,7 +228,8 @@ def main(arguments: list[str] | None = None) -> int:
         run_rank(options.rank_job)
         return 0
 
-    base, axes = (SMOKE_BASE, SMOKE_AXES) if options.smoke else (Point(shape=options.shape), AXES)
+    base, axes = (SMOKE_BASE, SMOKE_AXES) if options.smoke else (Point(), AXES)
+    base = dataclasses.replace(base, shape=options.shape)
     rounds = SMOKE_STEPS if options.smoke else options.rounds
     console = Console(width=110, highlight=False)
     console.print(f"{base}, {torch.get_num_threads()} thread(s), {rounds} timed step(s) a point")
