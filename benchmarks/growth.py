@@ -232,7 +232,9 @@ def main(arguments: list[str] | None = None) -> int:
     base = dataclasses.replace(base, shape=options.shape)
     fewest = 2 * SHAPES[options.shape]["n_group"]  # the router takes a group's two best
     if "experts" in options.axes and min(options.experts or axes["experts"]) < fewest:
-        parser.error(f"--shape {options.shape} takes {fewest} experts at least: give --experts {fewest} ... or other --axes")
+        parser.error(
+            f"--shape {options.shape} takes {fewest} experts at least: give --experts {fewest} ... or other --axes"
+        )
     rounds = SMOKE_STEPS if options.smoke else options.rounds
     console = Console(width=110, highlight=False)
     console.print(f"{base}, {torch.get_num_threads()} thread(s), {rounds} timed step(s) a point")
