@@ -74,11 +74,12 @@ class Gates:
             return []
         problem = (
             f"token_nll {loss:.2f} at step {step}, the first one on weights that were read from "
-            f"{self.recipe.model_name_or_path}: guessing has log {self.vocab_size} = {guess:.2f}. Are these the weights of "
-            "this config.json, tokenizer and mask token?"
+            f"{self.recipe.model_name_or_path}: guessing has log {self.vocab_size} = {guess:.2f}. Either the chat template "
+            "is new to the model, as it is to the quickstart's, or these are not the weights of this config.json, tokenizer "
+            "and mask token"
         )
         if check == "stop":
-            raise SilentFailureError(f"{problem} first_loss_check is stop: set it to warn to go on all the same")
+            raise SilentFailureError(f"{problem}; first_loss_check is stop: set it to warn to go on all the same")
         return [problem]
 
     def _check_change(self, step: int, metrics: dict[str, float]) -> None:
