@@ -3,8 +3,8 @@
 A run of three steps saves at each and keeps one checkpoint. A first run records which points it passes; then each of them
 gets its faults, when the second checkpoint is written (points of starting: at the start). After every fault the run is
 started again with resume_from_checkpoint=true, and has to end with the parameters, the optimiser's state, the losses and
-the files of an undisturbed run. KIND is stage-zero-ranks, such as sft-1-2; without one all kinds are run, which takes
-long and was not timed on an idle machine. `few` is the choice that CI makes.
+the files of an undisturbed run. KIND is stage-zero-ranks, such as sft-1-2; without one all kinds are run, which took half
+an hour beside other jobs. `few` is the choice that CI makes.
 """
 
 import collections
