@@ -56,3 +56,14 @@ def test_filled_groups_give_the_same_outputs_and_gradients(monkeypatch, tokens):
     if tokens > 1:  # fewer than ROUND an expert are left as they are
         assert all(size % 4 == 0 for size in sizes)
         assert sum(sizes) > 2 * tokens * block.gate.top_k  # both products
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_computing_in_parts_changes_no_bit(monkeypatch, dtype):
+    block = expert_block(dtype)
+    hidden = some_tokens(block, 333)
+    monkeypatch.setattr(experts, "ROUND", 4)
+    whole = run(block, hidden)
+    monkeypatch.setattr(experts, "PART_BYTES", 7 * 4 * hidden.shape[-1])  # seven rows at a time
+    parts = run(block, hidden)
+    torch.testing.assert_close(parts, whole, atol=0, rtol=0)
