@@ -5,6 +5,7 @@ keyword `visibility`, to the attention function that is registered here under th
 """
 
 import dataclasses
+import itertools
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +31,10 @@ class AttentionPlan(Protocol):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         """query [R, heads, S, d], key and value [R, kv heads, S', d] -> [R, S, heads, d]."""
+
+    def at(self, chosen_N: torch.Tensor, shape: tuple[int, int]) -> "AttentionPlan":
+        """The plan for the queries of some positions alone, which ascend through the flattened [R, S] of `shape`: query
+        [1, heads, N, d], the same keys and values -> [1, N, heads, d]."""
 
 
 def plan_attention(place_RS: Place, implementation: str = "auto") -> AttentionPlan:
@@ -72,6 +77,11 @@ class MaskPlan:
         attended = _attention(*_as_computed(query, key, value), self.mask_RSS[:, None], scaling)
         return attended.transpose(1, 2).to(query.dtype)
 
+    def at(self, chosen_N, shape):
+        return ChosenSegments.of(
+            [[Chunk(slice(0, shape[1]), slice(None), mask_SS)] for mask_SS in self.mask_RSS], chosen_N, shape[1]
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
@@ -84,7 +94,7 @@ class Chunk:
     @property
     def seen(self) -> torch.Tensor | slice:
         """The keys that are handed over; padding, which sees none, is given one."""
-        return slice(self.queries.start, self.queries.start + 1) if self.keys is None else self.keys
+        return slice(0, 1) if self.keys is None else self.keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +121,43 @@ class SegmentPlan:
         for chunks, *row in zip(self.chunks_by_row, *parts, strict=True):
             rows.append(torch.cat(_attend_row(chunks, *row, scaling), dim=1))
         return torch.stack(rows).transpose(1, 2).to(query.dtype)
+
+    def at(self, chosen_N, shape):
+        return ChosenSegments.of(self.chunks_by_row, chosen_N, shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class ChosenSegments:
+    """What is left of the rows' chunks where few queries attend, those of all rows one behind the other."""
+
+    chunks_by_row: list[list[Chunk]]
+    queries_R: list[int]
+
+    @classmethod
+    def of(cls, chunks_by_row: list[list[Chunk]], chosen_N: torch.Tensor, length: int) -> "ChosenSegments":
+        chosen = chosen_N.cpu().numpy()
+        ends_R = np.searchsorted(chosen, length * np.arange(len(chunks_by_row) + 1))
+        rows = [chosen[a:b] % length for a, b in itertools.pairwise(ends_R)]
+        chunks = [_chosen(*row, chosen_N.device) for row in zip(chunks_by_row, rows, strict=True)]
+        return cls(chunks, np.diff(ends_R).tolist())
+
+    def attend(self, query, key, value, scaling):
+        (queries,), keys, values = _as_computed(query, key, value)
+        parts = (queries.split(self.queries_R, dim=1), keys.unbind(), values.unbind())
+        rows = zip(self.chunks_by_row, *parts, strict=True)
+        parts = [part for chunks, *row in rows if chunks for part in _attend_row(chunks, *row, scaling)]
+        return torch.cat(parts, dim=1)[None].transpose(1, 2).to(query.dtype)
+
+
+def _chosen(chunks: list[Chunk], query_N: np.ndarray, device: torch.device) -> list[Chunk]:
+    """What is left of a row's chunks for some of its queries, which are numbered anew."""
+    left = []
+    for c in chunks:
+        first, last = np.searchsorted(query_N, (c.queries.start, c.queries.stop)).tolist()
+        if first < last:
+            index = torch.from_numpy(query_N[first:last] - c.queries.start).to(device)
+            left.append(Chunk(slice(first, last), c.keys, None if c.mask is None else c.mask[index]))
+    return left
 
 
 def _attend_row(chunks: list[Chunk], query, key, value, scaling) -> list[torch.Tensor]:
@@ -213,6 +260,26 @@ class FlexPlan:
             query, key, value, block_mask=self.block_mask, scale=scaling, enable_gqa=True
         )
         return attended.transpose(1, 2)
+
+    def at(self, chosen_N, shape):
+        return Scattered(self, chosen_N, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scattered:
+    """Some queries by a plan that knows all: they are put where it has them, among zeros. It saves what lies behind
+    attention; where attention itself is cheap, and new shapes are dear."""
+
+    plan: AttentionPlan
+    chosen_N: torch.Tensor
+    shape: tuple[int, int]
+
+    def attend(self, query, key, value, scaling):
+        rows, length = self.shape
+        chosen = query[0].transpose(0, 1)
+        everywhere = chosen.new_zeros(rows * length, *chosen.shape[1:]).index_copy(0, self.chosen_N, chosen)
+        attended = self.plan.attend(everywhere.unflatten(0, self.shape).transpose(1, 2), key, value, scaling)
+        return attended.flatten(0, 1).index_select(0, self.chosen_N)[None]
 
 
 _compiled = None

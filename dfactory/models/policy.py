@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from dfactory.models import last_layer
 from dfactory.models.attention import AttentionPlan, plan_attention
 from dfactory.models.head import VocabularyHead
 from dfactory.types import NOISE_TABLE_ROWS, TokenScores, ViewBatch
@@ -25,6 +26,7 @@ class Policy(nn.Module):
         self.attn_implementation = attn_implementation
         self.entropy_temperature = 1.0  # TokenScores.entropy_N is that of softmax(logits / this)
         VocabularyHead.adopt(self._causal_lm.lm_head)
+        self.ends_at_targets = last_layer.adopt(self._causal_lm.model.layers[-1])
 
     @property
     def has_adapters(self) -> bool:
@@ -54,8 +56,9 @@ class Policy(nn.Module):
     def forward(self, batch: ViewBatch) -> TokenScores:
         """log p, entropy and hit of every target of the batch, in the batch's target order."""
         plan = plan_attention(batch.place_RS, self.attn_implementation)
-        hidden_RSH = self.hidden(batch.input_ids_RS, batch.position_ids_RS, plan, noise_RSH=self._noise(batch))
-        hidden_NH = hidden_RSH.flatten(0, 1)[batch.target_index_N]
+        hidden_NH = self.hidden_at(
+            batch.target_index_N, batch.input_ids_RS, batch.position_ids_RS, plan, noise_RSH=self._noise(batch)
+        )
         return self._causal_lm.lm_head(hidden_NH, batch.target_ids_N, self.entropy_temperature)
 
     def score(self, batch: ViewBatch) -> TokenScores:
@@ -69,6 +72,7 @@ class Policy(nn.Module):
         visibility: AttentionPlan,
         cache=None,
         noise_RSH: torch.Tensor | None = None,
+        **for_last_layer: torch.Tensor,
     ) -> torch.Tensor:
         """Final hidden states [R, S, H]. `cache` is a transformers Cache whose keys the plan counts too; `noise_RSH` is
         added to the input embeddings."""
@@ -81,8 +85,20 @@ class Policy(nn.Module):
             visibility=visibility,
             past_key_values=cache,
             use_cache=cache is not None,
+            **for_last_layer,
         )
         return outputs.last_hidden_state
+
+    def hidden_at(self, chosen_N: torch.Tensor, input_ids_RS, *args, **kwargs) -> torch.Tensor:
+        """Final hidden states [N, H] of some positions, which ascend through the flattened rows; as `hidden`, at less
+        cost. Keys go to the cache for all positions."""
+        # Without any position all modules run all the same, on one: under ZeRO-3 other ranks wait for them.
+        somewhere = chosen_N if len(chosen_N) else chosen_N.new_zeros(1)
+        if self.ends_at_targets:
+            hidden_NH = self.hidden(input_ids_RS, *args, **kwargs, chosen_N=somewhere)[0]
+        else:
+            hidden_NH = self.hidden(input_ids_RS, *args, **kwargs).flatten(0, 1).index_select(0, somewhere)
+        return hidden_NH[: len(chosen_N)]
 
     def _noise(self, batch: ViewBatch) -> torch.Tensor | None:
         """The noise on input embeddings that the batch asks for (see views/embedding.py), in the model's precision."""
