@@ -15,6 +15,7 @@ Letters: N tokens of a forward, R spans, Q blocks of a span, K blocks of a slot,
 """
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -126,14 +127,19 @@ class BlockwiseAttention:
             parts.append(scaled_dot_product_attention(query[:, :, tokens], k, v, scale=scaling, enable_gqa=True))
         return torch.cat(parts, dim=2).transpose(1, 2)
 
+    def at(self, chosen_N: torch.Tensor, shape: tuple[int, int]) -> "BlockwiseAttention":
+        """The plan for the queries of some tokens of the row, which ascend."""
+        ends = np.searchsorted(chosen_N.numpy(), [0, *(tokens.stop for _, tokens, _ in self.blocks)]).tolist()
+        blocks = zip(self.blocks, itertools.pairwise(ends), strict=True)
+        return BlockwiseAttention([(slot, slice(a, b), keys) for (slot, _, keys), (a, b) in blocks if a < b])
+
 
 @dataclasses.dataclass(frozen=True)
 class PaddedAttention:
     """One masked call for all slots, padded to the longest span and the longest slot; where calls are dear (GPU)."""
 
     slot_R: torch.Tensor
-    token_RS: torch.Tensor  # which token of the row stands where; 0 where there is none
-    place_N: torch.Tensor  # where each token of the row stands in the flattened [R, S]
+    place_N: torch.Tensor  # where each query stands in the flattened [R, S]
     mask_R1SS: torch.Tensor  # query, key
 
     @classmethod
@@ -142,24 +148,28 @@ class PaddedAttention:
         mask_RSS = seen_RQK.repeat(block_size, axis=1).repeat(block_size, axis=2)
         length_R1 = np.array([[span.blocks * block_size] for span in spans])
         real_RS = np.arange(mask_RSS.shape[1]) < length_R1
-        token_RS = np.where(real_RS, real_RS.cumsum().reshape(real_RS.shape) - 1, 0)
         slots = [span.slot for span in spans]
         return cls(
             torch.tensor(slots, device=device),
-            torch.from_numpy(token_RS).to(device),
             torch.from_numpy(np.flatnonzero(real_RS)).to(device),
             torch.from_numpy(mask_RSS[:, None]).to(device),
         )
 
     def attend(self, query, key, value, scaling):
         """query [1, heads, N, d], key and value [slots, kv heads, capacity, d] -> [1, N, heads, d]."""
-        longest = self.mask_R1SS.shape[-1]
+        rows, _, width, longest = self.mask_R1SS.shape
         key, value = (stored[:, :, :longest].index_select(0, self.slot_R) for stored in (key, value))
-        query = query[0][:, self.token_RS].transpose(0, 1)
+        row_NHd = query[0].transpose(0, 1)
+        padded = row_NHd.new_zeros(rows * width, *row_NHd.shape[1:]).index_copy(0, self.place_N, row_NHd)
+        query = padded.unflatten(0, (rows, width)).transpose(1, 2)
         attended_RHSd = scaled_dot_product_attention(
             query, key, value, attn_mask=self.mask_R1SS, scale=scaling, enable_gqa=True
         )
         return attended_RHSd.transpose(1, 2).flatten(0, 1)[self.place_N][None]
+
+    def at(self, chosen_N: torch.Tensor, shape: tuple[int, int]) -> "PaddedAttention":
+        """The plan for the queries of some tokens of the row."""
+        return dataclasses.replace(self, place_N=self.place_N[chosen_N])
 
 
 def attend_spans(spans: list[Span], block_size: int, device: torch.device):

@@ -40,7 +40,7 @@ class Decodable(Protocol):
     config: object  # with `vocab_size`
     can_be_recorded: bool  # whether forwards of fixed shape may be replayed as CUDA graphs
 
-    def hidden(self, input_ids_RS, position_ids_RS, visibility, cache) -> torch.Tensor: ...
+    def hidden_at(self, chosen_N, input_ids_RS, position_ids_RS, visibility, cache) -> torch.Tensor: ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
@@ -225,15 +225,16 @@ class BlockDecoder:
                 spans.append(Span(response.slot, response.cached, stop, False))
                 taken.append(response)
                 most -= stop - response.cached
-        self._forward(taken, spans)
+        self._forward(taken, spans, np.zeros(0, dtype=np.int64))
         for response, span in zip(taken, spans, strict=True):
             response.cached = span.stop
 
     def _step(self) -> list[Progress]:
         spans = [response.span for response in self.live]
-        hidden_NH, end_R = (self.static or self._forward)(self.live, spans)
+        open_RB = np.stack([response.open_B for response in self.live])
+        hidden_NH = self._denoise(spans, open_RB)
         heard = []
-        for response, proposed_B, logprob_B, commit_B, edit_B in list(self._decisions(hidden_NH, end_R)):
+        for response, proposed_B, logprob_B, commit_B, edit_B in list(self._decisions(hidden_NH, open_RB)):
             here, proposed_B = response.here, proposed_B.numpy()
             goes_on = response.apply(proposed_B, logprob_B.numpy(), commit_B, edit_B)
             heard.append(self._progress(response, here, proposed_B, logprob_B.numpy(), goes_on))
@@ -261,19 +262,27 @@ class BlockDecoder:
             None if goes_on else response.rollout(),
         )
 
-    def _decisions(self, hidden_NH: torch.Tensor, end_R: torch.Tensor) -> Iterator[tuple]:
+    def _decisions(self, hidden_NH: torch.Tensor, open_RB: np.ndarray) -> Iterator[tuple]:
         """Each live response with its rows of what `_decide` returns; those that decide alike are decided together."""
         alike = defaultdict(list)
         for row, response in enumerate(self.live):
             alike[response.rules.deciding].append(row)
+        hidden_R = hidden_NH.split(open_RB.sum(axis=1).tolist())
         for rows in alike.values():
-            responses = [self.live[row] for row in rows]
-            proposal_RB, commit_RB, edit_RB = self._decide(hidden_NH, responses, end_R[rows])
+            responses, hidden = [self.live[row] for row in rows], torch.cat([hidden_R[row] for row in rows])
+            proposal_RB, commit_RB, edit_RB = self._decide(hidden, responses, torch.from_numpy(open_RB[rows]))
             yield from zip(responses, proposal_RB.token, proposal_RB.logprob, commit_RB, edit_RB, strict=True)
 
-    def _forward(self, responses: list[Response], spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [N, H] of the spans, one behind the other, and behind which of them each ends [R], on the host.
-        Their keys go to the cache."""
+    def _denoise(self, spans: list[Span], open_RB: np.ndarray) -> torch.Tensor:
+        """Hidden states [N, H] of the open positions, row by row, after a forward over the live responses' spans."""
+        if self.static is not None:
+            return self.static(self.live, spans, open_RB)
+        end_R = np.cumsum([span.blocks * self.block_size for span in spans])
+        index_RB = end_R[:, None] - self.block_size + np.arange(self.block_size)
+        return self._forward(self.live, spans, index_RB[open_RB])
+
+    def _forward(self, responses: list[Response], spans: list[Span], chosen: np.ndarray) -> torch.Tensor:
+        """A forward over the spans, one behind the other, whose keys go to the cache. Hidden states [chosen, H]."""
         size, device = self.block_size, self.policy.device
         parts = [slice(span.first * size, span.stop * size) for span in spans]
         ids_N = np.concatenate([response.tokens_T[part] for response, part in zip(responses, parts, strict=True)])
@@ -282,27 +291,23 @@ class BlockDecoder:
         ids_N, position_N, slot_N = torch.from_numpy(np.stack([ids_N, position_N, slot_N])).to(device)
         self.cache.expect(slot_N, position_N)
         plan = attend_spans(spans, size, device)
-        end_R = torch.tensor([span.blocks * size for span in spans]).cumsum(0)
-        return self.policy.hidden(ids_N[None], position_N[None], plan, self.cache)[0], end_R
+        chosen = torch.from_numpy(chosen).to(device)
+        return self.policy.hidden_at(chosen, ids_N[None], position_N[None], plan, self.cache)
 
     def _decide(
-        self, hidden_NH: torch.Tensor, responses: list[Response], end_R: torch.Tensor
+        self, hidden_NH: torch.Tensor, responses: list[Response], open_RB: torch.Tensor
     ) -> tuple[Proposal, np.ndarray, np.ndarray]:
-        """What the rules make of the blocks being denoised, which end before `end_R` in the row: proposal, commits, edits,
-        each [R, B] on the host."""
-        rules, size = responses[0].rules, self.block_size
+        """What the rules make of the blocks being denoised, given hidden states of their open positions: proposal, commits,
+        edits, each [R, B] on the host."""
+        rules = responses[0].rules
         tokens_RB = torch.from_numpy(np.stack([response.tokens_B for response in responses]))
         masked_RB = torch.from_numpy(np.stack([response.masked_B for response in responses]))
-        open_RB = masked_RB
-        if rules.editing is not None:
-            open_RB = torch.from_numpy(np.stack([response.is_response_B for response in responses]))
-        index_N = (end_R[:, None] - size + torch.arange(size))[open_RB]
         uniform_N = None
         if not rules.distribution.is_greedy:
             uniform_N = torch.from_numpy(np.stack([response.uniform_B() for response in responses]))[open_RB]
 
         proposal_RB = Proposal(*(torch.zeros(open_RB.shape, dtype=t) for t in (torch.long, torch.float) * 2))
-        for field_RB, field_N in zip(proposal_RB, self._propose(rules, hidden_NH, index_N, uniform_N), strict=True):
+        for field_RB, field_N in zip(proposal_RB, self._propose(rules, hidden_NH, uniform_N), strict=True):
             field_RB[open_RB] = field_N.to(field_RB.dtype)
         step_R = torch.tensor([response.mask_steps for response in responses])
         confidence_RB = rules.acceptance.confidence(proposal_RB, masked_RB, step_R)
@@ -312,16 +317,14 @@ class BlockDecoder:
             edit_RB = rules.editing.edit(confidence_RB, proposal_RB.token != tokens_RB, open_RB & ~masked_RB)
         return proposal_RB, commit_RB.numpy(), edit_RB.numpy()
 
-    def _propose(
-        self, rules: DecodeRules, hidden_NH: torch.Tensor, index_N: torch.Tensor, uniform_N: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Proposals of the tokens at `index_N`: float64 [4, N] on the host, the one transfer of a forward."""
+    def _propose(self, rules: DecodeRules, hidden_NH: torch.Tensor, uniform_N: torch.Tensor | None) -> torch.Tensor:
+        """Proposals of N tokens: float64 [4, N] on the host, the one transfer of a forward."""
         device = hidden_NH.device
         rows = max(1, LOGITS_BYTES // (4 * self.policy.config.vocab_size))
         parts = []
-        for start in range(0, len(index_N), rows):
+        for start in range(0, len(hidden_NH), rows):
             part = slice(start, start + rows)
-            logits_NV = self.policy.logits(hidden_NH[index_N[part].to(device)])
+            logits_NV = self.policy.logits(hidden_NH[part])
             uniform = None if uniform_N is None else uniform_N[part].to(device)
             parts.append(torch.stack([f.double() for f in rules.distribution.propose(logits_NV, uniform)]))
         return torch.cat(parts, dim=1).cpu()

@@ -71,6 +71,11 @@ class Response:
         return (self.tokens_B == self.rules.mask_token_id) & self.is_response_B
 
     @property
+    def open_B(self) -> np.ndarray:
+        """The positions of the block that the next forward decides on: masks, and with editing all of the response."""
+        return self.masked_B if self.rules.editing is None else self.is_response_B
+
+    @property
     def pending(self) -> int:
         """Clean blocks that are not in the cache yet."""
         return self.block - self.cached

@@ -44,20 +44,28 @@ class StaticAttention:
         )
         return attended.view(slots, heads, width, size).transpose(1, 2).flatten(0, 1)[None]
 
+    def at(self, chosen_N: torch.Tensor, shape: tuple[int, int]) -> "StaticAttention":
+        """The plan for the queries of some tokens of each slot, as many of one as of another."""
+        slots = len(self.mask_RSK)
+        return StaticAttention(self.mask_RSK.flatten(0, 1).index_select(0, chosen_N).unflatten(0, (slots, -1)))
+
 
 class Recording:
     """The forward of one shape. The first call runs and records it, later ones replay it."""
 
-    def __init__(self, policy, cache: BlockCache, width: int, keys: int):
+    def __init__(self, policy, cache: BlockCache, block_size: int, width: int, keys: int):
         self.policy, self.cache, self.keys = policy, cache, keys
         self.inputs_3RS = torch.zeros(3, cache.slots, width, dtype=torch.long, device=policy.device)
         self.slot_N = torch.arange(cache.slots, device=policy.device).repeat_interleave(width)
         self.key_K = torch.arange(keys, device=policy.device)
+        self.chosen_N = torch.zeros(cache.slots * block_size, dtype=torch.long, device=policy.device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, inputs_3RS: np.ndarray) -> torch.Tensor:
-        """Ids, positions and numbers of keys that are seen -> hidden states [N, H], good until the next call."""
+    def __call__(self, inputs_3RS: np.ndarray, chosen_N: np.ndarray) -> torch.Tensor:
+        """Ids, positions and numbers of keys that are seen; a block's tokens of each slot -> their hidden states
+        [slots x B, H], good until the next call."""
         self.inputs_3RS.copy_(torch.from_numpy(inputs_3RS))
+        self.chosen_N.copy_(torch.from_numpy(chosen_N))
         if self.policy.device.type != "cuda":
             return self._forward()
         if self.graph is None:
@@ -69,7 +77,8 @@ class Recording:
         ids_RS, position_RS, seen_RS = self.inputs_3RS
         self.cache.expect(self.slot_N, position_RS.flatten())
         plan = StaticAttention(self.key_K < seen_RS[:, :, None])
-        return self.policy.hidden(ids_RS.reshape(1, -1), position_RS.reshape(1, -1), plan, self.cache)[0]
+        inputs = (ids_RS.reshape(1, -1), position_RS.reshape(1, -1))
+        return self.policy.hidden_at(self.chosen_N, *inputs, plan, self.cache)
 
     def _record(self) -> None:
         # torch asks for a run beside the main stream first, in which libraries take what memory they need.
@@ -95,8 +104,8 @@ class StaticForward:
         self.policy, self.cache, self.block_size = policy, cache, block_size
         self.recordings: dict[tuple[int, int], Recording] = {}
 
-    def __call__(self, responses: list[Response], spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [N, H] of all slots, and behind which of them each span ends [spans], on the host."""
+    def __call__(self, responses: list[Response], spans: list[Span], open_RB: np.ndarray) -> torch.Tensor:
+        """Hidden states of the open positions of each span's last block, span by span."""
         size = self.block_size
         width = size * max(span.blocks for span in spans)
         keys = self._rounded(size * max(span.stop for span in spans))
@@ -111,9 +120,17 @@ class StaticForward:
             position_RS[span.slot] += span.first * size
             seen_RS[span.slot, :tokens] = np.repeat(blocks_Q[: span.blocks] * size, size)
         if (width, keys) not in self.recordings:
-            self.recordings[width, keys] = Recording(self.policy, self.cache, width, keys)
-        ends = [span.slot * width + span.blocks * size for span in spans]
-        return self.recordings[width, keys](inputs_3RS), torch.tensor(ends)
+            self.recordings[width, keys] = Recording(self.policy, self.cache, size, width, keys)
+        hidden_NH = self.recordings[width, keys](inputs_3RS, self._last_blocks(spans, width))
+        index_RB = np.array([[span.slot] for span in spans]) * size + np.arange(size)
+        return hidden_NH[torch.from_numpy(index_RB[open_RB]).to(hidden_NH.device)]
+
+    def _last_blocks(self, spans: list[Span], width: int) -> np.ndarray:
+        """Which tokens of the forward are the last block of each slot's span; any block of a free slot."""
+        first_R = np.arange(self.cache.slots) * width
+        for span in spans:
+            first_R[span.slot] += (span.blocks - 1) * self.block_size
+        return (first_R[:, None] + np.arange(self.block_size)).flatten()
 
     def _rounded(self, keys: int) -> int:
         rounded = self.block_size * FEWEST_KEYS

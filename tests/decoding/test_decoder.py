@@ -213,8 +213,10 @@ def test_long_prompts_are_prefilled_in_chunks(policy, monkeypatch):
     monkeypatch.setattr(decoder_module, "CLEAN_TOKENS", 16)
     monkeypatch.setattr(decoder_module, "LOGITS_BYTES", 1)
     longest = []
-    hidden = policy.hidden
-    monkeypatch.setattr(policy, "hidden", lambda ids, *rest: longest.append(ids.shape[1]) or hidden(ids, *rest))
+    hidden_at = policy.hidden_at
+    monkeypatch.setattr(
+        policy, "hidden_at", lambda n, ids, *rest: longest.append(ids.shape[1]) or hidden_at(n, ids, *rest)
+    )
     same_rollouts(decode(policy, prompts, rules), whole)
     assert max(longest) <= 16 + 4 * 4
 
@@ -229,9 +231,9 @@ def test_a_group_computes_its_prompt_once(policy, monkeypatch):
     prompts = random_prompts(43) * 6 + random_prompts(16, seed=5) * 2
     single = [decode(policy, [p], rules, noise_ids=[i])[0] for i, p in enumerate(prompts)]
     positions = []
-    hidden = policy.hidden
+    hidden_at = policy.hidden_at
     monkeypatch.setattr(
-        policy, "hidden", lambda ids, at, *rest: positions.extend(at[0].tolist()) or hidden(ids, at, *rest)
+        policy, "hidden_at", lambda n, ids, at, *rest: positions.extend(at[0].tolist()) or hidden_at(n, ids, at, *rest)
     )
     same_rollouts(decode(policy, prompts, rules), single)
     assert positions.count(3) == 2  # once a group
@@ -572,9 +574,9 @@ def test_callback_hears_every_forward(policy):
 
 def test_one_transfer_from_the_device_a_forward(policy, monkeypatch):
     calls = collections.Counter()
-    to_host, hidden = torch.Tensor.cpu, policy.hidden
+    to_host, hidden_at = torch.Tensor.cpu, policy.hidden_at
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: calls.update(cpu=1) or to_host(tensor))
-    monkeypatch.setattr(policy, "hidden", lambda *args: calls.update(forward=1) or hidden(*args))
+    monkeypatch.setattr(policy, "hidden_at", lambda *args: calls.update(forward=1) or hidden_at(*args))
     decode(policy, random_prompts(5, 12), make_rules(temperature=1.0))
     assert calls["cpu"] == calls["forward"]
 

@@ -27,9 +27,9 @@ def test_few_shapes_of_a_block_or_two(policy, fixed_shapes, monkeypatch):
     shapes = []
     record = static.Recording.__init__
 
-    def remember(self, policy, cache, width, keys):
+    def remember(self, policy, cache, block_size, width, keys):
         shapes.append((width, keys))
-        record(self, policy, cache, width, keys)
+        record(self, policy, cache, block_size, width, keys)
 
     monkeypatch.setattr(static.Recording, "__init__", remember)
     prompts, keys = random_prompts(5, 60), {"batch_size": 2, "max_new_tokens": 40}
