@@ -47,7 +47,8 @@ def both(policy, batch, plan):
 def test_the_whole_layer_read_at_the_chosen_positions(policy, implementation, monkeypatch):
     monkeypatch.setattr(attention_module, "DENSE_BELOW", 0)
     batch = rows(policy)
-    assert policy.ends_at_targets and 0 < batch.num_targets < batch.num_tokens / 3
+    assert policy.ends_at_targets
+    assert 0 < batch.num_targets < batch.num_tokens / 3
     got, wanted = both(policy, batch, plan_attention(batch.place_RS, implementation))
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
 
