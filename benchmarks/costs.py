@@ -85,24 +85,45 @@ class Row:
     @property
     def document_pairs(self) -> int:
         """Queries times the keys that they see: a token of block b sees b + 1 blocks, in either kind of stream."""
-        last, first = self.document // self.block, self.prompt // self.block
-        clean = sum(b + 1 for b in range(last - 1))
-        view = sum(b + 1 for b in range(first, last))
-        return self.block**2 * (clean + self.views * view)
+        clean = sum(b + 1 for b in range(self.document // self.block - 1))
+        return self.block**2 * clean + self.views * self.view_pairs
+
+    @property
+    def view_pairs(self) -> int:
+        return self.block**2 * sum(b + 1 for b in range(self.prompt // self.block, self.document // self.block))
+
+    @property
+    def work(self) -> "Work":
+        return Work(self.positions, self.pairs, self.targets, self.documents * self.view_pairs)
 
 
-def forward_flops(config: PreTrainedConfig, positions: int, pairs: int, targets: int) -> dict[str, int]:
-    """Of one forward pass, by part; two for a multiplication and an addition. LLaDA2's layers."""
-    hidden, layers, dense = config.hidden_size, config.num_hidden_layers, config.first_k_dense_replace
+class Work(NamedTuple):
+    """How many of what a forward pass computes."""
+
+    positions: int
+    pairs: int  # of a query and a key that it sees
+    targets: int
+    target_pairs: int  # whose query is a target
+
+    def times(self, rows: int) -> "Work":
+        return Work(*(rows * number for number in self))
+
+
+def forward_flops(config: PreTrainedConfig, work: Work) -> dict[str, int]:
+    """Of one forward pass, by part; two for a multiplication and an addition. LLaDA2's layers, of which the last one
+    computes keys and values everywhere and all else at the targets."""
+    hidden, dense, before = config.hidden_size, config.first_k_dense_replace, config.num_hidden_layers - 1
     queries, keys = (config.head_dim * n for n in (config.num_attention_heads, config.num_key_value_heads))
-    expert, moe_layers = 6 * hidden * config.moe_intermediate_size, layers - dense
-    ffn = dense * 6 * hidden * config.intermediate_size + moe_layers * expert * config.n_shared_experts
+    expert = 6 * hidden * config.moe_intermediate_size
+    positions, pairs = before * work.positions + work.targets, before * work.pairs + work.target_pairs
+    in_moe = positions - dense * work.positions
     return {
-        "projections": layers * positions * 2 * hidden * (2 * queries + 2 * keys),
-        "attention": layers * pairs * 4 * queries,
-        "experts": moe_layers * positions * config.num_experts_per_tok * expert,
-        "shared, dense, router": positions * (ffn + moe_layers * 2 * hidden * config.num_local_experts),
-        "head": targets * 2 * hidden * config.vocab_size,
+        "projections": 4 * hidden * (queries * positions + keys * (before + 1) * work.positions),
+        "attention": pairs * 4 * queries,
+        "experts": in_moe * config.num_experts_per_tok * expert,
+        "shared, dense, router": dense * work.positions * 6 * hidden * config.intermediate_size
+        + in_moe * (expert * config.n_shared_experts + 2 * hidden * config.num_local_experts),
+        "head": work.targets * 2 * hidden * config.vocab_size,
     }
 
 
@@ -154,8 +175,7 @@ class Costs:
         return 3 if self.setup.gradient_checkpointing else 2
 
     def flops(self) -> dict[str, float]:
-        rows = self.setup.rows
-        forward = forward_flops(self.config, self.positions, rows * self.row.pairs, rows * self.row.targets)
+        forward = forward_flops(self.config, self.row.work.times(self.setup.rows))
         return step_flops(forward, self.setup.gradient_checkpointing)
 
     def matmul_seconds(self) -> float:
@@ -171,7 +191,7 @@ class Costs:
 
     def elementwise_seconds(self) -> float:
         """Of a micro-batch: what autograd keeps is written and read once a forward pass, read in the backward, and its
-        gradient written and read."""
+        gradient written and read. All layers are taken for whole ones."""
         kept, _ = layer_activations(self.config, self.setup.dtype)
         times = 2 * (self.passes - 1) + 3
         traffic = self.config.num_hidden_layers * self.positions * kept * times

@@ -5,6 +5,10 @@
     python -m benchmarks.growth --axes ranks --ranks 1 2 4  # on a machine with more cores
     python -m benchmarks.growth --axes length --length 512 1024 2048 --shape mini   # layers of LLaDA2-mini's own width
 
+As it comes, glibc gives tensors above 32 MB back at once and fetches them anew, which is dear in wide layers; what is linear
+apart from that is seen with `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456` before the
+command. A GPU's allocator keeps memory by itself.
+
 A step is forward, backward, clipping and AdamW in fp32, as in benchmarks/step.py; half of each document is prompt, and views
 cover the other half. All axes begin at L 1024, batch 2, two views and 32 experts, of which a token takes 4 (of `mini` 8).
 The points of an axis take turns, a step each on new documents, and the first step of each is not timed. The exponent is the
@@ -33,7 +37,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.costs import Row, forward_flops, step_flops
+from benchmarks.costs import Row, Work, forward_flops, step_flops
 from benchmarks.workload import (
     BLOCK,
     SHAPES,
@@ -110,8 +114,10 @@ class Runner:
         self.side, self.batches = side, [source.next_window()[0] for _ in range(steps)]
         self.positions = positions_of(self.batches[0]) * world_size
         row = Row(document=point.length, prompt=point.length // 2, views=point.views, block=BLOCK)
-        pairs, targets = point.batch * row.document_pairs, len(self.batches[0].target_ids_N)
-        forward = forward_flops(read_config(model_dir), self.positions // world_size, pairs, targets)
+        targets = len(self.batches[0].target_ids_N)
+        target_pairs = targets * row.view_pairs // (row.document - row.prompt)  # targets are spread evenly
+        work = Work(self.positions // world_size, point.batch * row.document_pairs, targets, target_pairs)
+        forward = forward_flops(read_config(model_dir), work)
         self.flops = world_size * sum(step_flops(forward, checkpointing=False).values())
 
     def step(self, number: int) -> float:

@@ -251,6 +251,7 @@ def layer_activations(config: PreTrainedConfig, dtype: str) -> tuple[int, str]:
 
 
 def _activation_lines(config: PreTrainedConfig, setup: Setup) -> list[Line]:
+    # The last layer, which keeps little but keys and values of what is no target, is taken for a whole one.
     positions, layers = setup.rows * setup.row_length, config.num_hidden_layers
     per_position, formula = layer_activations(config, setup.dtype)
     if not setup.gradient_checkpointing:
