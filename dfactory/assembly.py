@@ -22,6 +22,7 @@ from dfactory.engine.stored import stored_reference
 from dfactory.engine.trainer import Trainer, keep_zero3_config
 from dfactory.engine.window import Measure, Source, means_by_t
 from dfactory.errors import ConfigError
+from dfactory.models import fused
 from dfactory.models.policy import Policy
 from dfactory.models.registry import add_adapters, load_policy
 from dfactory.models.saving import carried_files
@@ -294,6 +295,8 @@ def make_policy(recipe: Recipe) -> Policy:
     policy = load_initial(recipe)
     carried_files(policy.source_dir)  # or the first checkpoint would tell that one of them cannot be copied
     policy.entropy_temperature = recipe.entropy_temperature
+    if recipe.use_liger_kernel:
+        fused.fuse(policy.model)
     if recipe.use_peft:
         add_adapters(policy, **recipe.lora_options, seed=recipe.seed)
     return policy

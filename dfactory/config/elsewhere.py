@@ -38,6 +38,7 @@ LLAMA_FACTORY = {
     "pref_loss": "loss_type",
     "pref_ftx": "sft_loss_coef",
     "flash_attn": "attn_implementation",
+    "enable_liger_kernel": "use_liger_kernel",
     "val_size": "eval_datasets",
     "train_on_prompt": "chat_template_path",
     "mix_strategy": "datasets",

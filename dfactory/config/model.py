@@ -21,6 +21,7 @@ class ModelKeys:
         choices=("auto", "flex", "segments", "dense"),
     )
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass")
+    use_liger_kernel: bool = key(False, "norms and SwiGLU as Liger's fused kernels while training; needs CUDA")
     mask_token_id: Optional[int] = key(None, "id of [M]; null: ask the tokenizer")
     eos_token_id: Optional[int] = key(None, "id of EOS; null: ask the tokenizer")
     use_peft: bool = key(False, "train LoRA adapters instead of all weights")

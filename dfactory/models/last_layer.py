@@ -7,12 +7,12 @@ layer would compute them. A layer whose modules are put together as in all famil
 Letters: R rows, S row length, N positions that were asked for, H hidden size, d size of a head.
 """
 
-import functools
 import sys
 
 import torch
 from torch import nn
 
+from dfactory.models import modes
 from dfactory.models.attention import AttentionPlan
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -69,13 +69,7 @@ def adopt(layer: nn.Module) -> bool:
     """Give a model's last layer the second mode, if it is put together as those that are known; modules and names stay.
     Returns whether it has it."""
     known = set(layer._modules) == _LAYER and set(layer.self_attn._modules) - {"q_norm", "k_norm"} == _ATTENTION
-    if known and not isinstance(layer, _LastLayer):
-        layer.__class__ = _with(_LastLayer, type(layer))
-        layer.self_attn.__class__ = _with(_LastAttention, type(layer.self_attn))
+    if known:
+        modes.give(layer, _LastLayer)
+        modes.give(layer.self_attn, _LastAttention)
     return known
-
-
-@functools.cache
-def _with(mode: type, family: type) -> type:
-    """The family's class, one for all its models, with a second mode."""
-    return type(family.__name__, (mode, family), {"family": family, "__module__": mode.__module__})
