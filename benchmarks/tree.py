@@ -4,7 +4,8 @@
 
 makes a random LLaDA2-MoE and a group of random responses to one prompt, a masked view each, and packs them into a row
 twice: with a prompt each, and with the prompt's clean stream in common, as training does. Prints the positions of the row,
-the median seconds of a forward with its backward, both measured in turn, and how far losses and gradients differ.
+the median seconds of a forward with its backward, both measured in turn, how far losses and gradients differ, and how many
+fewer operations there are (by visible pairs, benchmarks/costs.py): what a machine of constant rate would gain.
 `--generations 2` is a preference pair.
 """
 
@@ -20,12 +21,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.costs import Work, forward_flops, step_flops
 from dfactory.data.pack import PackedDocument, collate, share
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy
 from dfactory.models.tiny import write_tiny_config
 from dfactory.types import AlignedDocument, ViewBatch
 from dfactory.views import RandomMask
+from dfactory.visibility import dense_mask
 
 OWN, SHARED = "a prompt each", "one prompt"
 
@@ -70,7 +73,15 @@ def step(policy: Policy, batch: ViewBatch) -> tuple[float, float, list[torch.Ten
     return time.perf_counter() - started, loss.item(), [g for g in gradients if g is not None]
 
 
-def report(sizes: argparse.Namespace, batches: dict[str, ViewBatch], results: dict[str, list]) -> Table:
+def operations(policy: Policy, batch: ViewBatch) -> float:
+    """Of a forward and a backward, by visible pairs."""
+    pairs_S = dense_mask(batch.place_RS).sum(dim=-1).flatten()
+    numbers = (batch.num_tokens, pairs_S.sum(), batch.num_targets, pairs_S[batch.target_index_N].sum())
+    forward = forward_flops(policy.config, Work(*map(int, numbers)))
+    return sum(step_flops(forward, checkpointing=False).values())
+
+
+def report(sizes: argparse.Namespace, policy: Policy, batches: dict[str, ViewBatch], results: dict[str, list]) -> Table:
     seconds = {name: statistics.median(run[0] for run in runs) for name, runs in results.items()}
     table = Table("", "row positions", "seconds, forward and backward", "loss")
     for name, batch in batches.items():
@@ -79,10 +90,12 @@ def report(sizes: argparse.Namespace, batches: dict[str, ViewBatch], results: di
     gap = max(((a - b).abs().max() / a.abs().max().clamp(min=1e-9)).item() for a, b in zip(own, shared, strict=True))
     faster = seconds[OWN] / seconds[SHARED]
     fewer = batches[OWN].num_tokens / batches[SHARED].num_tokens
+    less = operations(policy, batches[OWN]) / operations(policy, batches[SHARED])
     table.title = f"{sizes.generations} responses of {sizes.response} tokens to a prompt of {sizes.prompt}"
     table.caption = (
-        f"{faster:.2f} times as fast, {fewer:.2f} times fewer positions, {torch.get_num_threads()} thread(s). Losses differ "
-        f"by {abs(loss - shared_loss):.1e}, gradients by at most {gap:.1e} of the largest in their tensor."
+        f"{faster:.2f} times as fast, {fewer:.2f} times fewer positions, {less:.2f} times fewer operations, "
+        f"{torch.get_num_threads()} thread(s). Losses differ by {abs(loss - shared_loss):.1e}, gradients by at most "
+        f"{gap:.1e} of the largest in their tensor."
     )
     return table
 
@@ -115,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
             if repeat:  # the first one warms up
                 results[name].append(outcome)
 
-    Console(highlight=False).print(report(sizes, batches, results))
+    Console(highlight=False).print(report(sizes, policy, batches, results))
     return 0
 
 
