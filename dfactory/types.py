@@ -103,7 +103,7 @@ class ViewBatch:
     view_RS: torch.Tensor  # int64, 0 = clean stream
     block_RS: torch.Tensor  # int64, counted from the start of the document
     trunk_RS: torch.Tensor  # int64: the number of the document's trunk, or its own
-    target_index_N: torch.Tensor  # int64 into the flattened rows
+    target_index_N: torch.Tensor  # int64 into the flattened rows, ascending
     target_ids_N: torch.Tensor  # int64: the token to predict there (no shift)
     t_N: torch.Tensor  # float32
     elbo_weight_N: torch.Tensor  # float32

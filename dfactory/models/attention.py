@@ -136,6 +136,8 @@ class ChosenSegments:
     @classmethod
     def of(cls, chunks_by_row: list[list[Chunk]], chosen_N: torch.Tensor, length: int) -> "ChosenSegments":
         chosen = chosen_N.cpu().numpy()
+        if (chosen[1:] < chosen[:-1]).any():
+            raise ValueError("positions have to ascend through the flattened rows: sort target_index_N")
         ends_R = np.searchsorted(chosen, length * np.arange(len(chunks_by_row) + 1))
         rows = [chosen[a:b] % length for a, b in itertools.pairwise(ends_R)]
         chunks = [_chosen(*row, chosen_N.device) for row in zip(chunks_by_row, rows, strict=True)]

@@ -53,6 +53,13 @@ def test_the_whole_layer_read_at_the_chosen_positions(policy, implementation, mo
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_positions_in_disorder_are_refused(policy):
+    batch = rows(policy)
+    plan = plan_attention(batch.place_RS)
+    with pytest.raises(ValueError, match="positions have to ascend through the flattened rows: sort target_index_N"):
+        policy.hidden_at(batch.target_index_N.flip(0), batch.input_ids_RS, batch.position_ids_RS, plan)
+
+
 def test_by_flex_attention_uncompiled(policy, monkeypatch):
     from torch.nn.attention.flex_attention import flex_attention
 
