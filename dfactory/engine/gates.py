@@ -142,10 +142,11 @@ class ExpertCoverage:
     def __init__(self, policy: Policy):
         blocks = family_of(policy).moe_blocks
         self.seen: dict[str, torch.Tensor] = {}  # by layer, bool [experts]
-        self.choices = 0  # of one expert by one token in one layer
+        self.choices: dict[str, int] = {}  # by layer, of one expert by one token; the last layer has fewer tokens
         for name, module in policy.named_modules():
             if type(module).__name__ in blocks:
                 self.seen[name] = torch.zeros(module.experts.num_experts, dtype=torch.bool)
+                self.choices[name] = 0
                 module.experts.register_forward_pre_hook(functools.partial(self._note, name))
 
     def _note(self, name: str, experts: torch.nn.Module, arguments: tuple) -> None:
@@ -153,21 +154,26 @@ class ExpertCoverage:
             chosen = arguments[1].flatten()
             self.seen[name] = self.seen[name].to(chosen.device)
             self.seen[name][chosen] = True  # no count, which would make the host wait for the device
-            self.choices += chosen.numel()
+            self.choices[name] += chosen.numel()
 
     def take(self, step: int) -> tuple[dict[str, float], list[str]]:
         """The share that nobody was routed to since the last call, on any rank, and a warning with their names."""
-        table = torch.cat([*(seen.cpu().double() for seen in self.seen.values()), torch.tensor([float(self.choices)])])
+        choices = torch.tensor([float(count) for count in self.choices.values()], dtype=torch.float64)
+        table = torch.cat([choices, *(seen.cpu().double() for seen in self.seen.values())])
         distributed.all_reduce_sum(table)
-        *visits, choices = table.tolist()
-        names = [f"{name} expert {e}" for name, seen in self.seen.items() for e in range(len(seen))]
-        unused = [name for name, count in zip(names, visits, strict=True) if not count]
+        choices, visits = table[: len(choices)], table[len(choices) :].split([len(s) for s in self.seen.values()])
+        experts, unused, told_of = 0, 0, []
+        for name, count, visits_E in zip(self.seen, choices.tolist(), visits, strict=True):
+            missing = (visits_E == 0).nonzero().flatten().tolist()
+            experts, unused = experts + len(visits_E), unused + len(missing)
+            if count >= VISITS * len(visits_E):
+                told_of += [f"{name} expert {expert}" for expert in missing]
         self.seen = {name: torch.zeros_like(seen) for name, seen in self.seen.items()}
-        self.choices = 0
+        self.choices = dict.fromkeys(self.choices, 0)
         told = []
-        if unused and choices >= VISITS * len(names):
+        if told_of:
             told = [
-                f"{len(unused)} of {len(names)} experts were never routed to in the steps up to {step}: "
-                f"{', '.join(unused[:4])}{', ...' if len(unused) > 4 else ''}; were their weights and the router's read?"
+                f"{len(told_of)} of {experts} experts were never routed to in the steps up to {step}: "
+                f"{', '.join(told_of[:4])}{', ...' if len(told_of) > 4 else ''}; were their weights and the router's read?"
             ]
-        return {"experts_unused": len(unused) / len(names)}, told
+        return {"experts_unused": unused / experts}, told

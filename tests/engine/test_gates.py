@@ -8,7 +8,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dfactory.config.load import load_recipe
+from dfactory.engine.gates import VISITS, ExpertCoverage
 from dfactory.errors import SilentFailureError
+from dfactory.models.registry import load_policy
 from dfactory.train import train
 from tests.engine.conftest import GOLDEN, read_metrics
 
@@ -80,3 +82,19 @@ def test_experts_that_nobody_is_routed_to_are_told(recipe_file, tmp_path, capsys
     assert "experts_unused" not in rows[0]
     assert ("experts were never routed to in the steps up to 2" in told) == broken, rows[1]["experts_unused"]
     assert (rows[1]["experts_unused"] > 0) == broken
+
+
+def test_a_layer_that_saw_few_tokens_is_not_told():
+    """The last one runs at the targets alone, and may get too few of them to visit every expert."""
+    coverage = ExpertCoverage(load_policy(GOLDEN))
+    first, *_, last = coverage.seen
+    for seen in coverage.seen.values():
+        seen[:] = True
+        seen[3] = False
+    coverage.choices[first] = VISITS * len(coverage.seen[first])
+    coverage.choices[last] = VISITS * len(coverage.seen[last]) - 1
+    metrics, (told,) = coverage.take(7)
+    assert f"{first} expert 3;" in told
+    assert "1 of" in told
+    assert metrics["experts_unused"] == len(coverage.seen) / sum(map(len, coverage.seen.values()))
+    assert coverage.take(8)[1] == []  # counted anew
