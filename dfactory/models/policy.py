@@ -16,7 +16,7 @@ class Policy(nn.Module):
     """A transformers decoder run as a block-diffusion model.
 
     `policy(batch)` scores the targets of a ViewBatch; its one forward holds backbone and head, so that DeepSpeed can wrap
-    it whole. `hidden` and `logits` are the two halves, for the decoder.
+    it whole. `hidden_at` and `logits` are the two halves, for the decoder.
     """
 
     def __init__(self, model: PreTrainedModel, attn_implementation: str = "auto", source_dir: Path | None = None):
@@ -26,6 +26,7 @@ class Policy(nn.Module):
         self.attn_implementation = attn_implementation
         self.entropy_temperature = 1.0  # TokenScores.entropy_N is that of softmax(logits / this)
         VocabularyHead.adopt(self._causal_lm.lm_head)
+        # whether `hidden_at` can leave the rest of the last layer out
         self.ends_at_targets = last_layer.adopt(self._causal_lm.model.layers[-1])
 
     @property
@@ -65,17 +66,33 @@ class Policy(nn.Module):
         """`forward`, after moving the batch to the model's device."""
         return self(batch.to(self.device))
 
-    def hidden(
+    def hidden(self, input_ids_RS, position_ids_RS, visibility: AttentionPlan, cache=None) -> torch.Tensor:
+        """Final hidden states [R, S, H]. `cache` is a transformers Cache whose keys the plan counts too."""
+        return self._backbone(input_ids_RS, position_ids_RS, visibility, cache)
+
+    def hidden_at(
         self,
+        chosen_N: torch.Tensor,
         input_ids_RS,
         position_ids_RS,
         visibility: AttentionPlan,
         cache=None,
         noise_RSH: torch.Tensor | None = None,
-        **for_last_layer: torch.Tensor,
     ) -> torch.Tensor:
-        """Final hidden states [R, S, H]. `cache` is a transformers Cache whose keys the plan counts too; `noise_RSH` is
-        added to the input embeddings."""
+        """Final hidden states [N, H] of some positions, which ascend through the flattened rows: those of `hidden`, at less
+        cost. Keys of all positions go to the cache; `noise_RSH` is added to the input embeddings."""
+        inputs = (input_ids_RS, position_ids_RS, visibility, cache, noise_RSH)
+        # Without any position all modules run all the same, on one: under ZeRO-3 other ranks wait for them.
+        somewhere = chosen_N if len(chosen_N) else chosen_N.new_zeros(1)
+        if self.ends_at_targets:
+            hidden_NH = self._backbone(*inputs, chosen_N=somewhere)[0]
+        else:
+            hidden_NH = self._backbone(*inputs).flatten(0, 1).index_select(0, somewhere)
+        return hidden_NH[: len(chosen_N)]
+
+    def _backbone(
+        self, input_ids_RS, position_ids_RS, visibility, cache, noise_RSH=None, **for_last_layer: torch.Tensor
+    ) -> torch.Tensor:
         inputs = {"input_ids": input_ids_RS}
         if noise_RSH is not None:
             inputs = {"inputs_embeds": self._causal_lm.get_input_embeddings()(input_ids_RS) + noise_RSH}
@@ -88,17 +105,6 @@ class Policy(nn.Module):
             **for_last_layer,
         )
         return outputs.last_hidden_state
-
-    def hidden_at(self, chosen_N: torch.Tensor, input_ids_RS, *args, **kwargs) -> torch.Tensor:
-        """Final hidden states [N, H] of some positions, which ascend through the flattened rows; as `hidden`, at less
-        cost. Keys go to the cache for all positions."""
-        # Without any position all modules run all the same, on one: under ZeRO-3 other ranks wait for them.
-        somewhere = chosen_N if len(chosen_N) else chosen_N.new_zeros(1)
-        if self.ends_at_targets:
-            hidden_NH = self.hidden(input_ids_RS, *args, **kwargs, chosen_N=somewhere)[0]
-        else:
-            hidden_NH = self.hidden(input_ids_RS, *args, **kwargs).flatten(0, 1).index_select(0, somewhere)
-        return hidden_NH[: len(chosen_N)]
 
     def _noise(self, batch: ViewBatch) -> torch.Tensor | None:
         """The noise on input embeddings that the batch asks for (see views/embedding.py), in the model's precision."""
