@@ -64,7 +64,7 @@ class Run:
             *keys,
         ]
         self.first = len(self.steps()) if resume else 0
-        self.started = time.monotonic()
+        self.started, self.started_at = time.monotonic(), time.time()
         self.driver = subprocess.Popen(
             command, env=environment | {"RAY_ADDRESS": nodes.address}, stdout=self.log, stderr=self.log
         )
@@ -86,8 +86,10 @@ class Run:
 
     @property
     def began(self) -> bool:
-        """Whether the learner has written its first words: metrics of the run before are no steps of this one."""
-        return "steps from step" in self.text()
+        """Whether the learner has written metrics: those of the run before are no steps of this one. What it says reaches
+        the driver's log through Ray, on a busy machine late."""
+        file = self.folder / "run" / "metrics.jsonl"
+        return file.is_file() and file.stat().st_mtime >= self.started_at
 
     def strike(self, fault: Fault) -> None:
         time.sleep(self.chance.uniform(0.0, 1.0))
