@@ -2,7 +2,7 @@
 
 Of most positions the last layer owes the others no more than a key and a value: clean tokens and context are never scored.
 So queries, attention, and everything behind it are computed at the positions that were asked for, exactly as the whole
-layer would compute them. A layer whose modules are put together as in all families here learns to by `adopt`.
+layer would compute them. `adopt` gives this to a layer that is put together as in all families here.
 
 Letters: R rows, S row length, N positions that were asked for, H hidden size, d size of a head.
 """
