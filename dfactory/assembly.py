@@ -287,6 +287,8 @@ def load_initial(recipe: Recipe) -> Policy:
         attn_implementation=recipe.attn_implementation,
     )
     del zero3
+    if recipe.use_liger_kernel:
+        fused.fuse(policy.model)  # here, so that a frozen reference computes as the policy does
     return policy
 
 
@@ -295,8 +297,6 @@ def make_policy(recipe: Recipe) -> Policy:
     policy = load_initial(recipe)
     carried_files(policy.source_dir)  # or the first checkpoint would tell that one of them cannot be copied
     policy.entropy_temperature = recipe.entropy_temperature
-    if recipe.use_liger_kernel:
-        fused.fuse(policy.model)
     if recipe.use_peft:
         add_adapters(policy, **recipe.lora_options, seed=recipe.seed)
     return policy

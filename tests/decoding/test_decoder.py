@@ -13,6 +13,7 @@ import torch
 import dfactory.decoding.decoder as decoder_module
 from dfactory.config.decode import DecodeKeys
 from dfactory.decoding import DecodeRules, decode
+from dfactory.decoding.cache import PaddedAttention
 from dfactory.decoding.rules import uniform_numbers
 from dfactory.errors import ConfigError, DataError
 from dfactory.models.registry import load_policy
@@ -237,6 +238,18 @@ def test_a_group_computes_its_prompt_once(policy, monkeypatch):
     )
     same_rollouts(decode(policy, prompts, rules), single)
     assert positions.count(3) == 2  # once a group
+
+
+@pytest.mark.parametrize("keys", [{}, {"editing_threshold": 0.6}], ids=["masks", "editing"])
+def test_the_padded_attention_of_gpus_decodes_the_same(policy, monkeypatch, keys):
+    prompts, rules = random_prompts(*LENGTHS, 60), make_rules(batch_size=3, **keys)
+    expected = decode(policy, prompts, rules)
+    made = []
+    monkeypatch.setattr(
+        decoder_module, "attend_spans", lambda *spans: made.append(PaddedAttention.of(*spans)) or made[-1]
+    )
+    same_rollouts(decode(policy, prompts, rules), expected)
+    assert made
 
 
 def test_a_list_without_prompts(policy):

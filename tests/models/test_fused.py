@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfactory.assembly import make_policy
+from dfactory.assembly import load_initial, make_policy
 from dfactory.config.load import load_recipe
 from dfactory.errors import ConfigError
 from dfactory.models.fused import fuse
@@ -89,6 +89,9 @@ def test_by_the_recipe(tmp_path, liger):
     assert (Norm.calls, SiluMul.calls) == (0, 0)
     outcome(make_policy(recipe(tmp_path, "use_liger_kernel=true")))
     assert min(Norm.calls, SiluMul.calls) > 0
+    trained = Norm.calls, SiluMul.calls
+    outcome(load_initial(recipe(tmp_path, "use_liger_kernel=true")))  # DPO's frozen reference
+    assert (Norm.calls, SiluMul.calls) == tuple(2 * calls for calls in trained)
 
 
 def test_without_a_gpu_or_the_package_it_is_refused(tmp_path, liger, monkeypatch):
