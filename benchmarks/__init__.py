@@ -12,6 +12,7 @@ BENCHMARKS = {
     "data": "the reader, a start and the tools on large files of records",
     "growth": "how a step's cost grows with length, views, batch, experts and ranks",
     "scale": "a model, not a measurement, of LLaDA2 mini and flash on 8 to 512 GPUs",
+    "gpu_check": "everything that only a GPU can show, in one go",
     "dpo_variance": "how far shared noise and pairs cut the variance of a preference margin",
     "cpt": "an autoregressive model turned into a block-diffusion one, beside training from scratch",
 }

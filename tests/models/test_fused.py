@@ -57,7 +57,7 @@ def liger(monkeypatch):
 def outcome(policy):
     g, vocabulary = torch.Generator().manual_seed(5), policy.config.vocab_size
     batch = make_batch([[random_document(g, 24, 4, 2, vocabulary, 5)], [random_document(g, 16, 4, 1, vocabulary, 3)]])
-    scores = policy(batch)
+    scores = policy.score(batch)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     return [scores.logprob_N, *torch.autograd.grad(scores.logprob_N.sum() / 50, parameters)]
 
@@ -106,10 +106,9 @@ def test_without_a_gpu_or_the_package_it_is_refused(tmp_path, liger, monkeypatch
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a CUDA device")
 def test_liger_itself_on_a_gpu():
+    """Log-probabilities and the gradients of all parameters."""
     pytest.importorskip("liger_kernel")
     policy = load_policy(GOLDEN_DIR / "llada2_tiny", dtype="float32", device="cuda")
-    g = torch.Generator().manual_seed(5)
-    batch = make_batch([[random_document(g, 24, 4, 2, policy.config.vocab_size, 5)]])
-    plain = policy.score(batch).logprob_N
+    plain = outcome(policy)
     fuse(policy.model)
-    torch.testing.assert_close(policy.score(batch).logprob_N, plain, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(outcome(policy), plain, atol=1e-4, rtol=1e-3)
