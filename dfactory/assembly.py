@@ -17,7 +17,7 @@ from dfactory.data.streaming import StreamedExamples
 from dfactory.data.traces import TraceRules
 from dfactory.engine.drafting import DraftSource
 from dfactory.engine.probe import DecodingProbe, first_questions
-from dfactory.engine.reference import ReferenceSource, adapter_off, elbo_by, frozen_copy
+from dfactory.engine.reference import ReferenceSource, Score, adapter_off, elbo_by, frozen_copy
 from dfactory.engine.stored import stored_reference
 from dfactory.engine.trainer import Trainer, keep_zero3_config
 from dfactory.engine.window import Measure, Source, means_by_t
@@ -198,15 +198,12 @@ def with_drafts(recipe: Recipe, inputs: Inputs, source: Source, trainer: Trainer
 
 def make_rollout_source(recipe: Recipe, inputs: Inputs, feed: Feed, trainer: Trainer) -> Source:
     """Rollouts as windows. The KL term's reference is the initial model: call this before a checkpoint is loaded."""
-    reference = None
-    if recipe.kl_coef:
-        reference = adapter_off(trainer) if recipe.use_peft else frozen_copy(recipe, load_initial(recipe))
     return RolloutSource(
         feed,
         trainer.weights,
         trainer.score,
         rollout_views(recipe, make_views(recipe, inputs)),
-        reference=reference,
+        reference=initial_score(recipe, trainer),
         block_size=recipe.block_size,
         row_length=recipe.row_length or recipe.longest_record,
         rank=trainer.rank,
@@ -262,18 +259,34 @@ def make_reference(
     called before a checkpoint is loaded: the trainer's policy is the initial model until then."""
     if recipe.stage not in PAIRED_STAGES:
         return lambda source: source
-    if recipe.reference_kind == "copy":
-        reference = elbo_by(frozen_copy(recipe, load_initial(recipe)))
-    elif recipe.reference_kind == "adapter":
-        reference = elbo_by(adapter_off(trainer))
-    else:
+    reference = elbo_by(initial_score(recipe, trainer))
+    if recipe.reference_kind == "precomputed":
         rank, world_size = trainer.rank, trainer.world_size
         sources = [(make_source(recipe, inputs, rank, world_size), num_steps)]
         if inputs.held_out is not None:
             held_out = make_eval_source(recipe, inputs, rank, world_size)
             sources.append((held_out, held_out.num_windows))
-        reference = stored_reference(recipe, sources, elbo_by(trainer.score), resuming)
+        reference = stored_reference(recipe, sources, reference, resuming)
     return lambda source: ReferenceSource(source, reference)
+
+
+def initial_score(recipe: Recipe, trainer: Trainer) -> Score | None:
+    """What the model that a run starts from says, None where the recipe compares with nothing. To be called before a
+    checkpoint is loaded."""
+    makers = {
+        None: lambda: None,
+        "copy": lambda: load_frozen(recipe, "reference"),
+        "adapter": lambda: adapter_off(trainer),
+        "precomputed": lambda: trainer.score,  # as long as no step was made
+    }
+    return makers[recipe.reference_kind]()
+
+
+def load_frozen(recipe: Recipe, name: str) -> Score:
+    """The initial model as one of the recipe's `frozen_models`, which the memory forecast counts."""
+    if name not in recipe.frozen_models:
+        raise ValueError(f"{name} is not among Recipe.frozen_models {recipe.frozen_models}: declare it there")
+    return frozen_copy(recipe, load_initial(recipe))
 
 
 def load_initial(recipe: Recipe) -> Policy:

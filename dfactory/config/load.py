@@ -363,7 +363,7 @@ def _check_preferences(recipe: Recipe, rule: Callable[[bool, str], None]) -> Non
         "reference adapter without use_peft: there is no adapter to switch off; set use_peft, or reference to copy",
     )
     rule(
-        recipe.stage != "dpo" or recipe.reference_kind != "copy" or recipe.expert_parallel_size == 1,
+        recipe.stage not in PAIRED_STAGES or not recipe.frozen_models or recipe.expert_parallel_size == 1,
         f"expert_parallel_size {recipe.expert_parallel_size} with reference copy is not supported: set reference "
         "to precomputed",
     )

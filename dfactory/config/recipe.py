@@ -50,9 +50,20 @@ class Recipe(TrainingKeys, RLKeys, ObjectiveKeys, EditingKeys, NoiseKeys, DataKe
         return 2 if self.stage in PAIRED_STAGES else 1
 
     @property
-    def reference_kind(self) -> str:
-        """What `reference` null stands for."""
-        return self.reference or ("adapter" if self.use_peft else "copy")
+    def reference_kind(self) -> str | None:
+        """What gives the scores of the initial model that the objective compares with: a frozen `copy`, the policy with its
+        `adapter` off, or `precomputed` ones; None where it compares with nothing."""
+        if self.stage in PAIRED_STAGES:
+            return self.reference or ("adapter" if self.use_peft else "copy")
+        if self.stage == "rl" and self.kl_coef:
+            return "adapter" if self.use_peft else "copy"
+        return None
+
+    @property
+    def frozen_models(self) -> tuple[str, ...]:
+        """The models that a learner holds beside the one in training: assembly loads these and no others, and the memory
+        forecast has a line of this name for each."""
+        return ("reference",) if self.reference_kind == "copy" else ()
 
     @property
     def longest_record(self) -> int:

@@ -22,7 +22,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from dfactory.config.objective import PAIRED_STAGES
 from dfactory.config.recipe import Recipe
 from dfactory.models.head import CHUNK_BYTES
 from dfactory.models.registry import FAMILIES, meta_model, read_config
@@ -64,7 +63,7 @@ class Setup:
     row_length: int = 2048
     lora_r: int | None = None  # None: all parameters are trained
     lora_target_modules: tuple[str, ...] = ()
-    frozen_copy: bool = False  # a reference model beside the trained one
+    frozen_models: tuple[str, ...] = ()  # names of whole models beside the trained one
     logits_bytes: int = CHUNK_BYTES["cuda"]  # of the head's fp32 logits in one chunk
     trains_entropy: bool = False  # whose gradient is a further chunk
     reduce_bucket: int = REDUCE_BUCKET  # elements
@@ -164,7 +163,7 @@ def setup_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Setu
         row_length=recipe.row_length or recipe.longest_record,
         lora_r=recipe.lora_r if recipe.use_peft else None,
         lora_target_modules=tuple(recipe.lora_target_modules),
-        frozen_copy=recipe.stage in PAIRED_STAGES and recipe.reference_kind == "copy",
+        frozen_models=recipe.frozen_models,
         trains_entropy=recipe.stage == "cap",
         reduce_bucket=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
         prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET)),
@@ -219,10 +218,15 @@ def _state_lines(counts: ParameterCounts, weights: int, trained: int, setup: Set
         return Line(name, per * (count - experts + experts // m), f"{per} x ({symbol} - X + X / m){note}", phase)
 
     weights_on = Phase.HOST if setup.offload_param else Phase.ALWAYS
-    frozen = line("reference", b, "P without adapters", counts.total, stage == 3, weights_on)
+    # Expert parallelism has no frozen models (config/load.py): below ZeRO-3 they are whole on each rank.
+    divided, note = (n, " / n") if stage == 3 else (1, "")
+    frozen = [
+        Line(name, b * counts.total // divided, f"{b} x P without adapters{note}", weights_on)
+        for name in setup.frozen_models
+    ]
     return [
         line("weights", b, "P", weights, stage == 3, weights_on),
-        *([frozen] if setup.frozen_copy else []),
+        *frozen,
         line("gradients", g, "T", trained, stage >= 2, on_host if stage >= 2 else Phase.ALWAYS),
         line("optimiser", states, "T", trained, stage >= 1, on_host, f" ({parts})"),
     ]

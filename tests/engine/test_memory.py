@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dfactory import assembly
 from dfactory.config.load import load_recipe
+from dfactory.config.objective import STAGES
 from dfactory.engine.memory import (
     Phase,
     Setup,
@@ -195,6 +198,62 @@ def test_a_setup_from_a_recipe(tmp_path):
         lora_target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
         reduce_bucket=1000,
     )
+
+
+def learner_bytes(zero_stage: int, *keys: str) -> int:
+    from dfactory.engine.trainer import deepspeed_config
+
+    recipe = load_recipe(
+        RECIPES / "llada2_mini/rl.yaml", [*keys, f"deepspeed={RECIPES}/deepspeed/zero{zero_stage}.json"]
+    )
+    return forecast(Path(recipe.model_name_or_path), setup_of(recipe, deepspeed_config(recipe), 8)).device_bytes
+
+
+@pytest.mark.parametrize("zero_stage, gigabytes", [(2, 32.511), (3, 4.064)])  # 2 P, and an eighth of it
+def test_the_reference_of_the_kl_term_is_counted(zero_stage, gigabytes):
+    more = learner_bytes(zero_stage, "kl_coef=0.1") - learner_bytes(zero_stage)
+    assert more / 1e9 == pytest.approx(gigabytes, abs=1e-3)
+    adapted = [learner_bytes(zero_stage, "use_peft=true", f"kl_coef={kl}") for kl in (0, 0.1)]
+    assert adapted[0] == adapted[1]  # the adapters are switched off
+
+
+# What decides which models a recipe holds.
+HOLDING = [
+    [f"use_peft={peft}", f"reference={kind}", f"kl_coef={kl}"]
+    for peft in ("true", "false")
+    for kind in ("null", "copy", "precomputed")
+    for kl in (0, 0.1)
+]
+
+
+@pytest.mark.parametrize("keys", HOLDING, ids=" ".join)
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_model_that_is_loaded_is_counted(stage, keys, tmp_path, monkeypatch):
+    (tmp_path / "data.jsonl").write_text("")
+    (tmp_path / "recipe.yaml").write_text(
+        f"model_name_or_path: {GOLDEN_DIR / 'llada2_tiny'}\noutput_dir: out\ndatasets: [{{path: data.jsonl}}]\n"
+        "dtype: float32\nmax_length: 64\nblock_size: 8\nmax_steps: 1\nreward_funcs: [exact_match]\n"
+        "decode: {temperature: 1.0, acceptance: top, max_new_tokens: 8}\n"
+    )
+    recipe = load_recipe(tmp_path / "recipe.yaml", [f"stage={stage}", *keys])
+    loaded = []
+    read = assembly.load_policy
+    monkeypatch.setattr(
+        assembly, "load_policy", lambda *given, **options: loaded.append(read(*given, **options)) or loaded[-1]
+    )
+    trained = assembly.make_policy(recipe)
+    assembly.initial_score(recipe, SimpleNamespace(policy=trained, score=trained))
+    held = sum(4 * parameter.numel() for policy in loaded for parameter in policy.parameters())
+    lines = forecast(Path(recipe.model_name_or_path), setup_of(recipe, {}, 1)).lines
+    counted = [line for line in lines if line.name in ("weights", *recipe.frozen_models)]
+    assert len(counted) == len(loaded)
+    assert sum(line.bytes for line in counted) == held
+
+
+def test_no_model_is_loaded_that_was_not_declared(tmp_path):
+    recipe = SimpleNamespace(frozen_models=())
+    with pytest.raises(ValueError, match="teacher is not among"):
+        assembly.load_frozen(recipe, "teacher")
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])

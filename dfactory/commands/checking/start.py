@@ -39,7 +39,7 @@ def tell_start(page: Page, recipe: Recipe, model: Model, reading_s: float, first
 def step_flop(recipe: Recipe, model: Model, rows: Phase) -> float:
     """Of one rank in one optimiser step."""
     passes = 2 + (2 if recipe.use_peft else 4) + 2 * recipe.gradient_checkpointing
-    if recipe.documents_per_record == 2 and recipe.reference_kind != "precomputed":
+    if recipe.reference_kind in ("copy", "adapter"):
         passes += 2
     sizes, counts = model.config, model.counts
     a_row = (counts.active - counts.vocabulary) * rows.tokens + sizes.vocab_size * sizes.hidden_size * rows.targets
