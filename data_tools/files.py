@@ -2,11 +2,12 @@
 
 import contextlib
 import gzip
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data_tools.command import say
+from dfactory.data.jsonlines import Changes, json_line, json_text
 from dfactory.errors import ConfigError, DataError
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
@@ -18,7 +19,8 @@ Write = Callable[[dict[str, Any]], None]
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[Write]:
-    """Write rows with the function that this gives. The file gets its name when all of them are in it."""
+    """Write rows with the function that this gives. The file gets its name when all of them are in it. Values that a line
+    of JSON cannot hold as they are become what jsonlines.py says, and are told."""
     path = Path(path)
     if not path.name.endswith(ENDINGS):
         raise ConfigError(f"--output {path}: the name must end in one of {', '.join(ENDINGS)}")
@@ -34,9 +36,11 @@ def writing(path: str | Path) -> Iterator[Write]:
 
 @contextlib.contextmanager
 def _lines(partial: Path, path: Path) -> Iterator[Write]:
-    opener = gzip.open if path.name.endswith(".gz") else open
-    with opener(partial, "wt", encoding="utf-8") as file:
-        yield lambda row: file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    opener, changes = gzip.open if path.name.endswith(".gz") else open, Changes()
+    with opener(partial, "wb") as file:
+        yield lambda row: file.write(json_line(row, changes))
+    if told := str(changes):
+        say(f"{path}: {told}")
 
 
 @contextlib.contextmanager
@@ -49,17 +53,18 @@ def _parquet(partial: Path) -> Iterator[Write]:
     writer = None
 
     def flush() -> None:
+        try:
+            write_group()
+        except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as problem:
+            raise DataError(f"these rows cannot be one parquet file ({problem}): write .jsonl") from problem
+
+    def write_group() -> None:
         nonlocal writer
         names = list(dict.fromkeys(name for row in waiting for name in row))
         if writer and (unknown := set(names).difference(writer.schema.names)):
             raise DataError(f"later rows have the further columns {sorted(unknown)}: write .jsonl")
         columns = {name: [row.get(name) for row in waiting] for name in (writer.schema.names if writer else names)}
-        try:
-            table = pyarrow.Table.from_pydict(columns, schema=writer.schema if writer else None)
-        except pyarrow.ArrowException as problem:
-            raise DataError(
-                f"rows of different types cannot be one parquet file ({problem}): write .jsonl"
-            ) from problem
+        table = pyarrow.Table.from_pydict(columns, schema=writer.schema if writer else None)
         writer = writer or parquet.ParquetWriter(partial, table.schema)
         writer.write_table(table)
         waiting.clear()
@@ -81,7 +86,7 @@ def _parquet(partial: Path) -> Iterator[Write]:
 def _without_schemas(name: str, value: Any) -> Any:
     """Tools, and the arguments of their calls, as JSON text: in columns of objects, every row would get the keys of all."""
     if name == AS_JSON and value is not None and not isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return json_text(value)
     if not isinstance(value, list):
         return value
     return [_call_as_text(item) if isinstance(item, dict) and item.get("tool_calls") else item for item in value]
@@ -92,5 +97,5 @@ def _call_as_text(message: dict[str, Any]) -> dict[str, Any]:
     for call in calls:
         function = call.get("function")
         if isinstance(function, dict) and not isinstance(function.get("arguments", ""), str):
-            call["function"] = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+            call["function"] = function | {"arguments": json_text(function["arguments"])}
     return message | {"tool_calls": calls}

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_tools.command import named_numbers, parser_of, run, say
 from data_tools.files import writing
-from dfactory.data.fields import BadRow
+from dfactory.data.fields import BadRow, Fault, show
 from dfactory.data.progress import reading
 from dfactory.data.records import parse_line
 from dfactory.data.source import EpochOrder
@@ -48,6 +48,8 @@ def main(words: list[str] | None = None) -> int:
             if not line.strip():
                 continue
             row = parse_line(line)
+            if not isinstance(row, (dict, BadRow)):
+                row = BadRow(Fault.JSON, f"the row is {show(row)}: it must be a JSON object")
             if isinstance(row, BadRow):
                 raise DataError(
                     f"{lines.path}:{index + 1}: {row}; `dfactory data validate` tells all such lines"

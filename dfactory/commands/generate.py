@@ -7,7 +7,6 @@ trace of its decoding, all that a Rollout holds, and `correct` where it has an `
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from rich.progress import track
 
 from dfactory.config.decode import DecodeKeys
 from dfactory.console import plain_console
+from dfactory.data.jsonlines import json_line
 from dfactory.data.prompts import Row, encode_prompt, read_rows
 from dfactory.decoding import decode
 from dfactory.models.policy import Policy
@@ -109,5 +109,5 @@ def matches(output: dict[str, Any]) -> bool:
 def write_outputs(path: Path, outputs: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(output, ensure_ascii=False) + "\n" for output in outputs), encoding="utf-8")
+    partial.write_bytes(b"".join(map(json_line, outputs)))
     partial.replace(path)

@@ -1,5 +1,6 @@
 """Files as people have them, and the data tools called as a command line calls them."""
 
+import gzip
 import json
 
 import pytest
@@ -37,7 +38,7 @@ def tool(tmp_path, capsys):
 @pytest.fixture
 def rows_of():
     def read(path):
-        with open(path, encoding="utf-8") as file:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
     return read
