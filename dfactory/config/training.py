@@ -14,7 +14,7 @@ class TrainingKeys:
 
     learning_rate: float = key(1e-5, "peak", low=0.0)
     lr_scheduler_type: str = key("cosine", "shape after the warmup", choices=("cosine", "linear", "constant"))
-    lr_min: float = key(0.0, "learning rate at the end of cosine and linear", low=0.0)
+    lr_min: float = key(0.0, "learning rate of the last step with cosine and linear; 0 is reached after it", low=0.0)
     warmup_steps: float = key(0, "linear warmup from 0; below 1: as a share of the run's steps", low=0)
     weight_decay: float = key(0.0, "AdamW", low=0.0)
     adam_beta1: float = key(0.9, "AdamW", low=0.0, high=1.0)

@@ -272,17 +272,21 @@ def start_engine(policy: Policy, config: dict[str, Any], **options) -> deepspeed
 
 
 def learning_rate_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, num_steps: int):
-    """Warmup from 0, then transformers' cosine, linear or constant; cosine and linear end at lr_min.
+    """Warmup from 0, then transformers' cosine, linear or constant. The last step of cosine and linear has lr_min.
 
-    A warmup that takes the whole run leaves transformers nothing to divide the decay by: it gets one step more.
+    An lr_min of 0 would waste that step, so there 0 is what a step beyond the end would have, as in transformers. A warmup
+    that takes the whole run leaves transformers nothing to divide the decay by: it gets one step more.
     """
     name, options = {
         "cosine": ("cosine_with_min_lr", {"min_lr": recipe.lr_min}),
         "linear": ("polynomial", {"lr_end": recipe.lr_min, "power": 1.0}),
         "constant": ("constant_with_warmup", {}),
     }[recipe.lr_scheduler_type]
+    if recipe.lr_min == recipe.learning_rate:  # nothing to decay, which transformers refuses or divides by
+        name, options = "constant_with_warmup", {}
     warmup = recipe.warmup_of(num_steps)
-    return get_scheduler(name, optimizer, warmup, max(num_steps, warmup + 1), scheduler_specific_kwargs=options)
+    end = max(num_steps - (recipe.lr_min > 0), warmup + 1)
+    return get_scheduler(name, optimizer, warmup, end, scheduler_specific_kwargs=options)
 
 
 def keep_zero3_config(recipe: Recipe) -> HfDeepSpeedConfig | None:

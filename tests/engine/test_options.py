@@ -28,13 +28,30 @@ def _rates(recipe_file, *overrides: str) -> list[float]:
 
 
 def test_learning_rate_schedules(recipe_file):
-    linear = _rates(recipe_file, "lr_scheduler_type=linear", "warmup_steps=2", "lr_min=0.2")
-    assert linear == pytest.approx([0, 0.5, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
-    cosine = _rates(recipe_file, "lr_scheduler_type=cosine", "warmup_steps=2", "lr_min=0.2")
-    assert cosine[:3] == pytest.approx([0, 0.5, 1])
-    assert cosine[6] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 2)) / 2)
-    assert cosine[10] == pytest.approx(0.2)
+    """A run of 10 steps; the eleventh number is what a step beyond its end would have."""
+    linear = _rates(recipe_file, "lr_scheduler_type=linear", "warmup_steps=2", "lr_min=0.3")
+    assert linear == pytest.approx([0, 0.5, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.3])
+    to_zero = _rates(recipe_file, "lr_scheduler_type=linear", "warmup_steps=2")
+    assert to_zero == pytest.approx([0, 0.5, *(step / 8 for step in range(8, -1, -1))])
+    cosine = _rates(recipe_file, "lr_scheduler_type=cosine", "warmup_steps=1", "lr_min=0.2")
+    assert cosine[:2] == pytest.approx([0, 1])
+    assert cosine[5] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 2)) / 2)
     assert _rates(recipe_file, "lr_scheduler_type=constant", "warmup_steps=2") == pytest.approx([0, 0.5] + [1] * 9)
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+@pytest.mark.parametrize("low", [1e-6, 0.2, 1.0])
+@pytest.mark.parametrize("warmup", [0, 2, 8])
+def test_the_last_step_has_lr_min(recipe_file, shape, low, warmup):
+    rates = _rates(recipe_file, f"lr_scheduler_type={shape}", f"warmup_steps={warmup}", f"lr_min={low}")
+    assert rates[warmup] == pytest.approx(1)
+    assert rates[9] == pytest.approx(low)
+    assert min(rates[warmup:10]) == pytest.approx(low)
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
+def test_a_learning_rate_of_zero(recipe_file, shape):
+    assert _rates(recipe_file, f"lr_scheduler_type={shape}", "learning_rate=0", "warmup_steps=2") == [0] * 11
 
 
 def test_a_warmup_as_a_share_of_the_run(recipe_file):
