@@ -9,6 +9,8 @@ them too. Ends with status 1 if a part failed.
 """
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -26,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAST_LINES = 60  # of a part's output, on the page
 FULL_OUTPUT = 200_000  # characters of it that the JSON file keeps
 MATRIX, COPY_BYTES, REPEATS = 8192, 2**31, 10  # of the two rates that all others are compared with
+LOSSES = "losses_of_twenty_steps"  # the slow ones among the tests
+GRACE_S = 5  # from an interrupt, at which pytest prints the failures so far, to the end
 
 
 class Part(NamedTuple):
@@ -56,7 +60,7 @@ class Outcome(NamedTuple):
 def parts(scratch: Path) -> list[Part]:
     """All parts, cheap ones first."""
     tests = sorted(str(f.relative_to(ROOT)) for f in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in f.read_text())
-    pytest = [sys.executable, "-m", "pytest", "-rsf", "--durations=8", "--durations-min=1", "-m", "gpu", *tests]
+    pytest = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-rsf", "--durations=8", "-m", "gpu", *tests]
     bench = [sys.executable, "-m"]
     step = [*bench, "benchmarks.step", "--no-memory"]
     decoding = [*bench, "benchmarks.decoding"]
@@ -65,10 +69,17 @@ def parts(scratch: Path) -> list[Part]:
     return [
         Part(
             "tests",
-            "every test marked gpu: losses under ZeRO 0, 1, 3 and bf16, flex_attention, CUDA graphs, Liger, no waiting host",
+            "tests marked gpu: flex_attention, CUDA graphs, Liger, no host that waits",
+            150,
+            [*pytest, "-k", f"not {LOSSES}", "--numprocesses", "4"],
+            [*pytest, "-k", f"not {LOSSES}", "--collect-only"],
+        ),
+        Part(
+            "losses",
+            "twenty steps under ZeRO 0, 3 and bf16 against plain torch on a CPU",
             240,
-            [*pytest, "--numprocesses", "6"],
-            [*pytest, "--collect-only"],
+            [*pytest, "-k", LOSSES, "--numprocesses", "4"],
+            [*pytest, "-k", LOSSES, "--collect-only"],
         ),
         Part(
             "step, mini's width",
@@ -121,22 +132,30 @@ def run_part(part: Part, dry_run: bool, show: Callable[[str], None] = print) -> 
         output, _ = process.communicate(timeout=part.limit_s)
         status = process.returncode
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        status = None
+        output, status = _end(process), None
     outcome = Outcome(part, status, time.perf_counter() - started, output[-FULL_OUTPUT:])
     show("\n".join(output.splitlines()[-LAST_LINES:]))
     show(f"<== {part.name}: {outcome.verdict} in {outcome.seconds:.0f} s\n")
     return outcome
 
 
+def _end(process: subprocess.Popen) -> str:
+    """End a part and all that it started. Returns its output."""
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.communicate(timeout=GRACE_S)  # reads on, or a full pipe would hold the part up
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate()[0]
+
+
 def machine() -> dict[str, Any]:
     """The device, the versions, and the two rates of the device that results are read against."""
     facts = {"python": platform.python_version(), "torch": torch.__version__, "cpus": os.cpu_count()}
-    for name in ("transformers", "deepspeed", "triton", "liger_kernel"):
+    for name in ("transformers", "deepspeed", "triton", "liger-kernel"):
         try:
-            facts[name] = __import__(name).__version__
-        except (ImportError, AttributeError):
+            facts[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
             facts[name] = None
     if not torch.cuda.is_available():
         return facts | {"gpu": None}
@@ -204,15 +223,19 @@ def page(facts: dict[str, Any], outcomes: list[Outcome], total_s: float) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="folder (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts, by the beginning of their names")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PART", help="these parts in this order, by the beginning of their names"
+    )
     parser.add_argument("--dry-run", action="store_true", help="at the sizes of tests; needs no GPU")
     options = parser.parse_args(arguments)
     if not (options.dry_run or torch.cuda.is_available()):
         parser.error("torch sees no CUDA device here: --dry-run runs the parts at the sizes of tests without one")
     options.out.mkdir(parents=True, exist_ok=True)
-    chosen = [p for p in parts(options.out.resolve()) if not options.only or p.name.startswith(tuple(options.only))]
+    chosen = everything = parts(options.out.resolve())
+    if options.only:
+        chosen = [part for start in options.only for part in everything if part.name.startswith(start)]
     if not chosen:
-        parser.error(f"--only {' '.join(options.only)}: the parts are {', '.join(p.name for p in parts(options.out))}")
+        parser.error(f"--only {' '.join(options.only)}: the parts are {', '.join(part.name for part in everything)}")
     started, outcomes, facts = time.perf_counter(), [], machine()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     for part in chosen:

@@ -11,7 +11,7 @@ set -euo pipefail
 
 python=${PYTHON:-python3}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > 4 ? $(nproc) / 4 : 1))}
 export WANDB_MODE=offline HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 
 if [ "${1:-}" = --wheels ]; then

@@ -1,5 +1,6 @@
 """The claims of benchmarks/ that can be shown in seconds."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,7 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import data, decoding, dpo_variance, growth, likelihood, loading, overlap, packing, rl, step, tree
+from benchmarks import (
+    data,
+    decoding,
+    dpo_variance,
+    gpu_check,
+    growth,
+    likelihood,
+    loading,
+    overlap,
+    packing,
+    rl,
+    step,
+    tree,
+)
 from benchmarks.workload import Timed, interleave
 from dfactory.cli import main
 from dfactory.models.registry import load_policy
@@ -170,3 +184,28 @@ def test_a_shared_prompt_gives_the_same_loss_on_fewer_positions(capsys):
     assert "192" in shown  # 3 x (48 clean + 16 of the view), against 40 + 3 x (8 + 16)
     assert "112" in shown
     assert "1.71 times fewer positions" in shown
+
+
+def test_a_part_of_the_gpu_check_ends_in_time_with_all_that_it_started(tmp_path):
+    """One that ignores the interrupt and has a child; the child's process is gone, the output is kept."""
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)']);"
+        "print('child', child.pid, flush=True); time.sleep(99)"
+    )
+    hangs = gpu_check.Part("hangs", "that it is ended", 2, [], [sys.executable, "-c", code])
+    passes = gpu_check.Part("passes", "that later parts run", 30, [], [sys.executable, "-c", "print('done')"])
+    outcomes = [gpu_check.run_part(part, dry_run=True) for part in (hangs, passes)]
+    assert [outcome.status for outcome in outcomes] == [None, 0]
+    pid = int(outcomes[0].output.split()[1])
+    assert not Path(f"/proc/{pid}").exists() or "zombie" in Path(f"/proc/{pid}/status").read_text()
+    gpu_check.write_results(tmp_path, {"gpu": None}, outcomes, 3.0)
+    page = (tmp_path / "gpu_check.md").read_text()
+    assert "| hangs | that it is ended | not ended after 2 s |" in page
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["parts"][1]["status"] == 0
+
+
+def test_the_gpu_check_says_which_parts_there_are(capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--dry-run", "--only", "nothing"])
+    assert "the parts are tests, losses," in capsys.readouterr().err
