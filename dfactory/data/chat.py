@@ -12,6 +12,7 @@ Assistant turns come from the template's {% generation %} markers. A template wi
 each turn; if it rewrites earlier turns, trl's training version of it is used where there is one.
 """
 
+import copy
 import functools
 import itertools
 import re
@@ -164,6 +165,7 @@ class ChatEncoder:
     ):
         self.tokenizer = tokenizer
         self._own_template = chat_template
+        self._variables: dict[str, Any] = {}
         self._literals = special_literals(tokenizer, also=special[:2] if special else ())
         self._literal_pattern = _any_of(re.escape(literal) for literal in self._longest_first())
         self._special_pattern = _any_of(self._with_whitespace(literal) for literal in self._longest_first())
@@ -173,6 +175,17 @@ class ChatEncoder:
                 "the tokenizer puts a space before the first word of every text, but a conversation is encoded piece "
                 "by piece: use a byte-level tokenizer"
             )
+
+    @property
+    def template(self) -> str:
+        """The text of the chat template. Raises ConfigError where there is none."""
+        return self._template(None)
+
+    def with_variables(self, variables: dict[str, Any]) -> "ChatEncoder":
+        """An encoder that gives the template these variables besides (`chat_template_kwargs`)."""
+        changed = copy.copy(self)
+        changed._variables = variables
+        return changed
 
     # --- documents --------------------------------------------------------------------------------------------------
 
@@ -237,6 +250,7 @@ class ChatEncoder:
                 return_assistant_tokens_mask=spans,
                 add_generation_prompt=add_generation_prompt,
                 **self.tokenizer.special_tokens_map,
+                **self._variables,
             )
         except (jinja2.TemplateError, TypeError) as problem:
             raise BadRow(Fault.TEMPLATE, f"the chat template refuses the conversation: {problem}") from problem

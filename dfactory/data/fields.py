@@ -93,12 +93,16 @@ class BadRow(DataError):
         self.fault = fault
 
 
-def check_messages(value: Any, name: str = "messages") -> list[dict[str, Any]]:
-    """A list of chat messages as templates want them: null fields dropped, text parts joined. Raises BadRow."""
-    return [_message(message, f"{name}[{i}]") for i, message in enumerate(list_of_objects(value, name))]
+def check_messages(value: Any, name: str = "messages", may_be_empty: bool = False) -> list[dict[str, Any]]:
+    """A list of chat messages as templates want them: null fields dropped, text parts joined. Raises BadRow.
+
+    `may_be_empty`: an assistant turn may be, as the history of a conversation has it; nothing is trained on.
+    """
+    messages = list_of_objects(value, name)
+    return [_message(message, f"{name}[{i}]", may_be_empty) for i, message in enumerate(messages)]
 
 
-def _message(message: dict[str, Any], name: str) -> dict[str, Any]:
+def _message(message: dict[str, Any], name: str, may_be_empty: bool) -> dict[str, Any]:
     """One message with null fields dropped and text parts joined."""
     message = {key: value for key, value in message.items() if value is not None}
     role = message.get("role")
@@ -108,8 +112,9 @@ def _message(message: dict[str, Any], name: str) -> dict[str, Any]:
     if calls is not None:
         calls = list_of_objects(calls, f"{name}.tool_calls", may_be_empty=True)
         message["tool_calls"] = [_call(call, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
-    content = _content(message.get("content", "" if calls else None), f"{name}.content")
-    if role == "assistant" and not calls and not content.strip():
+    may_be_empty = role == "assistant" and (may_be_empty or bool(calls))
+    content = _content(message.get("content", "" if may_be_empty else None), f"{name}.content")
+    if role == "assistant" and not may_be_empty and not content.strip():
         raise BadRow(Fault.EMPTY, f"{name}.content is empty: an assistant turn needs text or tool_calls")
     message["content"] = content
     refuse_surrogates(message, name)

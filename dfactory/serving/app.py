@@ -108,17 +108,17 @@ class Service:
 
     # --- answers ----------------------------------------------------------------------------------------------------
 
-    def _answers(self, read: Read, new_shape: Callable[[], Shape]):
+    def _answers(self, read: Read, new_shape: Callable[[Generation], Shape]):
         async def handler(request: web.Request) -> web.StreamResponse:
             generation = read(self.reader, await request.read())
             answers = [Answer(self.reader.vocabulary, generation.stop, len(p)) for p in generation.prompts]
-            shape = new_shape()
+            shape = new_shape(generation)
             if generation.stream:
                 return await self._stream(request, generation, answers, shape)
             async with asyncio.timeout(self.request_timeout):
                 async for _ in self._additions(generation, answers):
                     pass
-            return web.json_response(shape.whole(generation, answers))
+            return web.json_response(shape.whole(answers))
 
         return handler
 
@@ -165,8 +165,9 @@ class Service:
                 async for index, added in additions:
                     if not response.prepared:
                         await response.prepare(request)
-                    await _send(response, shape.chunk(index, answers[index], added))
-            last = shape.last(generation, answers)
+                    for chunk in shape.chunks(index, answers[index], added):
+                        await _send(response, chunk)
+            last = shape.last(answers)
             if last is not None:
                 await _send(response, last)
             await response.write(b"data: [DONE]\n\n")

@@ -1,12 +1,10 @@
 """Bodies of HTTP requests -> what to decode. Whatever is wrong with one is a DataError or ConfigError: status 400.
 
 Three kinds of body: /generate with the names of `dfactory generate` and its decode keys; OpenAI's completions and chat
-completions, which take the decode keys besides. A field that is not known, or one of OpenAI's that asks for what is not
-there, is refused; null is as if it were left out.
+completions, which take the decode keys besides. fields.py says which fields there are; null is as if left out.
 """
 
 import dataclasses
-import difflib
 import secrets
 from collections.abc import Callable
 from typing import Any
@@ -14,35 +12,22 @@ from typing import Any
 from dfactory.config.decode import DecodeKeys
 from dfactory.config.load import decode_keys_over
 from dfactory.data.chat import ChatEncoder
-from dfactory.data.fields import check_messages, load_json, text, tools
+from dfactory.data.fields import load_json, text, tools
 from dfactory.decoding import DecodeRules, check_prompts
 from dfactory.errors import DataError
+from dfactory.serving.fields import (
+    CHAT,
+    COMPLETIONS,
+    DECODE_FIELDS,
+    NATIVE,
+    as_decode_keys,
+    known_fields,
+    messages_of,
+    template_variables,
+    wants_usage,
+)
 from dfactory.vocabulary import Vocabulary
 
-OF_THE_SERVER = ("block_size", "batch_size", "mask_token_id", "eos_token_id", "suppress_special")
-DECODE_FIELDS = [f.name for f in dataclasses.fields(DecodeKeys) if f.name not in OF_THE_SERVER]
-NATIVE = ("prompt", "messages", "prompt_ids", "tools", "stop", "stream", "model")
-OPENAI = ("model", "n", "stop", "stream", "stream_options", "user", "max_tokens")
-COMPLETIONS = (*OPENAI, "prompt")
-CHAT = (*OPENAI, "messages", "tools", "max_completion_tokens")
-NO_LIKELIHOOD = (
-    "a block-diffusion model has no left-to-right probability of each token, only a bound of the whole response's: use "
-    "`dfactory eval --elbo-pairs`, or `dfactory eval --lm-eval`, which scores by that bound"
-)
-NEUTRAL: dict[str, tuple[tuple, str]] = {  # what OpenAI's clients may send, the values that ask for nothing, and why
-    "logprobs": ((False,), NO_LIKELIHOOD),
-    "top_logprobs": ((0,), NO_LIKELIHOOD),
-    "echo": ((False,), NO_LIKELIHOOD),
-    "best_of": ((1,), "ask for n answers instead"),
-    "suffix": (("",), "text is continued, not filled in"),
-    "presence_penalty": ((0,), "there are no penalties"),
-    "frequency_penalty": ((0,), "there are no penalties"),
-    "logit_bias": (({},), "there are no biases"),
-    "response_format": (({"type": "text"},), "answers are plain text"),
-    "tool_choice": (("auto", "none"), "tools are shown to the model, calls come back as text"),
-    "parallel_tool_calls": ((True, False), ""),
-    "store": ((False,), "nothing is stored"),
-}
 MOST_ANSWERS, MOST_STOPS = 128, 16
 TEMPERATURES = (0.01, 100.0)  # beyond, float32 runs over
 
@@ -70,7 +55,7 @@ class Reader:
     longest: int  # prompt and answer, in tokens
 
     def native(self, raw: bytes) -> Generation:
-        body = self._body(raw, NATIVE, {})
+        body = self._body(raw, NATIVE)
         kinds = [name for name in ("prompt", "messages", "prompt_ids") if name in body]
         if len(kinds) != 1:
             raise DataError(f"{' and '.join(kinds) or 'no prompt'}: give one of prompt, messages, prompt_ids")
@@ -84,7 +69,7 @@ class Reader:
         return self._generation(body, [prompt])
 
     def completions(self, raw: bytes) -> Generation:
-        body = self._body(raw, COMPLETIONS, NEUTRAL)
+        body = self._body(raw, COMPLETIONS, openai=True)
         if "prompt" not in body:
             raise DataError("prompt is missing: text, token ids, or a list of either")
         prompt = body["prompt"]
@@ -93,32 +78,23 @@ class Reader:
         return self._generation(body, [self._text_or_ids(entry) for entry in entries])
 
     def chat(self, raw: bytes) -> Generation:
-        body = self._body(raw, CHAT, NEUTRAL)
+        body = self._body(raw, CHAT, openai=True)
         if "messages" not in body:
             raise DataError("messages is missing: a list of {role, content}")
         return self._generation(body, [self._conversation(body)])
 
-    def _body(self, raw: bytes, own: tuple[str, ...], neutral: dict) -> dict[str, Any]:
-        """A JSON object of known fields, nulls left out."""
+    def _body(self, raw: bytes, own: tuple[str, ...], openai: bool = False) -> dict[str, Any]:
+        """A JSON object of known fields, without nulls and what asks for nothing."""
         try:
             body = load_json(raw.decode())
         except (ValueError, RecursionError) as problem:
             raise DataError(f"the body is not JSON: {problem}") from problem
         if not isinstance(body, dict):
             raise DataError(f"the body is {type(body).__name__}, not an object: {{...}}")
-        for name in body:
-            if name not in own and name not in neutral and name not in DECODE_FIELDS:
-                near = difflib.get_close_matches(name, [*own, *DECODE_FIELDS], n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join([*own, *DECODE_FIELDS])}"
-                raise DataError(f"unknown field {name[:80]}: {hint}")
-        body = {name: value for name, value in body.items() if value is not None}
-        for name in body.keys() & neutral.keys():
-            values, why = neutral[name]
-            if body[name] not in values:
-                raise DataError(f"{name} {str(body[name])[:80]} is not supported: {why}")
+        body = known_fields(body, own, openai)
         if body.get("model", self.name) != self.name:
             raise UnknownModel(f"model {str(body['model'])[:80]} is not here: this server has {self.name}")
-        return body
+        return as_decode_keys(body) if openai else body
 
     def _generation(self, body: dict[str, Any], prompts: list[list[int]]) -> Generation:
         count = _of_type(body, "n", int, 1)
@@ -132,7 +108,7 @@ class Reader:
             rules,
             _stop(body.get("stop", [])),
             _of_type(body, "stream", bool, False),
-            bool(_of_type(body, "stream_options", dict, {}).get("include_usage", False)),
+            wants_usage(_of_type(body, "stream_options", dict, {})),
         )
 
     def _rules(self, body: dict[str, Any], prompt_length: int) -> DecodeRules:
@@ -157,10 +133,10 @@ class Reader:
         return self.vocabulary.rules(dataclasses.replace(keys, max_new_tokens=min(keys.max_new_tokens, room)))
 
     def _conversation(self, body: dict[str, Any]) -> list[int]:
-        messages = check_messages(body["messages"])
-        if messages[-1]["role"] == "assistant":
-            raise DataError("the last message is the assistant's: a turn is answered, not continued")
-        return self._encoder.encode_prompt(messages, tools(body.get("tools")))
+        encoder = self._encoder
+        variables = template_variables(body.get("chat_template_kwargs", {}), encoder)
+        messages = messages_of(body["messages"])
+        return encoder.with_variables(variables).encode_prompt(messages, tools(body.get("tools")))
 
     def _text_or_ids(self, entry: Any) -> list[int]:
         return self._text(entry) if isinstance(entry, str) else _ids(entry, "prompt")

@@ -67,10 +67,10 @@ def test_openai_chat_streams_by_block(client, answerer):
     text, _ = alone(answerer, prompt, max_new_tokens=40)
     options = {"stream": True, "stream_options": {"include_usage": True}}
     chunks = list(client.chat.completions.create(model="small", messages=CHAT, max_tokens=40, **options))
-    parts = [chunk.choices[0].delta.content for chunk in chunks[:-1]]
+    parts = [chunk.choices[0].delta.content for chunk in chunks[:-2]]
     assert "".join(parts) == text
     assert 3 <= len(parts) <= 6  # 40 tokens in blocks of 8
-    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(parts) - 1) + ["length"]
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * len(parts) + ["length"]
     assert chunks[-1].usage.completion_tokens == 40
 
 
@@ -182,14 +182,14 @@ def test_a_full_queue_a_timeout_and_draining(tmp_path):
         assert "no answer within 3 s" in held.result().message
         server.wait_for("dfactory_slots_busy", 0)
 
-        last = pool.submit(server.ask, "/generate", {"prompt": "x", "max_new_tokens": 100, "threshold": 1.0})
+        last = pool.submit(server.ask, "/generate", {"prompt": "x", "max_new_tokens": 50, "threshold": 1.0})
         late = []
         asking = threading.Thread(target=lambda: late.append(ask_until_it_drains(server)))
         asking.start()
         server.wait_for("dfactory_slots_busy", 1)
         server.process.send_signal(signal.SIGTERM)
         assert last.result().status == 200
-        assert last.result().body["output_tokens"] == 100
+        assert last.result().body["output_tokens"] == 50
         assert server.process.wait(60) == 0
         asking.join(60)
         assert late == [503]

@@ -1,0 +1,140 @@
+"""The fields of a body: which each endpoint knows, and what OpenAI's clients send besides.
+
+Three kinds of OpenAI's fields are not implemented. IGNORED ones cannot change an answer. NEUTRAL ones may, but some of their
+values ask for nothing. All others are unknown and refused by name, as is a NEUTRAL field with any other value.
+"""
+
+import dataclasses
+import difflib
+import re
+from typing import Any
+
+from dfactory.config.decode import DecodeKeys
+from dfactory.data.chat import ChatEncoder
+from dfactory.data.fields import check_messages, show
+from dfactory.errors import DataError
+
+OF_THE_SERVER = ("block_size", "batch_size", "mask_token_id", "eos_token_id", "suppress_special")
+DECODE_FIELDS = [f.name for f in dataclasses.fields(DecodeKeys) if f.name not in OF_THE_SERVER]
+NATIVE = ("prompt", "messages", "prompt_ids", "tools", "chat_template_kwargs", "stop", "stream", "model")
+OPENAI = ("model", "n", "stop", "stream", "stream_options", "max_tokens")
+COMPLETIONS = (*OPENAI, "prompt")
+CHAT = (*OPENAI, "messages", "tools", "max_completion_tokens", "chat_template_kwargs")
+IGNORED = (
+    "metadata",
+    "parallel_tool_calls",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+)
+NO_LIKELIHOOD = (
+    "a block-diffusion model has no left-to-right probability of each token, only a bound of the whole response's: use "
+    "`dfactory eval --elbo-pairs`, or `dfactory eval --lm-eval`, which scores by that bound"
+)
+NEUTRAL: dict[str, tuple[tuple, str]] = {  # values that ask for nothing, and why there are no others
+    "logprobs": ((False,), NO_LIKELIHOOD),
+    "top_logprobs": ((0,), NO_LIKELIHOOD),
+    "echo": ((False,), NO_LIKELIHOOD),
+    "best_of": ((1,), "ask for n answers instead"),
+    "suffix": (("",), "text is continued, not filled in"),
+    "presence_penalty": ((0,), "there are no penalties"),
+    "frequency_penalty": ((0,), "there are no penalties"),
+    "repetition_penalty": ((1,), "there are no penalties"),
+    "logit_bias": (({},), "there are no biases"),
+    "min_p": ((0,), "use top_p"),
+    "ignore_eos": ((False,), "an answer ends at EOS"),
+    "skip_special_tokens": ((True,), "answers are text without special tokens"),
+    "add_generation_prompt": ((True,), "a turn is answered, not continued"),
+    "response_format": (({"type": "text"},), "answers are plain text"),
+    "modalities": ((["text"],), "answers are text"),
+    "audio": ((), "answers are text"),
+    "verbosity": (("medium",), "ask for it in a message"),
+    "reasoning_effort": (("none",), "use chat_template_kwargs where the template has a switch"),
+    "tool_choice": (("auto", "none"), "tools are shown to the model, calls come back as text"),
+    "functions": (([],), "give tools"),
+    "function_call": (("auto", "none"), "give tools"),
+    "web_search_options": ((), "this server reaches nothing else"),
+    "moderation": ((), "nothing is moderated"),
+}
+STREAM_OPTIONS = ("include_usage", "include_obfuscation")
+UNSAID = ("annotations", "audio", "function_call", "refusal", "tool_calls")  # of a message, where they hold nothing
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template")
+GREEDY_BELOW = 0.01  # a temperature: next to 0 the distribution is the argmax, but its confidence says nothing any more
+
+
+def known_fields(body: dict[str, Any], own: tuple[str, ...], openai: bool) -> dict[str, Any]:
+    """The body without nulls and what asks for nothing. Raises DataError for fields that are unknown or not supported."""
+    body = {name: value for name, value in body.items() if value is not None}
+    for name in body:
+        if name not in own and name not in DECODE_FIELDS and not (openai and (name in IGNORED or name in NEUTRAL)):
+            near = difflib.get_close_matches(name[:80], [*own, *DECODE_FIELDS], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join([*own, *DECODE_FIELDS])}"
+            raise DataError(f"unknown field {name[:80]}: {hint}")
+    if not openai:
+        return body
+    for name in body.keys() & NEUTRAL.keys():
+        values, why = NEUTRAL[name]
+        if body[name] not in values:
+            raise DataError(f"{name} {str(body[name])[:80]} is not supported: {why}")
+    return {name: value for name, value in body.items() if name not in IGNORED and name not in NEUTRAL}
+
+
+def as_decode_keys(body: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's temperatures next to 0 and seeds below 0, as the decoder has them."""
+    changed = dict(body)
+    if type(body.get("temperature")) in (int, float) and 0 < body["temperature"] < GREEDY_BELOW:
+        changed["temperature"] = 0.0
+    if type(body.get("seed")) is int and -(2**63) <= body["seed"] < 0:
+        changed["seed"] = body["seed"] + 2**63
+    return changed
+
+
+def wants_usage(options: dict[str, Any]) -> bool:
+    """Whether a stream ends with the counts. Raises DataError for other options."""
+    for name, value in options.items():
+        if name not in STREAM_OPTIONS or type(value) not in (bool, type(None)):
+            raise DataError(
+                f"stream_options.{name[:80]} {show(value)}: known are {', '.join(STREAM_OPTIONS)}, as booleans"
+            )
+    return bool(options.get("include_usage"))
+
+
+def messages_of(value: Any) -> list[dict[str, Any]]:
+    """A conversation as OpenAI's clients send it back and forth: an earlier answer may be empty, `developer` is the system,
+    and what a message leaves empty is left out. Raises BadRow."""
+    turns = [_message(turn) for turn in value] if isinstance(value, list) else value
+    messages = check_messages(turns, may_be_empty=True)
+    if messages[-1]["role"] == "assistant":
+        raise DataError("the last message is the assistant's: a turn is answered, not continued")
+    return messages
+
+
+def _message(turn: Any) -> Any:
+    if not isinstance(turn, dict):
+        return turn
+    turn = {name: value for name, value in turn.items() if value or name not in UNSAID}
+    return turn | {"role": "system"} if turn.get("role") == "developer" else turn
+
+
+def template_variables(value: Any, encoder: ChatEncoder) -> dict[str, Any]:
+    """`chat_template_kwargs` that the template reads. One that it does not read may only ask for nothing."""
+    if not isinstance(value, dict):
+        raise DataError(f"chat_template_kwargs is {show(value)}: it must be an object")
+    taken = {}
+    for name, inner in value.items():
+        if name in RESERVED or name in encoder.tokenizer.special_tokens_map or not name.isidentifier():
+            raise DataError(f"chat_template_kwargs.{name[:80]}: the server sets it, or it is no name")
+        if type(inner) not in (str, bool, int, float, type(None)):
+            raise DataError(
+                f"chat_template_kwargs.{name[:80]} is {show(inner)}: it must be text, a number or a boolean"
+            )
+        if re.search(rf"\b{name}\b", encoder.template):
+            taken[name] = inner
+        elif inner:
+            raise DataError(f"the chat template does not read {name[:80]}: leave it out of chat_template_kwargs")
+    return taken
