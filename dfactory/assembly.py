@@ -266,7 +266,7 @@ def make_reference(
         if inputs.held_out is not None:
             held_out = make_eval_source(recipe, inputs, rank, world_size)
             sources.append((held_out, held_out.num_windows))
-        reference = stored_reference(recipe, sources, reference, resuming)
+        reference = stored_reference(recipe, inputs.special, sources, reference, resuming)
     return lambda source: ReferenceSource(source, reference)
 
 

@@ -1,8 +1,11 @@
 """Scores of the initial model, computed once before training and kept in one file.
 
-`reference.safetensors` holds for each set of records (named by its checksum) the pairs' document ids and visits, sorted, and
-the ELBOs of chosen and rejected. Its header says what they were computed from: the weights and config.json by SHA-256, the
-noise, the seed. A file from anything else is refused, because a reference that is not the initial model is a silent fault.
+`reference.safetensors` holds for each set of records (named by its checksum) the pairs' document ids and visits, sorted,
+the ELBOs of chosen and rejected, and a digest of what was scored: tokens, fill, views, targets and weights of the pair.
+Its header says what they were computed from: the weights and config.json by SHA-256, the special ids, the noise, the seed.
+A file from anything else is refused, because a reference that is not the initial model is a silent fault. The header is
+compared at the start and names the key; the digests are compared whenever a score is looked up, so that no key that
+changes what is scored can be forgotten.
 """
 
 import concurrent.futures
@@ -23,6 +26,7 @@ from safetensors.numpy import save_file
 from dfactory import faults
 from dfactory.config.noise import NoiseKeys
 from dfactory.config.recipe import Recipe
+from dfactory.data.chat import SpecialIds
 from dfactory.data.source import RecordSource
 from dfactory.engine import distributed
 from dfactory.engine.reference import Reference
@@ -30,7 +34,7 @@ from dfactory.engine.runfolder import writing
 from dfactory.errors import CheckpointError
 from dfactory.models.headers import weight_files
 from dfactory.models.registry import ADAPTER_CONFIG, adapter_base, resolve_model_dir
-from dfactory.types import ViewBatch
+from dfactory.types import PADDING, ViewBatch
 
 FILE = "reference.safetensors"
 HEADER = "computed_from"
@@ -43,11 +47,12 @@ class Scores:
 
     key_U: np.ndarray  # KEY, ascending
     elbo_U2: np.ndarray  # float32: chosen, rejected
+    content_U: np.ndarray  # int64: digest of what was scored
 
     @classmethod
-    def sort(cls, key_U: np.ndarray, elbo_U2: np.ndarray) -> "Scores":
+    def sort(cls, key_U: np.ndarray, elbo_U2: np.ndarray, content_U: np.ndarray) -> "Scores":
         order_U = np.lexsort((key_U["visit"], key_U["document_id"]))
-        return cls(key_U[order_U], elbo_U2[order_U])
+        return cls(key_U[order_U], elbo_U2[order_U], content_U[order_U])
 
     def find(self, key_U: np.ndarray, file: Path) -> np.ndarray:
         """Where each key stands. Raises CheckpointError for one that is not there."""
@@ -57,7 +62,7 @@ class Scores:
             document_id, visit = key_U[missing_U][0]
             raise CheckpointError(
                 f"{file} has no score of document {document_id} on visit {visit}: it was computed for a shorter run; remove "
-                "it, or leave reference_path out, to compute it anew"
+                "it, or leave reference_path out, to compute it again"
             )
         return index_U
 
@@ -69,8 +74,16 @@ class StoredReference:
         self.file, self.scores = file, scores
 
     def __call__(self, batch: ViewBatch, data: int) -> torch.Tensor:
-        scores = self.scores[data]
-        return torch.from_numpy(scores.elbo_U2[scores.find(_keys(batch), self.file)]).flatten()
+        scores, key_U = self.scores[data], _keys(batch)
+        index_U = scores.find(key_U, self.file)
+        differs_U = scores.content_U[index_U] != content_of(batch)
+        if differs_U.any():
+            document_id, visit = key_U[differs_U][0]
+            raise CheckpointError(
+                f"{self.file} was computed from other documents or views: those of document {document_id} on visit {visit} "
+                "differ; remove it, or leave reference_path out, to compute it again"
+            )
+        return torch.from_numpy(scores.elbo_U2[index_U]).flatten()
 
     def check(self, source: RecordSource, num_windows: int) -> None:
         """Raise CheckpointError unless everything is there that a source will ask for."""
@@ -78,7 +91,7 @@ class StoredReference:
         if data not in self.scores:
             raise CheckpointError(
                 f"{self.file} was computed from other records: it holds those with checksums {sorted(self.scores)}, not "
-                f"{data}; remove it, or leave reference_path out, to compute it anew"
+                f"{data}; remove it, or leave reference_path out, to compute it again"
             )
         self.scores[data].find(np.array(list(source.visits(num_windows)), KEY), self.file)
 
@@ -86,14 +99,16 @@ class StoredReference:
 Sources = list[tuple[RecordSource, int]]  # unused sources, and how many windows of each will be asked for
 
 
-def stored_reference(recipe: Recipe, sources: Sources, model: Reference, resuming: bool) -> StoredReference:
+def stored_reference(
+    recipe: Recipe, special: SpecialIds, sources: Sources, model: Reference, resuming: bool
+) -> StoredReference:
     """Read the file, or let `model`, the policy before its first step, compute it; all ranks call this together.
 
     A file is read where `reference_path` names one, or where a resumed run has left one. Raises CheckpointError if it
     was computed from another model, noise or data, or for fewer visits.
     """
     file = Path(recipe.reference_path or Path(recipe.output_dir) / FILE)
-    origin = distributed.on_first_rank(lambda: origin_of(recipe))
+    origin = distributed.on_first_rank(lambda: origin_of(recipe, special))
     if recipe.reference_path is not None or (resuming and distributed.on_first_rank(file.is_file)):
         reference = StoredReference(file, _read(file, origin))
     else:
@@ -105,13 +120,15 @@ def stored_reference(recipe: Recipe, sources: Sources, model: Reference, resumin
     return reference
 
 
-def origin_of(recipe: Recipe) -> dict[str, Any]:
-    """What the scores depend on, beside the records."""
+def origin_of(recipe: Recipe, special: SpecialIds) -> dict[str, Any]:
+    """What the scores depend on, beside the records. What it lacks of what shapes documents and views, `content_of` has."""
     noise = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(NoiseKeys)}
     return {
         "model": _sha256(_model_files(resolve_model_dir(recipe.model_name_or_path), recipe.init_weights)),
         "init_weights": recipe.init_weights,
         "dtype": recipe.dtype,
+        "mask_token_id": special.mask,
+        "eos_token_id": special.eos,
         "seed": recipe.seed,
         **noise,
     }
@@ -142,13 +159,33 @@ def _keys(batch: ViewBatch) -> np.ndarray:
     return np.array(list(zip(*pairs, strict=True)), KEY)
 
 
+def content_of(batch: ViewBatch) -> np.ndarray:
+    """A digest of all that is scored of each pair, int64: it does not depend on what else is in the batch."""
+    document_S, count = batch.document_RS.flatten(), len(batch.document_id_D)
+    is_trunk_S = document_S >= count
+    pair_S = torch.where(document_S == PADDING, PADDING, (document_S - count * is_trunk_S) // 2)
+    side_S = torch.where(is_trunk_S, 2, document_S % 2)
+    at_S = [side_S, batch.view_RS.flatten(), batch.block_RS.flatten(), batch.position_ids_RS.flatten()]
+    rows_S = torch.stack([*at_S, batch.input_ids_RS.flatten()], dim=1)
+    places_N = torch.stack([field[batch.target_index_N] for field in at_S] + [batch.target_ids_N], dim=1)
+    digests = []
+    for pair in range(count // 2):
+        mine_N = batch.document_N // 2 == pair
+        parts = (rows_S[pair_S == pair], places_N[mine_N], batch.elbo_weight_N[mine_N])
+        hashed = hashlib.blake2b(digest_size=8)
+        for part in parts:
+            hashed.update(part.contiguous().numpy())
+        digests.append(int.from_bytes(hashed.digest(), "little", signed=True))
+    return np.array(digests, np.int64)
+
+
 def _compute(source: RecordSource, num_windows: int, model: Reference) -> Scores:
     """The scores of the first windows of all ranks."""
     data, parts = source.state_dict()["data"], []
     silent = dist.get_rank() != 0
     for _ in track(range(num_windows), "reference scores", disable=silent):
         for batch in source.next_window():
-            parts.append((_keys(batch), model(batch, data).cpu().numpy().reshape(-1, 2)))
+            parts.append((_keys(batch), model(batch, data).cpu().numpy().reshape(-1, 2), content_of(batch)))
     mine = tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
     return Scores.sort(*(np.concatenate(columns) for columns in zip(*distributed.gather(mine), strict=True)))
 
@@ -157,7 +194,7 @@ def _write(file: Path, scores: dict[int, Scores], origin: dict[str, Any]) -> Non
     tensors = {}
     for data, one in scores.items():
         tensors |= {f"{data}.{name}": np.ascontiguousarray(one.key_U[name]) for name in KEY.names}
-        tensors[f"{data}.elbo"] = one.elbo_U2
+        tensors |= {f"{data}.elbo": one.elbo_U2, f"{data}.content": one.content_U}
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial")
     with writing(file):
@@ -178,7 +215,7 @@ def _read(file: Path, origin: dict[str, Any]) -> dict[int, Scores]:
     except (SafetensorError, OSError) as problem:
         raise CheckpointError(
             f"{file} cannot be read as a precomputed reference: {problem}; remove it, or leave reference_path out, to "
-            "compute it anew"
+            "compute it again"
         ) from problem
     if header is None:
         raise CheckpointError(f"{file} is no precomputed reference: give the {FILE} of a run")
@@ -188,7 +225,7 @@ def _read(file: Path, origin: dict[str, Any]) -> dict[int, Scores]:
         key_U = np.empty(len(tensors[f"{data}.elbo"]), KEY)
         for name in KEY.names:
             key_U[name] = tensors[f"{data}.{name}"]
-        scores[int(data)] = Scores(key_U, tensors[f"{data}.elbo"])
+        scores[int(data)] = Scores(key_U, tensors[f"{data}.elbo"], tensors[f"{data}.content"])
     return scores
 
 
@@ -198,5 +235,5 @@ def _refuse_another_origin(file: Path, found: dict[str, Any], origin: dict[str, 
             what = "another model (SHA-256 of config.json and weights)" if name == "model" else f"another {name}"
             raise CheckpointError(
                 f"{file} was computed from {what}: {found.get(name)} there, {origin.get(name)} here; remove it, or leave "
-                "reference_path out, to compute it anew"
+                "reference_path out, to compute it again"
             )

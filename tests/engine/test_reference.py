@@ -1,18 +1,25 @@
 """What a DPO run is compared with: a copy, the adapters off, or stored scores: always the initial model, nothing else."""
 
 import collections
+import contextlib
+import dataclasses
 import json
 import math
 import shutil
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
 from dfactory import faults
-from dfactory.assembly import make_source, read_inputs
+from dfactory.assembly import load_initial, make_source, read_inputs
 from dfactory.cli import main
 from dfactory.config.load import load_recipe
+from dfactory.engine import stored as stored_scores
 from dfactory.engine.reference import ReferenceSource
+from dfactory.errors import CheckpointError, ConfigError
+from dfactory.objectives.elbo import elbo
 from tests.engine.conftest import ROOT, read_metrics
 from tests.engine.test_equality import ZERO
 
@@ -95,6 +102,8 @@ OTHERS = {
     "model": ([f"model_name_or_path={ROOT}/tests/golden/llada21_tiny"], "another model"),
     "noise": (["noise_range_low=0.2"], "another noise_range_low: 0.3 there, 0.2 here"),
     "seed": (["seed=1"], "another seed: 42 there, 1 here"),
+    "mask": (["mask_token_id=157"], "another mask_token_id: 158 there, 157 here"),
+    "EOS": (["eos_token_id=155"], "another eos_token_id: 156 there, 155 here"),
     "longer run": (["max_steps=9"], "has no score of document"),
 }
 
@@ -119,6 +128,126 @@ def test_stored_scores_of_other_records_are_refused(recipe_file, dpo_keys, store
     status, _ = runs("unused", *keys, f"output_dir={tmp_path}/run")
     assert status == 1
     assert f"{file} was computed from other records" in capsys.readouterr().err
+
+
+# Another value for each recipe key. Left out: what names folders and files, and keys whose other values need a GPU.
+OTHER_VALUES = {
+    "model_name_or_path": [f"{ROOT}/tests/golden/llada21_tiny"],
+    "mask_token_id": ["157"],
+    "eos_token_id": ["155"],
+    "max_length": ["32", "48"],
+    "overlong": ["truncate"],
+    "block_size": ["4"],
+    "noise_range_low": ["0.2"],
+    "noise_range_high": ["0.7"],
+    "mask_count": ["exact noise_range_low=0 noise_range_high=1"],
+    "num_views": ["2 row_length=480"],
+    "stratified": ["true num_views=2 row_length=480"],
+    "chat_template_path": [],
+    "row_length": ["480"],
+    "max_steps": ["2"],
+    "per_device_train_batch_size": ["1"],
+    "stage": [],
+    "reference": [],
+    "reference_path": [],
+    "output_dir": [],
+    "use_liger_kernel": [],
+    "deepspeed": [f"{ROOT}/recipes/deepspeed/zero2.json"],
+    "deepspeed_overrides": [],
+    "datasets": [],
+    "eval_datasets": [],
+    "resume_from_checkpoint": [],
+    "run_name": ["x"],
+    "report_to": [],
+    "eval_noise_levels": ["[0.5]"],
+    "decode": [],
+}
+
+
+def other_values(field: dataclasses.Field, value) -> list[str]:
+    """Overrides `name=...` that give a key another value."""
+    if field.name in OTHER_VALUES:
+        return [f"{field.name}={other}" for other in OTHER_VALUES[field.name]]
+    if isinstance(value, bool):
+        return [f"{field.name}={str(not value).lower()}"]
+    if choices := field.metadata.get("choices"):
+        return [f"{field.name}={choice}" for choice in choices if choice != value]
+    if isinstance(value, int | float):
+        return [f"{field.name}={value + 1}" if isinstance(value, int) else f"{field.name}={value / 2 or 0.01}"]
+    return []
+
+
+def scored(recipe, policy_of) -> tuple[dict, dict]:
+    """What a stored reference knows of the first window, by (document, visit), and what the initial model says of it."""
+    inputs = read_inputs(recipe)
+    batches = make_source(recipe, inputs, rank=0, world_size=1).next_window()
+    policy, known, elbos = policy_of(recipe), {}, {}
+    for batch in batches:
+        keys = [tuple(key) for key in stored_scores._keys(batch)]
+        known |= dict(zip(keys, stored_scores.content_of(batch).tolist(), strict=True))
+        with torch.no_grad():
+            elbos |= dict(zip(keys, elbo(batch, policy(batch).logprob_N).reshape(-1, 2).tolist(), strict=True))
+    return {"origin": stored_scores.origin_of(recipe, inputs.special), "content": known}, elbos
+
+
+@pytest.mark.slow
+def test_whatever_changes_a_score_is_known_to_the_stored_reference(recipe_file, dpo_keys):
+    """Goes through all keys: where the initial model says something else of a pair, its origin or its digest differs."""
+    keys, policies = [*dpo_keys, *SMALL, "reference=precomputed", "on_bad_row=skip", "max_bad_fraction=0.9"], {}
+
+    def policy_of(recipe):
+        chosen = (recipe.model_name_or_path, recipe.init_weights, recipe.dtype, recipe.seed)
+        return policies.setdefault(chosen, load_initial(recipe))
+
+    first = load_recipe(recipe_file, keys)
+    known, elbos = scored(first, policy_of)
+    tried, moved = set(), set()
+    for field in dataclasses.fields(first):
+        for override in other_values(field, getattr(first, field.name)):
+            with contextlib.suppress(ConfigError):  # two keys that do not go together
+                other, others = scored(load_recipe(recipe_file, [*keys, *override.split()]), policy_of)
+                tried.add(field.name)
+                both = elbos.keys() & others.keys()
+                changed = [key for key in both if not numpy.allclose(elbos[key], others[key], atol=1e-4)]
+                moved |= {field.name} if changed else set()
+                for key in changed:
+                    same = other["content"][key] == known["content"][key] and other["origin"] == known["origin"]
+                    assert not same, f"{override} changes the scores of {key} in silence"
+    assert len(tried) > 60
+    assert {"model_name_or_path", "mask_token_id", "eos_token_id", "block_size", "num_views", "seed"} <= moved
+
+
+def test_a_digest_depends_on_nothing_else_in_the_batch(recipe_file, dpo_keys):
+    """Alone in a row, or packed among others: the same number, and one that a single token changes."""
+
+    def digests(*keys):
+        recipe = load_recipe(recipe_file, [*dpo_keys, "max_steps=3", *keys])
+        batch = make_source(recipe, read_inputs(recipe), rank=0, world_size=1).next_window()[0]
+        return batch, dict(zip(map(tuple, stored_scores._keys(batch)), stored_scores.content_of(batch), strict=True))
+
+    batch, packed = digests("per_device_train_batch_size=8")
+    _, alone = digests("per_device_train_batch_size=8", "packing=false", "row_length=null")
+    assert len(packed.keys() & alone.keys()) > 3
+    assert all(packed[key] == alone[key] for key in packed.keys() & alone.keys())
+    for index in batch.target_index_N[:3]:
+        batch.input_ids_RS.view(-1)[index] += 1
+    changed = stored_scores.content_of(batch) != numpy.array(list(packed.values()))
+    assert 0 < changed.sum() <= 3
+
+
+def test_other_documents_are_refused_where_they_are_met(recipe_file, dpo_keys):
+    """The digest refuses what a header does not know of."""
+    recipe = load_recipe(recipe_file, [*dpo_keys, *SMALL])
+    batch = make_source(recipe, read_inputs(recipe), rank=0, world_size=1).next_window()[0]
+    key_U, pairs = stored_scores._keys(batch), len(batch.document_id_D) // 2
+    scores = stored_scores.Scores.sort(key_U, numpy.zeros((pairs, 2), numpy.float32), stored_scores.content_of(batch))
+    reference = stored_scores.StoredReference(Path("x.safetensors"), {7: scores})
+    assert reference(batch, 7).tolist() == [0.0] * (2 * pairs)
+    batch.input_ids_RS.view(-1)[batch.target_index_N[0]] += 1
+    with pytest.raises(
+        CheckpointError, match=r"x\.safetensors was computed from other documents or views: those of docu"
+    ):
+        reference(batch, 7)
 
 
 @pytest.mark.parametrize("content", [None, b"nonsense"])
