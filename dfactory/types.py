@@ -54,17 +54,28 @@ class Example:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AlignedDocument:
-    """A document filled with EOS to whole blocks: what views are made from."""
+    """A document filled with EOS to whole blocks: what views are made from.
+
+    The loss covers the fill, because a decoder has to produce it. Metrics and lengths count real tokens only, so that they
+    compare across block sizes: the response up to and including the EOS that ends it.
+    """
 
     document_id: int
     input_ids_T: np.ndarray  # int32
     trainable_T: np.ndarray  # bool, fill included
     block_size: int
     commit_step_T: np.ndarray | None = None  # int16: when its block's decoding committed a token, from 0; -1: prompt
+    real_length: int | None = None  # tokens before the fill; None: there is no fill
 
     @property
     def num_blocks(self) -> int:
         return len(self.input_ids_T) // self.block_size
+
+    @property
+    def real_T(self) -> np.ndarray:
+        """bool: the response tokens without the fill."""
+        length = len(self.input_ids_T) if self.real_length is None else self.real_length
+        return self.trainable_T & (np.arange(len(self.input_ids_T)) < length)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,10 +116,14 @@ class ViewBatch:
     trunk_RS: torch.Tensor  # int64: the number of the document's trunk, or its own
     target_index_N: torch.Tensor  # int64 into the flattened rows, ascending
     target_ids_N: torch.Tensor  # int64: the token to predict there (no shift)
+    real_N: torch.Tensor  # bool: whether that token is real, not fill
     t_N: torch.Tensor  # float32
     elbo_weight_N: torch.Tensor  # float32
     document_id_D: torch.Tensor  # int64
-    response_length_D: torch.Tensor  # int64: response tokens of the document, fill included
+    response_length_D: torch.Tensor  # int64: response tokens of the document, fill included: what the loss covers
+    answer_length_D: (
+        torch.Tensor
+    )  # int64: those of them that are real, up to and including EOS: what lengths compare by
     num_views_D: torch.Tensor  # int64: K of the document
     columns: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     """What a source adds for its objective, by names that end in the letter of their length: `reference_elbo_D`."""

@@ -63,10 +63,12 @@ def make_batch(rows: list[list[Document]], row_length: int | None = None, pad_id
         *fields,
         target_index_N=torch.tensor([r * length + i for r, i in targets], dtype=torch.int64),
         target_ids_N=torch.tensor(ids, dtype=torch.int64),
+        real_N=torch.ones(len(ids), dtype=torch.bool),
         t_N=weight,
         elbo_weight_N=1 / weight,
         document_id_D=torch.tensor(document_ids),
         response_length_D=torch.tensor(responses),
+        answer_length_D=torch.tensor(responses),
         num_views_D=torch.tensor(views),
     )
 

@@ -1,8 +1,10 @@
 """`dfactory eval --elbo-pairs N`: how likely a model finds the responses of training records, as a bound.
 
 Every record is scored in N complementary pairs of views with exact mask counts, stratified over the pairs, so that the
-ELBO is unbiased over all mask ratios (METHOD section 6); exp(-ELBO / token) is an upper bound of the perplexity. Response
-tokens are those that are trained on, the EOS fill of the last block included. The noise is a function of `decode.seed`.
+ELBO is unbiased over all mask ratios (METHOD section 6). It bounds the likelihood of the response with the EOS fill of its
+last block, and so that of the response alone: exp(-ELBO / real tokens) is an upper bound of the perplexity, and compares
+across block sizes. Real tokens are those that are trained on, up to and including EOS. The noise is a function of
+`decode.seed`.
 """
 
 import argparse
@@ -33,7 +35,8 @@ class Bounds(NamedTuple):
     """The estimates of all documents, in the order of the file."""
 
     document_id_D: np.ndarray
-    tokens_D: np.ndarray  # response tokens
+    tokens_D: np.ndarray  # real response tokens
+    fill_D: np.ndarray  # tokens of EOS fill after them, in the ELBO too
     elbo_DN: np.ndarray  # nats; one estimate a pair
 
     @property
@@ -109,10 +112,10 @@ def estimate(answerer: Answerer, examples: Examples, pairs: int, seed: int, cons
         mask_count="exact",
     )
     parts = list(_scored(answerer, _source(answerer, examples, views, seed), 2 * pairs, console))
-    document_id_D, tokens_D, elbo_DK = (np.concatenate(column) for column in zip(*parts, strict=True))
+    document_id_D, tokens_D, fill_D, elbo_DK = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = document_id_D.argsort()
     elbo_DN = elbo_DK.reshape(-1, pairs, 2).mean(axis=2)
-    return Bounds(document_id_D[order], tokens_D[order], elbo_DN[order])
+    return Bounds(document_id_D[order], tokens_D[order], fill_D[order], elbo_DN[order])
 
 
 def _source(answerer: Answerer, examples: Examples, views: RandomMask, seed: int) -> RecordSource:
@@ -134,25 +137,29 @@ def _source(answerer: Answerer, examples: Examples, views: RandomMask, seed: int
 
 @torch.inference_mode()
 def _scored(answerer: Answerer, source: RecordSource, num_views: int, console: Console) -> Iterator[tuple]:
-    """(document_id_D, response tokens, ELBO of each view [D, K]) of each row."""
+    """(document_id_D, real response tokens, tokens of fill, ELBO of each view [D, K]) of each row."""
     windows = range(source.num_windows)
     for _ in track(windows, "scoring", console=console, disable=not console.is_terminal):
         for batch in source.next_window():
             moved = batch.to(answerer.policy.device)
             elbo_DK = elbo_by_view(moved, answerer.policy(moved).logprob_N, num_views)
-            yield batch.document_id_D.numpy(), batch.response_length_D.numpy(), elbo_DK.double().cpu().numpy()
+            tokens_D, fill_D = batch.answer_length_D, batch.response_length_D - batch.answer_length_D
+            yield batch.document_id_D.numpy(), tokens_D.numpy(), fill_D.numpy(), elbo_DK.double().cpu().numpy()
 
 
 def _lines(examples: Examples, bounds: Bounds) -> list[dict]:
-    columns = zip(bounds.document_id_D, bounds.elbo_D, bounds.tokens_D, bounds.standard_error_D, strict=True)
+    columns = zip(
+        bounds.document_id_D, bounds.elbo_D, bounds.tokens_D, bounds.fill_D, bounds.standard_error_D, strict=True
+    )
     return [
         {
             "origin": examples.origin(int(document_id)),
             "elbo": float(elbo),
             "tokens": int(tokens),
+            "fill": int(fill),
             "standard_error": None if np.isnan(error) else float(error),
         }
-        for document_id, elbo, tokens, error in columns
+        for document_id, elbo, tokens, fill, error in columns
     ]
 
 
@@ -161,7 +168,7 @@ def _table(bounds: Bounds, seconds: float) -> Table:
     errors = f"{_number(bounds.error_of_views)} views, {_number(bounds.error_of_documents)} documents"
     table = Table("", "", title="evidence lower bound", show_header=False)
     table.add_row("documents", f"{len(bounds.tokens_D)}")
-    table.add_row("response tokens", f"{bounds.tokens_D.sum()}")
+    table.add_row("response tokens", f"{bounds.tokens_D.sum()}, and {bounds.fill_D.sum()} of fill after them")
     table.add_row("ELBO, nats per token", f"{nats:.4f}")
     table.add_row("ELBO, bits per token", f"{nats / np.log(2):.4f}")
     table.add_row("standard error, nats per token", errors)

@@ -21,7 +21,7 @@ class ObjectiveKeys:
     beta: float = key(0.1, "DPO: how closely the policy keeps to the reference; larger is closer", low=0.0)
     loss_type: str = key(
         "sigmoid",
-        "DPO: the loss of a pair's margin, as in trl; ipo divides ELBOs by the response tokens",
+        "DPO: the loss of a pair's margin, as in trl; ipo divides ELBOs by the real response tokens",
         choices=("sigmoid", "robust", "hinge", "ipo"),
     )
     label_smoothing: float = key(
@@ -30,7 +30,7 @@ class ObjectiveKeys:
         low=0.0,
         high=0.5,
     )
-    length_normalize: bool = key(False, "DPO: divide ELBOs by the response tokens; trl's sigmoid_norm")
+    length_normalize: bool = key(False, "DPO: divide ELBOs by the real response tokens; trl's sigmoid_norm")
     sft_loss_coef: float = key(0.0, "DPO: weight of the chosen answers' negative ELBO per response token", low=0.0)
     reference: Optional[str] = key(
         None,

@@ -68,15 +68,30 @@ def align(example: Example, block_size: int, eos_id: int, unit: int | None = Non
 
     The fill is trainable where the last token is: a decoder has to produce it. Block size 4, EOS = 0:
 
-        ids        5 6 7 8 9  ->  5 6 7 8 9 0 0 0
+        ids        5 6 7 8 0  ->  5 6 7 8 0 0 0 0
         trainable  0 0 1 1 1  ->  0 0 1 1 1 1 1 1
+        real       0 0 1 1 1  ->  0 0 1 1 1 0 0 0
     """
     size = int(block_of(len(example), block_size, unit or block_size))
     fill = -len(example) % size
     input_ids_T = np.concatenate([example.input_ids_T, np.full(fill, eos_id, np.int32)])
     trainable_T = np.concatenate([example.trainable_T, np.full(fill, fill and example.trainable_T[-1], bool)])
-    # a trace ends with its block and needs no fill
-    return AlignedDocument(example.document_id, input_ids_T, trainable_T, size, example.commit_step_T)
+    eos_T = trainable_T & (input_ids_T == eos_id)
+    # a trace ends with its block and needs no fill: what its decoder wrote there after EOS is fill
+    real_length = _after_first(eos_T) if example.commit_step_T is not None else _before_repeats(eos_T)
+    return AlignedDocument(example.document_id, input_ids_T, trainable_T, size, example.commit_step_T, real_length)
+
+
+def _after_first(eos_T: np.ndarray) -> int:
+    """The length up to and including the first EOS; the whole one without."""
+    return int(eos_T.argmax()) + 1 if eos_T.any() else len(eos_T)
+
+
+def _before_repeats(eos_T: np.ndarray) -> int:
+    """The length without the repetitions of EOS at the end, whether `align` or the record put them there. Earlier ones end
+    the earlier turns of a conversation."""
+    before = int(eos_T[::-1].argmin()) if not eos_T.all() else len(eos_T)  # EOS at the end
+    return len(eos_T) - max(before - 1, 0)
 
 
 class Packer:
@@ -190,9 +205,9 @@ class _Writer:
         size = num_rows * width
         self.input_ids, self.position, self.view, self.block = (np.zeros(size, np.int64) for _ in range(4))
         self.document, self.trunk = (np.full(size, PADDING, np.int64) for _ in range(2))
-        self.targets: list[tuple[np.ndarray, ...]] = []  # (index, ids, t, elbo_weight) a view
+        self.targets: list[tuple[np.ndarray, ...]] = []  # (index, ids, real, t, elbo_weight) a view
         self.columns: dict[str, list[np.ndarray]] = {}  # what views add, at their targets
-        self.per_document: list[tuple[int, int, int]] = []  # (id, response length, number of views)
+        self.per_document: list[tuple[int, ...]] = []  # (id, response length, answer length, number of views)
 
     def start_row(self, row: int) -> None:
         self.cursor = row * self.shape[1]
@@ -206,17 +221,19 @@ class _Writer:
             self._write_document(packed, shared, trunk)
 
     def _write_document(self, packed: PackedDocument, shared: int, trunk: int) -> None:
-        document, clean = packed.document, packed.clean_length
+        document, clean, real_T = packed.document, packed.clean_length, packed.document.real_T
         write = functools.partial(self._write_stream, len(self.per_document), trunk)
         write(0, document.block_size, np.arange(shared, clean), document.input_ids_T[shared:clean])
         for number, view in enumerate(packed.views, start=1):
             index = self.cursor + np.flatnonzero(view.target_P)
-            ids = document.input_ids_T[view.position_P[view.target_P]]
-            self.targets.append((index, ids, view.t_P[view.target_P], view.elbo_weight_P[view.target_P]))
+            position, noise = view.position_P[view.target_P], (view.t_P, view.elbo_weight_P)
+            targets = (index, document.input_ids_T[position], real_T[position])
+            self.targets.append((*targets, *(column_P[view.target_P] for column_P in noise)))
             for name, column_P in view.columns_P.items():
                 self.columns.setdefault(f"{name}_N", []).append(column_P[view.target_P])
             write(number, document.block_size, view.position_P, view.input_ids_P)
-        self.per_document.append((document.document_id, int(document.trainable_T.sum()), len(packed.views)))
+        lengths = int(document.trainable_T.sum()), int(real_T.sum())
+        self.per_document.append((document.document_id, *lengths, len(packed.views)))
 
     def _write_stream(self, document: int, trunk: int, view: int, block_size: int, position_P, input_ids_P) -> None:
         span = slice(self.cursor, self.cursor + len(position_P))
@@ -237,7 +254,8 @@ class _Writer:
         for name, parts in self.columns.items():
             if len(parts) != len(self.targets):
                 raise ValueError(f"column {name}: {len(parts)} of {len(self.targets)} views have it; give it to all")
-        ids, responses, views = torch.tensor(self.per_document, dtype=torch.int64).reshape(-1, 3).unbind(1)
+        per_document = torch.tensor(self.per_document, dtype=torch.int64).reshape(-1, 4)
+        ids, responses, answers, views = per_document.T.contiguous()
         return ViewBatch(
             input_ids_RS=grid(self.input_ids),
             position_ids_RS=grid(self.position),
@@ -247,10 +265,12 @@ class _Writer:
             trunk_RS=grid(self.trunk),
             target_index_N=targets(0, np.int64),
             target_ids_N=targets(1, np.int64),
-            t_N=targets(2, np.float32),
-            elbo_weight_N=targets(3, np.float32),
-            document_id_D=ids.contiguous(),
-            response_length_D=responses.contiguous(),
-            num_views_D=views.contiguous(),
+            real_N=targets(2, np.bool_),
+            t_N=targets(3, np.float32),
+            elbo_weight_N=targets(4, np.float32),
+            document_id_D=ids,
+            response_length_D=responses,
+            answer_length_D=answers,
+            num_views_D=views,
             columns={name: torch.from_numpy(np.concatenate(parts)) for name, parts in self.columns.items()},
         )

@@ -123,8 +123,8 @@ class Gates:
 
 
 def watch_eos(eos_id: int, batch: ViewBatch, scores: TokenScores) -> dict[str, Mean]:
-    """How many of the targets that are EOS the model would have got right."""
-    eos_N = batch.target_ids_N == eos_id
+    """How many of the EOS that end an answer the model would have got right; the fill after them is easy."""
+    eos_N = (batch.target_ids_N == eos_id) & batch.real_N
     return {"eos_hit_rate": Mean((scores.hit_N & eos_N).sum(), eos_N.sum())}
 
 

@@ -26,6 +26,7 @@ from dfactory.engine.window import (
     Measure,
     Objective,
     Source,
+    mean_over_levels,
     micro_loss,
     spread_nonfinite,
     window_counts,
@@ -242,13 +243,13 @@ class Trainer:
         return torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
 
     def evaluate(self, source: Source, measure: Measure) -> dict[str, float]:
-        """Means over all micro-batches of a finite source, over all ranks."""
+        """Means over all micro-batches of a finite source, over all ranks; over mask ratios where they are apart."""
         means = MeanTracker()
         while (window := source.next_window()) is not None:
             for batch in window:
                 moved = batch.to(self.device)
                 means.add(measure(moved, self.score(moved)))
-        return means.reduce(distributed.all_reduce_sum)
+        return mean_over_levels(means.reduce(distributed.all_reduce_sum))
 
 
 def gather_moe_blocks_whole(policy: Policy) -> list[str]:

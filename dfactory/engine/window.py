@@ -11,6 +11,7 @@ divide once more: `micro_loss` multiplies by their number.
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -71,6 +72,8 @@ class MappedSource(Source):
 Measure = Callable[[ViewBatch, TokenScores], dict[str, Mean]]
 """What an evaluation asks of a micro-batch."""
 
+LEVEL = re.compile(r"(.+)_t\d\.\d\d")  # the name of a metric at one mask ratio
+
 
 def window_counts(
     objective: Objective, micro_batches: list[ViewBatch], scores: list[TokenScores | None], all_reduce
@@ -127,15 +130,27 @@ class MeanTracker:
 
 
 def means_by_t(levels: list[float]) -> Measure:
-    """Loss and hit rate of targets, over all of them and at each of the mask ratios `levels`."""
+    """The loss of the targets at each of the mask ratios `levels`, and of the real ones (without the fill) the negative
+    log-likelihood and hit rate. `mean_over_levels` makes one number of each."""
 
     def measure(batch: ViewBatch, scores: TokenScores) -> dict[str, Mean]:
-        parts = {"": torch.ones_like(scores.hit_N)}
-        parts |= {f"_t{level:.2f}": (batch.t_N - level).abs() < 1e-4 for level in levels}
-        means = {}
-        for suffix, here in parts.items():
-            means[f"loss{suffix}"] = Mean(-scores.logprob_N[here].sum(), int(here.sum()))
-            means[f"hit_rate{suffix}"] = Mean(scores.hit_N[here].sum(), int(here.sum()))
+        nll_N, means = -scores.logprob_N, {}
+        for level in levels:
+            here_N = (batch.t_N - level).abs() < 1e-4
+            real_N = here_N & batch.real_N
+            means[f"loss_t{level:.2f}"] = Mean(nll_N[here_N].sum(), here_N.sum())
+            means[f"token_nll_t{level:.2f}"] = Mean(nll_N[real_N].sum(), real_N.sum())
+            means[f"hit_rate_t{level:.2f}"] = Mean(scores.hit_N[real_N].sum(), real_N.sum())
         return means
 
     return measure
+
+
+def mean_over_levels(means: dict[str, float]) -> dict[str, float]:
+    """The same numbers, and for each that is there by mask ratio (`loss_t0.30`) the mean over the ratios (`loss`). Every
+    ratio counts the same, although a view at a high one has more targets."""
+    by_name: dict[str, list[float]] = {}
+    for name, value in means.items():
+        if level := LEVEL.fullmatch(name):
+            by_name.setdefault(level[1], []).append(value)
+    return means | {name: sum(values) / len(values) for name, values in by_name.items()}

@@ -5,11 +5,12 @@
     sigmoid   - (1 - s) log sigmoid(beta delta) - s log sigmoid(- beta delta)                    s = label_smoothing
     robust    (- (1 - s) log sigmoid(beta delta) + s log sigmoid(- beta delta)) / (1 - 2 s)
     hinge     max(0, 1 - beta delta)
-    ipo       (delta - 1 / (2 beta))^2, where each score is divided by its response tokens
+    ipo       (delta - 1 / (2 beta))^2, where each score is divided by its real response tokens
 
 The names and formulas are those of trl 1.16 (DPOTrainer), whose `sigmoid_norm` is sigmoid with `length_normalize` here: the
-scores are divided by the response tokens first. Its `sigmoid` ignores label_smoothing; here that is conservative DPO's, as
-in its `aot`. Its `sft` term is `sft_loss_coef` here: the negative ELBO of the chosen answers over their response tokens.
+scores are divided by the real response tokens first. The fill after EOS is no part of a length.
+Its `sigmoid` ignores label_smoothing; here that is conservative DPO's, as in its `aot`. Its `sft` term is `sft_loss_coef`
+here: the negative ELBO of the chosen answers over the response tokens that it covers, fill included.
 
 Documents 2i and 2i + 1 of a batch are the sides of a pair: they share their noise, and so do policy and reference, whose
 ELBOs are the column `reference_elbo_D`. A pair counts 1; all counts are known before the forward.
@@ -43,21 +44,21 @@ class DPO(Objective):
         elbo_D = elbo(batch, scores.logprob_N)
         score_D = elbo_D - batch.columns["reference_elbo_D"]
         counts = self.counts(batch)
-        loss = {"preference": Mean(self.preference(score_D, batch.response_length_D).sum(), counts["preference"])}
+        loss = {"preference": Mean(self.preference(score_D, batch.answer_length_D).sum(), counts["preference"])}
         if self.sft_loss_coef:
-            loss["sft"] = Mean(-self.sft_loss_coef * elbo_D[0::2].sum(), counts["sft"])
-        metrics = token_metrics(-scores.logprob_N, scores, batch.num_targets)
-        return LossTerms(loss, metrics | self._pair_metrics(elbo_D.detach(), score_D.detach()))
+            loss["sft"] = Mean(-elbo_D[0::2].sum(), counts["sft"])
+        metrics = token_metrics(batch, scores) | self._pair_metrics(elbo_D.detach(), score_D.detach())
+        return LossTerms(loss, metrics, weights={"sft": self.sft_loss_coef})
 
     def measure(self, batch: ViewBatch, scores: TokenScores) -> dict[str, Mean]:
         """What an evaluation reports: `loss` is the preference term alone, also where there is an SFT term."""
         terms = self(batch, scores)
         return terms.metrics | {"loss": terms.loss["preference"]}
 
-    def preference(self, score_D: torch.Tensor, response_length_D: torch.Tensor) -> torch.Tensor:
+    def preference(self, score_D: torch.Tensor, answer_length_D: torch.Tensor) -> torch.Tensor:
         """The loss of each pair."""
         if self.length_normalize or self.loss_type == "ipo":
-            score_D = score_D / response_length_D
+            score_D = score_D / answer_length_D
         delta = score_D[0::2] - score_D[1::2]
         if self.loss_type == "ipo":
             return (delta - 1 / (2 * self.beta)) ** 2
@@ -69,16 +70,22 @@ class DPO(Objective):
         return (1 - s) * right + s * wrong
 
     def _pair_metrics(self, elbo_D: torch.Tensor, score_D: torch.Tensor) -> dict[str, Mean]:
-        """trl's, with ELBOs as logps; and how often the policy alone finds the chosen answer more likely."""
+        """trl's, with ELBOs as logps; and how often the policy alone finds the chosen answer more likely. A tie counts half:
+        a policy that still equals its reference is as good as a guess."""
         reward_D = self.beta * score_D
         chosen, rejected = reward_D[0::2], reward_D[1::2]
         values = {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
-            "rewards/accuracies": chosen > rejected,
+            "rewards/accuracies": _wins(chosen, rejected),
             "logps/chosen": elbo_D[0::2],
             "logps/rejected": elbo_D[1::2],
-            "logps/accuracies": elbo_D[0::2] > elbo_D[1::2],
+            "logps/accuracies": _wins(elbo_D[0::2], elbo_D[1::2]),
         }
         return {name: Mean(value.sum(), len(value)) for name, value in values.items()}
+
+
+def _wins(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """1 where `one` is the larger, 0 where it is the smaller, 1/2 where both are equal."""
+    return ((one - other).sign() + 1) / 2

@@ -73,7 +73,7 @@ class PolicyGradient(Objective):
             gain_U = torch.minimum(ratio_U * advantage_U, clipped_U * advantage_U)
             outside_U = gain_U < ratio_U * advantage_U
         loss = {"policy": Mean(-(gain_U * self._unit_weight(batch)).sum(), counts["policy"])}
-        metrics = token_metrics(-scores.logprob_N, scores, batch.num_targets)
+        metrics = token_metrics(batch, scores)
         metrics["clip_ratio"] = Mean(outside_U.sum(), len(log_ratio_U))
         metrics["ratio_spread"] = Mean(log_ratio_U.detach().abs().sum(), len(log_ratio_U))
         moved_N = scores.logprob_N.detach() - batch.columns["old_logprob_N"]

@@ -241,10 +241,12 @@ def share_out(cost_U: list[int], num_ranks: int) -> list[list[int]]:
 
 
 def rollout_document(scored: ScoredRollout, block_size: int) -> AlignedDocument:
-    """Prompt and response to the end of the last decoded block, which is whole; all of the response is trainable."""
+    """Prompt and response to the end of the last decoded block, which is whole; all of the response is trainable. Behind
+    the answer is fill, whatever the decoder put there."""
     rollout = scored.rollout
     ids = np.array([*rollout.prompt_ids, *rollout.token_ids], np.int32)
     prompt = len(rollout.prompt_ids)
     steps = np.full(len(ids), -1, np.int16)
     steps[prompt:] = rollout.step_in_block
-    return AlignedDocument(scored.group, ids, np.arange(len(ids)) >= prompt, block_size, commit_step_T=steps)
+    real_length = prompt + len(rollout.output_ids)
+    return AlignedDocument(scored.group, ids, np.arange(len(ids)) >= prompt, block_size, steps, real_length)

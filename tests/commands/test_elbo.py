@@ -68,13 +68,13 @@ def test_more_pairs_go_where_the_standard_error_says(data, tmp_path):
 
 def test_errors_by_hand():
     """Two documents of 2 and 4 tokens, two pairs: -4 +- 1 and -12 +- 0."""
-    bounds = Bounds(np.array([0, 1]), np.array([2, 4]), np.array([[-3.0, -5.0], [-12.0, -12.0]]))
+    bounds = Bounds(np.array([0, 1]), np.array([2, 4]), np.array([6, 0]), np.array([[-3.0, -5.0], [-12.0, -12.0]]))
     assert bounds.per_token == pytest.approx(-16 / 6)
     assert bounds.standard_error_D.tolist() == [1.0, 0.0]
     assert bounds.error_of_views == pytest.approx(1 / 6)
     residual = -4 + 2 * 16 / 6
     assert bounds.error_of_documents == pytest.approx(math.sqrt(2 * 2 * residual**2) / 6)
-    alone = Bounds(bounds.document_id_D[:1], bounds.tokens_D[:1], bounds.elbo_DN[:1, :1])
+    alone = Bounds(*(column[:1] for column in bounds[:3]), bounds.elbo_DN[:1, :1])
     assert math.isnan(alone.error_of_views)
     assert math.isnan(alone.error_of_documents)
 

@@ -34,6 +34,36 @@ def test_align_fills_to_whole_blocks(ids, trainable, aligned, marks):
     assert (document.document_id, document.num_blocks) == (1, len(aligned) // 4)
 
 
+@pytest.mark.parametrize(
+    "ids, trainable, steps, real",
+    [
+        ([5, 6, 7, 8, 0], [0, 0, 1, 1, 1], None, [2, 3, 4]),  # up to and including EOS
+        ([5, 0, 7, 5, 8, 0], [0, 1, 0, 0, 1, 1], None, [1, 4, 5]),  # turns that EOS ends
+        ([5, 6, 7, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1], None, [2, 3]),  # filled where the record was made
+        ([5, 0, 0, 0], [0, 0, 1, 1], None, [2]),  # a prompt that ends with EOS, an empty answer
+        ([0, 0, 0, 0], [1, 1, 1, 1], None, [0]),
+        ([5, 6, 7, 0, 8, 0, 9, 9], [0, 0, 1, 1, 1, 1, 1, 1], [-1, -1, 0, 1, 2, 3, 4, 4], [2, 3]),  # a trace goes on
+        ([5, 6, 7, 8, 8, 8, 9, 9], [0, 0, 1, 1, 1, 1, 1, 1], None, [2, 3, 4, 5, 6, 7]),  # cut before its end
+    ],
+)
+def test_real_tokens_are_the_same_in_blocks_of_any_size(ids, trainable, steps, real):
+    record = dataclasses.replace(example(ids, trainable), commit_step_T=steps and np.array(steps, np.int16))
+    sizes = [1, 2, 4, 8, 16, 32] if ids[-1] == EOS or not steps else [8]
+    for block_size in sizes:
+        document = align(record, block_size, EOS)
+        if ids[-1] != EOS and block_size > len(ids):
+            real_here = [*real, len(ids)]  # the EOS that ends it comes from the fill
+        else:
+            real_here = real
+        assert np.flatnonzero(document.real_T).tolist() == real_here
+        everything = np.arange(len(document.input_ids_T), dtype=np.int32)
+        view = View(everything, document.input_ids_T, document.trainable_T, *[np.ones(len(everything), np.float32)] * 2)
+        batch = collate([[PackedDocument(document, [view])]], block_size)
+        assert batch.answer_length_D.tolist() == [len(real_here)]
+        assert batch.position_ids_RS.flatten()[batch.target_index_N[batch.real_N]].tolist() == real_here
+        assert batch.response_length_D.tolist() == [int(document.trainable_T.sum())]
+
+
 def test_a_document_shorter_than_a_block_is_one_block():
     """Filled to a multiple of `unit` only; a longer one has whole blocks, and no block is smaller than asked for."""
     ids = [5, 6, 7, 8, 1]
@@ -258,11 +288,11 @@ def test_rows_without_documents_are_padding():
 
 def test_types():
     batch = collate([[FIRST], []], block_size=2)
-    floats = {"t_N", "elbo_weight_N"}
+    others = {"t_N": torch.float32, "elbo_weight_N": torch.float32, "real_N": torch.bool}
     for name, value in vars(batch).items():
         if name == "columns":
             continue
-        assert value.dtype == (torch.float32 if name in floats else torch.int64), name
+        assert value.dtype == others.get(name, torch.int64), name
 
 
 def test_a_row_that_does_not_fit():

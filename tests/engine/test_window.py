@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dfactory.engine.window import MeanTracker, means_by_t, micro_loss, window_counts
+from dfactory.engine.window import MeanTracker, mean_over_levels, means_by_t, micro_loss, window_counts
 from dfactory.types import LossTerms, Mean, Objective, TokenScores
 
 NLL = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
@@ -68,18 +68,29 @@ def test_means_are_divided_after_they_are_summed():
 
 
 def test_means_by_t():
-    hits = torch.tensor([True, False, True])
-    logprob = torch.tensor([-1.0, -3.0, -5.0])
-    scores = TokenScores(logprob, torch.zeros(3), hits, torch.zeros(3, dtype=torch.long), logprob)
-    batch = SimpleNamespace(t_N=torch.tensor([0.1, 0.3, 0.3]))
+    """At t = 0.1 one target, at 0.3 two real ones and one of fill, at 0.9 none. A mean over levels counts each the same."""
+    hits = torch.tensor([True, False, True, True])
+    logprob = torch.tensor([-1.0, -3.0, -5.0, -0.4])
+    scores = TokenScores(logprob, torch.zeros(4), hits, torch.zeros(4, dtype=torch.long), logprob)
+    batch = SimpleNamespace(t_N=torch.tensor([0.1, 0.3, 0.3, 0.3]), real_N=torch.tensor([True, True, True, False]))
     means = means_by_t([0.1, 0.3, 0.9])(batch, scores)
-    assert {name: (mean.total.item(), mean.count) for name, mean in means.items()} == {
-        "loss": (9.0, 3),
-        "hit_rate": (2, 3),
+    assert {name: (mean.total.item(), int(mean.count)) for name, mean in means.items()} == {
         "loss_t0.10": (1.0, 1),
+        "token_nll_t0.10": (1.0, 1),
         "hit_rate_t0.10": (1, 1),
-        "loss_t0.30": (8.0, 2),
+        "loss_t0.30": (pytest.approx(8.4), 3),
+        "token_nll_t0.30": (8.0, 2),
         "hit_rate_t0.30": (1, 2),
         "loss_t0.90": (0.0, 0),
+        "token_nll_t0.90": (0.0, 0),
         "hit_rate_t0.90": (0, 0),
+    }
+    tracker = MeanTracker()
+    tracker.add(means)
+    told = mean_over_levels(tracker.reduce(lambda table: None) | {"entropy_total": 7.0})
+    assert {name: value for name, value in told.items() if not name[-1].isdigit()} == {
+        "loss": pytest.approx((1.0 + 2.8) / 2),
+        "token_nll": pytest.approx((1.0 + 4.0) / 2),
+        "hit_rate": pytest.approx((1 + 0.5) / 2),
+        "entropy_total": 7.0,
     }

@@ -9,6 +9,7 @@ import torch
 
 from dfactory.config.load import load_recipe
 from dfactory.data.pack import PackedDocument, collate
+from dfactory.engine.window import micro_loss
 from dfactory.errors import ConfigError
 from dfactory.models.registry import load_policy
 from dfactory.objectives.dpo import DPO
@@ -27,8 +28,9 @@ TRL_TYPES = {
 }
 
 
-def pairs(reference_D, target_document_N, response_length_D, t=0.5, num_views=2) -> ViewBatch:
-    """Documents 0, 1, ... side by side in one row, of four positions each; targets are given by their documents."""
+def pairs(reference_D, target_document_N, answer_length_D, t=0.5, num_views=2, fill=0) -> ViewBatch:
+    """Documents 0, 1, ... side by side in one row, of four positions each; targets are given by their documents. After each
+    answer the loss covers `fill` tokens more."""
     documents, targets = len(reference_D), len(target_document_N)
     zeros = torch.zeros(1, 4 * documents, dtype=torch.long)
     document_RS = torch.arange(documents).repeat_interleave(4)[None]
@@ -41,10 +43,12 @@ def pairs(reference_D, target_document_N, response_length_D, t=0.5, num_views=2)
         trunk_RS=document_RS,
         target_index_N=4 * torch.tensor(target_document_N, dtype=torch.long),
         target_ids_N=torch.zeros(targets, dtype=torch.long),
+        real_N=torch.ones(targets, dtype=torch.bool),
         t_N=torch.full((targets,), t),
         elbo_weight_N=torch.full((targets,), 1 / t),
         document_id_D=torch.arange(documents) // 2,
-        response_length_D=torch.tensor(response_length_D),
+        response_length_D=torch.tensor(answer_length_D) + fill,
+        answer_length_D=torch.tensor(answer_length_D),
         num_views_D=torch.full((documents,), num_views),
         columns={"reference_elbo_D": torch.tensor(reference_D)},
     )
@@ -57,7 +61,8 @@ def scores(logprob_N: list[float]) -> TokenScores:
 
 
 # Two views at t = 0.5, of weight 2, so the ELBO is the sum of the document's log-probabilities: -3 and -7.
-FOUR = pairs([-4.0, -5.0], [0, 0, 1, 1], [2, 4])
+FILL = 3
+FOUR = pairs([-4.0, -5.0], [0, 0, 1, 1], [2, 4], fill=FILL)
 SCORES = scores([-1.0, -2.0, -3.0, -4.0])
 
 
@@ -92,8 +97,11 @@ def test_metrics_by_hand():
             "logps/accuracies": 1.0,
         }
     )
-    assert terms.loss["sft"].total.item() == pytest.approx(0.5 * 3)  # of the chosen answer
-    assert terms.loss["sft"].count == 2  # its response tokens
+    assert terms.loss["sft"].total.item() == pytest.approx(3)  # of the chosen answer, logged without its coefficient
+    assert terms.loss["sft"].count == 2 + FILL  # its response tokens
+    assert terms.weights == {"sft": 0.5}
+    loss = micro_loss(terms, {"preference": 1.0, "sft": 2.0 + FILL}, 1).item()
+    assert loss == pytest.approx(preference(DPO()) + 0.5 * 3 / (2 + FILL))
     assert not any(mean.total.requires_grad for mean in terms.metrics.values())
 
 
@@ -106,13 +114,14 @@ def test_gradient_pulls_the_sides_apart():
 
 @pytest.mark.parametrize("objective", [DPO(sft_loss_coef=1.0), *TRL_TYPES.values()])
 def test_policy_equal_to_reference(objective):
-    """Margins are exactly 0, the sigmoid's loss is log 2, and the gradient is finite."""
+    """Margins are exactly 0, accuracy is that of a guess, the sigmoid's loss is log 2, and the gradient is finite."""
     given = scores([-0.3, -2.7, -31.4, -0.1])
     batch = pairs([0.0, 0.0], [0, 0, 1, 1], [2, 4], t=0.3, num_views=3)
     batch = batch.with_columns(reference_elbo_D=elbo(batch, given.logprob_N).detach())
     terms = objective(batch, given)
-    for name in ("chosen", "rejected", "margins", "accuracies"):
+    for name in ("chosen", "rejected", "margins"):
         assert terms.metrics[f"rewards/{name}"].total.item() == 0
+    assert terms.metrics["rewards/accuracies"].total.item() == 0.5  # of one pair
     if objective.loss_type in ("sigmoid", "robust"):
         assert terms.loss["preference"].total.item() == pytest.approx(math.log(2))
     sum(mean.total for mean in terms.loss.values()).backward()

@@ -2,11 +2,15 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
+from dfactory.data.pack import PackedDocument, align, collate
+from dfactory.engine.gates import watch_eos
 from dfactory.objectives.sft import SFT
-from dfactory.types import TokenScores, ViewBatch
+from dfactory.types import Example, TokenScores, ViewBatch
+from dfactory.views import RandomMask
 
 
 def batch() -> ViewBatch:
@@ -22,10 +26,12 @@ def batch() -> ViewBatch:
         trunk_RS=zeros,
         target_index_N=torch.tensor([4, 5, 10, 11]),
         target_ids_N=index,
+        real_N=torch.ones(4, dtype=torch.bool),
         t_N=torch.full((4,), 0.5),
         elbo_weight_N=torch.full((4,), 2.0),
         document_id_D=torch.tensor([17]),
         response_length_D=torch.tensor([4]),
+        answer_length_D=torch.tensor([4]),
         num_views_D=torch.tensor([2]),
     )
 
@@ -65,6 +71,29 @@ def test_metrics_carry_no_gradient():
         "entropy": (3.0, 4),
     }
     assert not any(mean.total.requires_grad for mean in metrics.values())
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4, 8, 16, 32])
+def test_metrics_do_not_depend_on_the_fill(block_size):
+    """A prompt of 3, an answer of 4 with EOS: a model that knows all of the fill and nothing of the answer has learnt
+    nothing, in blocks of any size. The loss covers the fill all the same."""
+    example = Example(1, np.array([7, 7, 7, 5, 6, 5, 0], np.int32), np.arange(7) >= 3)
+    document = align(example, block_size, eos_id=0)
+    views = RandomMask(9, seed=0, low=0.5, high=0.5, complementary=True)(document, 0)
+    filled = collate([[PackedDocument(document, views)]], block_size)
+    in_fill_N = filled.position_ids_RS.flatten()[filled.target_index_N] >= 7
+    nothing_N = torch.zeros_like(in_fill_N)
+    scores = TokenScores(
+        torch.where(in_fill_N, -0.01, -2.0), torch.where(in_fill_N, 0.0, 1.5), in_fill_N, *[nothing_N] * 2
+    )
+    terms = SFT(editing_mask_id=9)(filled, scores)
+    told = {name: float(mean.total / mean.count) for name, mean in terms.metrics.items() if mean.count}
+    assert told == {
+        "token_nll": 2.0, "hit_rate": 0.0, "entropy": 1.5, "token_nll_masked": 2.0, "hit_rate_masked": 0.0
+    }  # fmt: skip
+    assert "eos_hit_rate" in watch_eos(0, filled, scores)
+    assert float(watch_eos(0, filled, scores)["eos_hit_rate"].total) == 0
+    assert terms.loss["nll"].count == len(document.input_ids_T) - 3
 
 
 def test_kinds_of_targets():

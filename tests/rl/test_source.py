@@ -217,6 +217,15 @@ def test_the_old_log_probabilities_are_those_of_the_policy_now():
         assert batch.columns["old_logprob_N"].tolist() == (-batch.target_ids_N.float()).tolist()
 
 
+def test_real_tokens_of_a_rollout_end_with_its_answer():
+    """What the decoder wrote after EOS, or after max_new_tokens, is fill."""
+    for answer in (1, 4, 10):
+        scored = dataclasses.replace(
+            ROLLOUTS[1], rollout=dataclasses.replace(ROLLOUTS[1].rollout, output_ids=list(range(answer)))
+        )
+        assert np.flatnonzero(rollout_document(scored, BLOCK).real_T).tolist() == list(range(6, 6 + answer))
+
+
 def test_a_rollout_as_a_document():
     document = rollout_document(ROLLOUTS[1], BLOCK)
     assert document.trainable_T.tolist() == [False] * 6 + [True] * 10
