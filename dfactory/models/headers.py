@@ -23,6 +23,11 @@ INDEX = f"{WEIGHTS}.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors spells them
 
 SHOWN = 8  # problems that a message spells out
+MOST_HEADER_BYTES = 16 * 2**20  # of all weight files together: some 150,000 tensors; the 100B model has 25,000
+MOST_INDEX_BYTES = 16 * 2**20
+
+_LAYER = re.compile(r"\blayers\.(\d{1,9})\.")
+_EXPERT = re.compile(r"\bexperts\.(\d{1,9})\.")
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -37,6 +42,8 @@ def weight_files(model_dir: Path) -> list[Path]:
             f"{model_dir} holds neither {WEIGHTS} nor {INDEX}: weights are read from safetensors only; "
             "to start from random weights set init_weights=random"
         )
+    if index.stat().st_size > MOST_INDEX_BYTES:
+        raise CheckpointError(f"{index} has {index.stat().st_size:,} bytes: an index has {MOST_INDEX_BYTES:,} at most")
     try:
         names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
@@ -62,6 +69,7 @@ def read_shapes(model_dir: Path) -> Shapes:
     shapes: Shapes = {}
     files = weight_files(model_dir)
     check_sizes(model_dir, [file.name for file in files])
+    refuse_large_headers(files)
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -69,6 +77,31 @@ def read_shapes(model_dir: Path) -> Shapes:
         except (SafetensorError, OSError) as problem:
             raise CheckpointError(f"{file} is not a whole safetensors file: {problem}; copy it anew") from problem
     return shapes
+
+
+def refuse_large_headers(files: list[Path]) -> None:
+    """Raise CheckpointError where headers name more tensors than any model has, without reading them."""
+    total = 0
+    for file in files:
+        with file.open("rb") as stream:
+            stated = int.from_bytes(stream.read(8), "little")  # the length of the header: so a file begins
+        total += stated if stated <= file.stat().st_size else 0  # safetensors refuses one that is cut short
+        if total > MOST_HEADER_BYTES:
+            raise CheckpointError(
+                f"{file} states a header of {total:,} bytes: those of a model have {MOST_HEADER_BYTES:,} at most, all "
+                "files together; it is damaged, or no model"
+            )
+
+
+def check_counts(model_dir: Path, found: Shapes, layers: int, experts: int) -> None:
+    """Raise CheckpointError where config.json states more layers or experts than the files hold: before a model of that
+    size is built. `experts` counts where experts are stored one by one."""
+    for what, pattern, stated in (("num_hidden_layers", _LAYER, layers), ("num_experts", _EXPERT, experts)):
+        stored = {match[1] for name in found if (match := pattern.search(name))}
+        if stored and stated > len(stored):
+            raise CheckpointError(
+                f"{model_dir} does not fit its config.json: {what} is {stated:,}, but the weights hold {len(stored):,}"
+            )
 
 
 def open_tensors(model_dir: Path) -> dict[str, safe_open]:

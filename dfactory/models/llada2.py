@@ -27,26 +27,10 @@ from transformers.core_model_loading import (
     WeightRenaming,
 )
 
-from dfactory.errors import CheckpointError
-
 # Original keys that say the same as a Glm4Moe key of another name.
 _RENAMED_KEYS = {
     "num_experts": "n_routed_experts",
     "num_shared_experts": "n_shared_experts",
-}
-
-# Original keys with the only value that the Glm4Moe modules compute; another one would silently be another model.
-_FIXED_KEYS = {
-    "use_bias": False,
-    "use_qkv_bias": False,
-    "use_sliding_window": False,
-    "norm_head": False,
-    "norm_softmax": False,
-    "router_dtype": "fp32",
-    "score_function": "sigmoid",
-    "rope_scaling": None,
-    "embedding_dropout": 0.0,
-    "output_dropout": 0.0,
 }
 
 # What the family's configuration means where config.json is silent and Glm4Moe's own default differs.
@@ -56,14 +40,11 @@ _STACKED_NAME = re.compile(r"\.mlp\.experts\.gate_proj$")  # a tensor name that 
 
 
 class LLaDA2MoeConfig(Glm4MoeConfig):
-    """Reads config.json as the LLaDA2 checkpoints have it. Raises CheckpointError on a key that asks for more."""
+    """Reads config.json as the LLaDA2 checkpoints have it; `config_keys` has refused a key that asks for more."""
 
     model_type = "llada2_moe"
 
     def __init__(self, **keys: Any):
-        for name, value in _FIXED_KEYS.items():
-            if keys.get(name, value) != value:
-                raise CheckpointError(f"config.json: {name} {keys[name]!r} is not supported, only {value!r} is")
         keys = _DEFAULTS | keys
         translated = {_RENAMED_KEYS.get(name, name): value for name, value in keys.items()}
         rotary = {name: float(translated.pop(name)) for name in ("rope_theta", "partial_rotary_factor")}

@@ -22,8 +22,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dfactory.errors import CheckpointError, ConfigError
-from dfactory.models import attention, experts, llada2
-from dfactory.models.headers import Shapes, check_shapes, is_plain_name, read_shapes
+from dfactory.models import attention, config_keys, experts, llada2
+from dfactory.models.headers import Shapes, check_counts, check_shapes, is_plain_name, read_shapes
 from dfactory.models.policy import Policy
 from dfactory.models.saving import GENERATION_CONFIG
 from dfactory.models.tiny import TINY_DIR
@@ -31,18 +31,21 @@ from dfactory.models.tiny import TINY_DIR
 LLADA2_BLOCK_SIZE = 32
 ADAPTER_CONFIG = "adapter_config.json"  # peft's mark of a directory that holds adapters only
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MOST_JSON_BYTES = 2**20  # of config.json and its like
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What has to be known of a model family beyond what transformers knows."""
 
+    keys: config_keys.Rules  # of config.json: what its modules compute
     moe_blocks: tuple[str, ...] = ()  # module classes that ZeRO-3 gathers whole, because routing picks their children
     autoep: Mapping[str, Any] | None = None  # what DeepSpeed's AutoEP has to know of them; names as in transformers
     architectures: tuple[str, ...] = ()  # of config.json, where other models share the model_type; empty: any
 
 
 _LLADA2 = Family(
+    keys=config_keys.LLADA2,
     moe_blocks=("Glm4MoeMoE",),
     autoep={
         "moe_layer_pattern": r"model\.layers\.\d+\.mlp",
@@ -59,9 +62,9 @@ FAMILIES: dict[str, Family] = {
     "llada21_moe": _LLADA2,
     "llada2_moe_veomni": _LLADA2,
     "bailing_moe": dataclasses.replace(_LLADA2, architectures=("BailingMoeV2ForCausalLM",)),  # Ling 2.0
-    "qwen3": Family(),
-    "qwen3_moe": Family(moe_blocks=("Qwen3MoeSparseMoeBlock",)),
-    "llama": Family(),
+    "qwen3": Family(config_keys.QWEN3),
+    "qwen3_moe": Family(config_keys.QWEN3_MOE, moe_blocks=("Qwen3MoeSparseMoeBlock",)),
+    "llama": Family(config_keys.LLAMA),
 }
 
 llada2.register()
@@ -109,17 +112,16 @@ def read_config(model_dir: Path) -> PreTrainedConfig:
         raise ConfigError(
             f"architectures {architectures} in {file}: of model_type {model_type} only {', '.join(known)} is known"
         )
-    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
-    if getattr(config, "use_sliding_window", False):
-        raise ConfigError(
-            f"use_sliding_window in {file}: block diffusion attends to the whole clean past; set it to false"
-        )
-    if getattr(config, "attention_dropout", 0):
-        raise ConfigError(f"attention_dropout {config.attention_dropout} in {file} is not supported: set it to 0")
-    return config
+    config_keys.check_keys(file, keys, FAMILIES[model_type].keys)
+    try:
+        return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    except (ValueError, TypeError) as problem:
+        raise CheckpointError(f"{file} is refused by transformers: {problem}") from problem
 
 
 def _read_object(file: Path) -> dict[str, Any]:
+    if file.stat().st_size > MOST_JSON_BYTES:
+        raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes: at most {MOST_JSON_BYTES:,} are read")
     try:
         keys = json.loads(file.read_text())
     except (ValueError, RecursionError) as problem:
@@ -220,6 +222,7 @@ def _read(model_dir: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreT
 def check_tensors(model_dir: Path, config: PreTrainedConfig) -> Shapes:
     """Compare the weight files' headers with what config.json asks for; no weight is read. Raises CheckpointError."""
     shapes = read_shapes(model_dir)
+    check_counts(model_dir, shapes, config.num_hidden_layers, getattr(config, "num_local_experts", 0))
     model = meta_model(config)
     _save_as_read(model, shapes)
     check_shapes(model_dir, shapes, model)

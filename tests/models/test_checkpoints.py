@@ -287,28 +287,6 @@ def test_directories_that_are_no_models(golden, tmp_path):
         load_policy(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("use_bias", True),
-        ("use_qkv_bias", True),
-        ("score_function", "softmax"),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("use_sliding_window", True),
-    ],
-)
-def test_a_config_that_asks_for_other_arithmetic_is_refused(write_model, key, value):
-    with pytest.raises(CheckpointError, match=key):
-        load_policy(write_model(golden_tensors(), **{key: value}))
-
-
-def test_dropout_and_sliding_windows_of_other_families_are_refused(random_policy):
-    with pytest.raises(ConfigError, match=r"attention_dropout 0\.1"):
-        random_policy("llama", attention_dropout=0.1)
-    with pytest.raises(ConfigError, match="use_sliding_window"):
-        random_policy("qwen3", use_sliding_window=True)
-
-
 # --- Ling 2.0: LLaDA2's architecture, autoregressive ------------------------------------------------------------------
 
 LING = {"model_type": "bailing_moe", "architectures": ["BailingMoeV2ForCausalLM"]}

@@ -1,7 +1,11 @@
 """Model directories that want to run code, or to have files read and copied that are not theirs."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,4 +152,82 @@ def test_adapters_of_themselves_are_refused(tmp_path):
 def test_json_that_is_no_object(name, read, text, model):
     (model / name).write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(CheckpointError, match=rf"{name} is not a JSON object"):
+        read(model)
+
+
+def shapes_file(file: Path, count: int) -> None:
+    """A safetensors file whose header names so many empty tensors."""
+    entries = {f"model.layers.{n}.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(count)}
+    header = json.dumps(entries).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+MEASURED = """
+import json, resource, sys, time
+from dfactory.errors import DFactoryError
+from dfactory.models.registry import load_policy
+from tests.models.conftest import GOLDEN_DIR
+
+def megabytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+load_policy(GOLDEN_DIR / "llada2_tiny")
+for directory in sys.argv[1:]:
+    before, started, said = megabytes(), time.process_time(), "loaded"
+    try:
+        load_policy(directory)
+    except DFactoryError as problem:
+        said = str(problem)[:300]
+    print(json.dumps([said, time.process_time() - started, megabytes() - before]))
+"""
+
+TOO_LARGE = [  # keys of config.json, what is said
+    ({"num_hidden_layers": 10**7}, "num_hidden_layers 10000000 in .* a whole number from 1 to 1,000"),
+    ({"num_hidden_layers": 1_000}, "num_hidden_layers is 1,000, but the weights hold 3"),
+    ({"num_experts": 10**7}, "num_experts 10000000 in .* a whole number from 1 to 10,000"),
+    ({"num_experts": 10_000}, "num_experts is 10,000, but the weights hold 16"),
+    ({"num_attention_heads": 0}, "num_attention_heads 0 in "),
+    ({"hidden_size": 10**6, "vocab_size": 10**7}, "has shape .*, not "),
+]
+
+
+@pytest.mark.slow
+def test_sizes_are_compared_with_the_weights_before_anything_is_built(model, tmp_path):
+    """Peak memory and time of each refusal, in a process of their own."""
+    directories = [Path(shutil.copytree(model, tmp_path / str(n))) for n in range(len(TOO_LARGE) + 2)]
+    for directory, (keys, _) in zip(directories, TOO_LARGE, strict=False):
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | keys))
+    bomb, full = directories[-2:]
+    shapes_file(bomb / "model.safetensors", 600_000)
+    shapes_file(full / "model.safetensors", 150_000)  # as many as are read
+    command = [sys.executable, "-c", MEASURED, *map(str, directories)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    expected = [said for _, said in TOO_LARGE] + [
+        "states a header of .* bytes: those of a model have 16,777,216 at most"
+    ]
+    for (said, seconds, megabytes), wanted in zip(found[:-1], expected, strict=True):
+        assert re.search(wanted, said), said
+        assert seconds < 2, said
+        assert megabytes < 100, said
+    said, seconds, megabytes = found[-1]
+    assert "does not fit its config.json: missing tensor" in said
+    assert seconds < 10
+    assert megabytes < 1_000
+
+
+@pytest.mark.parametrize(
+    "name, read",
+    [
+        ("config.json", load_policy),
+        ("generation_config.json", trained_block_size),
+        ("model.safetensors.index.json", load_policy),
+    ],
+)
+def test_json_of_a_bomb_is_refused_unread(name, read, model):
+    (model / "model.safetensors").unlink()
+    (model / name).write_bytes(b'{"x": [' + b"[]," * 7_000_000 + b"[]]}")
+    with pytest.raises(CheckpointError, match=rf"{name} has 21,000,0\d\d bytes: "):
         read(model)

@@ -1,0 +1,223 @@
+"""Which keys of a config.json each family computes: everything else is refused by name.
+
+A key that nobody reads is a model that nobody trained: `expert_capacity` read past is another router. So this is a list of
+what is known, not of what is forbidden. A known key either has no part in the arithmetic (BOOKKEEPING), or a rule that says
+which of its values the family's modules compute. A key that is null counts as absent.
+
+Sizes are bounded, because a model is built on the meta device before any weight is read: that takes no memory for
+parameters, but time and Python objects for layers.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dfactory.errors import CheckpointError
+
+
+class Rule(NamedTuple):
+    """What a key's value has to be."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+Rules = Mapping[str, Rule]
+
+
+def only(*values: Any) -> Rule:
+    return Rule(lambda value: value in values, f"only {' or '.join(map(repr, values))} is supported")
+
+
+def size(most: int = 10**6, least: int = 1) -> Rule:
+    return Rule(lambda v: type(v) is int and least <= v <= most, f"it must be a whole number from {least} to {most:,}")
+
+
+def _is_static_rope(value: Any) -> bool:
+    """Rotation whose frequencies do not depend on how long a row happens to be."""
+    return isinstance(value, dict) and value.get("rope_type", value.get("type", "default")) in STATIC_ROPES
+
+
+STATIC_ROPES = ("default", "linear", "llama3", "yarn")
+SWITCH = Rule(lambda value: isinstance(value, bool), "it must be true or false")
+POSITIVE = Rule(
+    lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf,
+    "it must be a number above 0",
+)
+ROPE = Rule(_is_static_rope, f"its rope_type must be one of {', '.join(STATIC_ROPES)}")
+DEFAULT_ROPE = Rule(lambda v: isinstance(v, dict) and v.get("rope_type") == "default", "its rope_type must be default")
+FULL_ATTENTION = Rule(
+    lambda value: isinstance(value, list) and set(value) <= {"full_attention"},
+    "block diffusion attends to the whole clean past: only full_attention is supported",
+)
+LAYERS = Rule(
+    lambda value: isinstance(value, list) and all(type(layer) is int for layer in value), "it must be a list of layers"
+)
+NO_WINDOW = Rule(lambda value: value is False, "block diffusion attends to the whole clean past: set it to false")
+
+# Of transformers, of training elsewhere, and defaults of generation: without a part in the arithmetic.
+_BOOKKEEPING = """
+architectures auto_map model_type dtype torch_dtype transformers_version _name_or_path name_or_path _commit_hash
+_attn_implementation attn_implementation _attn_implementation_autoset _experts_implementation torchscript
+use_cache initializer_range gradient_checkpointing use_bfloat16 tf_legacy_loss unsloth_fixed unsloth_version
+bos_token_id eos_token_id sep_token_id cls_token_id unk_token_id mask_token_id decoder_start_token_id tokenizer_class
+output_attentions output_hidden_states output_router_logits output_scores return_dict return_dict_in_generate
+id2label label2id problem_type finetuning_task task_specific_params prefix is_decoder
+router_aux_loss_coef aux_loss_alpha seq_aux mtp_loss_scaling_factor max_position_embeddings max_window_layers
+block_size temperature top_k top_p typical_p do_sample num_beams num_beam_groups diversity_penalty early_stopping
+length_penalty repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size max_length min_length
+num_return_sequences bad_words_ids suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id
+remove_invalid_values exponential_decay_length_penalty
+"""
+BOOKKEEPING = frozenset(_BOOKKEEPING.split())
+
+_DECODER = {
+    "vocab_size": size(10**7),
+    "hidden_size": size(),
+    "intermediate_size": size(),
+    "num_hidden_layers": size(1_000),
+    "num_attention_heads": size(10_000),
+    "num_key_value_heads": size(10_000),
+    "head_dim": size(10_000),
+    "hidden_act": only("silu"),
+    "rms_norm_eps": POSITIVE,
+    "rope_theta": POSITIVE,
+    "tie_word_embeddings": SWITCH,
+    "pad_token_id": size(10**7, least=-1),
+    "attention_dropout": only(0.0),
+    "is_encoder_decoder": only(False),
+    "add_cross_attention": only(False),
+    "tie_encoder_decoder": only(False),
+    "chunk_size_feed_forward": only(0),
+    "pruned_heads": only({}),
+}
+
+LLAMA: Rules = _DECODER | {
+    "rope_scaling": ROPE,
+    "rope_parameters": ROPE,
+    "attention_bias": SWITCH,
+    "mlp_bias": SWITCH,
+    "pretraining_tp": only(1),
+    "partial_rotary_factor": only(1.0),
+}
+
+QWEN3: Rules = _DECODER | {
+    "rope_scaling": ROPE,
+    "rope_parameters": ROPE,
+    "attention_bias": SWITCH,
+    "partial_rotary_factor": only(1.0),
+    "use_sliding_window": NO_WINDOW,
+    "sliding_window": size(10**9),  # without use_sliding_window nobody reads it
+    "layer_types": FULL_ATTENTION,
+}
+
+_MOE = {
+    "num_experts": size(10_000),
+    "num_experts_per_tok": size(10_000),
+    "moe_intermediate_size": size(),
+    "norm_topk_prob": SWITCH,
+}
+
+QWEN3_MOE: Rules = (
+    QWEN3
+    | _MOE
+    | {
+        "num_local_experts": size(10_000),  # as transformers writes num_experts
+        "decoder_sparse_step": size(1_000),
+        "mlp_only_layers": LAYERS,
+    }
+)
+
+LLADA2: Rules = (
+    _DECODER
+    | _MOE
+    | {
+        "n_routed_experts": size(10_000),  # as transformers calls num_experts
+        "num_shared_experts": size(1_000),
+        "n_shared_experts": size(1_000),
+        "n_group": size(10_000),
+        "topk_group": size(10_000),
+        "routed_scaling_factor": POSITIVE,
+        "first_k_dense_replace": size(1_000, least=0),
+        "num_nextn_predict_layers": size(1_000, least=0),
+        "mtp_layers_left_out": size(1_000, least=0),  # in configs that transformers wrote of ours
+        "num_mtp_layers": size(1_000, least=0),
+        "partial_rotary_factor": POSITIVE,
+        "rope_parameters": DEFAULT_ROPE,
+        "rope_scaling": only(None),
+        "use_qk_norm": SWITCH,
+        "use_rmsnorm": only(True),
+        "use_bias": only(False),
+        "use_qkv_bias": only(False),
+        "attention_bias": only(False),
+        "use_sliding_window": NO_WINDOW,
+        "sliding_window": size(10**9),
+        "norm_head": only(False),
+        "norm_softmax": only(False),
+        "router_dtype": only("fp32"),
+        "score_function": only("sigmoid"),
+        "moe_router_enable_expert_bias": only(True),
+        "embedding_dropout": only(0.0),
+        "output_dropout": only(0.0),
+    }
+)
+
+
+def check_keys(file: Path, keys: Mapping[str, Any], rules: Rules) -> None:
+    """Raise CheckpointError for a key that the family does not know, a value that it does not compute, and sizes that do
+    not go together."""
+    stated = {name: value for name, value in keys.items() if value is not None}
+    for name, value in stated.items():
+        rule = rules.get(name)
+        if rule is None and name not in BOOKKEEPING:
+            raise CheckpointError(
+                f"{name} {_shown(value)} in {file}: model_type {keys.get('model_type')} has no such key here, and it may "
+                "change what the model computes; remove it if it does not"
+            )
+        if rule is not None and not rule.holds(value):
+            raise CheckpointError(f"{name} {_shown(value)} in {file} is not supported: {rule.words}")
+    for holds, words in _RELATIONS:
+        if not holds(_Sizes(stated)):
+            raise CheckpointError(
+                f"{words} in {file}: {_shown({k: stated.get(k) for k in words.split() if k in rules})}"
+            )
+
+
+class _Sizes(dict):
+    """Stated sizes; a relation with one that is not stated holds."""
+
+    def has(self, *names: str) -> bool:
+        return all(name in self for name in names)
+
+
+def _related(*names: str, holds: Callable[..., bool]) -> Callable[[_Sizes], bool]:
+    return lambda sizes: not sizes.has(*names) or holds(*(sizes[name] for name in names))
+
+
+_RELATIONS: list[tuple[Callable[[_Sizes], bool], str]] = [
+    (
+        _related("num_attention_heads", "num_key_value_heads", holds=lambda heads, keys: heads % keys == 0),
+        "num_attention_heads is no multiple of num_key_value_heads",
+    ),
+    (
+        _related("hidden_size", "num_attention_heads", holds=lambda hidden, heads: heads <= hidden),
+        "num_attention_heads exceeds hidden_size",
+    ),
+    (_related("head_dim", holds=lambda head: head % 2 == 0), "head_dim is odd, and rotation needs pairs"),
+    (
+        _related("num_experts", "num_experts_per_tok", holds=lambda experts, chosen: chosen <= experts),
+        "num_experts_per_tok exceeds num_experts",
+    ),
+    (
+        _related("num_experts", "n_group", holds=lambda experts, groups: experts % groups == 0),
+        "num_experts is no multiple of n_group",
+    ),
+    (_related("n_group", "topk_group", holds=lambda groups, kept: kept <= groups), "topk_group exceeds n_group"),
+    (_related("pad_token_id", "vocab_size", holds=lambda pad, size: pad < size), "pad_token_id is no id of vocab_size"),
+]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
