@@ -8,8 +8,9 @@ across block sizes. Real tokens are those that are trained on, up to and includi
 """
 
 import argparse
+import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +25,9 @@ from dfactory.config.data import DatasetKeys
 from dfactory.config.decode import DecodeKeys
 from dfactory.console import plain_console
 from dfactory.data.examples import Examples, load_examples
-from dfactory.data.source import RecordSource
+from dfactory.data.source import MakeViews, RecordSource
 from dfactory.objectives.elbo import elbo_by_view
+from dfactory.types import AlignedDocument, View
 from dfactory.views import RandomMask
 
 ROW_LENGTH = 8192  # positions that are scored together, unless one record takes more
@@ -99,8 +101,16 @@ def read_examples(path: str, answerer: Answerer) -> Examples:
     )
 
 
-def estimate(answerer: Answerer, examples: Examples, pairs: int, seed: int, console: Console) -> Bounds:
-    """Score every document once, all its views in one row."""
+def estimate(
+    answerer: Answerer,
+    examples: Examples,
+    pairs: int,
+    seed: int,
+    console: Console,
+    noise_ids: Sequence[int] | None = None,
+) -> Bounds:
+    """Score every document once, all its views in one row. Documents of one entry of `noise_ids` share their noise, as far
+    as all of them reach: their differences have less of it. Default: each has its own."""
     views = RandomMask(
         answerer.vocabulary.special.mask,
         seed,
@@ -111,7 +121,10 @@ def estimate(answerer: Answerer, examples: Examples, pairs: int, seed: int, cons
         stratified=True,
         mask_count="exact",
     )
-    parts = list(_scored(answerer, _source(answerer, examples, views, seed), 2 * pairs, console))
+    source = _source(answerer, examples, views, seed)
+    if noise_ids is not None:
+        source.make_views = _with_noise_of(views, dict(zip(examples.document_id_E.tolist(), noise_ids, strict=True)))
+    parts = list(_scored(answerer, source, 2 * pairs, console))
     document_id_D, tokens_D, fill_D, elbo_DK = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = document_id_D.argsort()
     elbo_DN = elbo_DK.reshape(-1, pairs, 2).mean(axis=2)
@@ -133,6 +146,15 @@ def _source(answerer: Answerer, examples: Examples, views: RandomMask, seed: int
         seed=seed,
         max_epochs=1,
     )
+
+
+def _with_noise_of(views: RandomMask, noise_id_of: dict[int, int]) -> MakeViews:
+    """The views that the documents would have under other names."""
+
+    def make_views(document: AlignedDocument, visit: int) -> list[View]:
+        return views(dataclasses.replace(document, document_id=noise_id_of[document.document_id]), visit)
+
+    return make_views
 
 
 @torch.inference_mode()

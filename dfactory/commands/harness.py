@@ -2,13 +2,16 @@
 
     python -m dfactory.commands.harness run --model dfactory --model_args path=runs/mine,threshold=0.9 --tasks gsm8k
 
-`generate_until` decodes. `loglikelihood` is the ELBO of the continuation, followed by the end of the text: a lower bound,
-from `pairs` complementary pairs of views (METHOD section 6), good for choosing among continuations. Whether a
-continuation is the greedy one it does not tell, and says no. `loglikelihood_rolling` is refused.
+`generate_until` decodes. `loglikelihood` is the ELBO of the continuation and its end, as training ends an answer: with a
+conversation what the template writes after an answer, then EOS. Without an end, an answer that is cut where a block ends
+would beat the whole one. It is a lower bound, from `pairs` complementary pairs of views (METHOD section 6), good for
+choosing among continuations: those of one question share their noise. Whether a continuation is the greedy one it does not
+tell, and says no. `loglikelihood_rolling` is refused.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 import tempfile
@@ -111,7 +114,9 @@ class BlockDiffusionLM(LM):
             file = Path(folder) / "requests.jsonl"
             file.write_text("".join(json.dumps(self._record(*request.args)) + "\n" for request in requests))
             examples = read_examples(str(file), self.answerer)
-            bounds = estimate(self.answerer, examples, self.pairs, self.keys.seed, plain_console(stderr=True))
+            noise_ids = _questions(requests)
+            console = plain_console(stderr=True)
+            bounds = estimate(self.answerer, examples, self.pairs, self.keys.seed, console, noise_ids)
         return [(float(elbo), False) for elbo in bounds.elbo_D]
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
@@ -138,10 +143,20 @@ class BlockDiffusionLM(LM):
 
     def _record(self, context: str, continuation: str) -> dict[str, Any]:
         before = self._encode(context)
-        return {
-            "input_ids": before + self.answerer.vocabulary.encoder.encode_text(continuation),
-            "prompt_lengths": len(before),
-        }
+        answer = self.answerer.vocabulary.encoder.encode_text(continuation)
+        answer += self._end_of_turn if context.startswith(CHAT) else []
+        answer += [self.answerer.vocabulary.special.eos] * (answer[-1:] != [self.answerer.vocabulary.special.eos])
+        return {"input_ids": before + answer, "prompt_lengths": len(before)}
+
+    @functools.cached_property
+    def _end_of_turn(self) -> list[int]:
+        """What the chat template writes after the text of an answer and training learns to produce."""
+        encoder = self.answerer.vocabulary.encoder
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+        input_ids_T, trainable_T = encoder.encode_messages([question, answer])
+        produced, text = input_ids_T[trainable_T].tolist(), encoder.encode_text("!")
+        starts = [at for at in range(len(produced)) if produced[at : at + len(text)] == text]
+        return produced[starts[-1] + len(text) :]
 
     def _options(self, options: dict[str, Any]) -> tuple[DecodeKeys, list[str]]:
         """lm-eval's generation options, the names of transformers for some, over the decode keys."""
@@ -151,6 +166,13 @@ class BlockDiffusionLM(LM):
         if not options.pop("do_sample", True):
             options["temperature"] = 0.0
         return decode_keys_over(self.keys, options, "generation_kwargs"), [until] if isinstance(until, str) else until
+
+
+def _questions(requests: list) -> list[int]:
+    """A number from 1 for each request, the same for the choices of one question."""
+    keys = [request.args[0] if request.doc_id is None else (request.task_name, request.doc_id) for request in requests]
+    number_of = {key: number for number, key in enumerate(dict.fromkeys(keys), start=1)}
+    return [number_of[key] for key in keys]
 
 
 # --- dfactory eval --lm-eval -------------------------------------------------------------------------------------------

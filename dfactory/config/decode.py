@@ -35,13 +35,14 @@ class DecodeKeys:
         "multiply the confidence of EOS by a factor that rises linearly over the forwards of a block, from 1 - eos_penalty "
         "at the first to 1 at the last and wherever no mask is left. The last is the one numbered steps, else "
         "ceil(block_size / min_commit), although a block may need fewer. EOS means the token whose probability acceptance "
-        "compares. What is drawn and its log-probability stay as they are; 0.0: off",
+        "compares, or which an edit writes. What is drawn and its log-probability stay as they are; 0.0: off",
         low=0.0,
         high=1.0,
     )
     editing_threshold: Optional[float] = key(
         None,
-        "replace a visible response token when another exceeds this; null: off; 0.0: at any other argmax",
+        "replace a visible response token when the probability of the one drawn exceeds this (acceptance top: never the "
+        "most probable one); null: off; 0.0: whenever another one is drawn",
         low=0.0,
         high=1.0,
     )

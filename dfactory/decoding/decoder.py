@@ -310,11 +310,7 @@ class BlockDecoder:
         for field_RB, field_N in zip(proposal_RB, self._propose(rules, hidden_NH, uniform_N), strict=True):
             field_RB[open_RB] = field_N.to(field_RB.dtype)
         step_R = torch.tensor([response.mask_steps for response in responses])
-        confidence_RB = rules.acceptance.confidence(proposal_RB, masked_RB, step_R)
-        commit_RB = rules.commit.commit(confidence_RB, masked_RB, step_R)
-        edit_RB = torch.zeros_like(commit_RB)
-        if rules.editing is not None:
-            edit_RB = rules.editing.edit(confidence_RB, proposal_RB.token != tokens_RB, open_RB & ~masked_RB)
+        commit_RB, edit_RB = rules.decide(proposal_RB, tokens_RB, masked_RB, open_RB & ~masked_RB, step_R)
         return proposal_RB, commit_RB.numpy(), edit_RB.numpy()
 
     def _propose(self, rules: DecodeRules, hidden_NH: torch.Tensor, uniform_N: torch.Tensor | None) -> torch.Tensor:

@@ -9,9 +9,10 @@ Confidence, sample and recorded log-probability come from one distribution, the 
 then temperature, top-k and top-p. At temperature 0 the token is the most probable one and the distribution is the
 plain softmax, without top-k and top-p.
 
-With acceptance `top`, confidence is a function of the distributions alone, whatever penalty or schedule there is: these
-choose the positions, and the tokens at them are drawn independently. So the probability of a trace is exactly the product
-of the recorded ones.
+With acceptance `top`, the confidence of a mask is a function of the distributions alone, whatever penalty or schedule there
+is: these choose the positions, and the tokens at them are drawn independently. So the probability of a trace without edits
+is exactly the product of the recorded ones. Edits look at what was drawn: where a draw does not exceed the editing threshold
+the token stays, and that event is not recorded.
 
 Letters: N scored positions, R responses that are decoded together, B block size, V vocabulary.
 """
@@ -109,7 +110,8 @@ def uniform_numbers(seed: int, prompt: int, step: int, count: int) -> np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Acceptance:
-    """From a proposal to its confidence: the probability of `token` (`sampled`) or of `top_token` (`top`).
+    """From a proposal to the confidence of a mask: the probability of `token` (`sampled`) or of `top_token` (`top`); and to
+    that of an edit, which is always the probability of the token that it writes.
 
     EOS early rejection [CJ]: where that token is EOS, confidence is multiplied by a factor that rises linearly over the
     `num_steps` forwards that a block with masks may take. As it looks at the token whose probability is compared, with
@@ -125,8 +127,21 @@ class Acceptance:
     num_steps: int = 1
 
     def confidence(self, proposal_RB: Proposal, masked_RB: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
-        """float32 [R, B]. `step_R`: forwards that the block of each row has taken with masks, before this one."""
-        token_RB, logprob_RB = proposal_RB[:2] if self.by == "sampled" else proposal_RB[2:]
+        """Of committing, float32 [R, B]. `step_R`: forwards that the block of each row has taken with masks, before this
+        one."""
+        logprob_RB = proposal_RB.logprob if self.by == "sampled" else proposal_RB.top_logprob
+        return self._early(self.compared(proposal_RB), logprob_RB, masked_RB, step_R)
+
+    def edit_confidence(self, proposal_RB: Proposal, masked_RB: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
+        """Of editing, float32 [R, B]."""
+        return self._early(proposal_RB.token, proposal_RB.logprob, masked_RB, step_R)
+
+    def compared(self, proposal_RB: Proposal) -> torch.Tensor:
+        """The tokens whose probability a commit is judged by."""
+        return proposal_RB.token if self.by == "sampled" else proposal_RB.top_token
+
+    def _early(self, token_RB, logprob_RB, masked_RB: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
+        """Probabilities, those of EOS lowered early in a block."""
         if self.eos_penalty == 0:
             return logprob_RB.exp()
         progress_R = torch.where(masked_RB.any(dim=-1), step_R / max(self.num_steps - 1, 1), 1.0)
@@ -201,18 +216,19 @@ class Threshold:
 
 @dataclasses.dataclass(frozen=True)
 class Editing:
-    """Token to token [L21]: a visible response token gives way to another proposal whose confidence exceeds the threshold.
+    """Token to token [L21]: a visible response token gives way to the token drawn if that one's own probability exceeds the
+    threshold. With acceptance `top` the most probable token never gives way, whatever was drawn.
 
     A block without masks goes on for up to `max_post_steps` forwards and ends at the first that edits nothing.
-    Threshold 0.0 edits wherever the proposal differs.
+    Threshold 0.0 edits wherever the model would have another token.
     """
 
     threshold: float
     max_post_steps: int = 16
 
     def edit(self, confidence_RB: torch.Tensor, differs_RB: torch.Tensor, editable_RB: torch.Tensor) -> torch.Tensor:
-        """bool [R, B], True only where `editable_RB` is: response tokens that are not masked. `differs_RB`: the token
-        proposed is not the one there."""
+        """bool [R, B], True only where `editable_RB` is: response tokens that are not masked. `confidence_RB` is that of the
+        tokens that would be written, `differs_RB` where the model would have another token than the one there."""
         return editable_RB & differs_RB & (confidence_RB > self.threshold)
 
 
@@ -231,6 +247,24 @@ class DecodeRules:
     batch_size: int = 32
     seed: int = 0
     cuda_graphs: bool = False
+
+    def decide(
+        self,
+        proposal_RB: Proposal,
+        tokens_RB: torch.Tensor,
+        masked_RB: torch.Tensor,
+        editable_RB: torch.Tensor,
+        step_R: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which masks become the tokens proposed, and which of the `editable_RB` tokens: bool [R, B] twice. `step_R` as in
+        `Acceptance.confidence`."""
+        confidence_RB = self.acceptance.confidence(proposal_RB, masked_RB, step_R)
+        commit_RB = self.commit.commit(confidence_RB, masked_RB, step_R)
+        if self.editing is None:
+            return commit_RB, torch.zeros_like(commit_RB)
+        differs_RB = (proposal_RB.token != tokens_RB) & (self.acceptance.compared(proposal_RB) != tokens_RB)
+        confidence_RB = self.acceptance.edit_confidence(proposal_RB, masked_RB, step_R)
+        return commit_RB, self.editing.edit(confidence_RB, differs_RB, editable_RB)
 
     @property
     def deciding(self) -> tuple:

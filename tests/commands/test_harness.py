@@ -74,26 +74,61 @@ def test_generating_and_choosing_tasks(tasks, tmp_path, capsys):
 
 
 def test_likelihoods_are_elbos(tasks, tmp_path):
-    """Of the same tokens, as `eval --elbo-pairs` scores them; the better bound is chosen."""
-    out, elbos = tmp_path / "results.json", tmp_path / "elbos.jsonl"
+    """Of the same tokens, as `eval --elbo-pairs` scores them, with the end of a turn; choices share their noise: a file for
+    each choice has them in the same lines. The better bound is chosen."""
+    out, limit = tmp_path / "results.json", 3
     words = ["eval", "--model", "tiny", "decode.block_size=16"]
-    lm_eval = ["--include-path", str(tasks), "--lm-eval", "which", "--limit", "3", "--output", str(out)]
+    lm_eval = ["--include-path", str(tasks), "--lm-eval", "which", "--limit", str(limit), "--output", str(out)]
     assert main([*words, *lm_eval, "--chat-template"]) == 0
     results = json.loads(out.read_text())
-    encoder = read_vocabulary("tiny", mask_token_id=None, eos_token_id=None).encoder
-    records, limit = [], 3
-    for row in [json.loads(line) for line in (tasks / "which.jsonl").read_text().splitlines()[:limit]]:
-        prompt = encoder.encode_prompt([{"role": "user", "content": row["question"]}])
-        for choice in row["choices"]:
-            records.append({"input_ids": prompt + encoder.encode_text(choice), "prompt_lengths": len(prompt)})
-    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    scored = ["--data", str(tmp_path / "records.jsonl"), "--elbo-pairs", "8", "--output", str(elbos)]
-    assert main([*words, *scored]) == 0
-    expected = [json.loads(line)["elbo"] for line in elbos.read_text().splitlines()]
-    given = [float(choice[0][0]) for sample in results["samples"]["which"] for choice in sample["resps"]]
-    assert given == pytest.approx(expected, rel=1e-5)
-    right = sum(expected[2 * i] > expected[2 * i + 1] for i in range(limit))
+    vocabulary = read_vocabulary("tiny", mask_token_id=None, eos_token_id=None)
+    encoder, eos = vocabulary.encoder, vocabulary.special.eos
+    rows = [json.loads(line) for line in (tasks / "which.jsonl").read_text().splitlines()[:limit]]
+    expected = []
+    for choice in range(2):
+        records = tmp_path / f"records{choice}.jsonl"
+        with records.open("w") as file:
+            for row in rows:
+                question = {"role": "user", "content": row["question"]}
+                answer = {"role": "assistant", "content": row["choices"][choice]}
+                ids = [*encoder.encode_messages([question, answer])[0].tolist(), eos]
+                prompt_lengths = len(encoder.encode_prompt([question]))
+                file.write(json.dumps({"input_ids": ids, "prompt_lengths": prompt_lengths}) + "\n")
+        elbos = tmp_path / f"elbos{choice}.jsonl"
+        assert main([*words, "--data", str(records), "--elbo-pairs", "8", "--output", str(elbos)]) == 0
+        expected.append([json.loads(line)["elbo"] for line in elbos.read_text().splitlines()])
+    given = [[float(choice[0][0]) for choice in sample["resps"]] for sample in results["samples"]["which"]]
+    assert given == [pytest.approx(both, rel=1e-5) for both in zip(*expected, strict=True)]
+    right = sum(one > other for one, other in zip(*expected, strict=True))
     assert results["results"]["which"]["acc,none"] == pytest.approx(right / limit)
+
+
+def test_a_whole_answer_beats_one_that_is_cut_where_a_block_ends():
+    """The base model knows where its answers end. Equal choices of one question are equally likely, up to rounding."""
+    from lm_eval.api.instance import Instance
+
+    from dfactory.commands.harness import BlockDiffusionLM
+
+    model = BlockDiffusionLM("tiny", dtype="float32", pairs=2)
+    encoder, size = model.answerer.vocabulary.encoder, model.answerer.rules.block_size
+    requests = []
+
+    def ask(question: int, context: str, answer: str) -> None:
+        requests.append(Instance("loglikelihood", {}, (context, answer), len(requests), ("which", question, 1)))
+
+    for number, row in enumerate(map(json.loads, HELD_OUT.read_text().splitlines())):
+        context, answer = row["messages"][0]["content"] + "\n", encoder.encode_text(row["answer"])
+        room = -len(encoder.encode_text(context)) % size
+        cut = encoder.tokenizer.decode(answer[:room])
+        if 0 < room < len(answer) and encoder.encode_text(cut) == answer[:room]:
+            ask(number, context, row["answer"])
+            ask(number, context, cut)
+            ask(number, context, row["answer"])
+        if len(requests) == 3 * 40:
+            break
+    elbos = [elbo for elbo, _ in model.loglikelihood(requests)]
+    assert sum(whole <= cut for whole, cut in zip(elbos[::3], elbos[1::3], strict=True)) == 0
+    assert elbos[::3] == pytest.approx(elbos[2::3], abs=1e-5)
 
 
 def test_tasks_that_are_not_there(tmp_path, capsys):

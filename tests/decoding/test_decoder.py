@@ -101,6 +101,8 @@ LENGTHS = (3, 8, 13, 24)  # within a block, one block, ragged, three blocks
         {"threshold": 0.7, "temperature": 0.7, "acceptance": "top", "top_k": 20},
         {"threshold": 0.6, "temperature": 1.3, "acceptance": "top", "top_p": 0.8},
         {"threshold": 0.6, "temperature": 1.0, "editing_threshold": 0.5, "top_k": 30, "top_p": 0.9},
+        {"threshold": 0.6, "temperature": 1.0, "editing_threshold": 0.2, "acceptance": "top", "max_post_steps": 4},
+        {"threshold": 0.6, "temperature": 1.0, "editing_threshold": 0.0, "acceptance": "top", "max_post_steps": 2},
     ],
     ids=str,
 )
@@ -402,6 +404,32 @@ def test_top_acceptance_keeps_the_distribution_and_sampled_starves_rare_tokens()
         policy.seen.clear()
     assert share["top"] == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 1280))
     assert share["sampled"] < 0.1
+
+
+def edits_of(p_of: dict[str, float], count: int = 60, **keys) -> tuple[list, float]:
+    """All edits of `count` responses to a model that says the same everywhere, and forwards a response."""
+    odds = log_odds(160, **p_of)
+    policy = Scripted(160, lambda i, step: odds)
+    rules = make_rules(block_size=8, max_new_tokens=8, temperature=1.0, **keys)
+    rollouts = decode(policy, [[7] * 8] * count, rules)
+    return [edit for r in rollouts for edit in r.edits], sum(r.forwards for r in rollouts) / count
+
+
+@pytest.mark.parametrize("acceptance", ["top", "sampled"])
+@pytest.mark.parametrize("eos_penalty", [0.0, 0.9])
+def test_an_edit_is_judged_by_the_token_that_it_writes(acceptance, eos_penalty):
+    """Whatever is drawn, nothing below the threshold replaces a token; what was drawn at 0.1 is corrected."""
+    keys = {"threshold": 0.5, "acceptance": acceptance, "eos_penalty": eos_penalty}
+    edits, forwards = edits_of({"t1": 0.8999, "t2": 0.0999}, editing_threshold=0.5, **keys)
+    assert {edit.new_id for edit in edits} <= {1}
+    assert forwards < 3
+    edits, _ = edits_of({"t1": 0.4, "t2": 0.35, "t3": 0.2}, editing_threshold=0.3, **keys)
+    assert {edit.new_id for edit in edits} <= {1, 2}
+    if acceptance == "top":  # what the top token is judged by: it never gives way, also at 0, "at any other argmax"
+        for threshold in (0.3, 0.0):
+            edits, _ = edits_of({"t1": 0.4, "t2": 0.35, "t3": 0.2}, editing_threshold=threshold, **keys)
+            assert all(edit.old_id != 1 for edit in edits)
+            assert edits
 
 
 OPTIONS_OF_THREE = [

@@ -103,9 +103,8 @@ def least(s: Settings, masks: int, step: int) -> int:
 
 
 def judged(p_V: torch.Tensor, token: int, s: Settings, factor: float) -> float:
-    """The confidence of a position at which `token` was drawn."""
-    looked_at = int(p_V.argmax()) if s.acceptance == "top" else token
-    return float(p_V[looked_at]) * (factor if looked_at == s.eos_token_id else 1.0)
+    """The confidence of a token."""
+    return float(p_V[token]) * (factor if token == s.eos_token_id else 1.0)
 
 
 @torch.inference_mode()
@@ -140,12 +139,14 @@ def uncached(
 
             logits = block_causal_logits(policy, x[: (block + 1) * B], B)
             numbers = uniform(forwards) if uniform else [0.0] * B
-            token, confidence, logprob = {}, {}, {}
+            token, top, confidence, written, logprob = {}, {}, {}, {}, {}
             for i in places:
                 p_V = processed(logits[i], s)
                 token[i] = draw(p_V, numbers[i - block * B], s)
                 logprob[i] = math.log(p_V[token[i]])
-                confidence[i] = judged(p_V, token[i], s, factor)
+                top[i] = int(p_V.argmax()) if s.acceptance == "top" else token[i]
+                confidence[i] = judged(p_V, top[i], s, factor)
+                written[i] = judged(p_V, token[i], s, factor)
 
             commit = [i for i in masked if confidence[i] > s.threshold]
             if len(commit) < count:
@@ -153,7 +154,7 @@ def uncached(
             change = []
             if s.editing_threshold is not None:
                 visible = [i for i in places if i not in masked]
-                change = [i for i in visible if token[i] != x[i] and confidence[i] > s.editing_threshold]
+                change = [i for i in visible if token[i] != x[i] != top[i] and written[i] > s.editing_threshold]
                 edits += [(i - n, forwards, int(x[i]), token[i]) for i in change]
             for i in commit + change:
                 x[i], step_of[i], logprob_of[i] = token[i], forwards, logprob[i]
