@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("rl", "wandb", "dev")  # what launch/install.sh installs
+EXTRAS = ("rl", "wandb", "dev", "docs")  # what launch/install.sh installs
 LICENCES = re.compile(
     r"apache|\bMIT\b|\bBSD\b|0BSD|\bISC\b|python software foundation|PSF|mozilla public|MPL|zlib|CC0|unlicense|HPND|LGPL",
     re.IGNORECASE,

@@ -1,0 +1,95 @@
+"""The pages of docs/: the tutorial prints what it says, links and paths lead somewhere.
+
+tests/tutorial.py runs the tutorial, and writes what it prints.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dfactory.models.registry import FAMILIES
+from tests import tutorial
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+DECIMAL = re.compile(r"-?\d+\.\d+")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+CODE_PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|md|yml|yaml|json|jsonl|sh|txt|cfg))`")
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of its headings, as mkdocs and GitHub make them."""
+    headings = re.findall(r"^#+ (.+)$", without_code(page.read_text()), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_lead_somewhere(page):
+    text = without_code(page.read_text())
+    for link in LINK.findall(text):
+        file, _, anchor = link.partition("#")
+        target = page if not file else page.parent / file
+        assert target.is_file(), link
+        assert target.parent == DOCS, f"{link}: a link out of docs/ is dead in the site; give the path as code"
+        assert not anchor or anchor in anchors(target), link
+    for path in CODE_PATH.findall(text):
+        assert (ROOT / path).exists() or (ROOT / "dfactory" / path).exists() or path.startswith(("build/", "runs/")), (
+            path
+        )
+
+
+def test_headings_of_a_page_are_unique():
+    """Else an anchor leads to the first of them."""
+    for page in PAGES:
+        headings = re.findall(r"^#+ (.+)$", without_code(page.read_text()), re.MULTILINE)
+        assert len(headings) == len(set(headings)) == len(anchors(page)), page.name
+
+
+def test_the_families_page_lists_what_loads():
+    page = (DOCS / "families.md").read_text()
+    assert re.findall(r"^\| `(?!model_type)(\w+)` \|", page.partition("## What")[0], re.MULTILINE) == list(FAMILIES)
+
+
+@pytest.mark.parametrize("column, size", enumerate(("mini", "flash"), start=1))
+def test_the_families_page_has_the_public_sizes(column, size):
+    config = json.loads((ROOT / f"recipes/llada2_{size}/model/config.json").read_text())
+    table = (DOCS / "families.md").read_text().partition("| key | mini | flash |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    stated = {
+        name: value for row in rows for name, value in zip(row[0].split(" / "), row[column].split(" / "), strict=True)
+    }
+    assert len(stated) > 15
+    assert stated == {name: json.dumps(config[name]) for name in stated}
+
+
+def alike(printed: str, stated: str) -> bool:
+    """The same text, whose decimals differ by one in their last digit at most: another CPU rounds otherwise."""
+    if DECIMAL.sub("#", printed) != DECIMAL.sub("#", stated):
+        return False
+    for one, other in zip(DECIMAL.findall(printed), DECIMAL.findall(stated), strict=True):
+        if abs(float(one) - float(other)) > 1.01 * 10 ** -len(other.partition(".")[2]):
+            return False
+    return True
+
+
+def test_alike():
+    assert alike("p 0.879 and 3", "p 0.880 and 3")
+    assert not alike("p 0.879 and 3", "p 0.881 and 3")
+    assert not alike("p 0.879 and 3", "p 0.879 and 4")
+
+
+@pytest.mark.slow
+def test_the_tutorial_prints_what_it_says(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = tutorial.PAGE.read_text()
+    steps = [(printed, step["stated"] or "") for step, printed in tutorial.run(text)]
+    assert len(steps) == text.count("```python") > 10
+    for printed, stated in steps:
+        assert alike(printed, stated), f"printed:\n{printed}\nstated:\n{stated}\n`python -m tests.tutorial` writes it"
