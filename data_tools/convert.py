@@ -2,9 +2,9 @@
 
     dfactory data convert FILE ... --output NEW.jsonl
 
-In: all that the readers know (Alpaca, ShareGPT, OpenAI messages with tools, TRL's prompt and completion and its preference
-forms, text, token ids), and what they do not: question + answer rows as of GSM8K, Alpaca's `system` and `history`, and
-ShareGPT's `system` column and speakers function_call and observation. Out, by what a row is:
+In: all that the readers know (Alpaca, Dolly, ShareGPT, OpenAI messages with tools, TRL's prompt and completion and its
+preference forms, Orca's, text, token ids). Of GSM8K's question + answer, what stands behind #### becomes the `answer` that
+rewards compare with. Out, by what a row is:
 
     conversation       messages, and tools       preference pair    prompt, chosen, rejected
     text               prompt + completion, or text                 token ids          as it was
@@ -15,22 +15,18 @@ A .json file, as Alpaca and ShareGPT data are published, holds one array of rows
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data_tools.command import parser_of, run, say
 from data_tools.files import writing
-from dfactory.data.fields import BadRow, Completion, Conversation, Fault, Pair, Record, json_object, show
+from dfactory.data.fields import BadRow, Completion, Conversation, Fault, Pair, Record, show
 from dfactory.data.progress import Advance, reading
-from dfactory.data.records import parse_json, parse_row, read_objects
+from dfactory.data.records import parse_json, parse_row, read_columns, read_objects
 from dfactory.errors import DataError
 
 FINAL_ANSWER = "####"  # stands before the answer proper in GSM8K's answers
-READ = {  # columns that a record is read from; the others are kept beside it
-    *("messages", "conversations", "tools", "prompt", "completion", "chosen", "rejected", "text", "response"),
-    *("instruction", "input", "output", "system", "history", "question"),
-}
 SHOWN = 5  # bad rows that are printed
 
 
@@ -83,15 +79,16 @@ def convert(row: Any, prefer_pairs: bool = False) -> tuple[str, dict[str, Any]]:
     if not isinstance(row, dict):
         raise BadRow(Fault.JSON, f"the row is {show(row)}: it must be a JSON object")
     row = {name: value for name, value in row.items() if value is not None}
-    for columns, adapt in ADAPTERS.items():
-        row = adapt(row) if row.keys() >= set(columns) else row
+    if row.keys() >= {"question", "answer"} and row.keys().isdisjoint(("messages", "prompt", "response")):
+        row = _final_answer(row)
     record = parse_row(row, prefer_pairs)
     if isinstance(record, BadRow):
         raise record
     kind, columns = to_columns(record)
     if columns is None:
         return kind, row
-    return kind, columns | {name: value for name, value in row.items() if name not in READ}
+    read = read_columns(row, prefer_pairs)
+    return kind, columns | {name: value for name, value in row.items() if name not in read}
 
 
 def to_columns(record: Record) -> tuple[str, dict[str, Any] | None]:
@@ -127,68 +124,13 @@ def _conversation(record: Conversation) -> dict[str, Any]:
     return {"prompt": prompt, "completion": completion} | tools
 
 
-# --- rows that the readers do not know --------------------------------------------------------------------------------
-
-
-def _adapt_question(row: dict) -> dict:
+def _final_answer(row: dict) -> dict:
     """GSM8K: the whole answer is trained on, what stands behind #### is what a reward compares with."""
-    question, answer = row["question"], row["answer"]
-    if not isinstance(question, str) or not isinstance(answer, str):
+    if not isinstance(row["answer"], str):
         return row
-    final = answer.rpartition(FINAL_ANSWER)[2].strip()
-    return {**row, "messages": [*_system(row), _said("user", question), _said("assistant", answer)], "answer": final}
-
-
-def _adapt_alpaca(row: dict) -> dict:
-    """Alpaca with earlier turns, or a system prompt: without this they would be left out."""
-    if not (row.get("system") or row.get("history")):
-        return row
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-        raise BadRow(Fault.FIELD, f"history is {show(history)}: it must be a list of [question, answer]")
-    single = parse_row({name: row[name] for name in ("instruction", "input", "output") if name in row})
-    if isinstance(single, BadRow):
-        raise single
-    earlier = [_said(role, text) for turn in history for role, text in zip(("user", "assistant"), turn, strict=True)]
-    return {**_without(row, "instruction", "output"), "messages": [*_system(row), *earlier, *single.messages]}
-
-
-def _adapt_sharegpt(row: dict) -> dict:
-    """Calls of tools that are turns of their own speakers, and a system prompt in its own column."""
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return row
-    if not (row.get("system") or any(turn.get("from") in ("function_call", "observation") for turn in turns)):
-        return row
-    plain = {"human": "user", "gpt": "assistant", "observation": "tool"}
-    messages = []
-    for turn in turns:
-        speaker, value = turn.get("from"), turn.get("value")
-        if speaker == "function_call":
-            call = json_object(value, "value") if isinstance(value, str) else {}
-            messages.append({**_said("assistant", ""), "tool_calls": [{"type": "function", "function": call}]})
-        else:
-            messages.append(_said(plain.get(speaker, speaker), value))
-    return {**_without(row, "conversations"), "messages": [*_system(row), *messages]}
-
-
-def _system(row: dict) -> list[dict]:
-    return [_said("system", row["system"])] if row.get("system") else []
-
-
-def _said(role: Any, content: Any) -> dict:
-    return {"role": role, "content": content}
-
-
-def _without(row: dict, *names: str) -> dict:
-    return {name: value for name, value in row.items() if name not in names}
-
-
-ADAPTERS: dict[tuple[str, ...], Callable[[dict], dict]] = {
-    ("question", "answer"): _adapt_question,
-    ("instruction", "output"): _adapt_alpaca,
-    ("conversations",): _adapt_sharegpt,
-}
+    final = row["answer"].rpartition(FINAL_ANSWER)[2].strip()
+    without = {name: value for name, value in row.items() if name != "answer"}
+    return {**without, "response": row["answer"], "answer": final}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import unicodedata
 from collections.abc import Iterable
 
-from dfactory.data.fields import Completion, Conversation, Document, Pair, Record
+from dfactory.data.fields import Completion, Conversation, Document, Pair, Record, is_trained
 
 Parts = Iterable[str | bytes]
 
@@ -53,7 +53,7 @@ def _response(document: Document) -> list[str | bytes]:
 
 def _first_trained(conversation: Conversation) -> int:
     trained = range(conversation.trained_from, len(conversation.messages))
-    return next(index for index in trained if conversation.messages[index]["role"] == "assistant")
+    return next(index for index in trained if is_trained(conversation.messages[index]))
 
 
 def _messages(messages: list[dict]) -> list[str]:

@@ -12,6 +12,7 @@ import argparse
 import itertools
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from data_tools.page import Page, Section, print_page, to_html
 from data_tools.survey import Survey
 from dfactory.console import plain_console
 from dfactory.data.chat import ChatEncoder
-from dfactory.data.examples import DocumentRules, EncodedRow, read_documents
+from dfactory.data.examples import SHOWN_COLUMNS, DocumentRules, EncodedRow, read_documents
 from dfactory.data.fields import BadRow, Fault, Pair
 from dfactory.data.progress import Advance, reading
 from dfactory.data.records import read_records
@@ -117,7 +118,7 @@ def survey(task: Task) -> Survey:
     kind = None
     with reading(task.files, "validating") as advance:
         for file_index, path in enumerate(task.files):
-            for row in _rows(task, path, advance):
+            for row in _rows(task, path, advance, found.report.unread):
                 if not isinstance(row.record, BadRow):
                     kind = isinstance(row.record, Pair) if kind is None else kind
                     row = _of_kind(row, kind)
@@ -125,8 +126,8 @@ def survey(task: Task) -> Survey:
     return found
 
 
-def _rows(task: Task, path: str, advance: Advance) -> Iterator[EncodedRow]:
-    records = read_records(path, task.paired, advance)
+def _rows(task: Task, path: str, advance: Advance, unread: Counter[str]) -> Iterator[EncodedRow]:
+    records = read_records(path, task.paired, advance, unread)
     if task.rules is not None:
         return read_documents(records, path, task.encoder, task.rules)
     return (EncodedRow(number, record, [], []) for number, record in records)
@@ -220,7 +221,10 @@ def _turns_section(found: Survey) -> Section:
 
 
 def _warnings(found: Survey, task: Task) -> list[str]:
-    warnings = []
+    warnings = [
+        f"{name} is text that nobody reads, in {count / found.num_rows:.1%} of the rows"
+        for name, count in found.report.unread.most_common(SHOWN_COLUMNS)
+    ]
     repeated, _ = found.duplicates()
     if repeated:
         warnings.append(f"{repeated:,} rows repeat an earlier one: `dfactory data dedup` leaves them out")

@@ -51,5 +51,5 @@ def read_vocabulary(
     tokenizer = read_tokenizer(model_dir)
     template = read_chat_template(chat_template_path)
     special = special_ids(tokenizer, known_mask_id(model_dir, mask_token_id), eos_token_id, size, template)
-    encoder = ChatEncoder(tokenizer, template, special) if tokenizer is not None else None
+    encoder = ChatEncoder(tokenizer, template, special, chat_template_path) if tokenizer is not None else None
     return Vocabulary(size, special, tokenizer, encoder)

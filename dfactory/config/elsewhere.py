@@ -1,6 +1,7 @@
-"""Names that other frameworks have for keys of a recipe: what an unknown key most likely means."""
+"""Names that other frameworks have for keys of a recipe, and values by which they say "nothing": what both mean here."""
 
 from collections.abc import Container
+from typing import Any
 
 TRL = {
     "max_seq_length": "max_length",
@@ -71,3 +72,56 @@ def meant_by(name: str, known: Container[str]) -> str | None:
     bare = name.rpartition(".")[2]
     meant = (COMMON | LLAMA_FACTORY | TRL).get(bare)
     return meant if meant in known else None
+
+
+# Bare key -> (values that say it elsewhere, the value here). Keys of `decode` are found under their own name.
+NEUTRAL: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "max_steps": ((-1,), None),  # transformers: by num_train_epochs
+    "save_total_limit": ((0, -1), None),
+    "save_steps": ((0, -1), None),
+    "eval_steps": ((0, -1), None),
+    "row_length": ((0, -1), None),
+    "max_grad_norm": ((None,), 0.0),
+    "warmup_steps": ((None,), 0),
+    "report_to": ((None, "none", ["none"]), []),
+    "resume_from_checkpoint": ((None,), False),
+    "datasets": ((None,), []),
+    "eval_datasets": ((None,), []),
+    "lr_scheduler_type": (("constant_with_warmup",), "constant"),  # a shape after the warmup here
+    "top_k": ((0, -1), None),  # transformers, vLLM
+    "top_p": ((1,), None),
+}
+# Keys of other frameworks that are left out at the value that changes nothing.
+NEUTRAL_KEYS: dict[str, tuple[Any, ...]] = {
+    "warmup_ratio": (0, None),
+    "min_p": (0, None),
+    "typical_p": (1, None),
+    "repetition_penalty": (1, None),
+    "length_penalty": (1, None),
+    "presence_penalty": (0, None),
+    "frequency_penalty": (0, None),
+    "num_beams": (1, None),
+}
+
+
+def without_neutral(values: dict[str, Any], known: Container[str]) -> dict[str, Any]:
+    """Keys and values with those that say "nothing" elsewhere put into the words of here; groups of keys too."""
+    taken = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and name == "decode":
+            taken[name] = without_neutral(value, known)
+        elif name in known or not _is_one_of(value, NEUTRAL_KEYS.get(name, ())):
+            taken[name] = _here(name, value)
+    return taken
+
+
+def _here(name: str, value: Any) -> Any:
+    if name == "report_to" and isinstance(value, str) and value != "none":
+        return [value]
+    elsewhere, here = NEUTRAL.get(name, ((), None))
+    return here if _is_one_of(value, elsewhere) else value
+
+
+def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
+    """Numbers by value; true and false are no numbers."""
+    return not isinstance(value, bool) and value in values

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dfactory.config.decode import DecodeKeys, decode_problem
 from dfactory.config.earlier import Alias, translate
-from dfactory.config.elsewhere import meant_by
+from dfactory.config.elsewhere import meant_by, without_neutral
 from dfactory.config.merge import MergeKeys
 from dfactory.config.objective import PAIRED_STAGES, PLAIN_STAGES
 from dfactory.config.recipe import Recipe
@@ -84,6 +84,7 @@ def load_decode_keys(overrides: list[str]) -> DecodeKeys:
 
 def decode_keys_over(keys: DecodeKeys, values: dict[str, Any], origin: str) -> DecodeKeys:
     """`keys` with some replaced, as JSON gave them: taken as they are, never interpolated or turned into another type."""
+    values = without_neutral(values, known_keys(DecodeKeys))
     _refuse_unknown_keys(DecodeKeys, values, origin)
     for name, field in known_keys(DecodeKeys).items():
         if name in values:
@@ -146,6 +147,7 @@ def _resolve_paths(layer: DictConfig, base: Path) -> None:
 def _merge(schema: type, layers: list[tuple[str, DictConfig]]) -> Any:
     merged = OmegaConf.structured(schema)
     for origin, layer in layers:
+        layer = _in_our_words(schema, layer)
         _refuse_unknown_keys(schema, layer, origin)
         try:
             merged = OmegaConf.merge(merged, layer)
@@ -162,6 +164,12 @@ def _merge(schema: type, layers: list[tuple[str, DictConfig]]) -> Any:
         raise ConfigError(f"{origins}: {str(problem).splitlines()[0]}") from problem
     _check_values(values, origins)
     return values
+
+
+def _in_our_words(schema: type, layer: DictConfig) -> DictConfig:
+    """A layer without the values by which other frameworks say "nothing"."""
+    plain = OmegaConf.to_container(layer)
+    return OmegaConf.create(without_neutral(plain, {field.name for field in dataclasses.fields(schema)}))
 
 
 def known_keys(schema: type, prefix: str = "") -> dict[str, dataclasses.Field]:

@@ -1,37 +1,32 @@
 """Messages and text -> token ids, with the response tokens marked; and the one place where special ids are found.
 
-The template is rendered by transformers. The rendered text is then cut at the special tokens that the *template* wrote
-and at the edges of the assistant turns, and every piece between is encoded as plain text. Hence a special token that a
+The template is rendered as transformers does it. The rendered text is then cut at the special tokens that the *template*
+wrote and at the edges of the assistant turns, and every piece between is encoded as plain text. Hence a special token that a
 user's text spells stays text (its literal is hidden from the template behind a private-use character), the mask id can
 only come from noise, and the prompt of a training example has exactly the ids that the decoder is given.
 
     <role>HUMAN</role>hi<|role_end|><role>ASSISTANT</role>yo<|role_end|><|endoftext|>
     template's tokens and text, not trained               | trained: the answer, its end of turn, EOS
 
-Assistant turns come from the template's {% generation %} markers. A template without them is rendered with and without
-each turn; if it rewrites earlier turns, trl's training version of it is used where there is one.
+Where the assistant turns are is found in templates.py.
 """
 
 import copy
-import functools
 import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from dfactory.data.records import BadRow, Completion, Conversation, Fault, TokenIds
+from dfactory.data.templates import PROBE_TURN, Template
 from dfactory.errors import ConfigError
 
 MASK_LITERALS = ("<|mask|>", "[MASK]", "<|MASK|>", "<|mdm_mask|>", "<mask>")
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # stand-ins for special-token literals while the template runs
-GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-PROBE_TURN = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 Tokens = tuple[np.ndarray, np.ndarray]  # input_ids_T int32, trainable_T bool
 
@@ -152,8 +147,8 @@ class _Piece(NamedTuple):
 class ChatEncoder:
     """Turns records into token ids with one tokenizer and one chat template.
 
-    `chat_template` (Jinja text) replaces the tokenizer's own. `special` names ids that text must not turn into although
-    the tokenizer does not call them special (a mask token given by the recipe).
+    `chat_template` (Jinja text) replaces the tokenizer's own; `template_origin` is what messages call it. `special` names
+    ids that text must not turn into although the tokenizer does not call them special (a mask token given by the recipe).
     Raises ConfigError for a tokenizer that changes a piece of text by what stands before it.
     """
 
@@ -162,10 +157,15 @@ class ChatEncoder:
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
         special: SpecialIds | None = None,
+        template_origin: str | None = None,
     ):
         self.tokenizer = tokenizer
         self._own_template = chat_template
         self._variables: dict[str, Any] = {}
+        self._origin = template_origin or (
+            "of the recipe" if chat_template is not None else f"of {tokenizer.name_or_path or 'the tokenizer'}"
+        )
+        self._templates: dict[str, Template] = {}
         self._literals = special_literals(tokenizer, also=special[:2] if special else ())
         self._literal_pattern = _any_of(re.escape(literal) for literal in self._longest_first())
         self._special_pattern = _any_of(self._with_whitespace(literal) for literal in self._longest_first())
@@ -179,7 +179,7 @@ class ChatEncoder:
     @property
     def template(self) -> str:
         """The text of the chat template. Raises ConfigError where there is none."""
-        return self._template(None)
+        return self._template(None).text
 
     def with_variables(self, variables: dict[str, Any]) -> "ChatEncoder":
         """An encoder that gives the template these variables besides (`chat_template_kwargs`)."""
@@ -222,56 +222,25 @@ class ChatEncoder:
     # --- messages -> rendered text -> pieces ------------------------------------------------------------------------
 
     def _conversation_pieces(self, conversation: Conversation, add_generation_prompt: bool = False) -> list[_Piece]:
-        hidden, stand_ins = self._hide_literals((conversation.messages, conversation.tools))
-        messages, tools = hidden
-        template = self._template(tools)
-        _require_tools(template, conversation)
-        text, spans = self._render_spans(template, messages, tools, add_generation_prompt)
-        if conversation.trained_from:
-            context = self._render(template, messages[: conversation.trained_from], tools)[0]
-            _require_prefix(context, text)
-            spans = [span for span in spans if span[0] >= len(context)]
-        return self._cut(text, spans, stand_ins, drop_tail=not add_generation_prompt)
+        messages, tools, trained_from = conversation
+        (messages, tools), stand_ins = self._hide_literals((messages, tools))
+        template, hidden = self._template(tools), Conversation(messages, tools, trained_from)
+        if add_generation_prompt:
+            return self._cut(template.prompt(hidden, self._variables), [], stand_ins, drop_tail=False)
+        return self._cut(*template.document(hidden), stand_ins, drop_tail=True)
 
-    def _template(self, tools: list[dict] | None) -> str:
-        if self._own_template is not None:
-            return _training_template(self._own_template, None)
-        if not self.tokenizer.chat_template:
+    def _template(self, tools: list[dict] | None) -> Template:
+        text = self._own_template
+        if text is None and not self.tokenizer.chat_template:
             raise ConfigError("the tokenizer has no chat template, but a record has messages: set chat_template_path")
-        return _training_template(self.tokenizer.get_chat_template(tools=tools), self.tokenizer)
-
-    def _render(self, template: str, messages: list[dict], tools, add_generation_prompt=False, spans=False):
-        """The rendered text and, on demand, the (start, end) characters between the template's generation markers."""
-        try:
-            texts, indices = render_jinja_template(
-                [messages],
-                tools=tools,
-                chat_template=template,
-                return_assistant_tokens_mask=spans,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens_map,
-                **self._variables,
-            )
-        except (jinja2.TemplateError, TypeError) as problem:
-            raise BadRow(Fault.TEMPLATE, f"the chat template refuses the conversation: {problem}") from problem
-        return texts[0], (indices[0] if spans else [])
-
-    def _render_spans(self, template: str, messages: list[dict], tools, add_generation_prompt: bool):
-        """The rendered text with the character spans of the assistant turns, end-of-turn token included."""
-        if GENERATION_MARKER.search(template):
-            text, spans = self._render(template, messages, tools, add_generation_prompt, spans=True)
-            rest = _rest_of_turn(template, self.tokenizer)
-            return text, [(start, end + len(rest) * text.startswith(rest, end)) for start, end in spans]
-        text, _ = self._render(template, messages, tools, add_generation_prompt)
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before, _ = self._render(template, messages[:index], tools, add_generation_prompt=True)
-                after, _ = self._render(template, messages[: index + 1], tools)
-                _require_prefix(before, after)
-                _require_prefix(after, text)
-                spans.append((len(before), len(after)))
-        return text, spans
+        if text is None:
+            try:
+                text = self.tokenizer.get_chat_template(tools=tools)
+            except ValueError as problem:  # named ones, and none is the default
+                raise ConfigError(f"the chat template {self._origin}: {problem}; set chat_template_path") from problem
+        if text not in self._templates:
+            self._templates[text] = Template(text, self.tokenizer, self._origin)
+        return self._templates[text]
 
     def _cut(self, text: str, spans: list[tuple[int, int]], stand_ins: dict[str, str], drop_tail: bool):
         """Cut at special tokens and at the edges of the spans. White space that the template puts behind an
@@ -405,64 +374,3 @@ def _map_strings(value: Any, change) -> Any:
     if isinstance(value, (list, tuple)):
         return [_map_strings(inner, change) for inner in value]
     return value
-
-
-def _require_tools(template: str, conversation: Conversation) -> None:
-    """A template that does not know tools would leave them out without a word."""
-    wanted = {"tools": conversation.tools, "tool_calls": any(m.get("tool_calls") for m in conversation.messages)}
-    for name, is_there in wanted.items():
-        if is_there and name not in template:
-            raise BadRow(
-                Fault.TEMPLATE,
-                f"the conversation has {name}, which the chat template does not write: give one that does as "
-                "chat_template_path, or remove them",
-            )
-
-
-def _require_prefix(before: str, text: str) -> None:
-    if not text.startswith(before):
-        raise BadRow(
-            Fault.TEMPLATE,
-            "the chat template renders earlier turns differently once later ones follow, so its assistant turns cannot be "
-            "located: give a template with {% generation %} markers as chat_template_path",
-        )
-
-
-@functools.lru_cache(maxsize=16)
-def _training_template(template: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """The template itself if its assistant turns can be located, else trl's training version of it if there is one."""
-    is_own = tokenizer is not None and tokenizer.chat_template == template
-    if not is_own or GENERATION_MARKER.search(template) or _keeps_prefixes(template, tokenizer):
-        return template
-    try:
-        from trl.chat_template_utils import get_training_chat_template
-    except ImportError:
-        return template
-    try:
-        return get_training_chat_template(tokenizer) or template
-    except ValueError:  # trl does not know it either: the first conversation with two answers will say so
-        return template
-
-
-def _keeps_prefixes(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    stages = [_probe(template, tokenizer, PROBE_TURN[:1], add_generation_prompt=True)[0]]
-    stages += [_probe(template, tokenizer, PROBE_TURN * count)[0] for count in (1, 2)]
-    return all(longer.startswith(shorter) for shorter, longer in itertools.pairwise(stages))
-
-
-@functools.lru_cache(maxsize=16)
-def _rest_of_turn(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template writes behind the generation markers of the last answer: it belongs to the turn as well."""
-    text, spans = _probe(template, tokenizer, PROBE_TURN, return_assistant_tokens_mask=True)
-    return text[spans[-1][1] :] if spans else ""
-
-
-def _probe(template: str, tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options):
-    """Render a small conversation: the text, and the spans of its answers if asked for."""
-    try:
-        texts, indices = render_jinja_template(
-            [messages], chat_template=template, **options, **tokenizer.special_tokens_map
-        )
-    except (jinja2.TemplateError, TypeError):
-        return "", []  # the template wants something else; a record that it refuses says so itself
-    return texts[0], indices[0] if indices else []

@@ -10,6 +10,7 @@ stops the run or whether they are counted, up to `max_bad_fraction`.
 import functools
 import itertools
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from dfactory.types import Example
 LINE_BITS, FILE_BITS, PART_BITS = 40, 12, 11  # of a document id, from its low end
 ENCODE_BATCH = 1024  # records that the tokenizer gets at once
 SHOWN_ORIGINS = 5  # a kind of fault in the report
+SHOWN_COLUMNS = 8  # of text that nobody reads
 
 _Columns = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # input_ids, trainable, commit_step
 
@@ -52,6 +54,7 @@ class DataReport:
     further_parts: int = 0  # documents that go on with a split text
     left_out: int = 0  # rows, by trace_filter
     refused: dict[Fault, Refused] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)  # rows by columns of text that nobody reads
     tokens: int = 0
     trainable_tokens: int = 0
     aligned_tokens: int = 0  # with the fill to whole blocks
@@ -68,10 +71,14 @@ class DataReport:
 
     def refuse(self, origin: str, bad: BadRow) -> None:
         """Count one row that cannot be used."""
+        self.refuse_told(BadRow(bad.fault, f"{origin}: {bad}"))
+
+    def refuse_told(self, bad: BadRow) -> None:
+        """The same for a message that has its origin."""
         refused = self.refused.setdefault(bad.fault, Refused())
         refused.count += 1
         if len(refused.first) < SHOWN_ORIGINS:
-            refused.first.append(f"{origin}: {bad}")
+            refused.first.append(str(bad))
 
     def refuse_share_above(self, max_bad_fraction: float) -> None:
         """Raises DataError where too large a share of the rows was refused."""
@@ -92,10 +99,26 @@ class DataReport:
         ]
         if self.left_out:
             lines.append(f"{self.left_out} traces left out, their response is not correct (trace_filter)")
+        return "\n".join([*lines, *self.tell_refused(), *self.tell_unread()])
+
+    def tell_refused(self) -> list[str]:
+        """Lines on the rows that were refused, by reason, with the first few of each."""
+        lines = []
         for fault, refused in sorted(self.refused.items(), key=lambda item: -item[1].count):
             lines.append(f"refused, {fault}: {refused.count}")
             lines += [f"  {origin}" for origin in refused.first]
-        return "\n".join(lines)
+        return lines
+
+    def tell_unread(self) -> list[str]:
+        """A line on the columns of text that nobody reads, the commonest first; none if there are none."""
+        rows = max(self.num_rows + self.left_out + self.num_refused, 1)
+        common = sorted(self.unread.items(), key=lambda item: (-item[1], item[0]))
+        shown = [f"{name} in {count / rows:.1%}" for name, count in common[:SHOWN_COLUMNS]]
+        if not shown:
+            return []
+        shown[0] += " of the rows"
+        more = f", {len(common) - len(shown)} more" if len(common) > len(shown) else ""
+        return [f"text that nobody reads: {', '.join(shown)}{more}"]
 
 
 class Examples(Sequence[Example]):
@@ -236,7 +259,7 @@ def load_examples(
     builder = ExamplesBuilder(report, on_bad_row, block_size)
     with reading(report.files, "tokenising") as advance:
         for file_index, path in enumerate(report.files):
-            for row in read_documents(read_records(path, paired, advance), path, encoder, rules):
+            for row in read_documents(read_records(path, paired, advance, report.unread), path, encoder, rules):
                 require_kind(row.record, paired, f"{path}:{row.number}")
                 builder.add((file_index << LINE_BITS) | row.number, row.finished)
     return builder.finish(max_bad_fraction)

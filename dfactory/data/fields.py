@@ -8,10 +8,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dfactory.data.jsonlines import Changes, plain_value
 from dfactory.errors import DataError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 ROLES = ("system", "user", "assistant", "tool")
+TEXTS = (
+    "content",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "refusal",
+)  # of a message; a template has to write them
+MARKS = ("weight", "train", "training", "loss")  # 0 or false: this answer is context; OpenAI, axolotl, ms-swift
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 NESTING = 100  # levels of a JSON value: what walks through values and templates recurses
 
 
@@ -94,7 +104,8 @@ class BadRow(DataError):
 
 
 def check_messages(value: Any, name: str = "messages", may_be_empty: bool = False) -> list[dict[str, Any]]:
-    """A list of chat messages as templates want them: null fields dropped, text parts joined. Raises BadRow.
+    """A list of chat messages as templates want them: null fields dropped, text parts joined, calls of tools as objects.
+    An assistant turn that is not to be trained keeps `weight` 0. Raises BadRow.
 
     `may_be_empty`: an assistant turn may be, as the history of a conversation has it; nothing is trained on.
     """
@@ -103,31 +114,90 @@ def check_messages(value: Any, name: str = "messages", may_be_empty: bool = Fals
 
 
 def _message(message: dict[str, Any], name: str, may_be_empty: bool) -> dict[str, Any]:
-    """One message with null fields dropped and text parts joined."""
     message = {key: value for key, value in message.items() if value is not None}
+    if message.get("role") == "function":  # OpenAI's earlier word
+        message["role"] = "tool"
     role = message.get("role")
     if role not in ROLES:
         raise BadRow(Fault.FIELD, f"{name}.role is {show(role)}: it must be one of {', '.join(ROLES)}")
+    _take_calls(message, name)
     calls = message.get("tool_calls")
-    if calls is not None:
-        calls = list_of_objects(calls, f"{name}.tool_calls", may_be_empty=True)
-        message["tool_calls"] = [_call(call, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
     may_be_empty = role == "assistant" and (may_be_empty or bool(calls))
     content = _content(message.get("content", "" if may_be_empty else None), f"{name}.content")
     if role == "assistant" and not may_be_empty and not content.strip():
         raise BadRow(Fault.EMPTY, f"{name}.content is empty: an assistant turn needs text or tool_calls")
     message["content"] = content
+    for key in TEXTS[1:]:
+        text(message.get(key, ""), f"{name}.{key}")
+    for key in MEDIA:
+        if message.pop(key, None):
+            raise BadRow(Fault.FIELD, f"{name}.{key}: the model reads text alone; leave the row out")
+    _take_mark(message, name)
     refuse_surrogates(message, name)
     return message
 
 
+def _take_mark(message: dict[str, Any], name: str) -> None:
+    """Whether an answer is trained, in the one form that the encoder knows."""
+    weights = {key: message.pop(key) for key in MARKS if key in message}
+    for key, value in weights.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise BadRow(Fault.FIELD, f"{name}.{key} is {show(value)}: it must be 0 or 1")
+    if message["role"] == "assistant" and not all(weights.values()):
+        message["weight"] = 0
+
+
+def is_trained(message: dict[str, Any]) -> bool:
+    """Whether a checked message is an answer to train on."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+# --- tools ------------------------------------------------------------------------------------------------------------
+
+
+def _take_calls(message: dict[str, Any], name: str) -> None:
+    """`tool_calls` of a message in the form that templates know; none where they are empty."""
+    if "function_call" in message:  # OpenAI's earlier form
+        function = message.pop("function_call")
+        message.setdefault("tool_calls", [{"type": "function", "function": function}])
+    calls = message.pop("tool_calls", None)
+    if calls is None or calls == []:
+        return
+    calls = list_of_objects(calls, f"{name}.tool_calls")
+    message["tool_calls"] = [_call(call, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
+
+
 def _call(call: dict[str, Any], name: str) -> dict[str, Any]:
-    """A call of a tool. Arguments that come as JSON text, as OpenAI writes them, become an object, as templates want it."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    arguments = json_object(function["arguments"], f"{name}.function.arguments")
-    return call | {"function": function | {"arguments": arguments}}
+    """A call of a tool, in OpenAI's form or flat; its keys keep their order, which templates write."""
+    if isinstance(call.get("function"), dict):
+        rest = {key: value for key, value in call.items() if value is not None}
+        return rest | {"function": _function(call["function"], f"{name}.function")}
+    return _function(call, name) if "name" in call else _without_nulls(call, name)
+
+
+def _function(function: dict[str, Any], name: str) -> dict[str, Any]:
+    """Arguments that come as JSON text, as OpenAI writes them, become an object, as templates want it; none of them too."""
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = json_object(arguments, f"{name}.arguments") if arguments.strip() not in ("", "null") else {}
+    else:
+        arguments = _without_nulls({} if arguments is None else arguments, f"{name}.arguments")
+    return {key: value for key, value in function.items() if value is not None} | {"arguments": arguments}
+
+
+def _without_nulls(value: Any, name: str) -> Any:
+    """A value of JSON without the keys that are null: Arrow gives every object of a column the keys of all of them."""
+    changes = Changes()
+    plain = plain_value(value, name, changes)
+    if lost := str(changes):
+        raise BadRow(Fault.FIELD, f"{name} has values that are not JSON ({lost}): leave them out")
+    return _drop_nulls(plain)
+
+
+def _drop_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _drop_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_drop_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def json_object(text: str, name: str) -> dict[str, Any]:
@@ -152,21 +222,24 @@ def _content(value: Any, name: str) -> str:
 
 
 def tools(value: Any) -> list[dict[str, Any]] | None:
-    if isinstance(value, str):  # a column of JSON text: nested schemas have no common parquet type
+    """Schemas of tools, or None. Text is JSON, since nested schemas have no common parquet type; its nulls stay."""
+    if isinstance(value, str):
         try:
-            value = load_json(value)
+            value = load_json(value) if value.strip() else None
         except ValueError as problem:
             raise BadRow(Fault.FIELD, f"tools is text but not valid JSON: {problem}") from problem
+    elif value:
+        value = _without_nulls(list_of_objects(value, "tools"), "tools")
     if not value:
         return None
     refuse_surrogates(list_of_objects(value, "tools"), "tools")
     return value
 
 
-def list_of_objects(value: Any, name: str, may_be_empty: bool = False) -> list[dict[str, Any]]:
+def list_of_objects(value: Any, name: str) -> list[dict[str, Any]]:
     if not isinstance(value, list):
         raise BadRow(Fault.FIELD, f"{name} is {show(value)}: it must be a list of objects")
-    if not value and not may_be_empty:
+    if not value:
         raise BadRow(Fault.FIELD, f"{name} is empty: it must hold at least one object")
     for index, item in enumerate(value):
         if not isinstance(item, dict):
@@ -175,8 +248,8 @@ def list_of_objects(value: Any, name: str, may_be_empty: bool = False) -> list[d
 
 
 def require_answer(messages: list[dict[str, Any]], name: str) -> None:
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadRow(Fault.NO_ANSWER, f"{name} has no assistant turn: there is nothing to train on")
+    if not any(map(is_trained, messages)):
+        raise BadRow(Fault.NO_ANSWER, f"{name} has no assistant turn to train on")
 
 
 def text(value: Any, name: str) -> str:

@@ -51,12 +51,12 @@ def json_text(value: Any, changes: Changes | None = None) -> str:
 
 def _object(row: Any, changes: Changes) -> Any:
     if not isinstance(row, dict):
-        return _plain(row, "of the row", changes)
-    return {str(name): _plain(value, str(name), changes) for name, value in row.items()}
+        return plain_value(row, "of the row", changes)
+    return {str(name): plain_value(value, str(name), changes) for name, value in row.items()}
 
 
-def _plain(value: Any, column: str, changes: Changes) -> Any:
-    """The value as JSON types; `column` is where it stands, for messages."""
+def plain_value(value: Any, column: str, changes: Changes) -> Any:
+    """The value as JSON types; `column` is where it stands, for messages. Raises DataError for a type without a form."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
@@ -65,9 +65,9 @@ def _plain(value: Any, column: str, changes: Changes) -> Any:
         changes.null[column] += 1
         return None
     if isinstance(value, dict):
-        return {str(key): _plain(inner, column, changes) for key, inner in value.items()}
+        return {str(key): plain_value(inner, column, changes) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner, column, changes) for inner in value]
+        return [plain_value(inner, column, changes) for inner in value]
     if isinstance(value, bytes):
         changes.base64[column] += 1
         return base64.b64encode(value).decode()
@@ -84,12 +84,3 @@ def _scalar(value: Any, column: str) -> Any:
     raise DataError(
         f"column {column} holds a {type(value).__name__}, which has no form in JSON: write .parquet, or remove the column"
     )
-
-
-def plain_values(value: Any, name: str) -> Any:
-    """A value of a record as JSON types, where it came from parquet. Raises DataError for what JSON cannot hold."""
-    changes = Changes()
-    plain = _plain(value, name, changes)
-    if lost := str(changes):
-        raise DataError(f"{name} holds values that are not JSON ({lost}): leave them out")
-    return plain

@@ -1,7 +1,10 @@
 """Preference rows -> Pair: two answers to one prompt, in TRL's forms.
 
     prompt + chosen + rejected               texts, or lists of messages; the sides may repeat the prompt's messages
-    chosen + rejected                        whole texts or conversations; the prompt is their common beginning
+    question (or instruction) + the same     a conversation of one question, with system, input, context, history
+    conversations + chosen + rejected        ShareGPT's turns, and an answer as a turn, messages or text
+    chosen + rejected                        whole texts or conversations; the prompt is their common beginning, unless
+                                             another column states it
     prompt_ids + chosen_ids + rejected_ids   tokenised
 
 Refused are equal sides, an empty side, and sides that answer different prompts.
@@ -10,10 +13,12 @@ Refused are equal sides, an empty side, and sides that answer different prompts.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dfactory.data import fields
+from dfactory.data import columns, fields
+from dfactory.data.columns import ASKED, SYSTEM, Format, asked, said, sharegpt_messages, with_system
 from dfactory.data.fields import BadRow, Completion, Conversation, Fault, Pair, TokenIds, check_messages
 
 SIDES = ("chosen", "rejected")
+STATES_PROMPT = ("question", "query", "instruction", "messages", "conversations", "history", *columns.EXTRA, *SYSTEM)
 
 
 def _read_pair(row: dict) -> Pair:
@@ -21,10 +26,11 @@ def _read_pair(row: dict) -> Pair:
     the text has to be one of its messages."""
     prompt, tools = row["prompt"], fields.tools(row.get("tools"))
     if isinstance(prompt, list):
-        context = check_messages(prompt, "prompt")
+        context = with_system(row, check_messages(prompt, "prompt"))
         sides = (_behind(context, fields.answer_messages(row[side], side), side) for side in SIDES)
         return _conversation_pair(context, *sides, tools)
     if not isinstance(row["chosen"], list):
+        columns.refuse_beside_text(row)
         return _text_pair(fields.text(prompt, "prompt"), *(fields.answer(row[side], side) for side in SIDES))
     pair = _read_implicit_pair(row)
     if prompt not in [message["content"] for message in pair.chosen.messages[: pair.chosen.trained_from]]:
@@ -40,7 +46,15 @@ def _read_implicit_pair(row: dict) -> Pair:
     if isinstance(row["chosen"], list):
         chosen, rejected = (fields.answer_messages(row[side], side) for side in SIDES)
         common = _common_length(chosen, rejected)
-        return _conversation_pair(chosen[:common], chosen[common:], rejected[common:], fields.tools(row.get("tools")))
+        context = with_system(row, chosen[:common]) if common else []
+        return _conversation_pair(context, chosen[common:], rejected[common:], fields.tools(row.get("tools")))
+    for name in STATES_PROMPT:
+        if columns.is_stated(row.get(name)):
+            raise BadRow(
+                Fault.TWO_PROMPTS,
+                f"the row has `{name}`, but the prompt would be the texts' common beginning: rename the column to prompt, "
+                "or remove it",
+            )
     chosen, rejected = (fields.answer(row[side], side) for side in SIDES)
     _refuse_equal(chosen, rejected)
     common = _common_length(chosen, rejected)
@@ -49,6 +63,32 @@ def _read_implicit_pair(row: dict) -> Pair:
     if not common:
         raise BadRow(Fault.TWO_PROMPTS, "chosen and rejected have no common beginning: give the prompt")
     return _text_pair(chosen[:common], chosen[common:], rejected[common:])
+
+
+def _asked_pair(question: str) -> Callable[[dict], Pair]:
+    """A reader of rows whose prompt is a question in its own column."""
+
+    def read(row: dict) -> Pair:
+        if isinstance(row["chosen"], list):  # whole conversations
+            return _read_implicit_pair(row)
+        sides = ([said("assistant", fields.answer(row[side], side))] for side in SIDES)
+        return _conversation_pair(asked(row, question), *sides, fields.tools(row.get("tools")))
+
+    return read
+
+
+def _read_sharegpt_pair(row: dict) -> Pair:
+    context = with_system(row, sharegpt_messages(row["conversations"], "conversations"))
+    return _conversation_pair(context, *(_side(row[side], side) for side in SIDES), fields.tools(row.get("tools")))
+
+
+def _side(value: Any, name: str) -> list[dict]:
+    """An answer as text, as a turn, or as several."""
+    if isinstance(value, str):
+        return [said("assistant", fields.answer(value, name))]
+    messages = sharegpt_messages(value if isinstance(value, list) else [value], name)
+    fields.require_answer(messages, name)
+    return messages
 
 
 def _read_token_pair(row: dict) -> Pair:
@@ -106,8 +146,11 @@ def _common_length(one: Sequence, other: Sequence) -> int:
     return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-PAIR_FORMATS: dict[tuple[str, ...], Callable[[dict], Pair]] = {
-    ("prompt", "chosen", "rejected"): _read_pair,
-    ("chosen", "rejected"): _read_implicit_pair,
-    ("prompt_ids", "chosen_ids", "rejected_ids"): _read_token_pair,
+PAIR_FORMATS: dict[tuple[str, ...], Format] = {
+    ("prompt", "chosen", "rejected"): Format(_read_pair, (*SYSTEM, "tools")),
+    ("conversations", "chosen", "rejected"): Format(_read_sharegpt_pair, (*SYSTEM, "tools")),
+    ("question", "chosen", "rejected"): Format(_asked_pair("question"), ASKED),
+    ("instruction", "chosen", "rejected"): Format(_asked_pair("instruction"), ASKED),
+    ("chosen", "rejected"): Format(_read_implicit_pair, (*SYSTEM, "tools")),
+    ("prompt_ids", "chosen_ids", "rejected_ids"): Format(_read_token_pair, strict=False),
 }

@@ -1,48 +1,43 @@
 """Files of records -> checked Conversation, Completion or TokenIds, or Pairs of them. A bad row is a value, not a crash.
 
 A format is recognised by its columns. To add one, write a function `row -> Record` that raises BadRow, and enter it
-in FORMATS; the first entry whose columns are all there wins. Further columns are ignored; a null counts as absent.
-Preference pairs are read in pairs.py.
+in FORMATS; the first entry whose columns are all there wins. A null counts as absent; what further columns mean is in
+columns.py. Preference pairs are read in pairs.py.
 """
 
 import codecs
 import gzip
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dfactory.data import fields
-from dfactory.data.fields import BadRow, Completion, Conversation, Document, Fault, Record, TokenIds, check_messages
+from dfactory.data import columns, fields
+from dfactory.data.columns import ASKED, SYSTEM, Format, asked, said, sharegpt_messages, with_system
+from dfactory.data.fields import BadRow, Completion, Conversation, Fault, Record, TokenIds, check_messages
 from dfactory.data.pairs import PAIR_FORMATS
 from dfactory.data.progress import Advance, unheard
 from dfactory.data.traces import TRACE_FORMATS
 from dfactory.errors import DataError
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
 LONGEST_LINE = 1 << 22  # bytes, unpacked: tokenising such a text takes a gigabyte, and no max_length is that long
 PARQUET_BATCH = 1024  # rows that are read together
 PROGRESS_ROWS = 256  # between two words to the progress bar
 
 
 def read_records(
-    path: str | Path, prefer_pairs: bool = False, advance: Advance = unheard
+    path: str | Path, prefer_pairs: bool = False, advance: Advance = unheard, unread: Counter[str] | None = None
 ) -> Iterator[tuple[int, Record | BadRow]]:
     """Stream (number, record) of a .jsonl, .jsonl.gz or .parquet file; numbers count lines, or parquet rows, from 1.
 
-    A row that can be read as a pair and as a single answer is read as `prefer_pairs` says. `advance` hears the bytes.
+    A row that can be read as a pair and as a single answer is read as `prefer_pairs` says. `advance` hears the bytes;
+    `unread` counts the rows by the columns of text that nobody reads.
     Raises DataError if the file is missing, damaged, of another kind, or holds no row at all.
     """
     for number, row in read_objects(path, advance):
-        yield number, (row if isinstance(row, BadRow) else parse_row(row, prefer_pairs))
+        yield number, (row if isinstance(row, BadRow) else parse_row(row, prefer_pairs, unread))
 
 
 def read_objects(path: str | Path, advance: Advance = unheard) -> Iterator[tuple[int, Any]]:
@@ -58,12 +53,25 @@ def read_objects(path: str | Path, advance: Advance = unheard) -> Iterator[tuple
         raise DataError(f"{path} holds no records: leave it out of datasets")
 
 
-def parse_row(row: Any, prefer_pairs: bool = False) -> Record | BadRow:
+def parse_row(row: Any, prefer_pairs: bool = False, unread: Counter[str] | None = None) -> Record | BadRow:
     """Recognise and check one row; a BadRow is returned, so that the caller decides what it is worth."""
     try:
-        return _recognise(row, prefer_pairs)(row)
+        names, form = _recognise(row, prefer_pairs)
+        record = form.read(row)
+        if form.strict:
+            columns.refuse_unread(row, (*names, *form.also), record)
+            columns.refuse_bad_answer(row, record)
     except BadRow as bad:
         return bad
+    if unread is not None:
+        unread.update(columns.unread_texts(row, (*names, *form.also)))
+    return record
+
+
+def read_columns(row: dict, prefer_pairs: bool = False) -> set[str]:
+    """The columns that a record is read from. Raises BadRow where the format is unknown."""
+    names, form = _recognise(row, prefer_pairs)
+    return {*names, *form.also}
 
 
 # --- files -> rows ---------------------------------------------------------------------------------------------------
@@ -149,23 +157,19 @@ def _parquet_row(batch, index: int) -> Any:
 
 
 def _read_messages(row: dict) -> Conversation:
-    messages = check_messages(row["messages"], "messages")
+    messages = with_system(row, check_messages(row["messages"], "messages"))
+    if (
+        messages[-1]["role"] != "assistant"
+        and not any(map(fields.is_trained, messages))
+        and row.get("answer") is not None
+    ):
+        messages = [*messages, said("assistant", _answer_column(row))]
     fields.require_answer(messages, "messages")
     return Conversation(messages, fields.tools(row.get("tools")))
 
 
 def _read_sharegpt(row: dict) -> Conversation:
-    turns = fields.list_of_objects(row["conversations"], "conversations")
-    for index, turn in enumerate(turns):
-        speaker = turn.get("from")
-        if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-            known = ", ".join(SHAREGPT_ROLES)
-            raise BadRow(
-                Fault.FIELD, f"conversations[{index}].from is {fields.show(speaker)}: it must be one of {known}"
-            )
-        fields.text(turn.get("value"), f"conversations[{index}].value")
-    renamed = [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
-    messages = check_messages(renamed, "conversations")
+    messages = with_system(row, sharegpt_messages(row["conversations"], "conversations"))
     fields.require_answer(messages, "conversations")
     return Conversation(messages, fields.tools(row.get("tools")))
 
@@ -176,26 +180,49 @@ def _read_token_ids(row: dict) -> TokenIds:
         raise BadRow(
             Fault.FIELD, f"prompt_lengths is {fields.show(length)}: it must be an integer from 0 to {len(ids)}"
         )
-    return TokenIds(ids, length)
+    record = TokenIds(ids, length)
+    columns.refuse_other_labels(row, record)
+    return record
 
 
 def _read_prompt_completion(row: dict) -> Conversation | Completion:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        context = check_messages(prompt, "prompt")
-        answer = fields.answer_messages(completion, "completion")
-        return Conversation(context + answer, fields.tools(row.get("tools")), trained_from=len(context))
-    return Completion(fields.text(prompt, "prompt"), fields.answer(completion, "completion"))
+        return _answered(row, fields.answer_messages(completion, "completion"))
+    return _plain_text(row, fields.answer(completion, "completion"))
 
 
-def _read_instruction_response(row: dict) -> Conversation:
-    return _single_turn(fields.text(row["instruction"], "instruction"), fields.answer(row["response"], "response"))
+def _read_prompt_answer(row: dict) -> Conversation | Completion:
+    if isinstance(row["prompt"], list):
+        return _answered(row, [said("assistant", _answer_column(row))])
+    return _plain_text(row, _answer_column(row))
 
 
-def _read_alpaca(row: dict) -> Conversation:
-    instruction, extra = fields.text(row["instruction"], "instruction"), fields.text(row.get("input") or "", "input")
-    question = f"{instruction}\n{extra}" if instruction and extra else instruction or extra
-    return _single_turn(question, fields.answer(row["output"], "output"))
+def _answered(row: dict, answer: list[dict]) -> Conversation:
+    """A conversational prompt and what follows."""
+    context = with_system(row, check_messages(row["prompt"], "prompt"))
+    return Conversation(context + answer, fields.tools(row.get("tools")), trained_from=len(context))
+
+
+def _plain_text(row: dict, answer: str) -> Completion:
+    columns.refuse_beside_text(row)
+    return Completion(fields.text(row["prompt"], "prompt"), answer)
+
+
+def _answer_column(row: dict) -> str:
+    """Text, or a number, as answers of arithmetic are exported."""
+    value = row["answer"]
+    return fields.answer(str(value) if type(value) in (int, float) else value, "answer")
+
+
+def _instruction(question: str, response: str) -> Callable[[dict], Conversation]:
+    """A reader of rows with a question in one column and its answer in another."""
+
+    def read(row: dict) -> Conversation:
+        answer = _answer_column(row) if response == "answer" else fields.answer(row[response], response)
+        return Conversation([*asked(row, question), said("assistant", answer)], fields.tools(row.get("tools")))
+
+    return read
 
 
 def _read_text(row: dict) -> Completion:
@@ -203,29 +230,28 @@ def _read_text(row: dict) -> Completion:
     return Completion("", fields.answer(row["text"], "text"))
 
 
-FORMATS: dict[tuple[str, ...], Callable[[dict], Document]] = {
+FORMATS: dict[tuple[str, ...], Format] = {
     **TRACE_FORMATS,  # first: such a line has kept the columns of its question
-    ("messages",): _read_messages,
-    ("conversations",): _read_sharegpt,
-    ("input_ids", "prompt_lengths"): _read_token_ids,
-    ("prompt", "completion"): _read_prompt_completion,
-    ("instruction", "response"): _read_instruction_response,
-    ("instruction", "output"): _read_alpaca,
-    ("text",): _read_text,
+    ("messages",): Format(_read_messages, (*SYSTEM, "tools")),
+    ("conversations",): Format(_read_sharegpt, (*SYSTEM, "tools")),
+    ("input_ids", "prompt_lengths"): Format(_read_token_ids, ("labels", "attention_mask"), strict=False),
+    ("prompt", "completion"): Format(_read_prompt_completion, (*SYSTEM, "tools")),
+    ("instruction", "response"): Format(_instruction("instruction", "response"), ASKED),
+    ("instruction", "output"): Format(_instruction("instruction", "output"), ASKED),
+    ("question", "response"): Format(_instruction("question", "response"), ASKED),
+    ("prompt", "answer"): Format(_read_prompt_answer, (*SYSTEM, "tools")),
+    ("question", "answer"): Format(_instruction("question", "answer"), ASKED),
+    ("text",): Format(_read_text, strict=False),
 }
 
 
-def _recognise(row: Any, prefer_pairs: bool) -> Callable[[dict], Record]:
+def _recognise(row: Any, prefer_pairs: bool) -> tuple[tuple[str, ...], Format]:
     if not isinstance(row, dict):
         raise BadRow(Fault.JSON, f"the row is {fields.show(row)}: it must be a JSON object")
     present = {name for name, value in row.items() if value is not None}
     formats = PAIR_FORMATS | FORMATS if prefer_pairs else FORMATS | PAIR_FORMATS
-    for columns, reader in formats.items():
-        if present.issuperset(columns):
-            return reader
-    known = "; ".join(" + ".join(columns) for columns in formats)
+    for names, form in formats.items():
+        if present.issuperset(names):
+            return names, form
+    known = "; ".join(" + ".join(names) for names in formats)
     raise BadRow(Fault.FORMAT, f"no known format has the columns {sorted(present)}: give one of {known}")
-
-
-def _single_turn(question: str, answer: str) -> Conversation:
-    return Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])

@@ -18,6 +18,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ from dfactory.data.examples import (
     read_documents,
     require_kind,
 )
-from dfactory.data.fields import BadRow
+from dfactory.data.fields import BadRow, Record
 from dfactory.data.progress import Advance, reading
 from dfactory.data.records import LONGEST_LINE, parse_line, parse_row
 from dfactory.errors import ConfigError, DataError
@@ -97,7 +98,9 @@ class StreamReport(DataReport):
     lines: int = 0
 
     def __str__(self) -> str:
-        return f"{self.lines} lines of {len(self.files)} file(s), read while training goes on"
+        return "\n".join(
+            [f"{self.lines} lines of {len(self.files)} file(s), read while training goes on", *self.tell_unread()]
+        )
 
 
 class StreamedExamples:
@@ -205,9 +208,13 @@ class StreamedExamples:
             lines, first = self._files[file_index], int(self._first_F1[file_index])
             numbered = [(unit, line) for unit in group if (line := lines[unit - first]).strip()]
             parsed = ((unit - first + 1, parse_line(line)) for unit, line in numbered)
-            records = ((n, row if isinstance(row, BadRow) else parse_row(row, self._paired)) for n, row in parsed)
+            records = ((n, row if isinstance(row, BadRow) else self._parse(first + n - 1, row)) for n, row in parsed)
             rows = read_documents(records, lines.path, self._encoder, self._rules)
             yield from zip((unit for unit, _ in numbered), rows, strict=True)
+
+    def _parse(self, unit: int, row: Any) -> Record | BadRow:
+        """A line's record; what nobody reads of it is counted when it is seen for the first time."""
+        return parse_row(row, self._paired, None if self._seen_U[unit] else self.report.unread)
 
     def _place(self, unit: int) -> tuple[int, int]:
         """(index of its file, number of its line from 1)."""

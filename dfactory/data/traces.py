@@ -5,11 +5,11 @@ TraceRules.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 
 from dfactory.data import fields
+from dfactory.data.columns import Format
 from dfactory.data.fields import BadRow, Fault, TokenIds, Trace
 
 
@@ -89,6 +89,6 @@ def _steps_of_blocks(commit_step: list[int], num_prompt: int, num_response: int,
     return np.concatenate([np.full(prompt_blocks * block_size, -1), relative_CB.flatten()]).astype(np.int16)
 
 
-TRACE_FORMATS: dict[tuple[str, ...], Callable[[dict], TokenIds]] = {
-    ("prompt_ids", "token_ids", "commit_step"): _read_trace,
+TRACE_FORMATS: dict[tuple[str, ...], Format] = {
+    ("prompt_ids", "token_ids", "commit_step"): Format(_read_trace, strict=False),
 }

@@ -3,7 +3,9 @@
 import bisect
 
 from dfactory.config.recipe import Recipe
-from dfactory.data.prompts import Row, encode_prompt, prompt_of, read_rows
+from dfactory.data.examples import DataReport
+from dfactory.data.fields import BadRow, Fault
+from dfactory.data.prompts import Row, encode_prompt, prompt_of, rows_of
 from dfactory.data.source import EpochOrder
 from dfactory.errors import DataError
 from dfactory.rl.rollouts import GroupCall
@@ -13,18 +15,21 @@ GROUP_BITS = 16  # of a rollout's noise id: its index within the group
 
 
 class PromptStream:
-    """Prompts by group number. Raises DataError with file:line for a row that cannot be answered or is too long."""
+    """Prompts by group number. A row that cannot be answered, or is too long, is a bad row: on_bad_row and
+    max_bad_fraction decide, and DataError names file:line."""
 
     def __init__(self, recipe: Recipe):
         self.vocabulary = recipe_vocabulary(recipe)
         self.rows: list[Row] = []
+        self.prompt_ids: list[list[int]] = []
+        self.report = DataReport([entry.path for entry in recipe.datasets])
+        self._on_bad_row, self._room = recipe.on_bad_row, recipe.max_length - recipe.decode.max_new_tokens
         weights: list[float] = []
         for entry in recipe.datasets:
-            rows = read_rows(entry.path)
-            self.rows += rows
-            weights += [entry.weight] * len(rows)
-        self.prompt_ids = [encode_prompt(row, self.vocabulary.encoder) for row in self.rows]
-        self._refuse_long_prompts(recipe.max_length - recipe.decode.max_new_tokens)
+            before = len(self.rows)
+            self._read(entry.path)
+            weights += [entry.weight] * (len(self.rows) - before)
+        self._check_report(recipe.max_bad_fraction)
         self._order = EpochOrder(weights, recipe.seed)
         self._starts = [0]  # the first group of each epoch, as far as they are known
         self._num_generations = recipe.num_generations
@@ -59,10 +64,36 @@ class PromptStream:
         epoch = bisect.bisect_right(self._starts, group) - 1
         return epoch, group - self._starts[epoch], self._starts[epoch + 1] - self._starts[epoch]
 
-    def _refuse_long_prompts(self, room: int) -> None:
-        for row, ids in zip(self.rows, self.prompt_ids, strict=True):
-            if len(ids) > room:
-                raise DataError(
-                    f"{row.origin}: the prompt has {len(ids)} tokens, max_length less decode.max_new_tokens leaves {room}: "
-                    "raise max_length or leave the prompt out"
-                )
+    def _read(self, path: str) -> None:
+        """Take the rows of a file that can be answered."""
+        for origin, fields in rows_of(path):
+            try:
+                if isinstance(fields, BadRow):
+                    raise BadRow(fields.fault, f"{origin}: {fields}")
+                row = Row(origin, fields)
+                ids = encode_prompt(row, self.vocabulary.encoder)
+                self._refuse_long(row, ids)
+                prompt_of(row)
+            except BadRow as bad:
+                if self._on_bad_row == "error":
+                    raise DataError(f"{bad}; or set on_bad_row: skip to go on without such rows") from bad
+                self.report.refuse_told(bad)
+                continue
+            self.rows.append(row)
+            self.prompt_ids.append(ids)
+            self.report.kept += 1
+
+    def _refuse_long(self, row: Row, ids: list[int]) -> None:
+        if len(ids) > self._room:
+            raise BadRow(
+                Fault.TOO_LONG,
+                f"{row.origin}: the prompt has {len(ids)} tokens, max_length less decode.max_new_tokens leaves "
+                f"{self._room}: raise max_length or leave the prompt out",
+            )
+
+    def _check_report(self, max_bad_fraction: float) -> None:
+        self.report.refuse_share_above(max_bad_fraction)
+        if not self.rows:
+            raise DataError(
+                f"no row of {', '.join(self.report.files)} is a prompt:\n" + "\n".join(self.report.tell_refused())
+            )

@@ -28,7 +28,7 @@ from dfactory.config.data import DatasetKeys
 from dfactory.data.chat import ChatEncoder
 from dfactory.data.examples import DocumentRules, read_documents
 from dfactory.data.fields import BadRow, Fault
-from dfactory.data.prompts import encode_prompt, read_rows
+from dfactory.data.prompts import Row, encode_prompt, prompt_of, read_rows, rows_of
 from dfactory.data.records import read_records
 from dfactory.data.streaming import StreamedExamples
 from dfactory.errors import DataError
@@ -56,6 +56,14 @@ RIGHT = (
     {"chosen": [USER, BOT], "rejected": [USER, {"role": "assistant", "content": "no"}]},
     {"prompt_ids": [9], "chosen_ids": [10], "rejected_ids": [11]},
     {"prompt_ids": [9, 9], "token_ids": [10, 11], "commit_step": [0, 1], "block_size": 4},
+    {"instruction": "hi", "context": "a", "system": "b", "history": [["a", "b"]], "response": "yo"},
+    {"messages": [USER, {**BOT, "weight": 0, "reasoning_content": "a"}, USER, BOT], "system": "a", "language": "b"},
+    {"conversations": [{"from": "function_call", "value": '{"name": "f", "arguments": {"a": null}}'}], "tools": "[]"},
+    {"conversations": [{"from": "human", "value": "hi"}], "chosen": {"from": "gpt", "value": "yo"}, "rejected": "no"},
+    {"system": "a", "question": "hi", "chosen": "yo", "rejected": "no"},
+    {"messages": [USER, {**BOT, "tool_calls": [], "function_call": {"name": "f", "arguments": ""}}], "tools": None},
+    {"prompt": [USER], "answer": 4, "label": False, "images": []},
+    {"input_ids": [9, 10], "prompt_lengths": 1, "labels": [-100, 10], "attention_mask": [1, 1]},
     {"prompt_ids": [9], "prompt": "hi"},
 )
 NASTY = (
@@ -256,7 +264,8 @@ class Reader:
             self._told(file, lambda paired=paired: self._documents(str(file), paired))
         if kind == ".jsonl":
             self._told(file, lambda: self._streamed(str(file)))
-            self._told(file, lambda: [self._told(file, encode_prompt, r, self.encoder) for r in read_rows(file)])
+            self._told(file, lambda: read_rows(file))
+        self._told(file, lambda: [self._told(file, self._prompt, *row) for row in rows_of(file)])
 
     def _look(self, kind: str, body: bytes) -> None:
         if kind == ".jsonl":
@@ -286,6 +295,12 @@ class Reader:
                 self.kept += 1
                 assert MASK not in document.tokens[0]
 
+    def _prompt(self, origin: str, fields: dict | BadRow) -> None:
+        if isinstance(fields, BadRow):
+            raise DataError(f"{origin}: {fields}")
+        assert MASK not in encode_prompt(Row(origin, fields), self.encoder) or fields.get("prompt_ids") is not None
+        assert isinstance(prompt_of(Row(origin, fields)), (str, list))
+
     def _streamed(self, file: str) -> None:
         options = {"on_bad_row": "skip", "max_bad_fraction": 1.0, "block_size": 4, "paired": False}
         StreamedExamples([DatasetKeys(file)], self.encoder, self.rules, **options)
@@ -314,7 +329,7 @@ def fuzz(reader: Reader, num_lines: int, first_seed: int = 0) -> None:
 
 def read_huge(reader: Reader) -> None:
     """Each huge line between two right ones, plain and gzipped."""
-    right = json.dumps(RIGHT[-2]).encode()
+    right = json.dumps({"text": "hi yo"}).encode()
     for name, make in HUGE_LINES.items():
         body, started = b"\n".join([b'{"text": "hi yo"}', make(), right]), time.perf_counter()
         reader.read(".jsonl", body)

@@ -29,7 +29,7 @@ FORMATS = {
     "null fields": ({"messages": [{**ASKED, "name": None}, ANSWERED], "prompt": None}, Conversation(TURNS)),
     "tool call without text": (
         {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]},
-        Conversation([ASKED, {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]),
+        Conversation([ASKED, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}]),
     ),
     "instruction": ({"instruction": "hi", "response": "yo"}, Conversation(TURNS)),
     "alpaca": (

@@ -7,8 +7,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dfactory.commands.checking.page import Page, in_bytes, in_short
 from dfactory.config.recipe import Recipe
-from dfactory.data.chat import GENERATION_MARKER, PROBE_TURN, ChatEncoder, SpecialIds, read_chat_template, special_ids
+from dfactory.data.chat import ChatEncoder, SpecialIds, read_chat_template, special_ids
 from dfactory.data.records import BadRow
+from dfactory.data.templates import GENERATION_MARKER, PROBE_TURN
 from dfactory.engine.memory import ParameterCounts, count_adapters, count_parameters
 from dfactory.models.headers import weight_files
 from dfactory.models.registry import (
@@ -120,7 +121,7 @@ def _template(
             "the chat template has no {% generation %} markers: assistant turns are found by rendering each conversation "
             "turn by turn; look at the example above"
         )
-    encoder = ChatEncoder(tokenizer, own, special)
+    encoder = ChatEncoder(tokenizer, own, special, recipe.chat_template_path)
     try:
         ids_T, trainable_T = encoder.encode_messages(PROBE_TURN)
         several_T = encoder.encode_messages(PROBE_TURN * 2)[1]

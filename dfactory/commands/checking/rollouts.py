@@ -15,6 +15,8 @@ def tell_rollouts(page: Page, recipe: Recipe) -> None:
     page.line(
         "prompts", f"{len(prompts.rows):,}, the longest of {longest} tokens; {recipe.decode.max_new_tokens} new ones"
     )
+    for line in prompts.report.tell_refused():
+        page.warn(line)
     rewards = parse_rewards(
         recipe.reward_funcs, recipe.reward_weights, allow_code_execution=recipe.allow_code_execution
     )
