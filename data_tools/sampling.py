@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser, generations: int) -> None:
     )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument(
-        "--input", required=True, help="JSONL: messages, prompt or prompt_ids, and what the reward reads"
+        "--input", required=True, help=".jsonl, .jsonl.gz or .parquet: prompts, and what the reward reads"
     )
     parser.add_argument("--output", required=True, help=".jsonl, .jsonl.gz or .parquet")
     parser.add_argument("--reward", action="append", required=True, help="as in reward_funcs; several are added up")

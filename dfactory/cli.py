@@ -68,7 +68,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     generate = verb("generate", _generate, "answer the prompts of a JSONL file", "decode.key=value")
     _model_arguments(generate)
-    generate.add_argument("--input", required=True, help="JSONL: messages, prompt or prompt_ids in each line")
+    generate.add_argument(
+        "--input", required=True, help=".jsonl, .jsonl.gz or .parquet: prompts, or records without their answer"
+    )
     generate.add_argument("--output", required=True, help="JSONL: each input line with its response")
     generate.add_argument(
         "--keep-trace", action="store_true", help="also write when each token was committed, to train on trajectories"
@@ -82,7 +84,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     _model_arguments(evaluate)
     questions = evaluate.add_mutually_exclusive_group(required=True)
-    questions.add_argument("--data", help="JSONL: messages, prompt or prompt_ids, and answer in each line")
+    questions.add_argument("--data", help=".jsonl, .jsonl.gz or .parquet: prompts with an answer column")
     questions.add_argument("--task", action="append", help="a task of reasoning-gym, scored by it; may be repeated")
     questions.add_argument("--lm-eval", action="append", metavar="TASK", help="a task of lm-eval; may be repeated")
     evaluate.add_argument(
