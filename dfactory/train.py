@@ -54,6 +54,7 @@ def learn(recipe: Recipe, feed: Feed | None = None) -> int:
     resumed, warnings = checkpoint.find_resume(folder, recipe.resume_from_checkpoint, recipe.overwrite_output_dir)
 
     inputs = read_inputs(recipe, recipe.streaming)
+    warnings += inputs.vocabulary.warnings
     records = make_source(recipe, inputs, rank, world_size) if inputs.train is not None else None
     objective = make_objective(recipe, inputs)
     probe = make_probe(recipe, inputs)

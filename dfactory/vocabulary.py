@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from dfactory.config.decode import DecodeKeys
 from dfactory.config.recipe import Recipe
-from dfactory.data.chat import ChatEncoder, SpecialIds, read_chat_template, special_ids
+from dfactory.data.chat import ChatEncoder, SpecialIds, mask_warning, read_chat_template, special_ids
 from dfactory.decoding import DecodeRules
 from dfactory.models.registry import known_mask_id, read_config, read_tokenizer, resolve_model_dir
 
@@ -16,6 +16,12 @@ class Vocabulary(NamedTuple):
     special: SpecialIds
     tokenizer: Any
     encoder: ChatEncoder | None
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is likely to be a mistake about the special ids."""
+        told = mask_warning(self.tokenizer, self.special.mask)
+        return [told] if told else []
 
     def text(self, output_ids: list[int]) -> str | None:
         """A response as people read it: up to EOS, special tokens left out. None without a tokenizer."""

@@ -1,8 +1,8 @@
-"""`dfactory generate`: a JSONL of prompts in, the same lines with their responses out.
+"""`dfactory generate`: a file of prompts in, its rows as JSONL with their responses out.
 
-An input line has `messages` (through the chat template), `prompt` (plain text) or `prompt_ids`. Every line is checked
-before the first one is decoded, and the output file appears when it is complete. With --keep-trace a line also gets the
-trace of its decoding, all that a Rollout holds, and `correct` where it has an `answer`.
+A row is a prompt, or a record whose answer is left out (data/prompts.py). Every row is checked before the first one is
+decoded, and the output file appears when it is complete. With --keep-trace a line also gets the trace of its decoding, all
+that a Rollout holds, and `correct` where it has an `answer`.
 """
 
 import argparse

@@ -139,7 +139,7 @@ class BlockDiffusionLM(LM):
         vocabulary = self.answerer.vocabulary
         if context.startswith(CHAT):
             return vocabulary.encoder.encode_prompt(json.loads(context.removeprefix(CHAT)))
-        return vocabulary.encoder.encode_text(context) or [vocabulary.special.eos]
+        return vocabulary.encoder.encode_beginning(context) or [vocabulary.special.eos]
 
     def _record(self, context: str, continuation: str) -> dict[str, Any]:
         before = self._encode(context)

@@ -83,6 +83,18 @@ def special_ids(
     return SpecialIds(mask, eos, tuple(sorted(suppressed)), tuple(sorted(produced - {eos})))
 
 
+def mask_warning(tokenizer: PreTrainedTokenizerBase | None, mask: int) -> str | None:
+    """What to say of a mask that text holds as well; None if it is special, added, or names no token."""
+    literal = tokenizer.convert_ids_to_tokens(mask) if tokenizer is not None and mask < len(tokenizer) else None
+    if literal is None or mask in tokenizer.added_tokens_decoder or mask in tokenizer.all_special_ids:
+        return None
+    shown = tokenizer.convert_tokens_to_string([literal])
+    return (
+        f"mask_token_id {mask} is the ordinary token {shown!r}: records that hold it are refused, and the model can never "
+        "write it; take a special token, or an id that no token has"
+    )
+
+
 def read_chat_template(path: str | None) -> str | None:
     """The recipe's own template, or None. Raises ConfigError if there is no such file."""
     if path is None:
@@ -169,6 +181,7 @@ class ChatEncoder:
         self._literals = special_literals(tokenizer, also=special[:2] if special else ())
         self._literal_pattern = _any_of(re.escape(literal) for literal in self._longest_first())
         self._special_pattern = _any_of(self._with_whitespace(literal) for literal in self._longest_first())
+        self._beginning = _beginning_of(tokenizer)
         self._never_from_text = frozenset(self._literals.values()) - {tokenizer.unk_token_id}
         if self._encode_plain(["\n"])[0] + self._encode_plain(["a"])[0] != self._encode_plain(["\na"])[0]:
             raise ConfigError(
@@ -200,8 +213,12 @@ class ChatEncoder:
         return self._encode_pieces([pieces])[0][0].tolist()
 
     def encode_text(self, text: str) -> list[int]:
-        """Plain text -> ids, none of them special."""
+        """Plain text -> ids, none of them special. It may go on with an earlier text."""
         return self._encode_pieces([[_Piece(text, None, False)]])[0][0].tolist()
+
+    def encode_beginning(self, text: str) -> list[int]:
+        """Plain text at the beginning of a document -> ids, after what the tokenizer puts in front of every text."""
+        return [*self._beginning, *self.encode_text(text)]
 
     def encode_records(self, records: Sequence[Conversation | Completion | TokenIds]) -> list[Tokens | BadRow]:
         """Encode many records in one tokenizer call (it runs on all cores); a BadRow stands where one is unusable."""
@@ -213,7 +230,8 @@ class ChatEncoder:
         if isinstance(record, TokenIds):
             return token_ids(record)
         if isinstance(record, Completion):
-            return [_Piece(record.prompt, None, False), _Piece(record.completion, None, True)]
+            begin = [_Piece("", index, False) for index in self._beginning]
+            return [*begin, _Piece(record.prompt, None, False), _Piece(record.completion, None, True)]
         try:
             return self._conversation_pieces(record)
         except BadRow as bad:
@@ -332,6 +350,14 @@ class ChatEncoder:
 
     def _without_whitespace(self, found: str) -> str:
         return next(literal for literal in self._longest_first() if literal in found)
+
+
+def _beginning_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special ids that a tokenizer puts in front of a text: BOS for Llama and Gemma, nothing for LLaDA2, LLaDA, Qwen and
+    what stems from it (Dream, SDAR, Fast-dLLM). A conversation gets what its template writes."""
+    whole = tokenizer("a", return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+    special = set(tokenizer.all_special_ids)
+    return list(itertools.takewhile(special.__contains__, whole))
 
 
 def token_ids(record: TokenIds) -> Tokens:

@@ -19,7 +19,7 @@ import numpy as np
 
 from dfactory.config.data import DatasetKeys
 from dfactory.data.chat import ChatEncoder, Tokens, token_ids
-from dfactory.data.fields import BadRow, Document, Fault, Pair, Record, TokenIds, Trace
+from dfactory.data.fields import BadRow, Completion, Document, Fault, Pair, Record, TokenIds, Trace
 from dfactory.data.pairs import SIDES
 from dfactory.data.progress import reading
 from dfactory.data.records import read_records
@@ -391,7 +391,7 @@ def _apply(rules: DocumentRules, record: Document, tokens: Tokens | BadRow) -> l
     if len(ids) <= limit:
         return [Finished((ids, trainable), commit_step_T=steps)]
     if rules.overlong == "split":
-        return _split(ids, trainable, limit)
+        return _split(ids, trainable, limit, isinstance(record, Completion) and not record.prompt)
     if not trainable[:limit].any():
         prompt = int(trainable.argmax())
         return BadRow(Fault.PROMPT_TOO_LONG, f"the prompt alone has {prompt} tokens, max_length is {limit}: raise it")
@@ -403,11 +403,11 @@ def _apply(rules: DocumentRules, record: Document, tokens: Tokens | BadRow) -> l
     )
 
 
-def _split(ids: np.ndarray, trainable: np.ndarray, limit: int) -> list[Finished] | BadRow:
+def _split(ids: np.ndarray, trainable: np.ndarray, limit: int, is_text: bool) -> list[Finished] | BadRow:
     """A text in documents of `limit` tokens, the last one shorter. Each begins at position 0 and knows nothing of the
-    others; only the last one has the EOS."""
+    others; only the first one has the BOS of a tokenizer that adds it, and only the last one the EOS."""
     starts = range(0, len(ids), limit)
-    if not trainable.all():
+    if not trainable.all() and not is_text:
         reason = "has a prompt, without which its answer cannot go on in another document"
     elif len(starts) > 1 << PART_BITS:
         reason = f"would be split into {len(starts)} documents, more than {1 << PART_BITS}"

@@ -114,7 +114,7 @@ def encode_prompt(row: Row, encoder: ChatEncoder | None) -> list[int]:
         raise DataError(f"{row.origin}: the model directory has no tokenizer: give prompt_ids")
     try:
         if isinstance(prompt, Completion):
-            return encoder.encode_text(prompt.prompt)
+            return encoder.encode_beginning(prompt.prompt)
         return encoder.encode_prompt(prompt.messages, prompt.tools)
     except BadRow as problem:
         raise BadRow(problem.fault, f"{row.origin}: {problem}") from problem

@@ -151,7 +151,7 @@ class RecordSource:
             if state[name] != value:
                 raise CheckpointError(
                     f"the checkpoint's {name} {state[name]} is now {value}: resume with the same datasets, records, "
-                    "weights and seed, or start a new run"
+                    "chat template, weights and seed, or start a new run"
                 )
         self._stream = self._new_stream()
         self._stream.load_state_dict(state)

@@ -25,6 +25,7 @@ from dfactory.models.policy import Policy
 GENERATION_CONFIG = "generation_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"  # transformers prefers it to the template inside tokenizer_config.json
+NAMED_TEMPLATES = "additional_chat_templates"  # folder of the others, such as tool_use.jinja
 _NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]
@@ -54,7 +55,7 @@ def save_policy(
     if write:
         _record(policy.source_dir, directory, block_size=block_size, mask_token_id=mask_token_id)
     if write and chat_template is not None:
-        _write_text(directory / CHAT_TEMPLATE, chat_template)
+        write_chat_template(directory, chat_template)
     if policy.has_adapters:
         _save_adapters(policy, directory, gathered, write)
         return
@@ -161,11 +162,18 @@ def _record(source_dir: Path, directory: Path, **trained_with: int | None) -> No
         _write_text(directory / GENERATION_CONFIG, json.dumps(keys | stated, indent=2) + "\n")
 
 
+def write_chat_template(directory: Path, text: str) -> None:
+    """The template that a run was trained with, in the place of the source's; its named ones are not carried then."""
+    _write_text(directory / CHAT_TEMPLATE, text)
+
+
 def carry_files(source_dir: Path, directory: Path) -> None:
     """Copy the carried files of the source that are not there yet."""
+    has_own_template = (directory / CHAT_TEMPLATE).exists()
     for file in carried_files(source_dir):
-        target = directory / file.name
-        if not target.exists():
+        target = directory / file.relative_to(source_dir)
+        if not target.exists() and not (has_own_template and target.parent.name == NAMED_TEMPLATES):
+            target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
             faults.at("carried.written", target)
             _refuse_short(target, file.stat().st_size)
@@ -179,7 +187,7 @@ def carried_files(source_dir: Path) -> list[Path]:
     home = source_dir.resolve()
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]  # the hub's cache
     files = []
-    for file in sorted(source_dir.iterdir()):
+    for file in (*sorted(source_dir.iterdir()), *sorted(source_dir.glob(f"{NAMED_TEMPLATES}/*.jinja"))):
         if not file.is_file() or file.name.startswith(".") or file.name.endswith(_NOT_CARRIED):
             continue
         if not any(file.resolve().is_relative_to(folder) for folder in allowed):

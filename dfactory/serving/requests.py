@@ -142,7 +142,7 @@ class Reader:
         return self._text(entry) if isinstance(entry, str) else _ids(entry, "prompt")
 
     def _text(self, value: Any) -> list[int]:
-        return self._encoder.encode_text(text(value, "prompt"))
+        return self._encoder.encode_beginning(text(value, "prompt"))
 
     @property
     def _encoder(self) -> ChatEncoder:

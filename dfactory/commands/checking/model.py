@@ -7,8 +7,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dfactory.commands.checking.page import Page, in_bytes, in_short
 from dfactory.config.recipe import Recipe
-from dfactory.data.chat import ChatEncoder, SpecialIds, read_chat_template, special_ids
+from dfactory.data.chat import ChatEncoder, SpecialIds, mask_warning, read_chat_template, special_ids
 from dfactory.data.records import BadRow
+from dfactory.data.rendering import DATE
 from dfactory.data.templates import GENERATION_MARKER, PROBE_TURN
 from dfactory.engine.memory import ParameterCounts, count_adapters, count_parameters
 from dfactory.models.headers import weight_files
@@ -84,6 +85,8 @@ def tell_tokens(page: Page, recipe: Recipe, model: Model) -> SpecialIds:
     if recorded is not None and mask_id != recorded:
         page.warn(f"mask_token_id {mask_id}, but the model was trained with {recorded}: leave the key out")
     special = special_ids(tokenizer, mask_id, recipe.eos_token_id, vocab_size, template)
+    if told := mask_warning(tokenizer, special.mask):
+        page.warn(told)
     page.line("mask, EOS", f"{_token(tokenizer, special.mask)}, {_token(tokenizer, special.eos)}")
     page.line("never decoded", _suppressed(tokenizer, special))
     if tokenizer is not None:
@@ -116,6 +119,8 @@ def _template(
     origin = recipe.chat_template_path or "the tokenizer's own"
     marked = bool(GENERATION_MARKER.search(str(text)))
     page.line("chat template", f"{origin}, {'with' if marked else 'without'} generation markers")
+    if "strftime_now" in str(text):
+        page.line("its date", f"{DATE:%d %B %Y}, always: a resumed run has to see the same tokens")
     if not marked:
         page.warn(
             "the chat template has no {% generation %} markers: assistant turns are found by rendering each conversation "
