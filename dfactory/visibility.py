@@ -1,4 +1,4 @@
-"""Who sees whom: the one attention rule of training, scoring and decoding (METHOD section 2, equation 3 of [L20]).
+"""Who sees whom: the one attention rule of training, scoring and decoding (docs/method.md#visibility).
 
 A token's place is (document, view, block, trunk). View 0 is the clean stream, views 1..K are noised copies. The whole rule:
 

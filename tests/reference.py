@@ -2,7 +2,7 @@
 
     reference_model(dir)     LLaDA2-MoE in plain torch from the ORIGINAL tensor names, expert by expert. That it reads an
                              exported directory is the proof that the original layout was kept.
-    step_mask, one_view_nll  one noisy ++ clean training step: 2L tokens, float mask from the table in METHOD section 2,
+    step_mask, one_view_nll  one noisy ++ clean training step: 2L tokens, float mask by docs/method.md#visibility,
                              all logits, fp32 cross-entropy. K views are K such passes.
     dense_table              the same table for the rows of a ViewBatch
     plain_scores             log-probability, entropy and hit of full logits
@@ -163,8 +163,8 @@ def one_view_nll(model, clean_RL, noisy_RL, target_RL, block_size: int) -> torch
 
 
 def dense_table(document_RS, view_RS, block_RS, trunk_RS) -> torch.Tensor:
-    """The table of METHOD section 2, case by case, for whole rows. [R, S, S], True where query may see key. Of the trunk
-    that a document names, everything before the query's block counts as clean past."""
+    """The table of docs/method.md#visibility, case by case, for whole rows. [R, S, S], True where query may see key. Of
+    the trunk that a document names, everything before the query's block counts as clean past."""
     rows, length = document_RS.shape
     seen = torch.zeros(rows, length, length, dtype=torch.bool)
     for r in range(rows):

@@ -16,6 +16,13 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 DECIMAL = re.compile(r"-?\d+\.\d+")
+CITATION = re.compile(r"docs/(\w+\.md)(?:#([\w-]+))?")
+ARXIV = re.compile(r"arXiv[:\s#]+(\d{4}\.\d{5})", re.IGNORECASE)
+UNSHIPPED = re.compile(  # names of pages, and tags of papers, that this repository does not explain
+    r"\bMETHOD(?:\.md)?,? section|\b(?:METHOD|ARCHITECTURE|LLADA2|FAMILIES|STYLE)\.md|\[(?:[LD]\d+|BD3|TR|CJ|DP|MED|FD)\]"
+)
+CODE = ("dfactory", "data_tools", "benchmarks", "recipes", "tests", "launch", "examples", ".ci")
+TEXT = {".py", ".md", ".yaml", ".yml", ".sh", ".cfg"}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE_PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|md|yml|yaml|json|jsonl|sh|txt|cfg))`")
 
@@ -43,6 +50,37 @@ def test_links_and_paths_lead_somewhere(page):
         assert (ROOT / path).exists() or (ROOT / "dfactory" / path).exists() or path.startswith(("build/", "runs/")), (
             path
         )
+
+
+CITING = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "setup.cfg"]
+CITING += [file for part in CODE for file in sorted((ROOT / part).rglob("*")) if file.suffix in TEXT]
+
+
+def test_citations_in_the_code_lead_to_a_section():
+    wrong, count = [], 0
+    for file in CITING:
+        for page, anchor in CITATION.findall(file.read_text()):
+            count += 1
+            if not (DOCS / page).is_file() or (anchor and anchor not in anchors(DOCS / page)):
+                wrong.append(f"{file.relative_to(ROOT)}: docs/{page}#{anchor}")
+    assert not wrong
+    assert count > 30
+
+
+def test_papers_that_are_cited_are_listed():
+    method = (DOCS / "method.md").read_text()
+    listed = set(re.findall(r"\d{4}\.\d{5}", method.partition("## Sources")[2]))
+    assert len(listed) > 10
+    unlisted = [
+        (file.name, number) for file in CITING for number in ARXIV.findall(file.read_text()) if number not in listed
+    ]
+    assert not unlisted
+    assert set(ARXIV.findall(method)) <= listed
+
+
+def test_nothing_cites_what_does_not_ship():
+    found = [(file.name, UNSHIPPED.findall(file.read_text())) for file in CITING if file != Path(__file__)]
+    assert [entry for entry in found if entry[1]] == []
 
 
 def test_headings_of_a_page_are_unique():

@@ -1,10 +1,10 @@
 """`dfactory eval --elbo-pairs N`: how likely a model finds the responses of training records, as a bound.
 
 Every record is scored in N complementary pairs of views with exact mask counts, stratified over the pairs, so that the
-ELBO is unbiased over all mask ratios (METHOD section 6). It bounds the likelihood of the response with the EOS fill of its
-last block, and so that of the response alone: exp(-ELBO / real tokens) is an upper bound of the perplexity, and compares
-across block sizes. Real tokens are those that are trained on, up to and including EOS. The noise is a function of
-`decode.seed`.
+ELBO is unbiased over all mask ratios (docs/method.md#perplexity-bound). It bounds the likelihood of the response with
+the EOS fill of its last block, and so that of the response alone: exp(-ELBO / real tokens) is an upper bound of the
+perplexity, and compares across block sizes. Real tokens are those that are trained on, up to and including EOS. The
+noise is a function of `decode.seed`.
 """
 
 import argparse

@@ -74,7 +74,7 @@ def generate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
 
 
 def output_of(row: Row, rollout: Rollout, text: str | None) -> dict[str, Any]:
-    """The input line with what ARCHITECTURE promises of an output line."""
+    """The input line with what an output line adds."""
     return row.fields | {
         "output_ids": rollout.output_ids,
         "text": text,

@@ -4,9 +4,9 @@
 
 `generate_until` decodes. `loglikelihood` is the ELBO of the continuation and its end, as training ends an answer: with a
 conversation what the template writes after an answer, then EOS. Without an end, an answer that is cut where a block ends
-would beat the whole one. It is a lower bound, from `pairs` complementary pairs of views (METHOD section 6), good for
-choosing among continuations: those of one question share their noise. Whether a continuation is the greedy one it does not
-tell, and says no. `loglikelihood_rolling` is refused.
+would beat the whole one. It is a lower bound, from `pairs` complementary pairs of views
+(docs/method.md#perplexity-bound), good for choosing among continuations: those of one question share their noise.
+Whether a continuation is the greedy one it does not tell, and says no. `loglikelihood_rolling` is refused.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""Documents -> rows: fill to whole blocks, pack, and write `[clean | view 1 | ... | view K]` (METHOD section 2).
+"""Documents -> rows: fill to whole blocks, pack, and write `[clean | view 1 | ... | view K]`.
+
+Formulas: docs/method.md#documents-and-blocks.
 
 Packing looks at costs only, never at tokens, so that the number of rows of a run can be computed beforehand. It keeps a
 buffer of up to LOOKAHEAD documents: a row starts with the oldest one, so that none waits forever, and then takes the

@@ -1,4 +1,4 @@
-"""The block K/V cache and the attention over it (METHOD section 9, the last points).
+"""The block K/V cache and the attention over it (docs/method.md#cache).
 
 A slot holds the keys and values of one document, each at its own position. A forward runs over a *span* of every slot:
 the clean blocks that are not in the cache yet, then the block that is being denoised.

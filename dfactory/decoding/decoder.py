@@ -1,4 +1,4 @@
-"""The block decoder: ragged prompts in slots, every slot at its own block, an exact cache (METHOD section 9).
+"""The block decoder: ragged prompts in slots, every slot at its own block, an exact cache (docs/method.md#decoding).
 
 One forward serves all slots (see cache.py for what it runs over). The tokens live on the host; a forward takes the ids
 and gives back four numbers for each open position, in one transfer. Open are the masked positions; with editing, all

@@ -1,4 +1,6 @@
-"""One response while it is being decoded: its document so far, its trace, its rules' bookkeeping (METHOD section 9).
+"""One response while it is being decoded: its document so far, its trace, its rules' bookkeeping.
+
+Formulas: docs/method.md#decoding.
 
     document    p p p p | p p . . | . . . . | . . . .        block size 4, prompt of 6, at most 9 new tokens
     block       0         1         2         3              10 positions are decoded, 9 are the answer at most

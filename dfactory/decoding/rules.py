@@ -1,4 +1,4 @@
-"""What to commit and what to edit: the decoding rules of METHOD section 9, as arithmetic on tensors without a model.
+"""What to commit and what to edit: the rules of docs/method.md#decoding as arithmetic on tensors, without a model.
 
 A forward gives the open positions of a block their logits; the rules turn them into a decision:
 
@@ -113,9 +113,10 @@ class Acceptance:
     """From a proposal to the confidence of a mask: the probability of `token` (`sampled`) or of `top_token` (`top`); and to
     that of an edit, which is always the probability of the token that it writes.
 
-    EOS early rejection [CJ]: where that token is EOS, confidence is multiplied by a factor that rises linearly over the
-    `num_steps` forwards that a block with masks may take. As it looks at the token whose probability is compared, with
-    `top` it does not depend on what was drawn; the authors' code looks at the token drawn.
+    EOS early rejection (CJ-GRPO; docs/method.md#acceptance): where that token is EOS, confidence is multiplied by a
+    factor that rises linearly over the `num_steps` forwards that a block with masks may take. As it looks at the token
+    whose probability is compared, with `top` it does not depend on what was drawn; the authors' code looks at the token
+    drawn.
 
     eos_penalty 0.6, num_steps 4    step    0    1    2    3    no mask left
                                     factor  0.4  0.6  0.8  1    1
@@ -153,8 +154,9 @@ def least_counts(masks_R: torch.Tensor, steps_left_R: torch.Tensor, schedule: st
     """How many of `masks_R` masks the next of `steps_left_R` steps commits, int64 [R]; at least 1.
 
     Told anew at every step, so that it also holds where a step commits more, and where prompt or draft fill a part of
-    the block. `ascending` [CJ]: as if the steps left took 1, 2, 4, ... of 2^steps - 1 equal shares; a share is rounded
-    down, and the last step takes the rest. Fewer masks than steps: one a step, and the block ends early.
+    the block. `ascending` (CJ-GRPO; docs/method.md#commit): as if the steps left took 1, 2, 4, ... of 2^steps - 1 equal
+    shares; a share is rounded down, and the last step takes the rest. Fewer masks than steps: one a step, and the block
+    ends early.
 
     32 masks, 6 steps   even  6 6 5 5 5 5   ascending  1 1 2 4 8 16      10 masks, 3 steps   even  4 3 3   ascending  1 3 6
     """
@@ -216,8 +218,9 @@ class Threshold:
 
 @dataclasses.dataclass(frozen=True)
 class Editing:
-    """Token to token [L21]: a visible response token gives way to the token drawn if that one's own probability exceeds the
-    threshold. With acceptance `top` the most probable token never gives way, whatever was drawn.
+    """Token to token (LLaDA2.1; docs/method.md#editing): a visible response token gives way to the token drawn if that
+    one's own probability exceeds the threshold. With acceptance `top` the most probable token never gives way, whatever
+    was drawn.
 
     A block without masks goes on for up to `max_post_steps` forwards and ends at the first that edits nothing.
     Threshold 0.0 edits wherever the model would have another token.

@@ -1,4 +1,4 @@
-"""A source that writes the model's own predictions into the batches of another one (token editing, METHOD section 3)."""
+"""A source that writes the model's own predictions into the batches of another one (docs/method.md#token-editing)."""
 
 from collections.abc import Callable, Sequence
 

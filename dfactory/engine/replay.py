@@ -1,4 +1,6 @@
-"""A window whose loss joins scores of several micro-batches, trained on without holding their graphs (METHOD section 8).
+"""A window whose loss joins scores of several micro-batches, trained on without holding their graphs.
+
+Formulas: docs/method.md#two-passes.
 
 Pass 1, without gradient: the log-probability of every target of the window, and with them, for each loss term S,
 c_i = dS / d log p_i. Pass 2, micro-batch by micro-batch: backpropagate sum_i c_i log p_i. By the chain rule that is the

@@ -10,7 +10,7 @@ With z the logits, p = softmax(z), q = softmax(z / T) and H the entropy of q:
 
     d log p_y / dz = onehot(y) - p          d H / dz = -q * (log q + H) / T
 
-The temperature T concerns the entropy alone ([DP] trains it at 0.5); everything else is said of p.
+The temperature T concerns the entropy alone (dParallel trains it at 0.5); everything else is said of p.
 """
 
 from collections.abc import Iterator

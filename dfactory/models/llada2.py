@@ -1,4 +1,6 @@
-"""LLaDA2-MoE out of transformers' Glm4Moe modules: the config keys, the tensor names, nothing else (LLADA2.md).
+"""LLaDA2-MoE out of transformers' Glm4Moe modules: the config keys, the tensor names, nothing else.
+
+Facts: docs/families.md#llada2-moe.
 
 Ling 2.0, the autoregressive family that LLaDA2 was made from, has the same architecture, keys and tensor names under
 another model_type; its multi-token-prediction layers, which a block-diffusion model has no use for, are left out.

@@ -1,4 +1,4 @@
-"""Top-k merge: the arithmetic mean of checkpoints of one run (METHOD section 11).
+"""Top-k merge: the arithmetic mean of checkpoints of one run (docs/method.md#merging).
 
 Of full checkpoints the tensors are averaged, one at a time, in float32, and written in place into a copy of the first
 checkpoint's files: the same shards, index, names and precision. Of LoRA adapters the products are averaged, exactly: the

@@ -1,9 +1,9 @@
-"""Confidence-aware parallel training: be sure where you are right (METHOD section 5, [L20] 5.2, [DP]).
+"""Confidence-aware parallel training: be sure where you are right (docs/method.md#cap).
 
     L = L_SFT + beta * L_conf,    L_conf = sum over correct targets of their entropy / number of correct targets
 
 A target is correct when argmax p is the token that it stands for. Which ones are is a constant: no gradient runs through
-it. Entropy is that of softmax(logits / entropy_temperature), which the head computes; [L20] has 1, [DP] 0.5.
+it. Entropy is that of softmax(logits / entropy_temperature), which the head computes; LLaDA2.0 has 1, dParallel 0.5.
 
 The denominator is the number of correct targets of the whole window over all ranks, so a split into micro-batches does
 not change the loss; with none, L_conf is 0. It has to be known before the first backward: with one micro-batch a rank

@@ -1,4 +1,4 @@
-"""Direct preference optimisation with ELBOs in place of log-likelihoods (METHOD section 7).
+"""Direct preference optimisation with ELBOs in place of log-likelihoods (docs/method.md#dpo).
 
     score(y) = elbo_policy(y) - elbo_reference(y),    delta = score(chosen) - score(rejected)
 

@@ -1,4 +1,4 @@
-"""The evidence lower bound of a response, estimated from the scores of its views (METHOD section 6).
+"""The evidence lower bound of a response, estimated from the scores of its views (docs/method.md#elbo).
 
     elbo = mean over views of  sum over masked i of  w_i log p(y_i | view)
 

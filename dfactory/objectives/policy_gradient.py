@@ -1,4 +1,4 @@
-"""Clipped policy gradient over the views of rollouts (METHOD section 8).
+"""Clipped policy gradient over the views of rollouts (docs/method.md#policy-gradients).
 
 With A the advantage of a rollout and w the weight of a target's view,
 

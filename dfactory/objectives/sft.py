@@ -1,9 +1,9 @@
-"""Supervised fine-tuning: the weighted negative log-likelihood of the targets (METHOD section 4).
+"""Supervised fine-tuning: the weighted negative log-likelihood of the targets (docs/method.md#sft).
 
     L = - sum over views, targets i of  w_i log p(x0_i | view)  /  Z
 
 `uniform`: w = 1, Z the number of targets; what public fine-tuning code of this family computes.
-`elbo`: w = 1/t, Z the number of response tokens, counted once a view (equation 5 of [L20]).
+`elbo`: w = 1/t, Z the number of response tokens, counted once a view (equation 5 of LLaDA2.0).
 """
 
 import dataclasses

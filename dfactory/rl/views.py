@@ -1,4 +1,4 @@
-"""What stands for a rollout's likelihood: its views, by the recipe's `policy_loss` (METHOD section 8).
+"""What stands for a rollout's likelihood: its views, by the recipe's `policy_loss` (docs/method.md#policy-gradients).
 
     trace        the decoder's own steps. All of them, each target once: the log-probabilities add up to the likelihood of
                  the trace. Or `trace_steps` sampled ones a block, weighted so that the sum is unbiased.
@@ -19,7 +19,7 @@ from dfactory.views import RandomMask, masked_view, view_positions
 from dfactory.views.schedules import Purpose, generator
 from dfactory.views.trace import TraceViews, every_transition
 
-PROMPT_MASK = 0.15  # [D1]
+PROMPT_MASK = 0.15  # d1; docs/method.md#policy-gradients
 
 RolloutViews = Callable[[AlignedDocument, int], tuple[AlignedDocument, list[View]]]
 """(document of a rollout, its index in the group) -> the document as the clean stream shows it, and its views."""

@@ -1,4 +1,4 @@
-"""Token editing: visible tokens as targets, and the model's own drafts as views (METHOD section 3, [L21] 3.1).
+"""Token editing: visible tokens as targets, and the model's own drafts as views (docs/method.md#token-editing).
 
 Three kinds of targets stand in a view; the token that has to be predicted is the clean one for all of them:
 
@@ -15,7 +15,7 @@ into the batch once a model has scored it.
     turn 1       a [M] x  d  e [M] g  h      c is edited, h is kept; the model drafts b f and, for c, c
     turn 2       a  b  c  d  e [M] g  h      b and c were drafted; the targets are those of turn 1
 
-[L21] names the two ideas and no numbers: shares, and how a turn commits its draft, are options here.
+LLaDA2.1 names the two ideas and no numbers: shares, and how a turn commits its draft, are options here.
 """
 
 import dataclasses

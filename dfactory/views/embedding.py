@@ -1,4 +1,4 @@
-"""Gaussian noise on the embedding of [M] during the first steps (METHOD section 11, [L20]).
+"""Gaussian noise on the embedding of [M] during the first steps (docs/method.md#noise-on-mask-embeddings).
 
 An autoregressive model has never seen [M]: its embedding is small or arbitrary, and every mask looks the same. Noise that
 differs from mask to mask steadies the first steps. As all noise here it is a value of the batch: which mask gets which

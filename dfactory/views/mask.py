@@ -1,4 +1,4 @@
-"""Random-mask views: independent, stratified, and in complementary pairs (METHOD section 3, [L20] 5.1).
+"""Random-mask views: independent, stratified, and in complementary pairs (docs/method.md#noise).
 
 A view holds the blocks of the document that hold a response token, and nothing else. Only response tokens are masked;
 those that are masked are the targets. The twin of a view masks exactly the other response tokens, so that over the pair

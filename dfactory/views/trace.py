@@ -1,4 +1,4 @@
-"""Views that are states of a decoder, rebuilt from its trace (METHOD section 8, trace views).
+"""Views that are states of a decoder, rebuilt from its trace (docs/method.md#trace-likelihood).
 
 A *transition* of a block is `stride` neighbouring forwards, taken as one: the view shows what was committed before them,
 and its targets are the tokens that they committed. Its masks that came later stay masks without being targets.

@@ -1,4 +1,4 @@
-"""Block decoding the obvious way: one prompt, no cache, every forward over the whole prefix (METHOD section 9).
+"""Block decoding the obvious way: one prompt, no cache, every forward over the whole prefix (docs/method.md#decoding).
 
 What the decoder must equal, token for token. It shares nothing with `dfactory.decoding`.
 """

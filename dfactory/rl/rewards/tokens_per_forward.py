@@ -1,4 +1,4 @@
-"""Speed as a reward: response tokens per forward pass of the decoder (METHOD.md section 9)."""
+"""Speed as a reward: response tokens per forward pass of the decoder (docs/method.md#stop)."""
 
 
 def tokens_per_forward(
