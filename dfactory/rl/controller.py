@@ -1,13 +1,14 @@
 """The controller: which groups are decoded when, by whom and with which weights, and what becomes of a group that fails.
 
 Groups of G rollouts are numbered in the order of the prompts. A step trains on the next `prompts_per_step` groups with a
-signal. A group may be submitted when the step that will train on it is at most `max_staleness` versions ahead of the
-weights that there are:
+signal, `num_iterations` times, which makes as many versions of the weights. A group may be submitted when the version that
+will first train on it is at most `max_staleness` ahead of the weights that there are:
 
-    steps handed out + groups outstanding // prompts_per_step  <=  version + max_staleness
+    next version to be trained on new rollouts
+        + num_iterations * (groups outstanding // prompts_per_step)  <=  version of the weights + max_staleness
 
-With max_staleness 0 that is synchronous training: nothing is decoded until the new weights are there. Groups are consumed
-in the order of their numbers, so in that mode a run, and its resumption, decode exactly the same.
+With max_staleness below num_iterations that is synchronous training: nothing is decoded until the new weights are there.
+Groups are consumed in the order of their numbers, so in that mode a run, and its resumption, decode exactly the same.
 
 A group is answered once: its number is the key. A rollout actor that dies, or does not answer in time, is killed and
 replaced, and its groups go back to the front of the queue; what the old one might still say is never heard. One that
@@ -55,7 +56,8 @@ class Controller:
         self.groups: collections.deque[_Group] = collections.deque()  # submitted, not consumed, by number
         self.weights: WeightSet | None = None
         self.new_weights = asyncio.Event()  # another one for every version
-        self.handed_out: int | None = None  # versions; None until a learner has said where the run stands
+        # the version that takes the next rollouts; None until a learner has said where the run stands
+        self.next_version: int | None = None
         self.next_group = 0
         self.batches: dict[int, asyncio.Future] = {}
         self.restarts = 0
@@ -94,9 +96,9 @@ class Controller:
 
     async def _collect(self, version: int, next_group: int) -> RolloutBatch:
         started = time.perf_counter()
-        if self.handed_out is None:
+        if self.next_version is None:
             self.next_group = next_group  # a resumed run goes on where its checkpoint stood
-        self.handed_out = version
+        self.next_version = version
         while self.weights is None or self.weights.version + self.recipe.max_staleness < version:
             await self.new_weights.wait()  # another rank may ask before rank 0 has published
         self._submit()
@@ -111,7 +113,7 @@ class Controller:
             self._refuse_barren(seen)
             goes_on = not any(group.has_signal for group in used)
             self._submit(collected=min(len(used), self.recipe.prompts_per_step - goes_on))
-        self.handed_out = version + 1
+        self.next_version = version + self.recipe.num_iterations
         metrics = batch_metrics(seen, version) | {
             "seconds/rollout_wait": time.perf_counter() - started,
             "rollout_restarts": float(self.restarts),
@@ -124,12 +126,10 @@ class Controller:
         return RolloutBatch(rollouts, following, self.prompts.epoch(following), metrics)
 
     def _submit(self, collected: int = 0) -> None:
-        if self.weights is None or self.handed_out is None:
+        if self.weights is None or self.next_version is None:
             return
-        size = self.recipe.prompts_per_step
-        while (
-            self.handed_out + (collected + len(self.groups)) // size <= self.weights.version + self.recipe.max_staleness
-        ):
+        newest = self.weights.version + self.recipe.max_staleness  # version that may train on what is decoded now
+        while self._version_of(collected + len(self.groups)) <= newest:
             group = _Group(self.prompts.call(self.next_group))
             if self.problem is not None:
                 group.fail(self.problem)
@@ -138,6 +138,10 @@ class Controller:
             self.waiting.append(group)
         for worker in self.workers:
             worker.wake()
+
+    def _version_of(self, ahead: int) -> int:
+        """The version that will first train on a group with so many groups before it that are not handed out."""
+        return self.next_version + self.recipe.num_iterations * (ahead // self.recipe.prompts_per_step)
 
     async def _finished(self, group: "_Group") -> ScoredGroup:
         """The group, decoded and scored. The reward pool answers every call in bounded time, hanging rewards included."""
@@ -160,7 +164,7 @@ class Controller:
         if len(barren) < limit:
             return
         rewards = [reward for group in barren for reward in group.rewards if reward is not None]
-        self.scorer.write_samples(self.handed_out + 1, barren)
+        self.scorer.write_samples(self.next_version + 1, barren)
         raise RolloutError(
             f"no group of {len(barren)} had a signal: all {self.recipe.num_generations} rewards of every group were equal "
             f"(mean {statistics.fmean(rewards) if rewards else float('nan'):.3f}); reward outcomes "

@@ -19,7 +19,7 @@ from dfactory.types import FinishReason, Rollout
 
 pytestmark = pytest.mark.slow
 
-PROMPTS = 12
+PROMPTS, BLOCK = 12, 8
 REWARD = """
 def by_index(prompts, completions, completion_ids, **columns):
     return [float(ids[0] % 2) for ids in completion_ids]
@@ -69,8 +69,10 @@ class FakeRolloutActor:
 
 
 def answer(call, noise: int) -> Rollout:
-    ids = [1 + noise % 2]
-    return Rollout(call.prompt_ids, ids, [0], [0.0], [0], [], 1, [1], ids, 1, FinishReason.EOS)
+    """A token, committed in one forward with the fill to the end of its block."""
+    ids = [1 + noise % 2] * (-len(call.prompt_ids) % BLOCK or BLOCK)
+    one = [0] * len(ids)
+    return Rollout(call.prompt_ids, ids, one, [0.0] * len(ids), one, [], BLOCK, [1], ids[:1], 1, FinishReason.EOS)
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def start(tmp_path):
             "model_name_or_path": str(TINY_DIR),
             "dtype": "float32",
             "datasets": [{"path": "prompts.jsonl"}],
-            "block_size": 8,
+            "block_size": BLOCK,
             "max_length": 64,
             "decode": {"max_new_tokens": 16, "temperature": 1.0, "acceptance": "top"},
             "reward_funcs": [f"{tmp_path}/reward.py:{reward}"],
