@@ -8,6 +8,8 @@ BENCHMARKS = {
     "decoding": "cached block decoding in slots, beside the uncached loop",
     "rl": "an update split into rollout, reward, sync and training, beside the obvious one",
     "overlap": "reinforcement learning with asynchronous rollouts, beside the same with synchronous ones",
+    "staleness": "reinforcement learning on rollouts of older policies, with and without their correction",
+    "rl_variance": "the variance of a policy gradient by kind of token: the answer, and what stands after EOS",
     "loading": "reading a checkpoint, beside reading its bytes",
     "data": "the reader, a start and the tools on large files of records",
     "growth": "how a step's cost grows with length, views, batch, experts and ranks",
