@@ -33,7 +33,8 @@ from dfactory.decoding import DecodeRules, decode
 from dfactory.models.registry import load_policy
 from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.rl.rollouts import RolloutBatch, ScoredRollout
-from dfactory.rl.source import RolloutSource, rollout_document
+from dfactory.rl.rows import rollout_document
+from dfactory.rl.source import RolloutSource
 from dfactory.rl.views import RolloutViews, rollout_views
 from dfactory.types import Rollout
 from dfactory.views import RandomMask

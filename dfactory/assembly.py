@@ -33,7 +33,7 @@ from dfactory.objectives.sft import SFT
 from dfactory.rl.source import RATIO_TOLERANCE, Feed, RolloutSource
 from dfactory.rl.views import rollout_views
 from dfactory.types import Objective
-from dfactory.views import Drafts, EditTargets, GridMask, MaskEmbeddingNoise, RandomMask, TraceViews
+from dfactory.views import Drafts, EditTargets, GridMask, MaskEmbeddingNoise, TraceViews, recipe_mask
 from dfactory.vocabulary import Vocabulary, recipe_vocabulary
 
 
@@ -111,17 +111,7 @@ def make_views(recipe: Recipe, inputs: Inputs) -> MakeViews:
     """The views of training: masks, and with token editing wrong tokens as well; or the states of a decoder."""
     if recipe.view_source == "trace":
         return TraceViews(inputs.special.mask, recipe.seed, recipe.trace_stride, recipe.num_views, recipe.stratified)
-    masks = RandomMask(
-        mask_id=inputs.special.mask,
-        seed=recipe.seed,
-        low=recipe.noise_range_low,
-        high=recipe.noise_range_high,
-        per_block=recipe.noise_level == "block",
-        num_views=recipe.num_views,
-        complementary=recipe.complementary,
-        stratified=recipe.stratified,
-        mask_count=recipe.mask_count,
-    )
+    masks = recipe_mask(recipe, inputs.special.mask)
     if not recipe.edits:
         return masks
     return EditTargets(
@@ -210,6 +200,10 @@ def make_rollout_source(recipe: Recipe, inputs: Inputs, feed: Feed, trainer: Tra
         world_size=trainer.world_size,
         micro_batch_rows=recipe.per_device_train_batch_size,
         num_iterations=recipe.num_iterations,
+        traces=recipe.policy_loss == "trace",
+        old_policy=recipe.old_policy,
+        importance_cap=recipe.importance_cap,
+        train_after_eos=recipe.train_after_eos,
         ratio_tolerance=RATIO_TOLERANCE[recipe.dtype],
     )
 
@@ -223,7 +217,7 @@ def make_objective(recipe: Recipe, inputs: Inputs) -> Objective:
             level="sequence" if recipe.policy_loss == "ebpo" else "token",
             normaliser=recipe.ratio_normalisation,
             epsilon=recipe.epsilon,
-            epsilon_high=recipe.epsilon if recipe.epsilon_high is None else recipe.epsilon_high,
+            epsilon_high=recipe.highest_epsilon,
             clip=recipe.ratio_clip,
             aggregation=recipe.loss_aggregation,
             max_new_tokens=recipe.decode.max_new_tokens,

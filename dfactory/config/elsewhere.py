@@ -21,6 +21,7 @@ TRL = {
     "peft_config": "use_peft",
     "steps_per_generation": "num_iterations",
     "generation_batch_size": "prompts_per_step",
+    "vllm_importance_sampling_clip_max": "importance_cap",
     "importance_sampling_level": "ratio_normalisation",
     "precompute_ref_log_probs": "reference",
     "ref_model": "reference",

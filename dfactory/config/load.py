@@ -443,9 +443,15 @@ def _check_rl(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
         "computed; set it to null, or use ebpo",
     )
     rule(
-        recipe.decode.top_p is None and recipe.decode.top_k is None and recipe.decode.temperature == 1,
+        recipe.decode.top_p is None and recipe.decode.top_k is None,
         "decode.temperature, top_k or top_p other than 1.0, null, null with stage rl: the learner's likelihood is that of "
-        "the unprocessed distribution",
+        "the unprocessed distribution, and no weight brings back tokens that cannot come out",
+    )
+    rule(
+        recipe.decode.temperature == 1 or (recipe.policy_loss == "trace" and recipe.importance_cap is not None),
+        f"decode.temperature {recipe.decode.temperature:g} with stage rl, policy_loss {recipe.policy_loss} and "
+        f"importance_cap {recipe.importance_cap}: the learner's likelihood is that of temperature 1.0; only policy_loss "
+        "trace with an importance_cap weighs the difference",
     )
     rule(recipe.decode.block_size in (None, recipe.block_size), "decode.block_size with stage rl: it is block_size")
     rule(

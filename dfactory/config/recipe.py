@@ -66,6 +66,23 @@ class Recipe(TrainingKeys, RLKeys, ObjectiveKeys, EditingKeys, NoiseKeys, DataKe
         return ("reference",) if self.reference_kind == "copy" else ()
 
     @property
+    def highest_epsilon(self) -> float:
+        """What `epsilon_high` null stands for."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def decodes_ahead(self) -> bool:
+        """Whether rollouts may be stale: there are new weights every num_iterations versions."""
+        return self.max_staleness >= self.num_iterations
+
+    @property
+    def actors_score(self) -> bool:
+        """Whether rollout actors say how likely the views of their rollouts are. A trace is recorded as it is decoded, but
+        at another temperature that is not what the learner's ratio compares."""
+        recorded = self.policy_loss == "trace" and self.decode.temperature == 1
+        return self.decodes_ahead and self.old_policy == "decoder" and not recorded
+
+    @property
     def longest_record(self) -> int:
         """Row positions that a record of max_length takes at most, its views included."""
         return self.documents_per_record * self.max_length * (1 + self.views_per_document)

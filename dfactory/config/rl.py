@@ -72,6 +72,22 @@ class RLKeys:
         0.0, "weight of the KL term to the reference, which is the model at the start; 0: none", low=0.0
     )
     kl_estimator: str = key("k3", "k2 or k3; k3 explodes on ELBO differences", choices=("k2", "k3"))
+    old_policy: str = key(
+        "decoder",
+        "the ratio's denominator: the policy that decoded, or the learner's at the first step on the rollouts, however old "
+        "they are",
+        choices=("decoder", "learner"),
+    )
+    importance_cap: Optional[float] = key(
+        2.0,
+        "policy_loss trace: each target weighs exp(old log-probability - the decoder's recorded one), at most this; null: 1",
+        low=1.0,
+    )
+    train_after_eos: bool = key(
+        False,
+        "train on what the decoder put after EOS to the end of the block, too; no reward sees it, but tokens of the answer "
+        "that were committed later saw it",
+    )
     num_iterations: int = key(1, "optimiser steps on the same rollouts", low=1)
 
     prompts_per_step: int = key(8, "prompts whose groups make one optimiser step", low=1)
@@ -84,7 +100,9 @@ class RLKeys:
         10, "stop when no group had a signal, among as many as so many steps take", low=1
     )
     max_staleness: int = key(
-        0, "policy versions that a rollout may lie behind the step that trains on it; 0: synchronous", low=0
+        0,
+        "policy versions that a rollout may lie behind the first step that trains on it; below num_iterations: synchronous",
+        low=0,
     )
     num_learners: int = key(1, "learner processes (DeepSpeed ranks)", low=1)
     num_rollout_workers: int = key(1, "processes that decode", low=1)

@@ -4,6 +4,7 @@
     trained      steps with a learning rate changed no parameter         the end
     targets      window after window holds nothing to predict            the end
     EOS          no answer ends, or the model does not learn to end one  a warning
+    decoder      rollouts come from another distribution                 a warning
     experts      some are never routed to (experts_unused)               a warning
 
 Rollouts whose rewards are all equal end a run in rl/controller.py, numbers that are not finite in nonfinite.py.
@@ -30,6 +31,7 @@ STEPS_TO_CHANGE = {
 }  # applied steps; bfloat16 rounds small ones away, its fp32 copy adds them up
 WINDOWS_WITHOUT_TARGETS = 10
 EOS_STEPS = 100  # after so many, and at the end
+FAR_DECODER = 0.05  # mean of |p / recorded p - 1| of rollouts; below, the weights are close to 1
 VISITS = 50  # that an expert would get of a window by chance, below which its absence says nothing
 
 
@@ -41,6 +43,7 @@ class Gates:
         self.first = self.rate_was_zero = True
         self.before: list[int] | None = fingerprint(trainer.policy)
         self.steps_without_change = self.windows_without_targets = self.steps = 0
+        self.decoder_is_near = True
         self.eos_targets = self.eos_hits = False  # whether there were any, since the last look
         self.experts = ExpertCoverage(trainer.policy)
         trainer.watch = functools.partial(watch_eos, eos_id)
@@ -54,6 +57,7 @@ class Gates:
         self._check_targets(step, metrics)
         self._check_change(step, metrics)
         warnings = self._check_first_loss(step, metrics) + self._check_eos(step, metrics, last)
+        warnings += self._check_decoder(step, metrics)
         self.rate_was_zero &= metrics["learning_rate"] == 0
         if last and self.rate_was_zero:
             warnings.append(f"no step up to {step} had a learning rate above 0: nothing was trained; see warmup_steps")
@@ -81,6 +85,19 @@ class Gates:
         if check == "stop":
             raise SilentFailureError(f"{problem}; first_loss_check is stop: set it to warn to go on all the same")
         return [problem]
+
+    def _check_decoder(self, step: int, metrics: dict[str, float]) -> list[str]:
+        """Told once."""
+        gap = metrics.get("decoder_gap", 0.0)
+        if not self.decoder_is_near or gap <= FAR_DECODER:
+            return []
+        self.decoder_is_near = False
+        return [
+            f"decoder_gap {gap:.3g} at step {step}, above {FAR_DECODER:g}: the decoder draws from another distribution than "
+            "the learner trains. At decode.temperature 1.0 the model gives special tokens that much probability, which "
+            "decode.suppress_special takes away. policy_loss trace corrects it by weights up to importance_cap, ELBO views "
+            "do not: train the model on answers without such tokens first"
+        ]
 
     def _check_change(self, step: int, metrics: dict[str, float]) -> None:
         trains = metrics["learning_rate"] > 0 and metrics["targets"] > 0 and math.isfinite(metrics["grad_norm"])

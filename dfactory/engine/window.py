@@ -78,7 +78,8 @@ LEVEL = re.compile(r"(.+)_t\d\.\d\d")  # the name of a metric at one mask ratio
 def window_counts(
     objective: Objective, micro_batches: list[ViewBatch], scores: list[TokenScores | None], all_reduce
 ) -> dict[str, float]:
-    """Z of every loss term. `all_reduce` sums a float64 tensor over the ranks in place. Empty windows count 1.
+    """Z of every loss term. `all_reduce` sums a float64 tensor over the ranks in place. A term that nothing counts towards
+    is divided by 1; any other count, below 1 too, is what the term is divided by.
 
     An infinite count is NaN: a loss divided by it would look like a finite 0.
     """
@@ -87,7 +88,7 @@ def window_counts(
     total = torch.tensor([float(sum(share[name] for share in shares)) for name in names], dtype=torch.float64)
     all_reduce(total)
     finite = (value if math.isfinite(value) else math.nan for value in total.tolist())
-    return {name: max(value, 1.0) for name, value in zip(names, finite, strict=True)}
+    return {name: value or 1.0 for name, value in zip(names, finite, strict=True)}
 
 
 def micro_loss(terms: LossTerms, counts: dict[str, float], world_size: int) -> torch.Tensor:

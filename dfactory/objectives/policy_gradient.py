@@ -6,7 +6,7 @@ With A the advantage of a rollout and w the weight of a target's view,
     J         = sum over units of  min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A)
 
 A unit is a token (TraceRL, CJ-GRPO, diffu-GRPO: w multiplies its term instead of its log-ratio), or a sequence (EBPO, ESPO:
-w estimates the ELBO). The normaliser of a sequence is 1 (`sum`), its response tokens (`mean`) or its response blocks
+w estimates the ELBO). The normaliser of a sequence is 1 (`sum`), its real tokens (`mean`) or its response blocks
 (`block`); epsilon has to be meant for it. `clip: unconditional` weighs with the clipped ratio whatever the sign of A, as
 a constant, and divides by the sum of the weights (StableDRL); those of tokens are multiplied by w, and by 1 / length with
 aggregation grpo, there too.
@@ -18,7 +18,8 @@ A rollout may lie in several rows, each with a part of its views; a token's unit
 sequence's is not: the caller replays it in two passes (see engine/replay.py).
 
 Columns of the batch: `advantage_D`, `rollout_D` (its number in the window), `share_D` (1 over the rows that its views lie
-in), `old_logprob_N`, and `reference_logprob_N` where kl_coef is not 0.
+in), `old_logprob_N`, and `reference_logprob_N` where kl_coef is not 0. Two may be left out: `importance_N`, a constant
+weight of each token (see rl/source.py), and `fresh_N`, where the ratio has to be 1 at the first step.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ class PolicyGradient(Objective):
 
     def counts(self, batch: ViewBatch, scores: TokenScores | None) -> dict[str, Count]:
         rollouts = batch.columns["share_D"].sum()
-        tokens = (batch.columns["share_D"] * batch.response_length_D).sum()
+        tokens = (batch.columns["share_D"] * batch.answer_length_D).sum()
         if self.clip == "unconditional":
             weight_U = self._clipped_weight(self._log_ratio(batch, scores))
             policy = (weight_U * self._unit_weight(batch)).sum()
@@ -78,9 +79,20 @@ class PolicyGradient(Objective):
         metrics["ratio_spread"] = Mean(log_ratio_U.detach().abs().sum(), len(log_ratio_U))
         moved_N = scores.logprob_N.detach() - batch.columns["old_logprob_N"]
         metrics["logprob_change"] = Mean(moved_N.abs().sum(), batch.num_targets)
-        if self.kl_coef:
-            loss["kl"] = Mean(self.kl_coef * self._kl(batch, scores), counts["kl"])
-        return LossTerms(loss=loss, metrics=metrics)
+        metrics |= self._source_metrics(batch, moved_N)
+        if not self.kl_coef:
+            return LossTerms(loss, metrics)
+        loss["kl"] = Mean(self._kl(batch, scores), counts["kl"])
+        return LossTerms(loss, metrics, weights={"kl": self.kl_coef})
+
+    def _source_metrics(self, batch: ViewBatch, moved_N: torch.Tensor) -> dict[str, Mean]:
+        """Of the columns that the batch may have."""
+        metrics = {}
+        if (fresh_N := batch.columns.get("fresh_N")) is not None:
+            metrics["logprob_change_fresh"] = Mean((moved_N.abs() * fresh_N).sum(), fresh_N.sum())
+        if (importance_N := batch.columns.get("importance_N")) is not None:
+            metrics["importance_gap"] = Mean((importance_N - 1).abs().sum(), batch.num_targets)
+        return metrics
 
     def _units(self, batch: ViewBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The rollout numbers in the batch [U], and for each target which of them is its own [N]."""
@@ -99,7 +111,7 @@ class PolicyGradient(Objective):
         if self.normaliser == "sum":
             return torch.ones_like(batch.columns["share_D"])
         if self.normaliser == "mean":
-            return batch.response_length_D.float()
+            return batch.answer_length_D.float()
         return batch.columns["response_blocks_D"].float()
 
     def _advantage(self, batch: ViewBatch) -> torch.Tensor:
@@ -114,12 +126,16 @@ class PolicyGradient(Objective):
         return torch.zeros(len(rollout_U), device=value_D.device).index_copy(0, index_D, value_D.float())
 
     def _unit_weight(self, batch: ViewBatch) -> torch.Tensor | float:
-        """What multiplies a unit's gain: that of its view for a token; the view's is in a sequence's ratio already."""
+        """What multiplies a unit's gain: for a token the weights of its view and of importance; a sequence's ratio has that
+        of its views already."""
         if self.level == "sequence":
             return 1.0
+        weight_N = batch.elbo_weight_N
+        if (importance_N := batch.columns.get("importance_N")) is not None:
+            weight_N = weight_N * importance_N
         if self.aggregation != "grpo":
-            return batch.elbo_weight_N
-        return batch.elbo_weight_N / batch.response_length_D[batch.document_N]
+            return weight_N
+        return weight_N / batch.answer_length_D[batch.document_N]
 
     def _clipped_weight(self, log_ratio_U: torch.Tensor) -> torch.Tensor:
         return log_ratio_U.detach().exp().clamp(1 - self.epsilon, 1 + self.epsilon_high)

@@ -26,6 +26,9 @@ def batch_metrics(groups: list[ScoredGroup], version: int) -> dict[str, float]:
         "seconds/reward": sum(group.seconds for group in groups),
         "groups": float(len(groups)),
     }
+    gaps = [group.decoded.decoder_gap for group in groups if group.decoded.decoder_gap is not None]
+    if gaps:
+        metrics["decoder_gap"] = _mean(gaps)
     if rewards:
         metrics["reward"] = _mean(rewards)
     for name in groups[0].result.functions:

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
+import numpy as np
+
 from dfactory.types import Rollout
 
 
@@ -19,6 +21,8 @@ class DecodedGroup(NamedTuple):
     version: int  # of the weights that made all of its rollouts
     rollouts: list[Rollout]
     seconds: float
+    old_logprobs: list[np.ndarray] | None = None  # of each rollout, as ScoredRollout.old_logprob
+    decoder_gap: float | None = None  # RolloutActor.decoder_gap, where it was measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,10 @@ class ScoredRollout:
     rollout: Rollout
     reward: float
     advantage: float
+    version: int | None = None  # of the weights that decoded it; None: those that the learner has now
+    old_logprob: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    """float32: log-probabilities of the targets of its views under that version, in the order of rows.py's
+    `target_number_N`; None where the rollout actor did not score it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,9 +47,13 @@ class ScoredGroup:
 
     def rollouts(self) -> list[ScoredRollout]:
         """Those that have a reward."""
+        old = self.decoded.old_logprobs or [None] * len(self.decoded.rollouts)
+        advantages = self.advantages.advantage_G.tolist()
         return [
-            ScoredRollout(self.number, index, rollout, reward, float(self.advantages.advantage_G[index]))
-            for index, (rollout, reward) in enumerate(zip(self.decoded.rollouts, self.rewards, strict=True))
+            ScoredRollout(self.number, index, rollout, reward, advantage, self.decoded.version, old_logprob)
+            for index, (rollout, reward, advantage, old_logprob) in enumerate(
+                zip(self.decoded.rollouts, self.rewards, advantages, old, strict=True)
+            )
             if reward is not None
         ]
 

@@ -14,6 +14,7 @@ import dataclasses
 
 import numpy as np
 
+from dfactory.config.recipe import Recipe
 from dfactory.types import AlignedDocument, View
 from dfactory.views.schedules import Purpose, draw_t, generator, linear_elbo_weight
 
@@ -107,6 +108,21 @@ class RandomMask:
         rng = generator(self.seed, document.document_id, visit, number, Purpose.RATIO)
         slices = {"slice_index": number, "num_slices": self.num_views} if self.stratified else {}
         return np.repeat(draw_t(rng, units, low, high, **slices)[:, None], size, axis=1)
+
+
+def recipe_mask(recipe: Recipe, mask_id: int) -> RandomMask:
+    """The maker of training views that a recipe's noise keys describe."""
+    return RandomMask(
+        mask_id=mask_id,
+        seed=recipe.seed,
+        low=recipe.noise_range_low,
+        high=recipe.noise_range_high,
+        per_block=recipe.noise_level == "block",
+        num_views=recipe.num_views,
+        complementary=recipe.complementary,
+        stratified=recipe.stratified,
+        mask_count=recipe.mask_count,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

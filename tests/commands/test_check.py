@@ -305,6 +305,30 @@ def test_ratios_that_are_noise(recipe, check):
     assert "kl_estimator k3 with policy_loss ebpo" in told
 
 
+def test_where_the_ratio_is_1_it_says_that_epsilon_has_no_effect(recipe, check):
+    line = json.dumps({"prompt": "Which day follows Monday?", "answer": "Tuesday"})
+    rl = {"stage": "rl", "max_steps": 3, "reward_funcs": ["exact_match"]}
+    rl |= {"decode": {"max_new_tokens": 32, "temperature": 1.0, "acceptance": "top"}}
+    none, ahead, iterated = (
+        "epsilon, epsilon_high and ratio_clip have no effect",
+        "actors score",
+        "clipped to 0.8 and 1.2",
+    )
+    _, told = check(recipe([line], **rl))
+    assert none in told
+    assert iterated not in told
+    assert ahead not in told
+    _, told = check(recipe([line], **rl, max_staleness=1, old_policy="learner"))
+    assert none in told
+    _, told = check(recipe([line], **rl, max_staleness=1, policy_loss="ebpo"))
+    assert iterated in told
+    assert ahead in told
+    assert none not in told
+    _, told = check(recipe([line], **rl, num_iterations=4, max_staleness=2))
+    assert iterated in told
+    assert "max_staleness 2 with num_iterations 4: weights come every 4 versions" in told
+
+
 def test_origins_and_what_is_written(recipe, check):
     status, told = check(recipe(save_steps=5, max_steps=20, save_total_limit=2), "--seed", 7, "--gpus", 2)
     assert status == 0

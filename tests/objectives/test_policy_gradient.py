@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from dfactory.engine.window import micro_loss, window_counts
 from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.types import TokenScores, ViewBatch
 from tests.objectives.test_dpo import pairs, scores
@@ -70,6 +71,35 @@ def test_clipping_by_side_and_sign(ratio, advantage, gain, moves):
     assert terms.metrics["clip_ratio"].total == (not moves)
 
 
+@pytest.mark.parametrize("objective, factor", [("grpo", (2, 1)), ("mean", (2, 1)), ("dapo", (6 / 4, 6 / 4))])
+def test_lengths_are_those_of_answers_without_their_fill(objective, factor):
+    """Two tokens are real of each rollout, of four and two: what is divided by its own length doubles for the first."""
+    objective = dataclasses.replace(OBJECTIVES[objective], kl_coef=0.0)
+    filled = dataclasses.replace(FOUR, answer_length_D=torch.tensor([2, 2]))
+
+    def gradient(batch: ViewBatch) -> torch.Tensor:
+        given = scores(OLD)
+        total, count = objective(batch, given).loss["policy"]
+        return torch.autograd.grad(total / count, given.logprob_N)[0]
+
+    expected = gradient(FOUR) * torch.tensor([factor[0]] * 2 + [factor[1]] * 2)
+    torch.testing.assert_close(gradient(filled), expected)
+
+
+@pytest.mark.parametrize("clip", ["ppo", "unconditional"])
+def test_importance_weights_multiply_gains_as_constants(clip):
+    batch = FOUR.with_columns(importance_N=torch.tensor([0.5, 1.0, 2.0, 1.0]))
+    objective = PolicyGradient(clip=clip, aggregation="dapo")
+    given, plain = scores(OLD), scores(OLD)
+    objective(batch, given).loss["policy"].total.backward()
+    objective(FOUR, plain).loss["policy"].total.backward()
+    torch.testing.assert_close(given.logprob_N.grad, plain.logprob_N.grad * batch.columns["importance_N"])
+    weighed = 2 * (0.5 + 1.0 + 2.0 + 1.0)  # of a view weight of 2
+    assert objective.counts(batch, scores(OLD))["policy"] == pytest.approx(6 if clip == "ppo" else weighed)
+    gap = objective(batch, given).metrics["importance_gap"]
+    assert (float(gap.total), gap.count) == (1.5, 4)
+
+
 # --- sequences --------------------------------------------------------------------------------------------------------
 
 
@@ -127,6 +157,25 @@ def test_unconditional_clip_of_tokens_is_self_normalised(aggregation, weights):
     assert policy_term(objective) == (pytest.approx(-total), pytest.approx(sum(weight)))
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_self_normalisation_divides_by_weights_below_1_too(level):
+    """Two units of clipped ratio 0.1: the mean of their gains is what it is at ratio 1, and so is its gradient."""
+    batch = rollouts([0, 1], advantage_D=[2.0, -1.0], old_logprob_N=[-1.0, -1.0])
+    objective = PolicyGradient(
+        level=level, normaliser="sum", aggregation="dapo", clip="unconditional", epsilon=0.99, epsilon_high=9.0
+    )
+
+    def gradient(ratio: float) -> torch.Tensor:
+        # of a view weight of 2: a sequence's ratio is its token's to the power of 2
+        given = scores([-1.0 + math.log(ratio) / (2 if level == "sequence" else 1)] * 2)
+        counts = window_counts(objective, [batch], [given], lambda total: None)
+        micro_loss(objective(batch, given), counts, world_size=1).backward()
+        return given.logprob_N.grad
+
+    assert objective.counts(batch, scores([-1.0 + math.log(0.1) / 2] * 2))["policy"] < 1.5
+    torch.testing.assert_close(gradient(0.1), gradient(1.0))
+
+
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 OBJECTIVES = {
@@ -144,15 +193,19 @@ every_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_kl(estimator):
-    """d = log p_ref - log p at each target, weight 2, over the 6 response tokens; logged with its coefficient."""
+    """d = log p_ref - log p at each target, weight 2, over the 6 response tokens; logged without its coefficient."""
     batch, given = FOUR, scores(OLD)
     d = [-0.2, 0.5, -0.5, -0.5]
     terms = {"k2": [x * x / 2 for x in d], "k3": [math.exp(x) - x - 1 for x in d]}[estimator]
     slopes = {"k2": [-x for x in d], "k3": [1 - math.exp(x) for x in d]}[estimator]  # with respect to log p
-    total, count = PolicyGradient(kl_coef=0.1, kl_estimator=estimator)(batch, given).loss["kl"]
-    assert (total.item(), count) == (pytest.approx(0.1 * 2 * sum(terms)), 6)
-    total.backward()
-    torch.testing.assert_close(given.logprob_N.grad, torch.tensor([0.1 * 2 * slope for slope in slopes]))
+    found = PolicyGradient(kl_coef=0.1, kl_estimator=estimator)(batch, given)
+    total, count = found.loss["kl"]
+    assert (total.item(), count) == (pytest.approx(2 * sum(terms)), 6)
+    alone = dataclasses.replace(found, loss={"kl": found.loss["kl"]})
+    loss = micro_loss(alone, {"kl": 6.0}, world_size=1)
+    assert loss.item() == pytest.approx(0.1 * 2 * sum(terms) / 6)
+    loss.backward()
+    torch.testing.assert_close(given.logprob_N.grad, torch.tensor([0.1 * 2 * slope / 6 for slope in slopes]))
 
 
 @every_objective

@@ -19,6 +19,8 @@ EBPO = ["policy_loss=ebpo", "noise_range_low=0"]
         (["decode.acceptance=sampled"], "decode.acceptance sampled with stage rl starves rare tokens"),
         (["decode.editing_threshold=0.5"], "decode.editing_threshold 0.5 with policy_loss trace"),
         (["decode.top_k=5"], "decode.temperature, top_k or top_p other than"),
+        (["decode.temperature=0.7", "importance_cap=null"], "decode.temperature 0.7 .* and importance_cap None"),
+        (["decode.temperature=0.7", "policy_loss=diffu_grpo"], "only policy_loss trace with an importance_cap weighs"),
         (["decode.block_size=8"], "decode.block_size with stage rl"),
         (["decode.max_new_tokens=64"], "decode.max_new_tokens 64 leaves no room for a prompt in max_length 64"),
         (["expert_parallel_size=2"], "expert_parallel_size 2 with stage rl"),
@@ -37,5 +39,7 @@ def test_mistakes(overrides, message):
 def test_what_is_allowed():
     """Rollouts are cut between views, so a row need not hold all of them; the trace does not draw mask ratios."""
     assert load_recipe(RECIPE, ["row_length=128", "num_views=16"]).row_length == 128
+    assert not load_recipe(RECIPE, ["max_staleness=1"]).actors_score
+    assert load_recipe(RECIPE, ["max_staleness=1", "decode.temperature=0.7"]).actors_score
     assert load_recipe(RECIPE, ["noise_range_low=0"]).noise_range_low == 0
     assert load_recipe(RECIPE, [*EBPO, "noise_range_high=1", "mask_count=exact"]).mask_count == "exact"

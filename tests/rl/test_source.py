@@ -10,7 +10,8 @@ import torch
 from dfactory.engine.replay import join
 from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.rl.rollouts import RolloutBatch, ScoredRollout
-from dfactory.rl.source import RolloutSource, rollout_document, share_out
+from dfactory.rl.rows import rollout_document, share_out
+from dfactory.rl.source import RolloutSource
 from dfactory.types import PADDING, FinishReason, Rollout, TokenScores
 from dfactory.views.mask import RandomMask
 
@@ -177,7 +178,7 @@ def test_rollouts_whose_prompts_are_hidden_differently_share_nothing():
         return shown, masks(shown, index)
 
     source = make_source(FakeFeed(GROUP[:4]), row_length=400)
-    source.make_views = views
+    source.rows.make_views = views
     (batch,) = source.next_window()
     assert torch.equal(batch.trunk_RS, batch.document_RS)
 
@@ -224,6 +225,20 @@ def test_real_tokens_of_a_rollout_end_with_its_answer():
             ROLLOUTS[1], rollout=dataclasses.replace(ROLLOUTS[1].rollout, output_ids=list(range(answer)))
         )
         assert np.flatnonzero(rollout_document(scored, BLOCK).real_T).tolist() == list(range(6, 6 + answer))
+
+
+@pytest.mark.parametrize("train_after_eos, last", [(True, 10), (False, 3)])
+def test_what_stands_after_eos_is_a_target_only_if_asked(train_after_eos, last):
+    """An answer of 3 tokens in 10: the others stay in the views, as context."""
+    whole = rollout(6, 10)
+    ended = dataclasses.replace(whole, output_ids=whole.token_ids[:3], finish_reason=FinishReason.EOS)
+    scored = ScoredRollout(group=3, index=0, rollout=ended, reward=1.0, advantage=0.5)
+    (batch,) = make_source(FakeFeed([scored]), train_after_eos=train_after_eos).next_window()
+    assert sorted(set(batch.target_ids_N.tolist())) == ended.token_ids[:last]
+    assert batch.columns["target_number_N"].tolist() == list(range(2 * last))
+    assert batch.answer_length_D.tolist() == [3]
+    shown = set(batch.input_ids_RS.flatten().tolist())
+    assert shown >= set(ended.token_ids[3:]) or train_after_eos
 
 
 def test_a_rollout_as_a_document():

@@ -12,7 +12,7 @@ from dfactory.models.registry import load_policy
 from dfactory.models.tiny import write_tiny_config
 from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.rl.rollouts import ScoredRollout
-from dfactory.rl.source import rollout_document
+from dfactory.rl.rows import rollout_document
 from dfactory.rl.views import rollout_views
 from dfactory.types import AlignedDocument, TokenScores, ViewBatch
 from dfactory.views import RandomMask

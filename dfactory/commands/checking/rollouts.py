@@ -32,12 +32,37 @@ def tell_rollouts(page: Page, recipe: Recipe) -> None:
         f"{recipe.prompts_per_step * recipe.num_generations}, {recipe.num_iterations} optimiser step(s) on them",
         f"rollouts at most {recipe.max_staleness} policy version(s) old",
     )
+    _tell_ratio(page, recipe)
     _warn_of_objective(page, recipe)
     page.line(
         "processes",
         f"{recipe.num_learners} learner(s) and {recipe.num_rollout_workers} rollout actor(s) with the model, a GPU each; "
         f"{recipe.reward_workers} reward process(es)",
     )
+
+
+def _tell_ratio(page: Page, recipe: Recipe) -> None:
+    """Where the ratio can differ from 1, and what corrects what the decoder drew from another distribution."""
+    parts = []
+    if recipe.num_iterations == 1 and (not recipe.decodes_ahead or recipe.old_policy == "learner"):
+        parts.append(
+            "1 at every step, because no step lies between: epsilon, epsilon_high and ratio_clip have no effect. They have "
+            "with num_iterations above 1, or with max_staleness and old_policy decoder"
+        )
+    else:
+        parts.append(f"clipped to {1 - recipe.epsilon:g} and {1 + recipe.highest_epsilon:g}")
+    if recipe.actors_score:
+        parts.append(
+            "rollout actors score the views of all their rollouts: a forward more on them, none on the learner"
+        )
+    if recipe.policy_loss != "trace":
+        parts.append("importance_cap has no effect: the decoder has no record of the views that are trained on")
+    page.line("ratio", *parts)
+    if 0 < recipe.max_staleness < recipe.num_iterations:
+        page.warn(
+            f"max_staleness {recipe.max_staleness} with num_iterations {recipe.num_iterations}: weights come every "
+            f"{recipe.num_iterations} versions, so that nothing is decoded ahead; set it to {recipe.num_iterations}, or to 0"
+        )
 
 
 def _warn_of_objective(page: Page, recipe: Recipe) -> None:
