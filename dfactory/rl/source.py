@@ -9,10 +9,11 @@
     4. score them: the old log-probabilities, on the very views that are trained on; and as the reference is, where there
        is a KL term
 
-The ratio's denominator is the policy that decoded (docs/method.md#staleness). Of a rollout that the newest weights made, the
-learner computes it. Of a stale one it has no weights any more: for `trace` the decoder recorded the likelihood of the
-same steps; for ELBO views, or at another temperature, the rollout actor scored its rollouts before it took new weights
-(actors.py). `old_policy: learner` takes the learner's policy at the first step on the rollouts, however old they are.
+The ratio's denominator is the policy that decoded (docs/method.md#staleness). Of a rollout that the newest weights
+made, the learner computes it. Of a stale one it has no weights any more: for `trace` the decoder recorded the
+likelihood of the same steps; for ELBO views, or at another temperature, the rollout actor scored its rollouts before it
+took new weights (actors.py). `old_policy: learner` takes the learner's policy at the first step on the rollouts,
+however old they are.
 
 The decoder's distribution is not quite the learner's: special tokens are suppressed, it may have a temperature, and
 engines and precisions round otherwise. For `trace` each target gets the truncated importance weight min(cap, old /
