@@ -129,9 +129,9 @@ def refuse_unread(row: dict, read: Iterable[str], record: Record, content: Itera
 
 
 def refuse_bad_answer(row: dict, record: Record) -> None:
-    """Raises BadRow for an answer that the row itself calls bad."""
-    for name in VERDICTS:
-        if row.get(name) is False or (row.get(name) == 0 and not isinstance(record, Pair)):
+    """Raises BadRow for a single answer that the row itself calls bad."""
+    for name in VERDICTS if not isinstance(record, Pair) else ():
+        if row.get(name) is False or (row.get(name) == 0 and "completion" in row):
             raise BadRow(
                 Fault.FIELD, f"{name} is false: a bad answer (KTO), which no stage trains on; leave the row out"
             )
