@@ -1,5 +1,6 @@
 """examples/: each runs, computes what the house computes, and stays short enough to be read in one sitting."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -73,9 +74,8 @@ def test_the_loss_of_grpo_is_that_of_the_objective(policy, vocabulary):
             "share_D": torch.ones(3),
             "old_logprob_N": old_N,
         }
-        # the house leaves positions after EOS out where it makes the views; here they get weight 0
-        weighted = batch.with_columns(**columns)
-        object.__setattr__(weighted, "elbo_weight_N", weighted.elbo_weight_N * batch.real_N)
+        # rl/rows.py takes what follows EOS out of the targets; here it gets weight 0
+        weighted = dataclasses.replace(batch.with_columns(**columns), elbo_weight_N=batch.elbo_weight_N * batch.real_N)
         terms = PolicyGradient(level="token", aggregation="grpo")(weighted, policy(weighted))
         policy_term = terms.loss["policy"]
         ours = minimal_grpo.loss_of(policy, batch, old_N, advantage_D)
