@@ -61,7 +61,7 @@ class DecodeKeys:
     cuda_graphs: bool = key(
         False,
         "denoising forwards of few fixed shapes, which a GPU replays instead of launching thousands of kernels from "
-        "Python; needs 16 bits there. Recording has not been run on a GPU yet; on a CPU the shapes alone",
+        "Python; needs 16 bits there; on a CPU the shapes alone",
     )
     batch_size: int = key(32, "slots decoded together; a finished response frees its slot", low=1)
     seed: int = key(0, "of the sampling, per prompt", low=0, high=2**63 - 1)
