@@ -1,14 +1,16 @@
 """Secrets stay out of what dFactory writes for people: terminal and logs, tracebacks, config.yaml, reports.
 
-A secret is the value of an environment variable, or of an option in a recipe, whose name says so, or text that looks like
-one: a token of Hugging Face, OpenAI, GitHub or Weights & Biases, a password in a URL. All that goes through `redact`.
-`guard_output` sends everything that Python prints through it, exceptions that nobody catches included; whoever writes a
-file that holds a recipe or a message calls it himself.
+A secret is everything under a name that says so, whatever its type: a variable of the environment, an option of a recipe,
+`name: value` in a text. So is text that has the shape of a token, of a password in a URL, or of a private key. All of it
+goes through `redact`. `guard_output` sends everything that Python prints through it, uncaught exceptions included; code
+that writes a recipe or a message to a file calls `redact` or `redacted` itself.
 
-Not seen: what native code writes to the file descriptors, values shorter than SHORTEST, parts of a secret, and text that
-belongs to records or rollouts.
+Not seen: what native code writes to the file descriptors, values in running text that are shorter than SHORTEST, parts of
+a secret, and text that belongs to records or rollouts.
 """
 
+import base64
+import binascii
 import dataclasses
 import functools
 import json
@@ -22,18 +24,64 @@ from typing import Any
 MARK = "<redacted>"
 SHORTEST = 8  # characters of a value: replacing "1" or "true" everywhere would hide all else
 
-VARIABLE = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET)$|PASSWORD|PASSWD", re.IGNORECASE)  # names in the environment
-OPTION = (
-    r"(?:api|access|secret|private|auth)[_-]?key|secret|passw(?:or)?d|(?:api|access|auth|bearer|hf|wandb)[_-]?token"
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(re.findall("[a-z]+", words))
+
+
+# The words of a name decide, by its last one; a number after it does not count (OPENAI_API_KEY_2).
+ALWAYS = _set(
+    "password passwords passwd pwd passphrase secret secrets credential credentials cookie cookies authorization bearer "
+    "apikey apikeys apitoken accesskey accesstoken authkey authtoken secretkey privatekey auth pat"
 )
-OPTION_NAME = re.compile(rf"^token$|(?:^|[_-])(?:{OPTION})$", re.IGNORECASE)  # names in a recipe; a stop_token is none
+ANYWHERE = ("password", "passwd", "passphrase", "credential", "apikey")  # in a variable: MYSQL_PASSWORD_FILE too
+# `key`, `token` and `pass` are ordinary words here as well: a noise key, an end-of-text token, a forward pass.
+ORDINARY_KEYS = _set(
+    "answer any attention best block cache chosen column config content data date dedup dict field first foreign group "
+    "hash head heads home id image index input instruction join kv label last layer lookup map mask message messages "
+    "metric module name next noise num order other output partition primary prompt public qk query question random "
+    "recipe record rejected response reward role row score seed shard sort source state system target text time tool "
+    "tools tree unique value view"
+)
+SECRET_KEYS = _set("access api auth encryption judge private secret service signing ssh")
+SECRET_TOKENS = _set(
+    "access anthropic api auth aws azure bearer bot client cloud deploy gcp github gitlab google groq hf hub huggingface "
+    "identity jwt judge login npm oauth openai personal private pypi ray refresh registry secret security server service "
+    "session slack user wandb"
+)
+SECRET_PASSES = _set("admin db ftp http login mail mysql pg postgres proxy redis root smtp user")
+ORDINARY_TOKENS = _set(
+    "begin block bos cls end eos fill first image input last mask max min new next num output pad prompt response sep "
+    "special start stop think total unk"
+)
+SWITCHES = _set("allow enable has is no require use")  # use_auth: true
+
 SHAPES = re.compile(
-    r"\b(?:hf_|gh[opsu]_|github_pat_|wandb_v1_)\w{16,}"
-    r"|\bsk-(?=[\w-]*\d)[\w-]{16,}"
+    r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----|\Z)"
+    r"|(?<!\w)(?:"
+    r"(?:hf_|gsk_)[A-Za-z0-9]{16,}|npm_[A-Za-z0-9]{36}|(?:gh[oprsu]_|github_pat_|wandb_v1_)\w{16,}"
+    r"|(?:(?:sk|rk|pk)_(?:live|test)_|xai-|ya29\.)[\w-]{16,}"
+    r"|(?<!-)sk-(?=[\w-]*\d)[\w-]{16,}"  # OpenAI, Anthropic; with a digit, because words follow `sk-` too
+    r"|(?i:xox[a-z])-[\w-]{8,}|xapp-[\w-]{8,}|(?i:hooks\.slack\.com/services)/\w+/\w+/\w+"
+    r"|gl[a-z]{2,12}-[\w.-]{20,}|GR1348941[\w-]{20,}"
+    r"|AIza[\w-]{30,}|(?:A3T[A-Z0-9]|ABIA|ACCA|AKIA|ASIA)[0-9A-Z]{16}"
+    r"|(?<!-)eyJ[\w-]{8,}=*\.[\w-]{8,}=*(?:\.[\w.+/=-]*)?"  # a JSON web token
+    r"|pypi-AgE[\w-]{20,}|SG\.[\w-]{16,}\.[\w-]{16,}|sq0csp-[\w\\-]{43}|AccountKey=[\w+/=]{40,}"
+    r"|(?:AC|SK)[0-9a-z]{32}\b|\d{8,10}:[\w-]{35}|[MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27}|[0-9a-z]{32}-us\d{1,2}\b"
+    r")"
     r"|(?<=://)[^\s/:@]*:[^\s/@]+(?=@)"
-    rf"|(?i:(?<=bearer )[\w.~+/=-]{{{SHORTEST},}})"
+    rf"|(?<=://)[^\s/:@]{{{SHORTEST},}}(?=@)"  # a token in the place of a user's name
+    rf"|(?i:(?<=bearer )[\w.~+/=-]{{{SHORTEST},}})",
+    re.DOTALL,
 )
-ASSIGNED = re.compile(rf"((?:{OPTION})[\"']?\s*[=:]\s*[\"']?)[^\s\"',;{{}}\[\]<>]{{{SHORTEST},}}", re.IGNORECASE)
+BASIC = re.compile(r"(?i:(?<=\bbasic ))[A-Za-z0-9+/]{8,}={0,2}")
+NAMED = re.compile(r"(?<![\w.-])([A-Za-z_][\w.-]*+)([\"']?\s*+[=:]\s*+)")
+VALUE = re.compile(  # after a name: a list, a mapping, something in quotes, or a word
+    r"""\[(?P<list>[^\[\]]*)\] | \{(?P<mapping>[^{}]*)\} | "(?P<text>(?:[^"\\]|\\.)*)" | '(?P<quoted>(?:[^'\\]|\\.)*)'
+        | (?:(?i:basic|bearer|digest|token)\s)?(?P<word>[^\s"',;{}\[\]<>]+)""",
+    re.VERBOSE | re.DOTALL,
+)
+COOKIE = re.compile(r"(?i:\b((?:set-)?cookie[\"']?\s*+:\s*+[\"']?))[^\r\n\"']{8,}")
 
 _remembered: set[str] = set()
 
@@ -43,31 +91,35 @@ def redact(text: str) -> str:
     known = tuple(sorted(_remembered.union(_in_environment()), key=len, reverse=True))
     if known:
         text = _any_of(known).sub(MARK, text)
-    return ASSIGNED.sub(rf"\1{MARK}", SHAPES.sub(MARK, text))
+    text = COOKIE.sub(rf"\1{MARK}", BASIC.sub(_without_credentials, SHAPES.sub(MARK, text)))
+    return "".join(_without_values(text))
 
 
 def redacted(value: Any) -> Any:
-    """The same for every string of nested dicts and lists; before they are written, because a writer may break lines."""
+    """The same for nested mappings and lists, before they are written: a writer may break lines. What stands under a
+    secret's name is hidden whatever its type."""
     if isinstance(value, dict):
         return {
-            name: MARK if isinstance(inner, str) and inner and OPTION_NAME.search(str(name)) else redacted(inner)
+            redact(name) if isinstance(name, str) else name: MARK
+            if is_secret_option(str(name)) and inner not in (None, "", [], {}, ())
+            else redacted(inner)
             for name, inner in value.items()
         }
-    if isinstance(value, list):
-        return [redacted(inner) for inner in value]
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(redacted, value)) if type(value) in (list, tuple) else [redacted(v) for v in value]
     return redact(value) if isinstance(value, str) else value
 
 
 def remember(value: Any) -> None:
-    """Take what nested dicts, lists and dataclasses hold under names of secrets as secrets of this process."""
+    """Take what nested mappings, lists and dataclasses hold under names of secrets as secrets of this process."""
     if dataclasses.is_dataclass(value):
         value = vars(value)
     if isinstance(value, dict):
         for name, inner in value.items():
-            if isinstance(inner, str) and len(inner) >= SHORTEST and OPTION_NAME.search(str(name)):
-                _remembered.add(inner)
+            if is_secret_option(str(name)):
+                _remembered.update(_parts(inner))
             remember(inner)
-    elif isinstance(value, list):
+    elif isinstance(value, (list, tuple)):
         for inner in value:
             remember(inner)
 
@@ -90,14 +142,90 @@ class _GuardedWrite:
         return len(text)
 
 
-def _in_environment() -> Iterator[str]:
-    values = (os.environ[name] for name in os.environ if _is_secret(name))
-    return (value for value in values if len(value) >= SHORTEST)
+@functools.cache
+def is_secret_option(name: str) -> bool:
+    """Whether a recipe's option of this name holds a secret: judge_key does, noise_key and eos_token do not."""
+    *before, last = _words(name)
+    if name == "PWD" or (before and before[0] in SWITCHES):  # PWD is the shell's working directory
+        return False
+    qualifier = before[-1] if before else ""
+    return (
+        last in ALWAYS
+        or (last == "key" and bool(qualifier) and not qualifier.isdecimal() and qualifier not in ORDINARY_KEYS)
+        or (last == "keys" and qualifier in SECRET_KEYS)
+        or (last == "token" and not before)
+        or (last in ("token", "tokens") and qualifier in SECRET_TOKENS)
+        or (last == "pass" and (not before or qualifier in SECRET_PASSES))
+    )
 
 
 @functools.cache
-def _is_secret(variable: str) -> bool:
-    return VARIABLE.search(variable) is not None
+def is_secret_variable(name: str) -> bool:
+    """The same of a variable in the environment, where `key`, `token` and `pass` mean secrets far more often."""
+    *before, last = _words(name)
+    if is_secret_option(name) or any(word in name.lower() for word in ANYWHERE):
+        return True
+    return last in ("key", "keys", "token", "tokens", "pass") and not (before and before[-1] in ORDINARY_TOKENS)
+
+
+def _words(name: str) -> list[str]:
+    """Lower-case words of a name in any spelling, at least one, without numbers at the end: apiKey2 -> api, key."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z0-9]+", " ", name)
+    words = re.sub(r"[\s\d]+$", "", spaced).lower().split()
+    return words or [""]
+
+
+def _parts(value: Any) -> Iterator[str]:
+    """The texts and numbers, long enough, that a secret of any type consists of."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _parts(inner)
+    elif isinstance(value, (str, int, float)) and len(str(value)) >= SHORTEST:
+        yield str(value)
+
+
+def _without_values(text: str) -> Iterator[str]:
+    """The text in pieces, with what stands after a secret's name hidden. What stands after another is read on."""
+    done = at = 0
+    while found := NAMED.search(text, at):
+        at = found.end()
+        if _names_secret(found) and (value := VALUE.match(text, at)) is not None:
+            kind, end = value.lastgroup, value.end()
+            if len(inner := value[kind]) >= SHORTEST and inner != MARK:
+                yield text[done : value.start(kind)] + MARK
+                done = value.end(kind)
+            at = end
+    yield text[done:]
+
+
+def _names_secret(found: re.Match) -> bool:
+    """Whether a NAMED in running text is a secret's; not in prose: "unexpected token: ..."."""
+    name, sign = found.groups()
+    if (
+        name in ("token", "pass")
+        and "=" not in sign
+        and re.match(r"\w ", found.string[max(found.start() - 2, 0) : found.start()])
+    ):
+        return False
+    return is_secret_variable(name) if name.isupper() else is_secret_option(name.rpartition(".")[2])
+
+
+def _without_credentials(found: re.Match) -> str:
+    """A word after `Basic` is hidden if it is base64 of `user:password`."""
+    try:
+        return MARK if b":" in base64.b64decode(found[0] + "=" * (-len(found[0]) % 4)) else found[0]
+    except binascii.Error:
+        return found[0]
+
+
+def _in_environment() -> Iterator[str]:
+    for name in os.environ:
+        if is_secret_variable(name):
+            value = os.environ[name]
+            parts = {value, *re.split(r"[\s,;]+", value)} if len(value) >= SHORTEST else ()
+            yield from (part for part in parts if len(part) >= SHORTEST)
 
 
 @functools.lru_cache(maxsize=8)
