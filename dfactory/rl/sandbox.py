@@ -10,29 +10,33 @@ everything, patched builtins or a program that writes to the answer channel itse
 question has a nonce, and a word out of turn ends the run.
 
 Each program has its own process with `python -I -S`, an almost empty environment, a folder of its own, and limits on CPU
-time, wall time, memory, processes and threads, files, and output. How far it is cut off beyond that depends on the kernel:
+time, wall time, memory, processes and threads, files, and output. The wall around it is the kernel's: namespaces, and a
+seccomp filter that libseccomp compiles (sandbox_filter.py). How much of that there is depends on the machine:
 
-    namespaces    Own user, mount, process, network, IPC namespaces. It sees Python, shared libraries and its folder (in
-                  memory), no other file, no other process, no network device; runs as a user that owns nothing, without
-                  capabilities. When it ends, the kernel kills all that it started.
-    landlock      A kernel rule: files as above and no ptrace; no TCP from Linux 6.7 on, no signals to others from 6.12 on.
-                  Process numbers and UDP stay visible; the guard below adds what a hook can. A reaper kills orphans.
-    interpreter   Only a hook inside Python forbids sockets, processes, ctypes and foreign files. It stops mistakes and
-                  simple cheats. A program written to break CPython passes it.
+    bubblewrap    Own user, mount, process, network, IPC namespaces, made by bwrap. It sees Python, shared libraries and its
+                  folder (in memory), no other file, no other process, no network device; it runs as a user that owns
+                  nothing, without capabilities. When it ends, the kernel kills all that it started. A filter of system
+                  calls: no socket of any family, no keys, no mounts. Root becomes nobody first.
+    namespaces    The same, set up by sandbox_launcher.py, where bwrap is not installed or may not run.
+    landlock      A kernel rule for files as above, and a narrower filter: threads but no processes, no signals, no socket,
+                  no change of any file's mode, owner or times. It can ask whether a path exists that it can name.
+    interpreter   No wall. Only a hook inside Python forbids foreign files, and whoever means it gets past that. Never taken
+                  unless asked for by this name.
 
-Without namespaces asyncio, subprocess and their like cannot be imported. `isolation="auto"` takes the strongest that works
-here; `Sandbox.isolation` and `Sandbox.weaknesses` report it.
+`isolation="auto"` takes the first of the walls that works here; `Sandbox.isolation` and `Sandbox.weaknesses` report it.
+
+What a program leaves is part of its verdict: where a process could not be ended, the folder was taken away or cannot be
+removed, or /dev/null has another mode or owner, the run is LEFT_BEHIND and has no answers. Keys and sockets need no look:
+the filter lets no program make any.
 
 It is no virtual machine. A hole in the kernel is a hole here. Limits are per process: together `processes` x `memory_mb`,
-and shared memory that nobody has mapped is not counted. Started as root without namespaces, the program is still root's user
-(without its capabilities), and only the hook limits its processes. Nor does it help against a program that has learnt the
-tests by heart.
+and shared memory that nobody has mapped is not counted. Without root, bwrap bounds the bytes of the folder, not the number
+of empty files. Nor does it help against a program that has learnt the tests by heart.
 """
 
 import enum
 import functools
 import json
-import math
 import os
 import secrets
 import selectors
@@ -49,6 +53,8 @@ from pathlib import Path
 from typing import Any
 
 from dfactory.errors import ConfigError, RolloutError
+from dfactory.rl.answers import Answer
+from dfactory.rl.sandbox_filter import filter_text
 
 LAUNCHER, RUNNER = (Path(__file__).with_name(f"sandbox_{name}.py") for name in ("launcher", "runner"))
 START_S = 30.0  # two starts of Python, on a busy machine
@@ -59,9 +65,13 @@ CHUNK = 1 << 16
 class Isolation(enum.StrEnum):
     """From strong to weak."""
 
+    BUBBLEWRAP = "bubblewrap"
     NAMESPACES = "namespaces"
     LANDLOCK = "landlock"
     INTERPRETER = "interpreter"
+
+
+WALLS = tuple(one for one in Isolation if one is not Isolation.INTERPRETER)
 
 
 class Ending(enum.StrEnum):
@@ -73,6 +83,7 @@ class Ending(enum.StrEnum):
     OUTPUT_LIMIT = "output_limit"
     DIED = "died"  # ended before it answered: exit(), or a limit
     OUT_OF_TURN = "out_of_turn"  # wrote to the answer channel what nobody had asked
+    LEFT_BEHIND = "left_behind"  # left something outside of itself, or took its folder away
 
 
 @dataclass(frozen=True)
@@ -110,17 +121,6 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What came back: a value as JSON, or the name of an exception."""
-
-    value: Any = None
-    error: str | None = None
-
-    def equals(self, expected: Any, tolerance: float = 0.0) -> bool:
-        return self.error is None and same(self.value, expected, tolerance)
-
-
-@dataclass(frozen=True)
 class Run:
     ending: Ending
     answers: list[Answer]  # one a question, up to the ending
@@ -130,32 +130,34 @@ class Run:
 
 
 class Sandbox:
-    """Raises ConfigError if the demanded isolation does not work here, with the reason."""
+    """Raises ConfigError if the demanded isolation does not work here, or no wall does, with the reasons."""
 
     def __init__(self, limits: Limits | None = None, isolation: str = "auto"):
         self.limits = limits or Limits()
-        found, refusals = strongest_isolation()
+        self.weaknesses: dict[str, str] = {}  # the stronger walls that do not work here, and why
         if isolation not in ("auto", *Isolation):
             raise ConfigError(f"isolation {isolation!r}: it must be auto, {', '.join(Isolation)}")
-        if isolation in refusals:
-            raise ConfigError(f"isolation {isolation} does not work on this machine: {refusals[isolation]}")
-        self.isolation = found if isolation == "auto" else Isolation(isolation)
-        self.weaknesses = refusals
+        if isolation == "auto":
+            self.isolation, self.weaknesses = strongest_isolation()
+        elif reason := refusal(Isolation(isolation)):
+            raise ConfigError(f"isolation {isolation} does not work on this machine: {reason}")
+        else:
+            self.isolation = Isolation(isolation)
 
     def call(self, program: str, calls: Sequence[Call]) -> Run:
         """Load a program as a module and put questions to it, one after another, in one process."""
         answers: list[Answer] = []
         with _Process(self.limits, self.isolation, "call") as process:
+            error = None
             try:
-                loaded = process.ask({"program": program})
-                if loaded.error:
-                    return Run(Ending.RAISED, [], process.output, process.seconds, loaded.error)
-                for call in calls:
+                error = process.ask({"program": program}).error
+                for call in () if error else calls:
                     answers.append(process.ask(call.message()))
-                ending = Ending.FINISHED
+                ending = Ending.RAISED if error else Ending.FINISHED
             except _Stopped as stop:
                 ending = stop.ending
-            return Run(ending, answers, process.output, process.seconds)
+            run = Run(ending, answers, process.output, process.seconds, error)
+        return process.verdict(run)
 
     def script(self, program: str, stdin: str = "", wall_s: float | None = None) -> Run:
         """Run a program as __main__ on some standard input; `output` is what it printed. `wall_s` can lower the limit."""
@@ -166,21 +168,33 @@ class Sandbox:
                 ending = Ending.FINISHED if process.finish() == 0 else Ending.RAISED
             except _Stopped as stop:
                 ending = stop.ending
-            return Run(ending, [], process.output, process.seconds)
+            run = Run(ending, [], process.output, process.seconds)
+        return process.verdict(run)
+
+
+def strongest_isolation() -> tuple[Isolation, dict[str, str]]:
+    """The strongest wall that holds a program here, and why the stronger ones do not. Raises ConfigError without any."""
+    refusals: dict[str, str] = {}
+    for isolation in WALLS:
+        if (reason := refusal(isolation)) is None:
+            return isolation, refusals
+        refusals[isolation.value] = reason
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+    raise ConfigError(
+        f"no wall stands around programs on this machine ({reasons}): install bubblewrap and libseccomp2, or run where the "
+        "kernel has namespaces or Landlock; `isolation: interpreter` among the options of code_tests runs them without one"
+    )
 
 
 @functools.cache
-def strongest_isolation() -> tuple[Isolation, dict[str, str]]:
-    """The strongest isolation that runs a program here, and why the stronger ones do not."""
-    refusals: dict[str, str] = {}
-    for isolation in Isolation:
-        try:
-            with _Process(Limits(wall_s=START_S), isolation, "call") as process:
-                process.ask({"program": ""})
-                return isolation, refusals
-        except (RolloutError, _Stopped) as problem:
-            refusals[isolation.value] = str(problem)
-    raise RolloutError(f"the sandbox does not run here at all: {refusals}")
+def refusal(isolation: Isolation) -> str | None:
+    """Why this level does not work here; None if it does: a program has been run in it."""
+    try:
+        with _Process(Limits(wall_s=START_S), isolation, "call") as process:
+            process.ask({"program": ""})
+    except (RolloutError, _Stopped) as problem:
+        return str(problem)
+    return "; ".join(process.left) or None
 
 
 class _Stopped(Exception):
@@ -197,8 +211,12 @@ class _Process:
         self.deadline = time.monotonic() + START_S
         self._printed, self._replies, self._unsent = bytearray(), bytearray(), b""
         self._open = {"output", "reply"}
+        self._said = ""
+        self.left: list[str] = []  # what the program left behind, known at the end
 
     def __enter__(self) -> "_Process":
+        bwrap, filters = self._wall()
+        self._null = _owner_and_mode("/dev/null")
         self.folder = tempfile.mkdtemp(prefix="dfactory-sandbox-")
         request_read, self._request = os.pipe()
         self._reply, reply_write = os.pipe()
@@ -208,6 +226,8 @@ class _Process:
             "folder": self.folder,
             "file_bytes": self.limits.file_mb << 20,
             "limits": self.limits.rlimits(),
+            "filters": filters,
+            "bwrap": bwrap,
             "request_fd": request_read,
             "reply_fd": reply_write,
             "runner": str(RUNNER),
@@ -244,11 +264,43 @@ class _Process:
         except subprocess.TimeoutExpired:
             os.killpg(self._launcher.pid, signal.SIGKILL)
             self._launcher.wait()
+        self._note_what_is_left()
         self._launcher.stdout.close()
         self._launcher.stderr.close()
         os.close(self._request)
         os.close(self._reply)
-        shutil.rmtree(self.folder)
+
+    def _wall(self) -> tuple[str | None, dict[str, str]]:
+        """Where bwrap is, and the filters of system calls. Raises RolloutError if the level lacks its tool."""
+        bwrap = shutil.which("bwrap")
+        if self.isolation is Isolation.BUBBLEWRAP and bwrap is None:
+            raise RolloutError("bwrap is not installed: the package is called bubblewrap")
+        try:
+            return bwrap, {"processes": filter_text(True), "alone": filter_text(False)}
+        except RolloutError:
+            if self.isolation is not Isolation.INTERPRETER:
+                raise
+            return bwrap, {"processes": "", "alone": ""}
+
+    def _note_what_is_left(self) -> None:
+        """Complaints of the launcher about processes; the folder; the one file of the machine's that could be written to."""
+        self.left += [line for line in self._complaints() if line.startswith("left: ")]
+        if not os.path.isdir(self.folder):
+            self.left.append("its folder was taken away")
+        elif reason := remove_tree(self.folder):
+            self.left.append(f"its folder cannot be removed: {reason}")
+        if _owner_and_mode("/dev/null") != self._null:
+            self.left.append("/dev/null has another owner or mode")
+
+    def _complaints(self) -> list[str]:
+        """What the launcher and bwrap have said so far."""
+        os.set_blocking(self._launcher.stderr.fileno(), False)
+        self._said += (self._launcher.stderr.read() or b"").decode(errors="replace")
+        return self._said.strip().splitlines()
+
+    def verdict(self, run: Run) -> Run:
+        """The run, or one without answers if it left something behind."""
+        return replace(run, ending=Ending.LEFT_BEHIND, answers=[]) if self.left else run
 
     @property
     def seconds(self) -> float:
@@ -300,8 +352,7 @@ class _Process:
             self._launcher.stdin.close()
             with suppress(subprocess.TimeoutExpired):
                 self._launcher.wait(STOP_S)
-            os.set_blocking(self._launcher.stderr.fileno(), False)
-            reason = (self._launcher.stderr.read() or b"").decode(errors="replace").strip().splitlines()
+            reason = self._complaints()
             raise RolloutError(
                 f"the sandbox ({self.isolation}) did not start: {reason[-1] if reason else 'no reason given'}"
             )
@@ -346,61 +397,15 @@ class _Process:
             self._selector.unregister(self._request)
 
 
-def same(answer: Any, expected: Any, tolerance: float = 0.0) -> bool:
-    """Is the answer, as JSON, equal to a plain value? Python's equality, on values only, never on the program's objects.
-
-    Numbers are equal across int, float and bool, floats within a relative and absolute tolerance; tuples are lists; nan
-    equals nothing. The work is bounded by the size of `expected`.
-    """
-    if isinstance(expected, (bool, int, float)):
-        number = _number(answer)
-        close = tolerance > 0 and isinstance(number, (int, float)) and _close(number, expected, tolerance)
-        return number is not None and (number == expected or close)
-    if expected is None or isinstance(expected, str):
-        return type(answer) is type(expected) and answer == expected
-    if isinstance(expected, (list, tuple)):
-        if not isinstance(answer, list) or len(answer) != len(expected):
-            return False
-        return all(same(a, e, tolerance) for a, e in zip(answer, expected, strict=True))
-    if isinstance(expected, (set, frozenset)):
-        return _same_items(_tagged(answer, "set"), [[item] for item in expected], tolerance, wrap=True)
-    if isinstance(expected, dict):
-        return _same_items(_tagged(answer, "dict"), [[k, v] for k, v in expected.items()], tolerance)
-    if isinstance(expected, bytes):
-        return _tagged(answer, "bytes") == expected.hex()
-    if isinstance(expected, complex):
-        return same(_tagged(answer, "complex"), [expected.real, expected.imag], tolerance)
-    raise TypeError(f"an expected value of type {type(expected).__name__} is no plain value: {expected!r}")
-
-
-def _same_items(answer: Any, expected: list, tolerance: float, wrap: bool = False) -> bool:
-    """Items without an order: as many, and each expected one is among them."""
-    if not isinstance(answer, list) or len(answer) != len(expected):
-        return False
-    items = [[item] for item in answer] if wrap else answer
-    return all(any(same(item, wanted, tolerance) for item in items) for wanted in expected)
-
-
-def _number(answer: Any) -> int | float | None:
-    if isinstance(answer, (bool, int, float)):
-        return answer
+def remove_tree(folder: str) -> str | None:
+    """Why a folder cannot be removed; None when it is gone. No wall lets a program make folders here: it is not deep."""
     try:
-        if isinstance(text := _tagged(answer, "int"), str):
-            return int(text, 16)
-        if isinstance(text := _tagged(answer, "float"), str):
-            return float(text)
-    except ValueError:
-        return None
+        shutil.rmtree(folder)
+    except (OSError, RecursionError) as problem:
+        return str(problem)
     return None
 
 
-def _close(number: float, expected: float, tolerance: float) -> bool:
-    try:
-        return math.isclose(number, expected, rel_tol=tolerance, abs_tol=tolerance)
-    except OverflowError:  # an int beyond floats
-        return False
-
-
-def _tagged(answer: Any, kind: str) -> Any:
-    """The content of {"kind": content}, else None."""
-    return answer[kind] if isinstance(answer, dict) and answer.keys() == {kind} else None
+def _owner_and_mode(path: str) -> tuple[int, int, int]:
+    found = os.stat(path)
+    return found.st_mode, found.st_uid, found.st_gid

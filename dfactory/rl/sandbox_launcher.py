@@ -2,20 +2,22 @@
 
     python -I -S sandbox_launcher.py SPEC     (SPEC is the JSON that dfactory/rl/sandbox.py writes)
 
+    launcher -> bwrap -> program     bubblewrap makes the namespaces
     launcher -> init -> program      with namespaces: init is process 1 of its namespace; when it ends, the kernel kills
                                      every process in there, whatever session or group it has moved to
     launcher -> program              without: the launcher is the reaper of all orphans and kills them itself
 
 It ends when the program ends, or when its standard input closes: its parent is done with it, or gone. What it cannot set up
-it says on standard error, which the program never gets to see; then nothing was run.
+it says on standard error, which the program never gets to see; then nothing was run. There it also says which processes it
+could not end.
 """
 
+import base64
 import contextlib
 import ctypes
 import errno
 import json
 import os
-import resource
 import select
 import signal
 import struct
@@ -25,10 +27,11 @@ from collections.abc import Callable
 
 # linux/sched.h, linux/mount.h, linux/prctl.h, linux/landlock.h; the numbers of new system calls are the same everywhere
 NEW_NAMESPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x04000000  # user mnt pid net ipc uts
+NEW_MOUNTS = 0x00020000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
 MNT_DETACH, AT_FDCWD, AT_RECURSIVE = 2, -100, 0x8000
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, MODE_FILTER = 1, 36, 38, 22, 2
 SYS_MOUNT_SETATTR, SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 442, 444, 445, 446
 LANDLOCK_READ = 1 << 0 | 1 << 2 | 1 << 3  # execute, read a file, list a folder
 LANDLOCK_WRITE = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 8  # read, list, write, remove, make files; no folders, links
@@ -37,7 +40,9 @@ SYS_KEYCTL, JOIN_SESSION_KEYRING = {"x86_64": 250, "aarch64": 219, "riscv64": 21
 
 INSIDE_ID, NOBODY = 1000, 65534  # the program's user inside, and the one it stands for outside when started by root
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
-WORK = "/work"
+WORK = "/work" if not sys.base_prefix.startswith("/work/") else "/work-in-the-sandbox"
+BUBBLEWRAP = ["bwrap", "--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+BUBBLEWRAP += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--hostname", "sandbox"]
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -61,16 +66,16 @@ def main() -> None:
         spec["source"] = file.read()
     leave_keyring()
     spec["from_root"] = os.geteuid() == 0
-    namespaces = spec["isolation"] == "namespaces"
-    if namespaces:
+    spec["two_users"] = False
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    if spec["isolation"] == "namespaces":
         enter_namespaces(spec)
-    else:
-        prctl(PR_SET_CHILD_SUBREAPER, 1)
-        spec["tasks_before"] = tasks_of_this_user()
+    elif spec["isolation"] != "bubblewrap":
+        spec["limits"]["RLIMIT_NPROC"] += tasks_of_this_user()
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     child = os.fork()
     if child == 0:
-        init(spec) if namespaces else start_program(spec)
+        {"bubblewrap": start_bubblewrap, "namespaces": init}.get(spec["isolation"], start_program)(spec)
     os.close(spec["request_fd"])
     os.close(spec["reply_fd"])
     os.dup2(2, 1)
@@ -97,6 +102,8 @@ def supervise(child: int) -> None:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     kill_orphans()
+    if left := descendants():
+        os.write(2, f"left: processes {left}".encode())
     os._exit(exit_status(status))
 
 
@@ -165,11 +172,12 @@ def build_root(root: str, file_bytes: int) -> None:
             show(path, root)
             shown.append(path)
     os.mkdir(f"{root}/dev", 0o755)
-    bind("/dev/null", f"{root}/dev/null")
+    show_null(f"{root}/dev/null")
     os.mkdir(root + WORK)
     options = f"mode=700,uid={INSIDE_ID},gid={INSIDE_ID},size={file_bytes},nr_inodes=1024"
     mount("tmpfs", root + WORK, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
-    os.symlink(WORK, f"{root}/tmp")
+    if not os.path.lexists(f"{root}/tmp"):  # Python may live in there
+        os.symlink(WORK, f"{root}/tmp")
     set_attributes(root, ATTR_RDONLY, recursive=False)
     os.chdir(root)
     check(libc.pivot_root(b".", b"."), "pivot_root")
@@ -185,6 +193,13 @@ def show(path: str, root: str) -> None:
     os.makedirs(os.path.dirname(root + path), 0o755, exist_ok=True)
     bind(path, root + path)
     set_attributes(root + path, ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV, recursive=True)
+
+
+def show_null(place: str) -> None:
+    """/dev/null at another place. Read-only: one can write to it all the same, but not change the mode of the inode, which
+    is the machine's, where the program runs as root's user."""
+    bind("/dev/null", place)
+    set_attributes(place, ATTR_RDONLY | ATTR_NOSUID, recursive=False)
 
 
 def bind(path: str, place: str) -> None:
@@ -205,6 +220,68 @@ def set_attributes(path: str, attributes: int, *, recursive: bool) -> None:
     request = struct.pack("QQQQ", attributes, 0, 0, 0)
     flags = AT_RECURSIVE if recursive else 0
     check(libc.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), flags, request, len(request)), f"read-only {path}")
+
+
+# ---------------------------------------------------------------------------------------------- with bubblewrap
+
+
+def start_bubblewrap(spec: dict) -> None:
+    """Become bwrap, which builds the namespaces and becomes the runner. Never returns."""
+    try:
+        places = prepare_for_nobody(spec) if spec["from_root"] else {}
+        rules = os.memfd_create("filter")
+        os.write(rules, base64.b64decode(spec["filters"]["processes"]))
+        os.lseek(rules, 0, os.SEEK_SET)
+        for number in (rules, spec["request_fd"], spec["reply_fd"]):
+            os.set_inheritable(number, True)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        user = ["--uid", str(INSIDE_ID), "--gid", str(INSIDE_ID), "--seccomp", str(rules), "--chdir", WORK]
+        command = [*BUBBLEWRAP, *user, *shown_by_bubblewrap(spec, places), "--", *runner_command(spec)]
+        os.execve(spec["bwrap"], command, environment(WORK))
+    except OSError as problem:
+        os.write(2, f"{problem}".encode())
+        os._exit(1)
+
+
+def shown_by_bubblewrap(spec: dict, places: dict[str, str]) -> list[str]:
+    """bwrap's options for the files that the program sees; `places` says where some of them are found instead."""
+    options = []
+    for path in (sys.base_prefix, sys.base_exec_prefix, *LIBRARIES):
+        if os.path.islink(path):
+            options += ["--symlink", os.readlink(path), path]
+        elif path in places or os.path.exists(path):
+            options += ["--ro-bind", places.get(path, path), path]
+    work = ["--bind", places[WORK]] if WORK in places else ["--size", str(spec["file_bytes"]), "--tmpfs"]
+    options += ["--dev-bind", places.get("/dev/null", "/dev/null"), "/dev/null", *work, WORK]
+    if not sys.base_prefix.startswith("/tmp/"):
+        options += ["--symlink", WORK, "/tmp"]
+    return [*options, "--remount-ro", "/"]
+
+
+def prepare_for_nobody(spec: dict) -> dict[str, str]:
+    """Root gives itself up before bwrap starts, and so may not even reach its own Python: what the program needs is shown
+    in a place of this process's own, {path: place}. Raises OSError where root may not mount, or become another user."""
+    check(libc.unshare(NEW_MOUNTS), "unshare")
+    mount(None, "/", None, MS_REC | MS_PRIVATE)
+    python = {path: os.open(path, os.O_PATH) for path in (sys.base_prefix, sys.base_exec_prefix)}
+    mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID, "mode=755,size=1m")
+    places = {"/dev/null": "/tmp/null", WORK: "/tmp/work"}
+    for number, (path, file) in enumerate(python.items()):
+        places[path] = f"/tmp/python{number}"
+        os.mkdir(places[path], 0o755)
+        mount(f"/proc/self/fd/{file}", places[path], None, MS_BIND | MS_REC)
+        os.close(file)
+    show_null(places["/dev/null"])
+    os.mkdir(places[WORK])
+    options = f"mode=700,uid={NOBODY},gid={NOBODY},size={spec['file_bytes']},nr_inodes=1024"
+    mount("tmpfs", places[WORK], "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
+    os.setgroups([])
+    os.setresgid(*[NOBODY] * 3)
+    os.setresuid(*[NOBODY] * 3)
+    return places
+
+
+# ------------------------------------------------------------------------------------------------- process 1
 
 
 def init(spec: dict) -> None:
@@ -289,37 +366,51 @@ def reap() -> None:
 
 
 def start_program(spec: dict) -> None:
-    """Give up every privilege, set the limits, and become the runner. Never returns."""
+    """Give up every privilege and become the runner. Never returns."""
     complaints = os.dup(2)
+    namespaces = spec["isolation"] == "namespaces"
     try:
         os.setsid()  # no signal to "our group" reaches init or launcher
-        if spec["isolation"] == "namespaces" and spec["two_users"]:
+        if spec["two_users"]:
             os.setgroups([])
             os.setresgid(*[INSIDE_ID] * 3)
             os.setresuid(*[INSIDE_ID] * 3)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        folder = WORK if spec["isolation"] == "namespaces" else spec["folder"]
+        folder = WORK if namespaces else spec["folder"]
         os.chdir(folder)
-        null = os.open("/dev/null", os.O_RDWR)
-        os.dup2(null, 0)
-        os.dup2(null, 2)
         drop_capabilities()
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         if spec["isolation"] == "landlock":
-            restrict_by_landlock(spec["folder"])
-        if spec["isolation"] != "namespaces":
-            spec["limits"]["RLIMIT_NPROC"] += spec["tasks_before"]
-        for name, value in spec["limits"].items():
-            resource.setrlimit(getattr(resource, name), (value, value))
-        keep = {"mode": spec["mode"], "request_fd": spec["request_fd"], "reply_fd": spec["reply_fd"]}
-        keep |= {"guard": spec["isolation"] != "namespaces", "readable": [sys.base_prefix, sys.base_exec_prefix]}
+            restrict_by_landlock(folder)
         for number in (spec["request_fd"], spec["reply_fd"]):
             os.set_inheritable(number, True)
-        environment = {"HOME": folder, "TMPDIR": folder, "LC_ALL": "C.UTF-8", "MALLOC_ARENA_MAX": "1"}
-        os.execve(sys.executable, [sys.executable, "-I", "-S", "-c", spec["source"], json.dumps(keep)], environment)
+        # The kernel counts no processes of its root: there the program gets threads only.
+        may_fork = namespaces and (spec["two_users"] or not spec["from_root"])
+        restrict_calls(spec["filters"]["processes" if may_fork else "alone"])
+        os.execve(sys.executable, runner_command(spec), environment(folder))
     except OSError as problem:
         os.write(complaints, f"{problem}".encode())
         os._exit(1)
+
+
+def runner_command(spec: dict) -> list[str]:
+    keep = {name: spec[name] for name in ("mode", "request_fd", "reply_fd", "limits")}
+    keep |= {"guard": spec["isolation"] == "interpreter", "readable": [sys.base_prefix, sys.base_exec_prefix]}
+    return [sys.executable, "-I", "-S", "-c", spec["source"], json.dumps(keep)]
+
+
+def environment(folder: str) -> dict[str, str]:
+    return {"HOME": folder, "TMPDIR": folder, "LC_ALL": "C.UTF-8", "MALLOC_ARENA_MAX": "1"}
+
+
+def restrict_calls(instructions: str) -> None:
+    """A seccomp filter, for this process and what it becomes and starts; empty only at the level that is no wall."""
+    if instructions:
+        code = ctypes.create_string_buffer(base64.b64decode(instructions))
+        count = (len(code) - 1) // 8
+        program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", count, ctypes.addressof(code)))
+        address = ctypes.c_ulong(ctypes.addressof(program))
+        check(libc.prctl(PR_SET_SECCOMP, ctypes.c_ulong(MODE_FILTER), address, *[ctypes.c_ulong(0)] * 2), "seccomp")
 
 
 def drop_capabilities() -> None:

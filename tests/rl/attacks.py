@@ -93,6 +93,271 @@ def add(a, b): return a + b
 """,
 }
 
+SIGNALS_AND_FOLDERS = {
+    "a signal from the channel kills the judge": """
+import fcntl, os, signal
+for n in range(3, 64):
+    for owner in (os.getppid(), {parent}):
+        try:
+            fcntl.fcntl(n, fcntl.F_SETOWN, owner); fcntl.fcntl(n, 10, signal.SIGKILL)
+            fcntl.fcntl(n, fcntl.F_SETFL, fcntl.fcntl(n, fcntl.F_GETFL) | os.O_ASYNC)
+        except OSError: pass
+def add(a, b): return 0
+""",
+    "a signal from the channel stops the launcher": """
+import fcntl, os, signal
+for n in range(3, 64):
+    try:
+        fcntl.fcntl(n, fcntl.F_SETOWN, os.getppid()); fcntl.fcntl(n, 10, signal.SIGSTOP)
+        fcntl.fcntl(n, fcntl.F_SETFL, fcntl.fcntl(n, fcntl.F_GETFL) | os.O_ASYNC)
+    except OSError: pass
+def add(a, b): return 0
+""",
+    "a signal to a whole group of owners": """
+import fcntl, os, struct
+for n in range(3, 64):
+    try: fcntl.fcntl(n, 15, struct.pack('ii', 2, os.getpgid(os.getppid())))
+    except OSError: pass
+    try: fcntl.ioctl(n, 0x8901, struct.pack('i', os.getppid())); fcntl.ioctl(n, 0x5452, struct.pack('i', 1))
+    except OSError: pass
+def add(a, b): return 0
+""",
+    "a lease on Python": """
+import fcntl, os
+fcntl.fcntl(open(os.__file__), fcntl.F_SETLEASE, fcntl.F_RDLCK)
+def add(a, b): return a + b
+""",
+    "notices of a folder": "import fcntl, os\nfcntl.fcntl(os.open('.', 0), fcntl.F_NOTIFY, 4)\ndef add(a, b): return a + b",
+    "goes up and writes": """
+import os
+for _ in range(9): os.chdir('..')
+open('{outside}'.lstrip('/'), 'w').write('x')
+def add(a, b): return a + b
+""",
+    "goes up and reads": """
+import os
+for _ in range(9): os.chdir('..')
+open('{secret}'.lstrip('/')).read()
+def add(a, b): return a + b
+""",
+    "lists what is above": "import os\nif len(os.listdir('..')) < 2: raise OSError\nos.listdir('..').index('proc')\n"
+    "def add(a, b): return a + b",
+    "goes up by a descriptor": """
+import os
+folder = os.open('.', os.O_RDONLY)
+for _ in range(9): folder = os.open('..', os.O_RDONLY, dir_fd=folder)
+os.open('{outside}'.lstrip('/'), os.O_CREAT | os.O_WRONLY, dir_fd=folder)
+def add(a, b): return a + b
+""",
+    "writes beside Python by a descriptor": """
+import os, sys
+folder = os.open(os.path.dirname(os.__file__), os.O_RDONLY)
+os.close(os.open('dfactory-test-left', os.O_CREAT | os.O_WRONLY, dir_fd=folder))
+os.unlink('dfactory-test-left', dir_fd=folder)
+def add(a, b): return a + b
+""",
+    "changes into Python's folder by a descriptor": """
+import os
+os.chdir(os.open(os.path.dirname(os.__file__), os.O_RDONLY))
+open('dfactory-test-left', 'w').close(); os.unlink('dfactory-test-left')
+def add(a, b): return a + b
+""",
+    "removes its own folder": """
+import os
+for path in (os.getcwd(), os.getcwd() + '/', '../' + os.path.basename(os.getcwd())):
+    try: os.rmdir(path)
+    except OSError: pass
+os.listdir(os.environ['HOME']) and 0
+def add(a, b): return 0
+""",
+    "renames its own folder": """
+import os
+here = os.getcwd()
+for path in (here, here + '/'):
+    try: os.rename(path, os.path.dirname(here) + '/dfactory-test-left')
+    except OSError: pass
+def add(a, b): return 0
+""",
+    "puts a file into the place of its folder": """
+import os
+here = os.getcwd()
+os.rmdir(here); open(here, 'w').close()
+def add(a, b): return a + b
+""",
+}
+
+BEHIND_THE_HOOK = """
+class Name(str):
+    __hash__ = lambda self: 0
+    __eq__ = lambda self, other: str.__eq__(self, other)
+module = __import__(Name('_posixsubprocess'))
+import os, sys
+read, write = os.pipe()
+code = {code!r}.encode()
+child = module.fork_exec([sys.executable.encode(), b'-c', code], (sys.executable.encode(),), True, (),
+                         None, None, -1, -1, -1, -1, -1, -1, read, write, True, True, -1, None, None, None, -1, None, True)
+os.waitpid(child, 0)
+open('done').read()
+def add(a, b): return a + b
+"""
+
+
+def behind_the_hook(code):
+    """A program whose child, a Python without the hook, runs some code."""
+    return BEHIND_THE_HOOK.replace("{code!r}", repr(code + "; open('done', 'w').close()"))
+
+
+KERNEL = {
+    "a child behind the hook chmods outside": behind_the_hook("import os; os.chmod('{secret}', 0o777)"),
+    "a child behind the hook sets times outside": behind_the_hook("import os; os.utime('{secret}', (0, 0))"),
+    "a child behind the hook sends UDP": behind_the_hook(
+        "import socket; socket.socket(2, 2).sendto(b'x', ('127.0.0.1', {port}))"
+    ),
+    "a child behind the hook binds a path socket": behind_the_hook("import socket; socket.socket(1, 1).bind('s')"),
+    "a child behind the hook leaves a key": behind_the_hook(
+        "import ctypes; 1 / (ctypes.CDLL(None).syscall(248, b'user', b'dfactory-test-left', b'expected', 8, -4) > 0)"
+    ),
+    "a child behind the hook makes a vsock": behind_the_hook("import socket; socket.socket(40, 1)"),
+    "a name with a hash of its own imports a forbidden module": """
+class Name(str):
+    __hash__ = lambda self: 0
+    __eq__ = lambda self, other: str.__eq__(self, other)
+module = __import__(Name('_posixsubprocess'))
+import os, sys
+read, write = os.pipe()
+child = module.fork_exec([sys.executable.encode(), b'-c', b'open("{outside}", "w")'], (sys.executable.encode(),), True, (),
+                         None, None, -1, -1, -1, -1, -1, -1, read, write, True, True, -1, None, None, None, -1, None, True)
+os.waitpid(child, 0)
+open('{outside}').read()
+def add(a, b): return a + b
+""",
+    "loads a module behind the hook": """
+import importlib._bootstrap as b, importlib.machinery as m, sys
+module = b._imp.create_builtin(m.ModuleSpec('_posixsubprocess', None))
+import os
+read, write = os.pipe()
+child = module.fork_exec([sys.executable.encode(), b'-c', b'open("{outside}", "w")'], (sys.executable.encode(),), True, (),
+                         None, None, -1, -1, -1, -1, -1, -1, read, write, True, True, -1, None, None, None, -1, None, True)
+os.waitpid(child, 0)
+open('{outside}').read()
+def add(a, b): return a + b
+""",
+    "sends UDP": """
+import ctypes
+c = ctypes.CDLL(None)
+s = c.socket(2, 2, 0)
+if s < 0 or c.sendto(s, b'x', 1, 0, bytes([2, 0]) + ({port}).to_bytes(2, 'big') + bytes([127, 0, 0, 1]) + bytes(8), 16) < 0:
+    raise OSError
+def add(a, b): return a + b
+""",
+    "binds UDP": "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).bind(('127.0.0.1', 0))\n"
+    "def add(a, b): return a + b",
+    "binds a path socket": "import socket\nsocket.socket(socket.AF_UNIX).bind('{outside}')\ndef add(a, b): return a + b",
+    "binds a path socket at home": "import socket\nsocket.socket(socket.AF_UNIX).bind('s')\ndef add(a, b): return a + b",
+    "makes a vsock": "import socket\nsocket.socket(40, socket.SOCK_STREAM)\ndef add(a, b): return a + b",
+    "makes a packet socket": "import socket\nsocket.socket(17, socket.SOCK_RAW, 3)\ndef add(a, b): return a + b",
+    "asks netlink": "import socket\nsocket.socket(16, socket.SOCK_RAW, 0).bind((0, 0))\ndef add(a, b): return a + b",
+    "uses the kernel's cipher": "import socket\nsocket.socket(38, 5, 0)\ndef add(a, b): return a + b",
+    "leaves a key": """
+import ctypes, os
+number = 248 if os.uname().machine == 'x86_64' else 217
+if ctypes.CDLL(None).syscall(number, b'user', b'dfactory-test-left', b'expected', 8, -4) < 0: raise OSError
+def add(a, b): return a + b
+""",
+    "chmods /dev/null": "import os\nos.chmod('/dev/null', 0o600)\ndef add(a, b): return a + b",
+    "chmods /dev/null by a descriptor": """
+import os
+for n in (0, 2): os.fchmod(n, 0o600)
+def add(a, b): return a + b
+""",
+    "sets the times of /dev/null": "import os\nos.utime('/dev/null', (0, 0))\ndef add(a, b): return a + b",
+    "owns /dev/null": "import os\nos.chown('/dev/null', 65534, 65534)\ndef add(a, b): return a + b",
+    "chmods outside": "import os\nos.chmod('{secret}', 0o777)\ndef add(a, b): return a + b",
+    "chmods outside below Python": """
+import ctypes
+if ctypes.CDLL(None).chmod(b'{secret}', 0o777): raise OSError
+def add(a, b): return a + b
+""",
+    "sets times outside": "import os\nos.utime('{secret}', (0, 0))\ndef add(a, b): return a + b",
+    "cuts a file outside": "import os\nos.truncate('{secret}', 0)\ndef add(a, b): return a + b",
+    "marks a file outside": "import os\nos.setxattr('{secret}', 'user.left', b'x')\ndef add(a, b): return a + b",
+    "slows its user's processes": """
+import os
+os.setpriority(os.PRIO_USER, os.getuid(), 19); os.setpriority(os.PRIO_PROCESS, {parent}, 19)
+def add(a, b): return a + b
+""",
+    "moves another process to one core": "import os\nos.sched_setaffinity({parent}, {{0}})\ndef add(a, b): return a + b",
+    "limits its parent": """
+import resource
+resource.prlimit({parent}, resource.RLIMIT_CORE, (0, 0))
+def add(a, b): return a + b
+""",
+    "shared memory of System V": """
+import ctypes
+if ctypes.CDLL(None).shmget(4711, 4096, 0o1600) < 0: raise OSError
+def add(a, b): return a + b
+""",
+    "a queue of messages": """
+import ctypes
+if ctypes.CDLL(None).msgget(4711, 0o1600) < 0: raise OSError
+def add(a, b): return a + b
+""",
+    "an io_uring": """
+import ctypes
+if ctypes.CDLL(None).syscall(425, 8, ctypes.create_string_buffer(120)) < 0: raise OSError
+def add(a, b): return a + b
+""",
+    "a bpf map": """
+import ctypes
+wanted = ctypes.create_string_buffer(bytes([2, 0, 0, 0, 4, 0, 0, 0, 4, 0, 0, 0, 1]), 64)
+if ctypes.CDLL(None).syscall(321, 0, wanted, 64) < 0: raise OSError
+def add(a, b): return a + b
+""",
+    "a userfaultfd": "import ctypes\nif ctypes.CDLL(None).syscall(323, 1) < 0: raise OSError\ndef add(a, b): return a + b",
+    "a performance counter": """
+import ctypes, struct
+attributes = ctypes.create_string_buffer(struct.pack('IIQ', 1, 128, 0) + bytes(112), 128)
+if ctypes.CDLL(None).syscall(298, attributes, 0, -1, -1, 0) < 0: raise OSError
+def add(a, b): return a + b
+""",
+    "reads another process's memory": """
+import ctypes, struct
+there, here = ctypes.create_string_buffer(8), ctypes.create_string_buffer(8)
+vector = struct.pack('PN', ctypes.addressof(here), 8)
+if ctypes.CDLL(None).process_vm_readv({parent}, vector, 1, struct.pack('PN', 4096, 8), 1, 0) == -1:
+    import errno
+    if ctypes.get_errno() != errno.EFAULT: raise OSError
+def add(a, b): return a + b
+""",
+    "takes a descriptor of another process": """
+import os, ctypes
+if ctypes.CDLL(None).syscall(438, os.pidfd_open({parent}), 1, 0) < 0: raise OSError
+def add(a, b): return a + b
+""",
+    "a namespace by clone": """
+import ctypes
+if ctypes.CDLL(None).syscall(56, 0x10000000 | 17, 0, 0, 0, 0) < 0: raise OSError
+def add(a, b): return a + b
+""",
+    "another architecture": """
+import ctypes, mmap
+page = mmap.mmap(-1, 4096, prot=7)
+page.write(b'\\xb8\\x14\\x00\\x00\\x00\\xcd\\x80\\xc3')  # int 0x80: getpid of the 32-bit table
+ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
+def add(a, b): return a + b
+""",
+    "a filter of its own": """
+import ctypes
+if ctypes.CDLL(None).prctl(22, 2, ctypes.create_string_buffer(16)): raise OSError
+def add(a, b): return a + b
+""",
+    "starts Python again": """
+import os, sys
+os.execv(sys.executable, [sys.executable, '-c', 'print("passed")'])
+def add(a, b): return a + b
+""",
+}
+
 FORGED = {
     "exit status 0": "import sys\nsys.exit(0)",
     "exit status 0 in the call": "def add(a, b): raise SystemExit(0)",
@@ -386,6 +651,6 @@ def add(a, b): return 0
 """,
 }
 
-ATTACKS = OUT_OF_TIME | RESOURCES | FORGED | OUTSIDE
+ATTACKS = OUT_OF_TIME | RESOURCES | SIGNALS_AND_FOLDERS | KERNEL | FORGED | OUTSIDE
 
 REAL = [name for name in OUTSIDE if name.startswith(("reads", "lists", "finds", "connects", "runs", "imports us"))]

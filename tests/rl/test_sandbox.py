@@ -3,9 +3,10 @@
 import ctypes
 import os
 import signal
-import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,28 +15,24 @@ import pytest
 
 from dfactory.errors import ConfigError, RolloutError
 from dfactory.rl import sandbox as sandbox_module
+from dfactory.rl.answers import same
 from dfactory.rl.rewards.code_tests import code_tests
-from dfactory.rl.sandbox import Call, Ending, Isolation, Limits, Sandbox, same, strongest_isolation
-from tests.rl.attacks import ATTACKS, FORGED, OUTSIDE, REAL
+from dfactory.rl.sandbox import WALLS, Call, Ending, Isolation, Limits, Sandbox, refusal, strongest_isolation
+from dfactory.rl.sandbox_filter import filter_text
+from tests.rl.attacks import ATTACKS, KERNEL, REAL, SIGNALS_AND_FOLDERS
+from tests.rl.scene import TESTS, WALL_S, scene
 
-WALL_S = 0.4
-TESTS = [{"call": "add", "args": [a, b], "expected": a + b} for a, b in ((2, 3), (-7, 7), (12345, 67890))]
+AT_ONCE = ["fork bomb", "memory at once", "a gigabyte of output", "deep answer", "huge answer", "infinite loop",
+           "ignores every signal", "reads a secret file", "connects", "kills its parent", "leaves a daemon",
+           "writes outside", "exit status 0", "equal to everything", "answers on every channel", "patches json",
+           *SIGNALS_AND_FOLDERS, *KERNEL]  # fmt: skip
 
 
-STRONGEST = strongest_isolation()[0]
-QUICK = FORGED.keys() | OUTSIDE.keys() | {"infinite loop", "ignores every signal", "fork bomb", "memory at once",
-                                          "a gigabyte of output", "deep answer", "huge answer"}  # fmt: skip
+STRONGEST = {strongest_isolation()[0]}
 
 
 def slow_unless(quick, *values):
     return pytest.param(*values, marks=[] if quick else pytest.mark.slow)
-
-
-ATTACKS_AT_EVERY_LEVEL = [
-    slow_unless(name in QUICK and isolation is STRONGEST, name, isolation)
-    for isolation in Isolation
-    for name in ATTACKS
-]
 
 
 def needs(isolation):
@@ -46,106 +43,75 @@ def needs(isolation):
 
 
 def sandboxed_processes():
-    """Processes that run in a folder or with the environment of a sandbox; orphans too, but not what another process of
-    this test run has started and still holds."""
+    """Processes that run in a folder or with the environment of a sandbox; orphans too, but not those of another judge."""
     found = []
     for process in psutil.process_iter():
         try:
             text = Path(f"/proc/{process.pid}/environ").read_bytes() + " ".join(process.cmdline()).encode()
-            ancestors = {parent.pid for parent in process.parents()}
+            if any(mark in text for mark in (b"HOME=/work", b"dfactory-sandbox-", b"sandbox_launcher")):
+                found += [process] if not another_judge(process) else []
         except (OSError, psutil.Error):
             continue
-        is_sandboxed = b"HOME=/work" in text or b"dfactory-sandbox-" in text or b"sandbox_launcher" in text
-        if is_sandboxed and not ancestors & other_test_processes():
-            found.append(process)
     return found
 
 
-def other_test_processes():
-    """The neighbours of this process under pytest-xdist."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return set()
-    return {process.pid for process in psutil.Process(os.getppid()).children()} - {os.getpid()}
+def another_judge(process):
+    """Whether a live process that is none of ours, such as a neighbour under pytest-xdist, holds its launcher."""
+    family = [process, *process.parents()]
+    launchers = [one for one in family if any("sandbox_launcher" in word for word in one.cmdline())]
+    if not launchers or any(one.pid == os.getpid() for one in family):
+        return False
+    return "python" in launchers[-1].parent().name()
 
 
-def keys(call, *arguments):
-    """The kernel's calls for keys; -1 where it has none."""
-    number = {"x86_64": (248, 250)}.get(os.uname().machine, (217, 219))[call == "keyctl"]
-    return ctypes.CDLL(None).syscall(number, *arguments)
+@pytest.fixture(scope="module")
+def place():
+    with scene() as made:
+        yield made
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
-    """Something to steal, somewhere to write, somebody who listens; and nothing may be left of what ran."""
-    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
-    secret = tmp_path / "secret"
-    secret.write_text("expected = 5")
-    abstract = f"dfactory-test-{os.getpid()}"
-    shared = Path("/dev/shm" if Path("/dev/shm").is_dir() else tmp_path) / f"dfactory-test-{os.getpid()}"
-    shared.write_text("expected")
-    key = keys("add_key", b"user", abstract.encode(), b"expected", 8, -3)  # in the keyring of this session
-    handle = os.open(secret, os.O_RDONLY)
-    os.set_inheritable(handle, True)
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
-        local.bind(f"\0{abstract}")
-        local.listen()
-        yield {
-            "secret": secret,
-            "outside": tmp_path / "outside",
-            "port": server.getsockname()[1],
-            "abstract": abstract,
-            "parent": os.getpid(),
-            "repository": Path(__file__).parents[2],
-            "shared": shared,
-            "key": key,
-        }
-    os.close(handle)
-    shared.unlink()
-    if key > 0:
-        keys("keyctl", 21, key)  # it is invalid from now on
-    assert secret.read_text() == "expected = 5"
-    assert not (tmp_path / "outside").exists()
-    assert not psutil.Process().children(recursive=True)
+def world(place):
+    """The scene; and nothing may be left of what ran."""
+    yield place
+    assert not place.left()
     psutil.wait_procs(sandboxed_processes(), timeout=2)
     assert not sandboxed_processes()
-
-
-def filled(program, world):
-    for key, value in world.items():
-        program = program.replace("{" + key + "}", str(value))
-    return program.replace("{{", "{").replace("}}", "}")
 
 
 def score(program, tests, isolation, timeout_s=WALL_S):
     return code_tests([""], [f"```python\n{program}\n```"], tests=[tests], timeout_s=timeout_s, isolation=isolation)
 
 
-@pytest.mark.parametrize("name, isolation", ATTACKS_AT_EVERY_LEVEL)
-def test_attack(name, isolation, world):
+def test_the_table_is_large():
+    assert len(ATTACKS) >= 160
+
+
+@pytest.mark.parametrize("isolation", [slow_unless(isolation in STRONGEST, isolation) for isolation in Isolation])
+def test_attacks(isolation, world):
+    """The worst of the table, and what once broke out."""
     needs(isolation)
-    started = time.monotonic()
-    assert score(filled(ATTACKS[name], world), TESTS, isolation) == [0.0]
-    assert time.monotonic() - started < 5
+    verdicts = {name: world.attack(name, isolation) for name in AT_ONCE}
+    assert {name: verdict for name, verdict in verdicts.items() if not verdict.holds} == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("script", [False, True], ids=["call", "script"])
 @pytest.mark.parametrize("isolation", list(Isolation))
-def test_attack_by_a_script(name, isolation, world):
+def test_every_attack(isolation, script, world):
     needs(isolation)
-    started = time.monotonic()
-    program = filled(ATTACKS[name], world) + "\nprint(add(2, 3))"
-    assert score(program, [{"stdin": "2 3", "stdout": "5"}], isolation) == [0.0]
-    assert time.monotonic() - started < 5
+    verdicts = {name: world.attack(name, isolation, script) for name in ATTACKS if script or name not in AT_ONCE}
+    assert {name: verdict for name, verdict in verdicts.items() if not verdict.holds} == {}
 
 
-def test_attacks_do_work_outside_of_the_sandbox(world):
+def test_attacks_do_work_outside_of_the_sandbox(world, tmp_path):
     """Else the tests above would show nothing. Those that do no harm, run as they are."""
     for name in REAL:
-        if name == "reads the keyring" and world["key"] < 0:
+        if name == "reads the keyring" and world.key < 0:
             continue
-        program = filled(ATTACKS[name], world) + "\nassert add(2, 3) == 5"
-        folder = world["secret"].parent / name.replace("/", "")
+        program = world.filled(ATTACKS[name]) + "\nassert add(2, 3) == 5"
+        folder = tmp_path / name.replace("/", "")
         folder.mkdir()
         command = [sys.executable, "-c", program]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, close_fds=False)
@@ -167,7 +133,7 @@ HONEST = {
 }
 
 
-@pytest.mark.parametrize("isolation", [slow_unless(isolation is STRONGEST, isolation) for isolation in Isolation])
+@pytest.mark.parametrize("isolation", [slow_unless(isolation in STRONGEST, isolation) for isolation in Isolation])
 def test_honest_programs(isolation, world):
     needs(isolation)
     for name, program in HONEST.items():
@@ -222,26 +188,112 @@ def test_nothing_survives_the_process_that_asked(world):
     asking.wait()
 
 
-def test_a_machine_without_namespaces_falls_back_and_says_so(monkeypatch, world):
-    """A broken launcher for the strong level: the weaker one is taken, the reason is kept, a demand is refused."""
-    strongest_isolation.cache_clear()
-    begin = sandbox_module._Process.__enter__
+@pytest.fixture
+def refusing(monkeypatch):
+    """Broken launchers for the levels in a set."""
+    refused, begin = set(), sandbox_module._Process.__enter__
 
-    def refuse(process):
-        if process.isolation is Isolation.NAMESPACES:
+    def enter(process):
+        if process.isolation in refused:
             raise RolloutError("unshare: Operation not permitted")
         return begin(process)
 
-    monkeypatch.setattr(sandbox_module._Process, "__enter__", refuse)
+    monkeypatch.setattr(sandbox_module._Process, "__enter__", enter)
+    refusal.cache_clear()
+    yield refused
+    refusal.cache_clear()
+
+
+def test_a_machine_without_namespaces_falls_back_and_says_so(refusing, world):
+    """The weaker wall is taken, the reasons are kept, a demand is refused."""
+    needs(Isolation.LANDLOCK)
+    refusal.cache_clear()
+    refusing |= {Isolation.BUBBLEWRAP, Isolation.NAMESPACES}
     sandbox = Sandbox()
-    assert sandbox.isolation is not Isolation.NAMESPACES
+    assert sandbox.isolation is Isolation.LANDLOCK
     assert "not permitted" in sandbox.weaknesses["namespaces"]
     assert sandbox.call("def f(): return 1", [Call("f")]).answers[0].equals(1)
     with pytest.raises(ConfigError, match="isolation namespaces does not work on this machine: unshare"):
         Sandbox(isolation="namespaces")
-    strongest_isolation.cache_clear()
-    with pytest.raises(ConfigError, match="it must be auto, namespaces, landlock, interpreter"):
+    with pytest.raises(ConfigError, match="it must be auto, bubblewrap, namespaces, landlock, interpreter"):
         Sandbox(isolation="jail")
+
+
+def test_what_is_no_wall_is_taken_only_by_its_name(refusing):
+    refusing |= set(WALLS)
+    with pytest.raises(ConfigError, match=r"no wall .* \(bubblewrap: unshare.*landlock: .*isolation: interpreter"):
+        Sandbox()
+    assert Sandbox(isolation="interpreter").isolation is Isolation.INTERPRETER
+
+
+def test_without_libseccomp_there_is_no_wall(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyseccomp", None)
+    filter_text.cache_clear()
+    refusal.cache_clear()
+    with pytest.raises(ConfigError, match="install the package libseccomp2"):
+        Sandbox()
+    assert score("def add(a, b): return a + b", TESTS, "interpreter", 10) == [1.0]
+    monkeypatch.undo()
+    filter_text.cache_clear()
+    refusal.cache_clear()
+
+
+TAKES_ITS_FOLDER_AWAY = """
+import os, shutil
+here = os.getcwd()
+os.chdir('/')
+os.{call}
+def add(a, b): return a + b
+"""
+
+
+@pytest.mark.parametrize("call", ["rmdir(here)", "rename(here, here + '-left')"])
+def test_a_program_whose_folder_is_gone_scores_0(call, monkeypatch, tmp_path):
+    """No level lets it, so the hook is taken out: what is left behind is a verdict, and no exception."""
+    unguarded = tmp_path / "runner.py"
+    unguarded.write_text(sandbox_module.RUNNER.read_text().replace("sys.addaudithook(guard)", "pass"))
+    monkeypatch.setattr(sandbox_module, "RUNNER", unguarded)
+    box = Sandbox(Limits(wall_s=10), "interpreter")
+    run = box.call(TAKES_ITS_FOLDER_AWAY.replace("{call}", call), [Call("add", [1, 2])])
+    assert (run.ending, run.answers) == (Ending.LEFT_BEHIND, [])
+    for left in Path(tempfile.gettempdir()).glob("dfactory-sandbox-*-left"):
+        left.rmdir()
+
+
+def without_capabilities(*numbers):
+    """Give up some of root's capabilities for good, as a container does that has no second user."""
+    libc = ctypes.CDLL(None)
+    for number in numbers:
+        assert libc.prctl(24, number, 0, 0, 0) == 0
+    header, sets = struct.pack("Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
+    assert libc.capget(header, sets) == 0
+    words = list(struct.unpack("6I", sets.raw))
+    for place in range(3):
+        words[place] &= ~sum(1 << number for number in numbers)
+    assert libc.capset(header, struct.pack("6I", *words)) == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_root_without_a_second_user(world):
+    """bwrap is refused, since it would run as root's user; the namespaces hold, though /dev/null is root's in there too."""
+    needs(Isolation.NAMESPACES)
+    names = [name for name in ATTACKS if "/dev/null" in name or "fork" in name] + [
+        "kills everybody",
+        "writes into Python",
+    ]
+    code = "import sys\nfrom tests.rl.scene import *\nwith scene() as place:\n"
+    code += f"    print({{n: v for n in {names!r} if not (v := place.attack(n, 'namespaces')).holds}})\n"
+    code += "    print(Sandbox().weaknesses.get('bubblewrap'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        preexec_fn=lambda: without_capabilities(6, 7),  # CAP_SETGID, CAP_SETUID
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines()[0] == "{}", done.stdout + done.stderr
+    assert "not permitted" in done.stdout or "not installed" in done.stdout
 
 
 def encoded(value):
