@@ -211,8 +211,8 @@ def test_builtins_through_the_pool():
     with RewardPool(parse_rewards(entries), workers=2, timeout_s=12) as pool:
         result = pool.score([asked])[0]
     assert result.functions["math_verify"].score_G == [1, 1, 0, 0, 0]
-    assert result.functions["format_regex"].outcome_G[4] is Outcome.TIMEOUT
-    assert result.reward_G == [1.1, 1 - 0.5 + 0.1, -0.25, 0, None]
+    assert set(result.functions["format_regex"].outcome_G) == {Outcome.OK}  # the pattern that backtracks too
+    assert result.reward_G == [1.1, 1 - 0.5 + 0.1, -0.25, 0, 0]
 
 
 def test_generated_code_through_the_pool():

@@ -19,11 +19,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from dfactory.rl.rewards.text import completion_text
-from dfactory.rl.sandbox import Call, Ending, Limits, Sandbox
+from dfactory.rl.sandbox import Call, Ending, Isolation, Limits, Sandbox
 
 logger = logging.getLogger(__name__)
 
-FENCED = re.compile(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"```([^`]*)")
 PYTHON = ("", "py", "python", "python3")
 
 
@@ -43,6 +43,8 @@ def code_tests(
     """1 if every test passes, else 0; with `partial` the share that passes.
 
     `timeout_s` bounds a program over all its tests; what is left then fails. `tolerance`: relative and absolute.
+    `isolation`: the wall around the programs, one of the sandbox's levels; auto takes the strongest that works here, and
+    refuses to run without one. `interpreter` is no wall: ask for it by name for programs that you trust.
     Logs for each way in which a program can end the share of programs that ended so, as `code_tests/timeout` etc.
     Raises ValueError on a test that cannot be read: the row's fault, not the program's.
     """
@@ -63,6 +65,8 @@ def code_tests(
 def sandbox(timeout_s: float, memory_mb: int, isolation: str) -> Sandbox:
     limits = Limits(wall_s=timeout_s, cpu_s=int(timeout_s) + 1, memory_mb=memory_mb)
     box = Sandbox(limits, isolation)
+    if box.isolation is Isolation.INTERPRETER:
+        logger.warning("generated code runs with isolation interpreter, which is no wall: it can do what this user can")
     for stronger, reason in box.weaknesses.items():
         if isolation == "auto":
             logger.warning(
@@ -103,8 +107,17 @@ def run_scripts(box: Sandbox, program: str, scripts: list, left_s: float) -> Ite
 
 
 def program_of(text: str) -> str:
-    blocks = [block for language, block in FENCED.findall(text) if language.strip().lower() in PYTHON]
-    return blocks[-1] if blocks else text
+    """The last fenced block that is Python, else the whole text. A fence that nobody closes begins no block."""
+    program, language, block = text, None, []
+    for line in text.split("\n"):
+        if language is None and (fence := FENCE.fullmatch(line)):
+            language, block = fence[1].strip().lower(), []
+        elif language is not None and line.rstrip(" \t") == "```":
+            program = "".join(block) if language in PYTHON else program
+            language = None
+        elif language is not None:
+            block.append(f"{line}\n")
+    return program
 
 
 def lines(text: str) -> list[str]:
@@ -173,3 +186,20 @@ def literal(node: ast.expr, problem: ValueError) -> Any:
     if not is_literal(node):
         raise problem
     return ast.literal_eval(node)
+
+
+def check_row(row: dict) -> None:
+    """Raises ValueError for tests that cannot be read."""
+    if not isinstance(row["tests"], list) or not row["tests"]:
+        raise ValueError(f"code_tests: tests {row['tests']!r} is no list with at least one test")
+    for test in row["tests"]:
+        read_test(test)
+
+
+def prepare(*, timeout_s: float = 5.0, memory_mb: int = 512, isolation: str = "auto", **options) -> None:
+    """Refuse, before a run starts, an isolation that does not work here."""
+    sandbox(timeout_s, memory_mb, isolation)
+
+
+code_tests.check_row = check_row
+code_tests.prepare = prepare

@@ -7,16 +7,24 @@ It accepts "6 * 7" for 42; whether a restated problem is an answer is for the pr
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from sympy import Eq
 
-from dfactory.rl.rewards.text import completion_text
+from dfactory.rl.rewards.deadline import within
+from dfactory.rl.rewards.text import answer_text, completion_text
 
 
 def math_verify(
-    prompts, completions, *, answer: list[str], require_anchor: bool = False, timeout_s: int = 2, **columns
+    prompts,
+    completions,
+    *,
+    answer: list[str | int | float],
+    require_anchor: bool = False,
+    timeout_s: int = 2,
+    **columns,
 ) -> list[float | None]:
     """1 where the response equals the answer, else 0; None where the row's answer is not mathematics.
 
     `require_anchor`: the expression has to be boxed or follow "the answer is". `timeout_s` bounds parsing and comparing,
-    each; 9^9^9^9 is wrong after that. The timer is a signal: call this from a main thread, as reward processes do.
+    each, and twice that all of it; 9^9^9^9 is wrong after that. The timers are signals: call this from a main thread, as
+    reward processes do.
     """
     extraction = [
         LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=not require_anchor),
@@ -37,8 +45,10 @@ def math_verify(
             return 0.0
         return float(verify(gold, found, timeout_seconds=timeout_s))
 
-    golds = {text: parse_gold(text, timeout_s) for text in set(answer)}
-    return [score(completion_text(c), golds[a]) for c, a in zip(completions, answer, strict=True)]
+    answers = [answer_text(one) for one in answer]
+    golds = {text: parse_gold(text, timeout_s) for text in set(answers)}
+    texts = [completion_text(completion) for completion in completions]
+    return [within(2 * timeout_s, score, text, golds[a], late=0.0) for text, a in zip(texts, answers, strict=True)]
 
 
 def parse_gold(answer: str, timeout_s: int) -> list:
@@ -50,3 +60,10 @@ def parse_gold(answer: str, timeout_s: int) -> list:
 def is_false_equation(expression) -> bool:
     """41 = 42: math-verify reads the right-hand side of an equation only."""
     return isinstance(expression, Eq) and not expression.free_symbols and expression.lhs != expression.rhs
+
+
+def check_row(row: dict) -> None:
+    answer_text(row["answer"])
+
+
+math_verify.check_row = check_row

@@ -12,8 +12,8 @@ import functools
 import re
 
 from reasoning_gym import get_score_answer_fn
-from reasoning_gym.utils import extract_answer
 
+from dfactory.rl.rewards.deadline import within
 from dfactory.rl.rewards.text import completion_text
 
 EVALUATE_LITERALS = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
@@ -32,6 +32,7 @@ EXPRESSION = re.compile(
 )
 CALL_OF_A_VALUE = re.compile(r"\)\s*\(")
 LONGEST_EXPRESSION = 1000
+LONGEST_LITERAL = 20_000  # the parser takes a thousand times its memory
 
 
 def reasoning_gym(
@@ -44,9 +45,13 @@ def reasoning_gym(
     answer: list[str] | None = None,
     metadata: list[dict] | None = None,
     answer_tag: str | None = None,
+    timeout_s: float = 5.0,
     **columns,
 ) -> list[float]:
-    """What the task's scorer says, mostly in 0 .. 1. `answer_tag`: score only what stands in <tag> .. </tag>."""
+    """What the task's scorer says, mostly in 0 .. 1. `answer_tag`: score only what stands in <tag> .. </tag>.
+
+    A response on which the scorer fails, or takes more than `timeout_s` of CPU time, scores 0.
+    """
     count = len(completions)
     if entry is None:
         flat = zip(question or [None] * count, answer or [None] * count, metadata or [None] * count, strict=True)
@@ -54,14 +59,30 @@ def reasoning_gym(
     names = task or [row["metadata"]["source_dataset"] for row in entry]
     texts = [completion_text(completion) for completion in completions]
     if answer_tag is not None:
-        texts = [extract_answer(text, answer_tag) for text in texts]
-    return [score(name, text, row) for name, text, row in zip(names, texts, entry, strict=True)]
+        texts = [tagged(text, answer_tag) for text in texts]
+    rows = zip(names, texts, entry, strict=True)
+    return [within(timeout_s, score, name, text, row, late=0.0) for name, text, row in rows]
+
+
+def tagged(text: str, tag: str) -> str | None:
+    """What stands in the last <tag> .. </tag>. reasoning-gym's own search takes a time that is quadratic in open tags."""
+    found, begin, end = None, f"<{tag}>", f"</{tag}>"
+    place = text.find(begin)
+    while place >= 0 and (close := text.find(end, place)) >= 0:
+        found = text[place + len(begin) : close].strip()
+        place = text.find(begin, close)
+    return found
 
 
 def score(task: str, text: str | None, entry: dict) -> float:
     if text is None or not may_be_scored(task, text):
         return 0.0
-    return float(scorer(task)(text, entry))
+    score_answer = scorer(task)
+    try:
+        return float(score_answer(text, entry))
+    except Exception:  # of a scorer that cannot read the response, or of a row that it cannot read
+        score_answer(str(entry["answer"]), entry)
+        return 0.0
 
 
 @functools.cache
@@ -81,6 +102,8 @@ def may_be_scored(task: str, text: str) -> bool:
 
 def is_literal_or_no_python(text: str) -> bool:
     """Text on which `eval` yields a literal or fails before it runs anything."""
+    if len(text) > LONGEST_LITERAL:
+        return False
     try:
         tree = ast.parse(text.strip(), mode="eval")
         ast.literal_eval(tree)

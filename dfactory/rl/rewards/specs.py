@@ -86,7 +86,29 @@ def load_reward(spec: RewardSpec) -> Callable:
             near = difflib.get_close_matches(name, options, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(options) or 'none'}"
             raise ConfigError(f"reward {spec.target} has no option {name}: {hint}")
+    _refuse_positional(spec, function)
+    if (prepare := getattr(function, "prepare", None)) is not None:
+        prepare(**spec.options)
     return functools.partial(function, **spec.options)
+
+
+def taken(function: Callable, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a loaded reward takes: all of them, or what it names where it has no **columns."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return arguments
+    return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
+
+
+def row_problem(spec: RewardSpec, function: Callable, row: dict[str, Any]) -> str | None:
+    """Why a loaded reward cannot score answers to this row of the data; None if it can, as far as a look at it tells."""
+    if missing := [name for name in required_columns(function) if name not in row]:
+        return f"reward {spec.name} asks for the column {missing[0]}, which the row does not have"
+    check = getattr(getattr(function, "func", function), "check_row", None)
+    try:
+        return check(row | spec.options) if check is not None else None
+    except ValueError as problem:
+        return f"reward {spec.name}: {problem}"
 
 
 def required_columns(function: Callable) -> list[str]:
@@ -95,6 +117,16 @@ def required_columns(function: Callable) -> list[str]:
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
     return [name for name in needed if name not in PROVIDED]
+
+
+def _refuse_positional(spec: RewardSpec, function: Callable) -> None:
+    """Rewards are called by keywords only."""
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise ConfigError(
+                f"reward {spec.target} takes {parameter.name} by its place only, but rewards are called by keywords: write "
+                f"def {spec.name}(prompts, completions, **columns)"
+            )
 
 
 def _options_of(function: Callable) -> list[str]:

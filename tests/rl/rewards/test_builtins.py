@@ -32,6 +32,9 @@ def test_exact_match():
     assert call(exact_match, texts, answer="42") == [1, 1, 0, 0, 0, 0, 0, 0]
     messages = [[{"role": "assistant", "content": "42"}], [{"role": "assistant", "content": "41"}]]
     assert call(exact_match, messages, answer=" 42") == [1, 0]
+    assert call(exact_match, ["4", "0.5", "4.0"], answer=[4, 0.5, 4]) == [1, 1, 0]
+    with pytest.raises(ValueError, match="answer None is neither text nor a number"):
+        call(exact_match, ["4"], answer=None)
 
 
 MATH = [
@@ -60,6 +63,10 @@ def test_math_verify(text, answer, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(math_verify, [text], answer=answer) == [expected]
     assert not list(tmp_path.iterdir())
+
+
+def test_an_answer_may_be_a_number():
+    assert call(math_verify, ["4", "1/2", "3"], answer=[4, 0.5, 4]) == [1, 1, 0]
 
 
 def test_math_verify_can_demand_an_anchor():

@@ -101,4 +101,5 @@ def test_a_weaker_isolation_is_reported(monkeypatch, caplog):
     sandbox.cache_clear()
     assert score(SQUARE, "assert square(2) == 4") == 1
     assert "isolation interpreter only, as namespaces fails: no" in caplog.text
+    assert "which is no wall" in caplog.text
     sandbox.cache_clear()

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from dfactory.errors import ConfigError
+from dfactory.rl.reward_pool import RewardGroup, RewardPool
 from dfactory.rl.rewards.specs import BUILTINS, RewardSpec, load_reward, parse_rewards, required_columns
 
 
@@ -108,3 +109,53 @@ def test_rewards_do_not_import_torch():
     code = "import sys\nfrom dfactory.rl.rewards.specs import *\n"
     code += f"for s in {specs!r}: load_reward(s)\nassert not {{'torch', 'ray', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+PICKY = """
+def few(completions):
+    return [1.0 for _ in completions]
+
+def counted(prompts, completions, answer, log_metric):
+    log_metric("asked", len(answer))
+    return [float(a) for a in answer]
+
+def placed(completions, /, **columns):
+    return [1.0 for _ in completions]
+"""
+
+
+def test_a_function_gets_what_it_names(tmp_path):
+    """Without **columns too, which TRL demands."""
+    (tmp_path / "picky.py").write_text(PICKY)
+    specs = parse_rewards(["picky.py:few", "picky.py:counted"], base=tmp_path)
+    per = {"completion_ids": [[1], [1]], "forwards": [5, 5]}
+    with RewardPool(specs, workers=1) as pool:
+        result = pool.score([RewardGroup("p", ["a", "b"], {"answer": 2, "task": "t"}, per)])[0]
+    assert result.reward_G == [3, 3], result.functions
+    with pytest.raises(ConfigError, match="takes completions by its place only"):
+        load_reward(*parse_rewards(["picky.py:placed"], base=tmp_path))
+
+
+ROWS = [
+    ("exact_match", {"answer": "4"}, {"answer": None}, "answer None is neither text nor a number"),
+    ("exact_match", {"answer": 4}, {"answers": 4}, "asks for the column answer, which the row does not have"),
+    ("math_verify", {"answer": 0.5}, {"answer": ["4"]}, r"answer \['4'\] is neither"),
+    ("format_regex", {"pattern": "a+"}, {"pattern": "(a"}, r"pattern '\(a' is no regular expression"),
+    ({"name": "format_regex", "pattern": ".*"}, {}, None, None),
+    ("code_tests", {"tests": ["assert f(1) == 1"]}, {"tests": ["f(1)"]}, "is not of the form"),
+    ("code_tests", {"tests": ["assert f(1) == 1"]}, {"tests": []}, "is no list with at least one test"),
+]
+
+
+@pytest.mark.parametrize("entry, good, bad, message", ROWS, ids=range(len(ROWS)))
+def test_a_row_that_a_reward_cannot_score_is_found_before_the_run(entry, good, bad, message):
+    specs = parse_rewards([entry], allow_code_execution=True)
+    RewardPool(specs, workers=1, rows=[("a.jsonl:1", good)]).close()
+    if bad is not None:
+        with pytest.raises(ConfigError, match=rf"^a.jsonl:2: .*{message}"):
+            RewardPool(specs, workers=1, rows=[("a.jsonl:1", good), ("a.jsonl:2", bad)])
+
+
+def test_an_option_that_cannot_work_is_found_on_loading():
+    with pytest.raises(ConfigError, match="isolation 'jail'"):
+        load_reward(*parse_rewards([{"name": "code_tests", "isolation": "jail"}], allow_code_execution=True))
