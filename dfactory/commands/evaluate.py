@@ -22,6 +22,7 @@ from dfactory.config.decode import DecodeKeys
 from dfactory.console import plain_console
 from dfactory.data.prompts import Row, read_rows
 from dfactory.errors import ConfigError, DataError
+from dfactory.rl.rewards.text import answer_text
 
 NORMAL_QUANTILE = 1.96  # two-sided 95 percent
 FULL_SCORE = 1 - 1e-9
@@ -95,8 +96,10 @@ def _questions(arguments: argparse.Namespace, keys: DecodeKeys) -> tuple[list[Ro
         return task_questions(arguments.task, arguments.count, keys.seed)
     rows = read_rows(arguments.data)
     for row in rows:
-        if not isinstance(row.fields.get("answer"), str):
-            raise DataError(f"{row.origin} has no text under `answer` to compare the response with")
+        try:
+            answer_text(row.fields.get("answer"))
+        except ValueError as problem:
+            raise DataError(f"{row.origin} has no answer to compare the response with: {problem}") from problem
     return rows, lambda output: float(matches(output))
 
 

@@ -23,6 +23,7 @@ from dfactory.decoding import decode
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy, resolve_model_dir, trained_block_size
 from dfactory.rl.rewards.exact_match import same_text
+from dfactory.rl.rewards.text import answer_text
 from dfactory.types import Rollout
 from dfactory.vocabulary import read_vocabulary
 
@@ -96,14 +97,14 @@ def trace_of(output: dict[str, Any], rollout: Rollout) -> dict[str, Any]:
         "block_size": rollout.block_size,
         "block_forwards": rollout.block_forwards,
     }
-    if isinstance(output["text"], str) and isinstance(output.get("answer"), str):
+    if isinstance(output["text"], str) and type(output.get("answer")) in (str, int, float):
         trace["correct"] = matches(output)
     return trace
 
 
 def matches(output: dict[str, Any]) -> bool:
     """The response is the answer, white space at the ends aside. `eval` counts by this rule."""
-    return same_text(output["text"], output["answer"])
+    return same_text(output["text"], answer_text(output["answer"]))
 
 
 def write_outputs(path: Path, outputs: list[dict[str, Any]]) -> None:

@@ -12,8 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import grpc
 import ray
 import torch
+from ray._common.utils import get_default_ray_temp_dir
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -24,8 +26,11 @@ from dfactory.rl.actors import LearnerActor, RolloutActor
 from dfactory.rl.controller import Controller
 from dfactory.rl.liveness import Process, Watch, why
 from dfactory.rl.rollouts import RolloutBatch
+from dfactory.rl.scoring import check_rewards
 from dfactory.rl.weights import put_weights
 
+SOCKET_PATH = 107  # bytes that the kernel allows
+LONGEST_SOCKET = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 GRACE_S = 10.0  # for the others to end when one has failed
 
 Learn = Callable[[Recipe, "ControllerFeed"], int]
@@ -38,17 +43,19 @@ NO_RECORD = {"enable_task_events": False}
 
 def run(recipe: Recipe, learn: Learn) -> int:
     """Run a recipe of stage rl: the exit status of its learners, or an error that names what failed."""
-    with _cluster(), _placed(recipe) as group:
+    check_rewards(recipe)
+    with _cluster(recipe.cluster_timeout_s), _placed(recipe) as group:
         return _run_learners(recipe, learn, _start_controller(recipe, group), group)
 
 
 @contextlib.contextmanager
-def _cluster():
+def _cluster(timeout_s: float):
     """A connection to Ray; what was connected or started here ends here."""
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _await_head(address, timeout_s)
         ray.init(address="auto", runtime_env=WORKERS)
     else:
         ray.init(
@@ -57,12 +64,36 @@ def _cluster():
             include_dashboard=False,
             logging_level="warning",
             _node_ip_address="127.0.0.1",
+            _temp_dir=_short_folder(),
             runtime_env=WORKERS,
         )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _await_head(address: str, timeout_s: float) -> None:
+    """Wait until a gRPC server answers at host:port. Raises RolloutError; Ray itself would try for a quarter of an hour."""
+    if ":" not in (place := address.removeprefix("ray://")):
+        return  # "auto": Ray looks for a cluster on this machine, and says at once if there is none
+    with grpc.insecure_channel(place) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout_s)
+        except grpc.FutureTimeoutError:
+            raise RolloutError(
+                f"RAY_ADDRESS {address} did not answer within cluster_timeout_s {timeout_s:g} s: start Ray's head there, "
+                "correct the address, or unset RAY_ADDRESS and a cluster is started on this machine"
+            ) from None
+
+
+def _short_folder() -> str | None:
+    """Where a local cluster keeps its sockets: Ray's choice (null), or /tmp where their paths would be too long there."""
+    folder = get_default_ray_temp_dir()
+    if len(os.path.abspath(folder)) + LONGEST_SOCKET <= SOCKET_PATH:
+        return None
+    print(f"Ray's sockets would have paths of more than {SOCKET_PATH} bytes in {folder}: it gets /tmp/ray", flush=True)
+    return "/tmp/ray"
 
 
 @contextlib.contextmanager

@@ -165,9 +165,10 @@ class Controller:
             return
         rewards = [reward for group in barren for reward in group.rewards if reward is not None]
         self.scorer.write_samples(self.next_version + 1, barren)
+        count = self.recipe.num_generations
+        equal = f"all {count} rewards of every group were equal (mean {statistics.fmean(rewards or [0.0]):.3f})"
         raise RolloutError(
-            f"no group of {len(barren)} had a signal: all {self.recipe.num_generations} rewards of every group were equal "
-            f"(mean {statistics.fmean(rewards) if rewards else float('nan'):.3f}); reward outcomes "
+            f"no group of {len(barren)} had a signal: {equal if rewards else 'no rollout got a reward'}; reward outcomes "
             f"{self.scorer.outcomes()}{self.scorer.complaints()}; check the reward on the completions in "
             f"{self.scorer.samples_path}, or raise decode.temperature or num_generations"
         )

@@ -132,7 +132,8 @@ def failure_messages(results: Iterable[RewardResult]) -> Counter[str]:
 
 
 class RewardPool:
-    """Raises ConfigError if a reward cannot be loaded; later, RolloutError if a replaced process does not come up."""
+    """Raises ConfigError if a reward cannot be loaded, or cannot score one of `rows`, (file:line, columns) of the data;
+    later, RolloutError if a replaced process does not come up."""
 
     def __init__(
         self,
@@ -141,6 +142,7 @@ class RewardPool:
         workers: int = 2,
         timeout_s: float = 60.0,
         memory_mb: float = 4096.0,
+        rows: Sequence[tuple[str, dict[str, Any]]] = (),
     ):
         self.specs, self.timeout_s, self.memory_mb = list(specs), timeout_s, memory_mb
         self.restarts = 0
@@ -148,7 +150,7 @@ class RewardPool:
         self._thread = threading.Thread(target=self._loop.run_forever, name="reward pool", daemon=True)
         self._thread.start()
         try:
-            self.required_columns: dict[str, list[str]] = self._run(self._start(workers)).result()
+            self.required_columns: dict[str, list[str]] = self._run(self._start(workers, rows)).result()
         except BaseException:
             self.close()
             raise
@@ -177,10 +179,10 @@ class RewardPool:
     def _run(self, coroutine) -> Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    async def _start(self, workers: int) -> dict[str, list[str]]:
+    async def _start(self, workers: int, rows: Sequence[tuple[str, dict]]) -> dict[str, list[str]]:
         self._calls: asyncio.Queue[_Call] = asyncio.Queue()
         self._workers = [_Worker(self.specs) for _ in range(workers)]
-        needs = await asyncio.gather(*(worker.start() for worker in self._workers))
+        needs = await asyncio.gather(*(worker.start(rows) for worker in self._workers))
         self._serving = [asyncio.create_task(self._serve(worker)) for worker in self._workers]
         return needs[0]
 
@@ -256,17 +258,17 @@ class _Worker:
     def alive(self) -> bool:
         return self._process is not None and self._process.returncode is None
 
-    async def start(self) -> dict[str, list[str]]:
+    async def start(self, rows: Sequence[tuple[str, dict]] = ()) -> dict[str, list[str]]:
         """Columns that each reward needs, once all are loaded. One that was killed meanwhile is started again."""
         for _ in range(STARTS):
             try:
-                return await self._start()
+                return await self._start(rows)
             except _Ended as end:
                 await self.kill()
                 reason = end
         raise RolloutError(f"{self._name} did not start in {STARTS} tries: {reason}")
 
-    async def _start(self) -> dict[str, list[str]]:
+    async def _start(self, rows: Sequence[tuple[str, dict]]) -> dict[str, list[str]]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         ours, theirs = socket.socketpair()
         with theirs:
@@ -281,7 +283,7 @@ class _Worker:
         self.memory_mb = 0.0
         try:
             async with asyncio.timeout(START_S):
-                ready = await self._ask(pickle.dumps(self.specs))
+                ready = await self._ask(pickle.dumps((self.specs, list(rows))))
         except TimeoutError:
             await self.kill()
             raise RolloutError(f"{self._name} took longer than {START_S:g} s to import them") from None

@@ -2,7 +2,8 @@
 
     python -m dfactory.rl.reward_worker PARENT_PID SOCKET_FD
 
-The socket brings the rewards to load, then one call after another (length and pickle); each is answered by a line of JSON.
+The socket brings the rewards to load and rows of the data to check, then one call after another (length and pickle); each
+is answered by a line of JSON.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from typing import Any, BinaryIO
 
 from dfactory.errors import ConfigError
 from dfactory.redaction import guard_output, redact, remember
-from dfactory.rl.rewards.specs import RewardSpec, load_reward, required_columns
+from dfactory.rl.rewards.specs import RewardSpec, load_reward, required_columns, row_problem, taken
 
 LENGTH = struct.Struct("<Q")
 PR_SET_PDEATHSIG = 1
@@ -36,11 +37,12 @@ def main(parent: int, channel: int) -> None:
     os.set_inheritable(channel, False)
     guard_output()
     with socket.socket(fileno=channel) as connection, connection.makefile("rwb") as stream:
-        specs: list[RewardSpec] = read_message(stream)
+        specs, rows = read_message(stream)
         for spec in specs:
             remember(spec.options)
         try:
             functions = [load(spec) for spec in specs]
+            check_rows(specs, functions, rows)
         except ConfigError as problem:
             reply(stream, {"failed": str(problem)})
             return
@@ -58,6 +60,14 @@ def load(spec: RewardSpec) -> Callable:
         raise
     except Exception as problem:  # a user's module may raise anything on import
         raise ConfigError(f"reward {spec.target} cannot be imported: {last_line(problem)}") from problem
+
+
+def check_rows(specs: list[RewardSpec], functions: list[Callable], rows: list[tuple[str, dict]]) -> None:
+    """Raises ConfigError for the first row, as (file:line, columns), that a reward cannot score."""
+    for spec, function in zip(specs, functions, strict=True):
+        for origin, row in rows:
+            if problem := row_problem(spec, function, row):
+                raise ConfigError(f"{origin}: {problem}")
 
 
 def read_message(stream: BinaryIO) -> Any:
@@ -80,7 +90,7 @@ def score(function: Callable, arguments: dict[str, Any]) -> dict:
         "log_extra": lambda column, values: extra.setdefault(column, []).extend(values),
     }
     try:
-        returned = function(**arguments, **logging)
+        returned = function(**taken(function, arguments | logging))
         if inspect.isawaitable(returned):
             returned = asyncio.run(returned)
         values = list(returned)

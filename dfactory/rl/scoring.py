@@ -11,7 +11,7 @@ from dfactory.config.recipe import Recipe
 from dfactory.rl.advantage import GroupAdvantages
 from dfactory.rl.prompts import PromptStream
 from dfactory.rl.reward_pool import RewardGroup, RewardPool, RewardResult, failure_messages, outcome_counts
-from dfactory.rl.rewards.specs import parse_rewards
+from dfactory.rl.rewards.specs import RewardSpec, parse_rewards
 from dfactory.rl.rollouts import DecodedGroup, ScoredRollout
 
 SAMPLES = "completions.jsonl"
@@ -58,6 +58,17 @@ class ScoredGroup:
         ]
 
 
+def check_rewards(recipe: Recipe) -> None:
+    """Load the recipe's rewards in a process of their own, and let them look at every row of the data. Raises ConfigError
+    or DataError before anything is started."""
+    rows = [(row.origin, row.fields) for row in PromptStream(recipe).rows]
+    RewardPool(_specs(recipe), workers=1, rows=rows).close()
+
+
+def _specs(recipe: Recipe) -> list[RewardSpec]:
+    return parse_rewards(recipe.reward_funcs, recipe.reward_weights, allow_code_execution=recipe.allow_code_execution)
+
+
 class Scorer:
     """Scores groups in the processes of a RewardPool, without holding up the controller."""
 
@@ -65,11 +76,8 @@ class Scorer:
         self.prompts = prompts
         self.samples_path = Path(recipe.output_dir) / SAMPLES
         self.groups_path = Path(recipe.output_dir) / GROUPS
-        specs = parse_rewards(
-            recipe.reward_funcs, recipe.reward_weights, allow_code_execution=recipe.allow_code_execution
-        )
         self.pool = RewardPool(
-            specs,
+            _specs(recipe),
             workers=recipe.reward_workers,
             timeout_s=recipe.reward_timeout_s,
             memory_mb=recipe.reward_worker_memory_mb,

@@ -200,11 +200,11 @@ def test_reinforcement_learning(recipe, check, tmp_path):
     }
     line = json.dumps({"prompt": "Which day follows Monday?", "answer": "Tuesday"})
     status, told = check(recipe([line] * 3, **rl))
-    assert status == 0, told
+    assert status == 2, told
     assert "prompts 3, the longest of" in told
     assert "exact_match, weight 1; asks for the columns answer" in told
     assert "8 prompts x 8 rollouts = 64" in told
-    assert "reward long asks for ['target'], but" in told
+    assert ":1: reward long asks for the column target, which the row does not have" in told
     status, told = check(recipe([line], **rl | {"reward_funcs": ["nowhere.py:long"]}))
     assert status == 2
     assert "training would not start" in told

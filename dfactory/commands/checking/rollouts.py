@@ -2,8 +2,9 @@
 
 from dfactory.commands.checking.page import Page
 from dfactory.config.recipe import Recipe
+from dfactory.errors import ConfigError
 from dfactory.rl.prompts import PromptStream
-from dfactory.rl.rewards.specs import load_reward, parse_rewards, required_columns
+from dfactory.rl.rewards.specs import load_reward, parse_rewards, required_columns, row_problem
 
 WIDE_CLIP = 0.5  # 0.02 nat of drift a token make a standard deviation of 0.3 in a sum over 256 tokens
 
@@ -21,11 +22,13 @@ def tell_rollouts(page: Page, recipe: Recipe) -> None:
         recipe.reward_funcs, recipe.reward_weights, allow_code_execution=recipe.allow_code_execution
     )
     for reward in rewards:
-        columns = required_columns(load_reward(reward))
+        function = load_reward(reward)
+        columns = required_columns(function)
         asks = f"asks for the columns {', '.join(columns)}" if columns else "asks for no column"
         page.line("reward", f"{reward.name}, weight {reward.weight:g}; {asks}")
-        if missing := [name for name in columns if name not in prompts.rows[0].fields]:
-            page.warn(f"reward {reward.name} asks for {missing}, but {prompts.rows[0].origin} has no such column")
+        problems = ((row.origin, row_problem(reward, function, row.fields)) for row in prompts.rows)
+        if found := next((f"{origin}: {problem}" for origin, problem in problems if problem), None):
+            page.problem(ConfigError(found))
     page.line(
         "a step",
         f"{recipe.prompts_per_step} prompts x {recipe.num_generations} rollouts = "
