@@ -30,7 +30,7 @@ from dfactory.engine.preemption import EXIT_PREEMPTED, Preemption
 from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.trainer import Trainer, zero_stage
 from dfactory.rl.access import lock_local_cluster
-from dfactory.rl.prompts import PromptStream
+from dfactory.rl.scoring import check_rewards
 from dfactory.rl.source import Feed
 from dfactory.types import TrainState
 
@@ -38,7 +38,7 @@ from dfactory.types import TrainState
 def train(recipe: Recipe) -> int:
     """Run a recipe to its end. Returns the exit status: 0 done, 75 preempted after a saved checkpoint."""
     if recipe.stage == "rl":
-        read_inputs(recipe), PromptStream(recipe)  # a bad row is told before anything is started
+        read_inputs(recipe), check_rewards(recipe)  # a bad row is told before anything is started
         lock_local_cluster()  # before Ray is imported
         from dfactory.rl.cluster import run  # Ray is an extra
 

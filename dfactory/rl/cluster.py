@@ -26,7 +26,6 @@ from dfactory.rl.actors import LearnerActor, RolloutActor
 from dfactory.rl.controller import Controller
 from dfactory.rl.liveness import Process, Watch, why
 from dfactory.rl.rollouts import RolloutBatch
-from dfactory.rl.scoring import check_rewards
 from dfactory.rl.weights import put_weights
 
 SOCKET_PATH = 107  # bytes that the kernel allows
@@ -43,7 +42,6 @@ NO_RECORD = {"enable_task_events": False}
 
 def run(recipe: Recipe, learn: Learn) -> int:
     """Run a recipe of stage rl: the exit status of its learners, or an error that names what failed."""
-    check_rewards(recipe)
     with _cluster(recipe.cluster_timeout_s), _placed(recipe) as group:
         return _run_learners(recipe, learn, _start_controller(recipe, group), group)
 

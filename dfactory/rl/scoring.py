@@ -59,8 +59,8 @@ class ScoredGroup:
 
 
 def check_rewards(recipe: Recipe) -> None:
-    """Load the recipe's rewards in a process of their own, and let them look at every row of the data. Raises ConfigError
-    or DataError before anything is started."""
+    """Read the prompts, load the recipe's rewards in a process of their own, and let them look at every row. Raises
+    DataError or ConfigError."""
     rows = [(row.origin, row.fields) for row in PromptStream(recipe).rows]
     RewardPool(_specs(recipe), workers=1, rows=rows).close()
 
