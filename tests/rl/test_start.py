@@ -24,7 +24,7 @@ with _cluster(2.0):
 """
 
 
-def run(*words, timeout=200, **variables):
+def run(*words, timeout=400, **variables):
     kept = {
         name: value
         for name, value in os.environ.items()
