@@ -23,8 +23,9 @@ from dfactory.engine.trainer import Trainer, keep_zero3_config
 from dfactory.engine.window import Measure, Source, means_by_t
 from dfactory.errors import ConfigError
 from dfactory.models import fused
+from dfactory.models.adapters import add_adapters, unreached_experts
 from dfactory.models.policy import Policy
-from dfactory.models.registry import add_adapters, load_policy
+from dfactory.models.registry import load_policy
 from dfactory.models.saving import carried_files
 from dfactory.objectives.cap import CAP
 from dfactory.objectives.dpo import DPO
@@ -284,7 +285,7 @@ def load_frozen(recipe: Recipe, name: str) -> Score:
 
 
 def load_initial(recipe: Recipe) -> Policy:
-    """The model that a run starts from, without adapters."""
+    """The model that a run starts from; the adapters of an earlier run are part of its weights."""
     zero3 = keep_zero3_config(recipe)  # has to outlive the loading
     policy = load_policy(
         recipe.model_name_or_path,
@@ -292,6 +293,7 @@ def load_initial(recipe: Recipe) -> Policy:
         init_weights=recipe.init_weights,
         seed=recipe.seed,
         attn_implementation=recipe.attn_implementation,
+        merged=True,
     )
     del zero3
     if recipe.use_liger_kernel:
@@ -307,3 +309,8 @@ def make_policy(recipe: Recipe) -> Policy:
     if recipe.use_peft:
         add_adapters(policy, **recipe.lora_options, seed=recipe.seed)
     return policy
+
+
+def policy_warnings(recipe: Recipe, policy: Policy) -> list[str]:
+    """What a run has to say of the model that it trains, in its first lines."""
+    return unreached_experts(policy.model, recipe.lora_target_modules) if recipe.use_peft else []

@@ -18,6 +18,7 @@ from dfactory.assembly import (
     make_reference,
     make_rollout_source,
     make_source,
+    policy_warnings,
     read_inputs,
     with_drafts,
 )
@@ -63,6 +64,7 @@ def learn(recipe: Recipe, feed: Feed | None = None) -> int:
         resumed, zero_stage(recipe), world_size, recipe.expert_parallel_size
     )
     trainer = Trainer(recipe, make_policy(recipe), num_steps, load_universal=universal)
+    warnings += policy_warnings(recipe, trainer.policy)
     with_reference = make_reference(recipe, inputs, trainer, num_steps, resuming=resumed is not None)
     if feed is None:
         source = with_reference(with_drafts(recipe, inputs, records, trainer))

@@ -15,10 +15,11 @@ from dfactory.config.merge import MergeKeys
 from dfactory.console import plain_console
 from dfactory.engine.runfolder import RunFolder, step_of
 from dfactory.errors import CheckpointError, ConfigError
+from dfactory.models.adapters import is_adapters
 from dfactory.models.headers import dtype_name, open_tensors, stored_dtype
 from dfactory.models.merging import average_adapters, average_weights, check_products
 from dfactory.models.policy import Policy
-from dfactory.models.registry import ADAPTER_CONFIG, check_tensors, read_config
+from dfactory.models.registry import check_tensors, read_config
 from dfactory.models.saving import carry_files
 
 SAMPLED = 8  # tensors whose mean is computed a second time, in float64
@@ -47,8 +48,7 @@ def merge(run: str, output: str, keys: MergeKeys) -> int:
         + ", ".join(map(str, chosen))
     )
     sources = [ranked.path for ranked in chosen]
-    are_adapters = (sources[0] / ADAPTER_CONFIG).is_file()
-    write = _write_adapters if are_adapters else _write_weights
+    write = _write_adapters if is_adapters(sources[0]) else _write_weights
     named = f"the mean of {len(sources)} checkpoint(s) of {run}"
     return write_proved(Path(output), named, lambda partial: write(sources, partial))
 
@@ -99,7 +99,7 @@ def _write_weights(sources: list[Path], partial: Path) -> list[str]:
     return [
         f"averaged {count} tensors ({dtype_name(stored_dtype(partial))}), which fit config.json; {sampled} of them, "
         "averaged anew in float64, agree within rounding",
-        f"{change.tensors} tensors differ from {best.name}, most of all {change.name}, by up to {change.largest:.3g}",
+        f"{len(change.names)} tensors differ from {best.name}, most of all {change.name}, by up to {change.largest:.3g}",
     ]
 
 

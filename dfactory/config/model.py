@@ -41,7 +41,7 @@ class ModelKeys:
 
     @property
     def lora_options(self) -> dict[str, Any]:
-        """The adapters' shape, as `models.registry.add_adapters` takes it."""
+        """The adapters' shape, as `models.adapters.add_adapters` takes it."""
         return {
             "r": self.lora_r,
             "alpha": self.lora_alpha,

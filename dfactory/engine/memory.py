@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from dfactory.config.recipe import Recipe
+from dfactory.models.adapters import adapted_linears
 from dfactory.models.head import CHUNK_BYTES
 from dfactory.models.registry import FAMILIES, meta_model, read_config
 
@@ -137,13 +138,9 @@ def _largest_block(model: nn.Module, block_classes: tuple[str, ...]) -> tuple[in
 
 
 def count_adapters(model_dir: Path, r: int, target_modules: tuple[str, ...]) -> int:
-    """Parameters of LoRA adapters of rank r on every linear layer whose name ends in one of the target modules."""
-    linears = [
-        module
-        for name, module in meta_model(read_config(Path(model_dir))).named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in target_modules
-    ]
-    return sum(r * (module.in_features + module.out_features) for module in linears)
+    """Parameters of LoRA adapters of rank r. Raises ConfigError for a target module that takes none."""
+    linears = adapted_linears(meta_model(read_config(Path(model_dir))), list(target_modules))
+    return sum(r * (module.in_features + module.out_features) for module in linears.values())
 
 
 def setup_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Setup:

@@ -32,8 +32,9 @@ from dfactory.engine import distributed
 from dfactory.engine.reference import Reference
 from dfactory.engine.runfolder import writing
 from dfactory.errors import CheckpointError
+from dfactory.models.adapters import ADAPTER_CONFIG, adapter_base, is_adapters
 from dfactory.models.headers import weight_files
-from dfactory.models.registry import ADAPTER_CONFIG, adapter_base, resolve_model_dir
+from dfactory.models.registry import resolve_model_dir
 from dfactory.types import PADDING, ViewBatch
 
 FILE = "reference.safetensors"
@@ -136,7 +137,7 @@ def origin_of(recipe: Recipe, special: SpecialIds) -> dict[str, Any]:
 
 def _model_files(model_dir: Path, init_weights: str) -> list[Path]:
     """config.json and the weights; of LoRA adapters also their own."""
-    if (model_dir / ADAPTER_CONFIG).is_file():
+    if is_adapters(model_dir):
         own = [model_dir / ADAPTER_CONFIG, *sorted(model_dir.glob("adapter_model*.safetensors"))]
         return own + _model_files(adapter_base(model_dir), init_weights)
     weights = weight_files(model_dir) if init_weights == "pretrained" else []

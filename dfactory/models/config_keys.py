@@ -8,12 +8,15 @@ Sizes are bounded, because a model is built on the meta device before any weight
 parameters, but time and Python objects for layers.
 """
 
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dfactory.errors import CheckpointError
+
+MOST_BYTES = 2**20  # of config.json and its like
 
 
 class Rule(NamedTuple):
@@ -167,35 +170,57 @@ LLADA2: Rules = (
 def check_keys(file: Path, keys: Mapping[str, Any], rules: Rules) -> None:
     """Raise CheckpointError for a key that the family does not know, a value that it does not compute, and sizes that do
     not go together."""
-    stated = {name: value for name, value in keys.items() if value is not None}
-    for name, value in stated.items():
-        rule = rules.get(name)
-        if rule is None and name not in BOOKKEEPING:
+    refuse_values(file, keys, rules, BOOKKEEPING, f"model_type {keys.get('model_type')}")
+    stated = stated_keys(keys)
+    for holds, words in _RELATIONS:
+        if not holds(stated):
             raise CheckpointError(
-                f"{name} {_shown(value)} in {file}: model_type {keys.get('model_type')} has no such key here, and it may "
-                "change what the model computes; remove it if it does not"
+                f"{words} in {file}: {shown({k: stated.get(k) for k in words.split() if k in rules})}"
+            )
+
+
+def refuse_values(file: Path, keys: Mapping[str, Any], rules: Rules, ignored: Collection[str], whose: str) -> None:
+    """Raise CheckpointError for the first key without a rule that is not ignored either, or whose rule does not hold."""
+    for name, value in stated_keys(keys).items():
+        rule = rules.get(name)
+        if rule is None and name not in ignored:
+            raise CheckpointError(
+                f"{name} {shown(value)} in {file}: {whose} has no such key here, and it may change what the model computes; "
+                "remove it if it does not"
             )
         if rule is not None and not rule.holds(value):
-            raise CheckpointError(f"{name} {_shown(value)} in {file} is not supported: {rule.words}")
-    for holds, words in _RELATIONS:
-        if not holds(_Sizes(stated)):
-            raise CheckpointError(
-                f"{words} in {file}: {_shown({k: stated.get(k) for k in words.split() if k in rules})}"
-            )
+            raise CheckpointError(f"{name} {shown(value)} in {file} is not supported: {rule.words}")
 
 
-class _Sizes(dict):
-    """Stated sizes; a relation with one that is not stated holds."""
-
-    def has(self, *names: str) -> bool:
-        return all(name in self for name in names)
+def stated_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are not null."""
+    return {name: value for name, value in keys.items() if value is not None}
 
 
-def _related(*names: str, holds: Callable[..., bool]) -> Callable[[_Sizes], bool]:
-    return lambda sizes: not sizes.has(*names) or holds(*(sizes[name] for name in names))
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON file of settings. Raises CheckpointError where it is none, or larger than any is."""
+    if file.stat().st_size > MOST_BYTES:
+        raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes: at most {MOST_BYTES:,} are read")
+    try:
+        keys = json.loads(file.read_text())
+    except (ValueError, RecursionError) as problem:
+        raise CheckpointError(f"{file} is not a JSON object: {problem}") from problem
+    if not isinstance(keys, dict):
+        raise CheckpointError(f"{file} is not a JSON object: it holds a {type(keys).__name__}")
+    return keys
 
 
-_RELATIONS: list[tuple[Callable[[_Sizes], bool], str]] = [
+def shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _related(*names: str, holds: Callable[..., bool]) -> Callable[[dict[str, Any]], bool]:
+    """A relation of sizes; it holds where one of them is not stated."""
+    return lambda sizes: any(name not in sizes for name in names) or holds(*(sizes[name] for name in names))
+
+
+_RELATIONS: list[tuple[Callable[[dict[str, Any]], bool], str]] = [
     (
         _related("num_attention_heads", "num_key_value_heads", holds=lambda heads, keys: heads % keys == 0),
         "num_attention_heads is no multiple of num_key_value_heads",
@@ -216,8 +241,3 @@ _RELATIONS: list[tuple[Callable[[_Sizes], bool], str]] = [
     (_related("n_group", "topk_group", holds=lambda groups, kept: kept <= groups), "topk_group exceeds n_group"),
     (_related("pad_token_id", "vocab_size", holds=lambda pad, size: pad < size), "pad_token_id is no id of vocab_size"),
 ]
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

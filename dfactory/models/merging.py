@@ -18,9 +18,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
 from dfactory.errors import CheckpointError
+from dfactory.models.adapters import adapter_base, check_adapters
 from dfactory.models.headers import DTYPES, INDEX, WEIGHTS, open_tensors, read_shapes, weight_files
 from dfactory.models.policy import Policy
-from dfactory.models.registry import adapter_base, load_policy
+from dfactory.models.registry import load_policy
 
 MEAN = "mean"  # the name of the averaged adapter
 
@@ -121,6 +122,7 @@ def average_adapters(adapter_dirs: Sequence[Path], dtype: torch.dtype) -> Policy
     """
     base = adapter_base(adapter_dirs[0])
     for other in adapter_dirs[1:]:
+        check_adapters(other)
         if adapter_base(other) != base:
             raise CheckpointError(
                 f"{other} stands on {adapter_base(other)}, {adapter_dirs[0]} on {base}: only adapters of one base can be "

@@ -5,7 +5,6 @@ A family is one entry in FAMILIES. Weights come from safetensors only, code from
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,21 @@ from transformers.utils import logging as transformers_logging
 
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.models import attention, config_keys, experts, llada2
+from dfactory.models.adapters import (
+    adapter_base,
+    attach_adapters,
+    check_adapters,
+    is_adapters,
+    merge_into_base,
+    whole_model_dir,
+)
+from dfactory.models.config_keys import read_object
 from dfactory.models.headers import Shapes, check_counts, check_shapes, is_plain_name, read_shapes
 from dfactory.models.policy import Policy
 from dfactory.models.saving import GENERATION_CONFIG
 from dfactory.models.tiny import TINY_DIR
 
 LLADA2_BLOCK_SIZE = 32
-ADAPTER_CONFIG = "adapter_config.json"  # peft's mark of a directory that holds adapters only
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-MOST_JSON_BYTES = 2**20  # of config.json and its like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +97,13 @@ def resolve_model_dir(name_or_path: str | Path) -> Path:
 
 
 def read_config(model_dir: Path) -> PreTrainedConfig:
-    """config.json -> a transformers config of a known family. Raises CheckpointError or ConfigError."""
+    """config.json, of adapters that of their base -> a transformers config of a known family. Raises CheckpointError or
+    ConfigError."""
+    model_dir = whole_model_dir(model_dir)
     file = model_dir / "config.json"
     if not file.is_file():
-        if (model_dir / ADAPTER_CONFIG).is_file():
-            raise CheckpointError(
-                f"{model_dir} holds LoRA adapters only: `dfactory export` merges them into their base"
-            )
         raise CheckpointError(f"{model_dir} holds no config.json: it is not a model directory")
-    keys = _read_object(file)
+    keys = read_object(file)
     model_type, architectures = keys.get("model_type"), keys.get("architectures") or []
     if model_type not in FAMILIES:
         raise ConfigError(
@@ -117,18 +120,6 @@ def read_config(model_dir: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     except (ValueError, TypeError) as problem:
         raise CheckpointError(f"{file} is refused by transformers: {problem}") from problem
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    if file.stat().st_size > MOST_JSON_BYTES:
-        raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes: at most {MOST_JSON_BYTES:,} are read")
-    try:
-        keys = json.loads(file.read_text())
-    except (ValueError, RecursionError) as problem:
-        raise CheckpointError(f"{file} is not a JSON object: {problem}") from problem
-    if not isinstance(keys, dict):
-        raise CheckpointError(f"{file} is not a JSON object: it holds a {type(keys).__name__}")
-    return keys
 
 
 def read_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase | None:
@@ -151,7 +142,7 @@ def known_mask_id(model_dir: Path, stated: int | None) -> int | None:
 
 def _recorded(model_dir: Path) -> dict[str, Any]:
     file = model_dir / GENERATION_CONFIG
-    return _read_object(file) if file.is_file() else {}
+    return read_object(file) if file.is_file() else {}
 
 
 def family_of(policy: Policy) -> Family:
@@ -166,16 +157,25 @@ def load_policy(
     init_weights: str = "pretrained",
     seed: int = 0,
     attn_implementation: str = "auto",
+    merged: bool = False,
 ) -> Policy:
-    """Read a Policy, in evaluation mode. A directory with LoRA adapters is read on top of its base model.
+    """Read a Policy, in evaluation mode. A directory with LoRA adapters is read on top of its base model, and with
+    `merged` they become part of its weights.
 
     `dtype` auto is the precision that config.json states, or else bfloat16.
     `init_weights="random"` draws the weights from `seed` by the directory's config.json. Raises CheckpointError that
     names every tensor that is missing, unexpected or of another shape.
     """
     model_dir = resolve_model_dir(name_or_path)
-    if (model_dir / ADAPTER_CONFIG).is_file():
-        return _load_adapters(model_dir, dtype, device, attn_implementation)
+    if is_adapters(model_dir):
+        base = adapter_base(model_dir)
+        check_adapters(model_dir)
+        policy = load_policy(base, dtype=dtype, attn_implementation=attn_implementation, merged=True)
+        attach_adapters(policy, model_dir)
+        if merged:
+            merge_into_base(policy)
+            policy.source_dir = model_dir
+        return policy.to(device)
     config = read_config(model_dir)
     if dtype == "auto":
         dtype = config.dtype or torch.bfloat16
@@ -221,6 +221,7 @@ def _read(model_dir: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreT
 
 def check_tensors(model_dir: Path, config: PreTrainedConfig) -> Shapes:
     """Compare the weight files' headers with what config.json asks for; no weight is read. Raises CheckpointError."""
+    model_dir = whole_model_dir(model_dir)
     shapes = read_shapes(model_dir)
     check_counts(model_dir, shapes, config.num_hidden_layers, getattr(config, "num_local_experts", 0))
     model = meta_model(config)
@@ -241,63 +242,3 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """
     with torch.device("meta"):
         return AutoModelForCausalLM._model_mapping[type(config)](config)
-
-
-def adapter_base(adapter_dir: Path) -> Path:
-    """The model directory that LoRA adapters belong to. Raises CheckpointError if it is gone, or no end to them."""
-    base, seen = _stated_base(adapter_dir), {adapter_dir.resolve()}
-    while (base / ADAPTER_CONFIG).is_file():
-        if base.resolve() in seen:
-            raise CheckpointError(
-                f"base_model_name_or_path {base} leads back to {adapter_dir}: name a whole model there"
-            )
-        seen.add(base.resolve())
-        base = _stated_base(base)
-    return _stated_base(adapter_dir)
-
-
-def _stated_base(adapter_dir: Path) -> Path:
-    base = str(_read_object(adapter_dir / ADAPTER_CONFIG).get("base_model_name_or_path"))
-    if not Path(base).is_dir():
-        raise CheckpointError(
-            f"base_model_name_or_path {base} in {adapter_dir / ADAPTER_CONFIG} is not a directory: adapters are nothing "
-            "without their base; put it back, or correct the path there"
-        )
-    return Path(base)
-
-
-def _load_adapters(adapter_dir: Path, dtype: str | torch.dtype, device, attn_implementation: str) -> Policy:
-    from peft import PeftModel
-
-    kind = _read_object(adapter_dir / ADAPTER_CONFIG).get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(f"peft_type {kind!r} in {adapter_dir / ADAPTER_CONFIG}: only LORA adapters are read")
-    if not (adapter_dir / ADAPTER_WEIGHTS).is_file():
-        raise CheckpointError(f"{adapter_dir} lacks {ADAPTER_WEIGHTS}: weights are read from safetensors only")
-    policy = load_policy(adapter_base(adapter_dir), dtype=dtype, attn_implementation=attn_implementation)
-    policy.model = PeftModel.from_pretrained(policy.model, adapter_dir, torch_device="cpu").eval()
-    return policy.to(device)
-
-
-def add_adapters(
-    policy: Policy, *, r: int, alpha: int, dropout: float, target_modules: list[str], seed: int = 0
-) -> Policy:
-    """Freeze the policy and give it LoRA adapters drawn from `seed`, in place. Raises ConfigError when no module has such
-    a name."""
-    from peft import LoraConfig, get_peft_model
-
-    if any(name.endswith("lm_head") for name in target_modules):
-        raise ConfigError(
-            "lora_target_modules lm_head: the head is scored in chunks and takes no adapter; leave it out"
-        )
-    config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
-    )
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            policy.model = get_peft_model(policy.model, config)
-    except ValueError as problem:
-        raise ConfigError(f"lora_target_modules {target_modules}: {problem}") from problem
-    config.base_model_name_or_path = str(policy.source_dir)
-    return policy

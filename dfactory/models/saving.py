@@ -19,17 +19,18 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from dfactory import faults
 from dfactory.errors import CheckpointError
+from dfactory.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, whole_model_dir
 from dfactory.models.headers import INDEX, WEIGHTS
 from dfactory.models.policy import Policy
 
 GENERATION_CONFIG = "generation_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"  # transformers prefers it to the template inside tokenizer_config.json
 NAMED_TEMPLATES = "additional_chat_templates"  # folder of the others, such as tool_use.jinja
 _NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]
 NamedTensors = list[tuple[str, torch.Tensor]]
+Tensors = dict[str, torch.Tensor]
 
 
 def save_policy(
@@ -43,11 +44,14 @@ def save_policy(
     mask_token_id: int | None = None,
     chat_template: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    finish: Callable[[Tensors], Tensors] = dict,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write the weights, config.json and the carried files of a policy; of one with LoRA adapters, the adapters only.
 
     `block_size`, `mask_token_id` and `chat_template` are what it was trained with where that is not the source's own; the
-    decoder and later training take them from there. `gathered` makes sharded parameters whole within its context, and
+    decoder and later training take them from there. `finish` may replace tensors, by their original names, before they are
+    written; `dtype` is then what config.json states. `gathered` makes sharded parameters whole within its context, and
     `whole_layer` what an engine has made of a layer the model's own tensors again; every rank has to call this then, and
     only the one with `write` touches the disk.
     """
@@ -66,10 +70,10 @@ def save_policy(
             tensors = whole_layer(group)
             if write:
                 whole = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}
-                shards.add(revert_weight_conversion(model, whole))
+                shards.add(finish(revert_weight_conversion(model, whole)))
     if write:
         shards.close()
-        _write_config(policy, directory)
+        _write_config(policy, directory, dtype or model.dtype)
         carry_files(policy.source_dir, directory)
 
 
@@ -142,13 +146,13 @@ class _Shards:
         _write_text(self.directory / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(policy: Policy, directory: Path) -> None:
+def _write_config(policy: Policy, directory: Path, dtype: torch.dtype) -> None:
     """The source's own config.json with the precision of these weights; keys that only the original code reads stay.
     Multi-token-prediction layers are not read, so none are announced."""
-    config = json.loads((policy.source_dir / "config.json").read_text())
+    config = json.loads((whole_model_dir(policy.source_dir) / "config.json").read_text())
     if config.get("num_nextn_predict_layers"):
         config["num_nextn_predict_layers"] = 0
-    config["torch_dtype"] = str(policy.model.dtype).removeprefix("torch.")
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
     config.pop("dtype", None)
     _write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
@@ -180,7 +184,7 @@ def carry_files(source_dir: Path, directory: Path) -> None:
 
 
 def carried_files(source_dir: Path) -> list[Path]:
-    """Tokenizer, chat template, code, licence: every file that holds no weights and is not hidden.
+    """Tokenizer, chat template, code, licence: every file that holds no weights, is not hidden and is not the adapters'.
 
     Raises CheckpointError for a link that leads elsewhere: what it points to may not be meant for those who get the copy.
     """
@@ -188,7 +192,7 @@ def carried_files(source_dir: Path) -> list[Path]:
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]  # the hub's cache
     files = []
     for file in (*sorted(source_dir.iterdir()), *sorted(source_dir.glob(f"{NAMED_TEMPLATES}/*.jinja"))):
-        if not file.is_file() or file.name.startswith(".") or file.name.endswith(_NOT_CARRIED):
+        if not file.is_file() or file.name.startswith(".") or file.name.endswith((*_NOT_CARRIED, ADAPTER_CONFIG)):
             continue
         if not any(file.resolve().is_relative_to(folder) for folder in allowed):
             raise CheckpointError(

@@ -20,7 +20,8 @@ import torch
 
 from dfactory.config.recipe import Recipe
 from dfactory.decoding import decode
-from dfactory.models.registry import add_adapters, load_policy, resolve_model_dir
+from dfactory.models.adapters import add_adapters
+from dfactory.models.registry import load_policy, resolve_model_dir
 from dfactory.redaction import remember
 from dfactory.rl.liveness import Process, beating, this_process
 from dfactory.rl.rollouts import DecodedGroup, GroupCall, ScoredRollout
@@ -41,7 +42,12 @@ class RolloutActor:
         model_dir = resolve_model_dir(recipe.model_name_or_path)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.policy = load_policy(
-            model_dir, dtype=recipe.dtype, device=device, init_weights=recipe.init_weights, seed=recipe.seed
+            model_dir,
+            dtype=recipe.dtype,
+            device=device,
+            init_weights=recipe.init_weights,
+            seed=recipe.seed,
+            merged=True,
         )
         if recipe.use_peft:
             add_adapters(self.policy, **recipe.lora_options, seed=recipe.seed)

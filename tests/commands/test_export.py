@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from dfactory.commands import export as exporting
 from dfactory.commands.export import export, probe_batch
 from dfactory.errors import CheckpointError, ConfigError
+from dfactory.models import adapters as adapter_module
+from dfactory.models.adapters import add_adapters
 from dfactory.models.headers import stored_dtype
 from dfactory.models.manifest import MANIFEST
-from dfactory.models.registry import add_adapters, load_policy
+from dfactory.models.registry import load_policy
 from dfactory.models.saving import save_policy
-from tests.commands.conftest import GOLDEN, save_plain
+from tests.commands.conftest import GOLDEN, ROOT, save_plain
 
 # Loads a directory as a stranger would, and prints its logits for fixed ids; with a second argument, under peft.
 STRANGER = """
@@ -50,10 +52,12 @@ def tensor_names(directory: Path) -> set[str]:
 
 
 def adapted_policy(base: Path, scale: float, dtype: str):
-    """A policy with adapters whose second factor, zero when untrained, has random entries of this scale."""
-    policy = add_adapters(
-        load_policy(base, dtype=dtype), r=4, alpha=8, dropout=0.0, target_modules=["q_proj", "v_proj", "down_proj"]
-    )
+    return with_random_adapters(load_policy(base, dtype=dtype), scale)
+
+
+def with_random_adapters(policy, scale: float):
+    """Adapters whose second factor, zero when untrained, has random entries of this scale."""
+    add_adapters(policy, r=4, alpha=8, dropout=0.0, target_modules=["q_proj", "v_proj", "down_proj"])
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -161,25 +165,126 @@ def test_untrained_adapters_are_refused(tmp_path):
 def test_adapters_that_are_not_a_number_are_refused(tmp_path):
     base = save_plain(tmp_path / "base", "qwen3", tied=True)
     save_policy(adapted_policy(base, float("nan"), "float32"), tmp_path / "adapters")
-    refuse(tmp_path / "adapters", tmp_path / "out", "adapters cannot be merged")
+    refuse(
+        tmp_path / "adapters", tmp_path / "out", "q_proj cannot be merged: its adapter holds numbers that are not fin"
+    )
 
 
-def test_other_scores_than_base_and_adapters_are_refused(tmp_path, monkeypatch):
-    """A merge that scales the adapters wrongly."""
-    base = save_plain(tmp_path / "base", "qwen3", tied=True)
-    save_policy(adapted_policy(base, 0.3, "float32"), tmp_path / "adapters")
+# --- LLaDA2 in bfloat16: what is routed, and what a checkpoint keeps in fp32 --------------------------------------------
+
+
+def bfloat16_base(name: str, directory: Path, router: torch.dtype = torch.bfloat16) -> Path:
+    """A golden checkpoint in bfloat16, but for its routers' correction biases and perhaps their weights."""
+    directory.mkdir(parents=True)
+    save_policy(load_policy(ROOT / "tests/golden" / name, dtype="bfloat16"), directory)
+    tensors = load_file(directory / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    for tensor in tensors:
+        if tensor.endswith("expert_bias"):  # numbers that bfloat16 does not have
+            tensors[tensor] += 1e-3 * torch.rand(tensors[tensor].shape, generator=generator)
+        if tensor.endswith("gate.weight"):
+            tensors[tensor] = tensors[tensor].to(router) * (1 + (router == torch.float32) * 1e-4)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("name", ["llada2_tiny", "llada21_tiny"])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [0.01, 0.3])
+def test_bfloat16_merges_of_llada2(tmp_path, name, dtype, scale, capsys):
+    """Honest merges pass, however routing flips, and what adapters do not touch is the base's to the last bit."""
+    base = bfloat16_base(name, tmp_path / "base", torch.float32)
+    save_policy(adapted_policy(base, scale, "bfloat16"), adapters := tmp_path / "adapters")
+    export(str(adapters), str(tmp_path / "out"), dtype)
+    before, after = (load_file(directory / "model.safetensors") for directory in (base, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key].double(), after[key].double())}
+    assert changed == {
+        key
+        for key in before
+        if "query_key_value" in key
+        or ("experts." not in key and "down_proj" in key)
+        or "shared_experts.down_proj" in key
+    }
+    wide = torch.float32 if dtype == "float32" else torch.bfloat16
+    for key in before:
+        assert after[key].dtype == (torch.float32 if key.endswith(("expert_bias", "gate.weight")) else wide), key
+    assert len(after["model.layers.1.mlp.gate.expert_bias"].unique()) == 16
+    assert f"{len(changed)} tensors changed" in capsys.readouterr().out
+
+
+def test_merges_in_bfloat16_of_a_float32_llada2_keep_the_correction_bias(tmp_path):
+    base = ROOT / "tests/golden/llada2_tiny"
+    save_policy(adapted_policy(base, 0.1, "float32"), adapters := tmp_path / "adapters")
+    export(str(adapters), str(tmp_path / "out"), "bfloat16")
+    before, after = (load_file(directory / "model.safetensors") for directory in (base, tmp_path / "out"))
+    bias = "model.layers.1.mlp.gate.expert_bias"
+    assert torch.equal(before[bias], after[bias])
+    assert after[bias].dtype == torch.float32
+    assert all(tensor.dtype == torch.bfloat16 for key, tensor in after.items() if not key.endswith("expert_bias"))
+
+
+def twice_as_strong(layer) -> torch.Tensor:
+    return 2 * adapters_module_product(layer)
+
+
+adapters_module_product = adapter_module._product
+
+
+@pytest.mark.parametrize("scale", [0.003, 0.3])
+def test_a_wrong_merge_is_refused(tmp_path, monkeypatch, scale):
+    """Adapters at double strength, and a copy that is not what was merged, also where the scores hardly move."""
+    base = bfloat16_base("llada2_tiny", tmp_path / "base")
+    save_policy(adapted_policy(base, scale, "bfloat16"), adapters := tmp_path / "adapters")
+    with monkeypatch.context() as patched:
+        patched.setattr(adapter_module, "_product", twice_as_strong)
+        refuse(adapters, tmp_path / "out", r"the merged weight's outputs are .* away from those of base and adapter")
     write = exporting._write_merged
 
-    def merge_twice_as_strong(adapted, source, partial, dtype):
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.data *= 2
-        write(adapted, source, partial, dtype)
+    def then_spoil(change):
+        def spoilt(merged, source, partial, dtype):
+            changed = write(merged, source, partial, dtype)
+            tensors = load_file(partial / "model.safetensors")
+            change(tensors)
+            save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+            return changed
 
-    monkeypatch.setattr(exporting, "_write_merged", merge_twice_as_strong)
-    refuse(
-        tmp_path / "adapters", tmp_path / "out", r"away from those of base and adapters, in float32 0.0001 is allowed"
-    )
+        return spoilt
+
+    def one_number(tensors):
+        tensors["model.layers.0.attention.query_key_value.weight"][0, 0] += 1
+
+    def the_bias(tensors):
+        tensors["model.layers.1.mlp.gate.expert_bias"] = tensors["model.layers.1.mlp.gate.expert_bias"].bfloat16()
+
+    def the_base(tensors):
+        tensors |= load_file(base / "model.safetensors")
+
+    for change, said in (
+        (one_number, "q_proj.weight of the merged model is not base plus adapter"),
+        (the_bias, "expert_bias came back differently from the copy"),
+        (the_base, "came back differently from the copy"),
+    ):
+        monkeypatch.setattr(exporting, "_write_merged", then_spoil(change))
+        refuse(adapters, tmp_path / "out", said)
+
+
+def test_adapters_on_adapters_are_exported_whole(tmp_path, capsys):
+    """A run that started from a LoRA run: its base is that run's directory, adapters included."""
+    base = save_plain(tmp_path / "base", "qwen3", tied=True)
+    save_policy(adapted_policy(base, 0.3, "float32"), first := tmp_path / "first")
+    start = load_policy(first, dtype="float32", merged=True)
+    second = with_random_adapters(start, 0.3)
+    save_policy(second, again := tmp_path / "again")
+    assert json.loads((again / "adapter_config.json").read_text())["base_model_name_or_path"] == str(first)
+    export(str(again), str(tmp_path / "out"))
+    probe = probe_batch(96)
+    with torch.no_grad():
+        expected = second.eval().score(probe).logprob_N
+        for directory in (again, tmp_path / "out"):
+            found = load_policy(directory, dtype="float32").score(probe).logprob_N
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert "6 tensors changed" in capsys.readouterr().out
 
 
 def test_a_missing_base_is_named(tmp_path):
@@ -219,4 +324,4 @@ def test_no_model_is_refused(tmp_path):
 def test_the_probe_is_the_same_every_time():
     first, second = probe_batch(96), probe_batch(96)
     assert torch.equal(first.input_ids_RS, second.input_ids_RS)
-    assert 0 < first.num_targets < 32
+    assert 64 < first.num_targets < 8 * 32

@@ -20,8 +20,9 @@ from dfactory.engine.memory import (
     setup_of,
 )
 from dfactory.models import attention
+from dfactory.models.adapters import add_adapters
 from dfactory.models.attention import MaskPlan
-from dfactory.models.registry import add_adapters, load_policy, read_config
+from dfactory.models.registry import load_policy, read_config
 from dfactory.models.tiny import write_tiny_config
 from tests.models.conftest import CONFIGS, GOLDEN_DIR
 

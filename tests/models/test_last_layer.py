@@ -7,8 +7,9 @@ import torch
 
 from dfactory.models import attention as attention_module
 from dfactory.models import last_layer
+from dfactory.models.adapters import add_adapters
 from dfactory.models.attention import FlexPlan, plan_attention
-from dfactory.models.registry import add_adapters, load_policy
+from dfactory.models.registry import load_policy
 from tests.batches import make_batch, random_document
 from tests.models.conftest import CONFIGS, GOLDEN_DIR
 

@@ -8,9 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dfactory.errors import CheckpointError
+from dfactory.models.adapters import add_adapters
 from dfactory.models.headers import weight_files
 from dfactory.models.merging import average_adapters, average_weights, check_products
-from dfactory.models.registry import add_adapters, load_policy
+from dfactory.models.registry import load_policy
 from dfactory.models.saving import save_policy
 from tests.models.conftest import GOLDEN_DIR
 from tests.models.test_checkpoints import assert_identical, stacked

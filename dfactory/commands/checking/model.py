@@ -12,10 +12,12 @@ from dfactory.data.records import BadRow
 from dfactory.data.rendering import DATE
 from dfactory.data.templates import GENERATION_MARKER, PROBE_TURN
 from dfactory.engine.memory import ParameterCounts, count_adapters, count_parameters
+from dfactory.models.adapters import unreached_experts, whole_model_dir
 from dfactory.models.headers import weight_files
 from dfactory.models.registry import (
     check_tensors,
     known_mask_id,
+    meta_model,
     read_config,
     read_tokenizer,
     resolve_model_dir,
@@ -48,6 +50,9 @@ def tell_model(page: Page, recipe: Recipe) -> Model:
     )
     lora = f" by LoRA, r {recipe.lora_r}, on {', '.join(recipe.lora_target_modules)}" if recipe.use_peft else ", all"
     page.line("trained", f"{in_short(model.trained)}{lora}; {recipe.dtype}; {recipe.init_weights} weights")
+    if recipe.use_peft:
+        for warning in unreached_experts(meta_model(config), recipe.lora_target_modules):
+            page.warn(warning)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and recipe.max_length > limit:
         page.warn(f"max_length {recipe.max_length} is beyond the model's max_position_embeddings {limit}: lower it")
@@ -58,7 +63,7 @@ def tell_model(page: Page, recipe: Recipe) -> Model:
 
 
 def tell_weights(page: Page, model: Model) -> None:
-    files = weight_files(model.path)
+    files = weight_files(whole_model_dir(model.path))
     check_tensors(model.path, model.config)
     size = sum(file.stat().st_size for file in files)
     page.line(

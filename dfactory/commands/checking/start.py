@@ -9,6 +9,7 @@ from dfactory.commands.checking.model import Model
 from dfactory.commands.checking.page import Page, in_bytes
 from dfactory.commands.checking.steps import Phase
 from dfactory.config.recipe import Recipe
+from dfactory.models.adapters import whole_model_dir
 from dfactory.models.headers import weight_files
 
 START_S = 20  # imports and DeepSpeed, measured on a busy CPU core
@@ -19,7 +20,11 @@ GPU_RATE = 2e14  # FLOP a second, in bfloat16: assumed, half of what an H100 rea
 
 def tell_start(page: Page, recipe: Recipe, model: Model, reading_s: float, first: Phase) -> None:
     """`reading_s` is how long the records have just taken; `first` is what the first rows hold."""
-    stored = sum(file.stat().st_size for file in weight_files(model.path)) if recipe.init_weights == "pretrained" else 0
+    stored = (
+        sum(file.stat().st_size for file in weight_files(whole_model_dir(model.path)))
+        if recipe.init_weights == "pretrained"
+        else 0
+    )
     weights_s = stored / DISK_RATE
     work = step_flop(recipe, model, first)
     before = START_S + reading_s + weights_s
