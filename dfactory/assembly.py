@@ -7,6 +7,7 @@ batches `make_source`.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from dfactory.config.objective import PAIRED_STAGES
 from dfactory.config.recipe import Recipe
@@ -248,20 +249,24 @@ def make_probe(recipe: Recipe, inputs: Inputs) -> DecodingProbe | None:
 
 
 def make_reference(
-    recipe: Recipe, inputs: Inputs, trainer: Trainer, num_steps: int, resuming: bool
+    recipe: Recipe, inputs: Inputs, trainer: Trainer, num_windows: int, cursor: dict[str, Any] | None
 ) -> Callable[[Source], Source]:
     """What puts the scores of the initial model beside a source's batches, where the objective compares with it. To be
-    called before a checkpoint is loaded: the trainer's policy is the initial model until then."""
+    called before a checkpoint is loaded: the trainer's policy is the initial model until then. `cursor` is where a resumed
+    run goes on, for so many windows."""
     if recipe.stage not in PAIRED_STAGES:
         return lambda source: source
     reference = elbo_by(initial_score(recipe, trainer))
     if recipe.reference_kind == "precomputed":
         rank, world_size = trainer.rank, trainer.world_size
-        sources = [(make_source(recipe, inputs, rank, world_size), num_steps)]
+        records = make_source(recipe, inputs, rank, world_size)
+        if cursor is not None:
+            records.load_state_dict(cursor)
+        sources = [(records, num_windows)]
         if inputs.held_out is not None:
             held_out = make_eval_source(recipe, inputs, rank, world_size)
             sources.append((held_out, held_out.num_windows))
-        reference = stored_reference(recipe, inputs.special, sources, reference, resuming)
+        reference = stored_reference(recipe, inputs.special, sources, reference, resuming=cursor is not None)
     return lambda source: ReferenceSource(source, reference)
 
 

@@ -7,6 +7,7 @@ needs when it is called, so that --help answers at once.
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 from dfactory.config.words import join_options
@@ -161,6 +162,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     form = verbs.choices["schema"].add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="as the tables of recipes/KEYS.md")
     form.add_argument("--earlier", action="store_true", help="keys of the earlier dFactory and what becomes of each")
+    form.add_argument("--resume", action="store_true", help="what a resumed run does with each key that has changed")
     return parser, verbs.choices
 
 
@@ -212,16 +214,20 @@ def _train(arguments, overrides) -> int:
     status = train(recipe)
     if status == 0 and os.environ.get("RANK", "0") == "0":
         from dfactory.commands.report import write_report  # matplotlib's import would hold up the first step
+        from dfactory.engine.runfolder import writing
 
-        print(f"report: {write_report([Path(recipe.output_dir)])}")
+        with writing(Path(recipe.output_dir) / "report"):
+            report = write_report([Path(recipe.output_dir)])
+        print(f"report: {report}")
     return status
 
 
 def _check(arguments, overrides) -> int:
+    began = time.monotonic()
     loaded = _read(arguments, overrides, arguments.gpus)
     from dfactory.commands.check import check
 
-    return check(loaded, arguments.gpus)
+    return check(loaded, arguments.gpus, time.monotonic() - began)
 
 
 def _generate(arguments, overrides) -> int:
@@ -292,8 +298,10 @@ def _export(arguments, overrides) -> int:
 
 
 def _schema(arguments, overrides) -> int:
-    from dfactory.commands.schema import earlier, schema
+    from dfactory.commands.schema import earlier, resuming, schema
 
+    if arguments.resume:
+        return resuming()
     return earlier() if arguments.earlier else schema(arguments.markdown)
 
 

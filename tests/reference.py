@@ -215,10 +215,10 @@ def reference_losses(
     windows: list,
     lr: float | list[float],
     *,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 1.0,
+    betas: tuple[float, float] | list = (0.9, 0.999),
+    eps: float | list[float] = 1e-8,
+    weight_decay: float | list[float] = 0.0,
+    max_grad_norm: float | list[float] = 1.0,
     loss_weight: str = "uniform",
     confidence_beta: float = 0.0,
     entropy_temperature: float = 1.0,
@@ -230,7 +230,7 @@ def reference_losses(
 
     uniform: sum of -log p over the window / its number of targets. elbo: sum of -log p / t over the window / the response
     tokens of its documents, once a view. CAP: plus confidence_beta times the mean entropy of the targets that the argmax
-    predicts. With preference_beta DPO of `dpo_loss`, against the model as it was. `lr` is one number, or one for each step.
+    predicts. With preference_beta DPO of `dpo_loss`, against the model as it was. A list has an entry a step.
     Gradients are clipped by their global norm; 0 is off. Norms and other vectors do not decay. Give `model` to keep its
     trained tensors.
     """
@@ -239,15 +239,13 @@ def reference_losses(
     parameters = list(model.parameters().values())
     for parameter in parameters:
         parameter.requires_grad_(True)
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=eps)
+    groups = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim == 1]}]
+    optimiser = torch.optim.AdamW(groups, lr=1.0)
     losses = []
     for step, window in enumerate(windows):
-        for group in optimiser.param_groups:
-            group["lr"] = lr[step] if isinstance(lr, list) else lr
+        for group, decays in zip(optimiser.param_groups, (1, 0), strict=True):
+            group |= {"lr": _at(step, lr), "betas": _at(step, betas), "eps": _at(step, eps)}
+            group["weight_decay"] = decays * _at(step, weight_decay)
         scored = [(batch, batch_scores(model, batch, entropy_temperature)) for batch in window]
         if preference_beta is None:
             loss = sft_loss(scored, loss_weight, confidence_beta)
@@ -255,11 +253,15 @@ def reference_losses(
             loss = dpo_loss(scored, start, preference_beta, sft_loss_coef)
         optimiser.zero_grad()
         loss.backward()
-        if max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        if largest := _at(step, max_grad_norm):
+            torch.nn.utils.clip_grad_norm_(parameters, largest)
         optimiser.step()
         losses.append(loss.item())
     return losses
+
+
+def _at(step: int, value):
+    return value[step] if isinstance(value, list) else value
 
 
 def sft_loss(scored: list, loss_weight: str, confidence_beta: float) -> torch.Tensor:

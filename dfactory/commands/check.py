@@ -14,7 +14,7 @@ from dfactory.commands.checking.model import tell_model, tell_tokens, tell_weigh
 from dfactory.commands.checking.output import tell_output
 from dfactory.commands.checking.page import Page
 from dfactory.commands.checking.rollouts import tell_rollouts
-from dfactory.commands.checking.start import tell_start
+from dfactory.commands.checking.start import Timed, tell_start
 from dfactory.commands.checking.steps import tell_rows_and_steps
 from dfactory.config.load import Loaded
 from dfactory.engine.expert_parallel import check_ranks
@@ -23,8 +23,9 @@ from dfactory.errors import ConfigError
 RANK_COUNTS = (1, 8, 16, 32, 64, 128)
 
 
-def check(loaded: Loaded, gpus: int | None) -> int:
-    """Print the dry run. Returns 0 if the recipe would start, else the exit status of the first error."""
+def check(loaded: Loaded, gpus: int | None, imports_s: float = 0.0) -> int:
+    """Print the dry run. Returns 0 if the recipe would start, else the exit status of the first error. `imports_s` is how
+    long the libraries took, which training needs too; 0 where they were there already."""
     recipe = loaded.recipe
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus {gpus}: give the number of ranks, 1 or more")
@@ -50,6 +51,6 @@ def check(loaded: Loaded, gpus: int | None) -> int:
             steps, targets = measured if measured is not None else (None, None)
         page.section("memory", tell_memory, recipe, model, ranks)
         if targets is not None:
-            page.section("time to the first step", tell_start, recipe, model, reading, targets)
+            page.section("time to the first step", tell_start, recipe, model, Timed(imports_s, reading), targets)
     page.section("output", tell_output, recipe, model, steps)
     return page.verdict()

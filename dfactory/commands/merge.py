@@ -6,14 +6,13 @@ from the best of them.
 
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from dfactory.commands.export import compare, merge_adapters, prove_copy, write_proved
 from dfactory.config.merge import MergeKeys
 from dfactory.console import plain_console
-from dfactory.engine.runfolder import RunFolder, step_of
+from dfactory.engine.runfolder import Ranked, RunFolder
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.models.adapters import is_adapters
 from dfactory.models.headers import dtype_name, open_tensors, stored_dtype
@@ -24,16 +23,6 @@ from dfactory.models.saving import carry_files
 
 SAMPLED = 8  # tensors whose mean is computed a second time, in float64
 PRODUCT_TOLERANCE = 1e-5  # of an averaged adapter product, as a share of the largest entry
-
-
-class Ranked(NamedTuple):
-    """A checkpoint and what the run measured at its step."""
-
-    path: Path
-    value: float
-
-    def __str__(self) -> str:
-        return f"{self.path.name} ({self.value:.6g})"
 
 
 def merge(run: str, output: str, keys: MergeKeys) -> int:
@@ -62,19 +51,15 @@ def best_checkpoints(folder: RunFolder, keys: MergeKeys) -> list[Ranked]:
             "folder, the output_dir of a recipe that was trained"
         )
     rows = folder.metrics()
-    value_at = {row["step"]: row[keys.metric] for row in rows if keys.metric in row}
-    if not value_at:
+    if not any(keys.metric in row for row in rows):
         known = sorted({name for row in rows for name in row} - {"step"})
         raise ConfigError(
             f"metric {keys.metric} is not in {folder.metrics_file}: it has {', '.join(known)}; an evaluation needs "
             "eval_datasets and eval_steps in the recipe"
         )
-    found = [(path, value_at.get(step_of(path))) for path in folder.checkpoints()]
-    ranked = [Ranked(path, value) for path, value in found if value is not None and math.isfinite(value)]
-    sign = 1 if keys.smaller_is_better else -1
-    ranked.sort(key=lambda one: (sign * one.value, -step_of(one.path)))
+    ranked = folder.ranked_checkpoints(keys.metric, keys.smaller_is_better)
     if len(ranked) < keys.topk:
-        others = [path.name for path, _ in found if path not in {one.path for one in ranked}]
+        others = [path.name for path in folder.checkpoints() if path not in {one.path for one in ranked}]
         raise ConfigError(
             f"topk {keys.topk}, but {folder.path} has {len(ranked)} checkpoint(s) on disk with a value of {keys.metric}"
             f"{': ' if ranked else ''}{', '.join(map(str, ranked))}"

@@ -13,6 +13,7 @@ from dfactory.config.earlier_keys import CONVERTED, IMPLIED, LEFT_OUT, ONLY, REN
 from dfactory.config.load import known_keys
 from dfactory.config.merge import MergeKeys
 from dfactory.config.recipe import Recipe
+from dfactory.config.resume import resume_table
 from dfactory.console import plain_console
 from dfactory.redaction import redact
 
@@ -61,6 +62,11 @@ def key_page() -> str:
 
 def earlier() -> int:
     print(earlier_table())
+    return 0
+
+
+def resuming() -> int:
+    print(resume_table())
     return 0
 
 

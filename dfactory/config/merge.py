@@ -6,6 +6,11 @@ from typing import Optional
 from dfactory.config.keys import REQUIRED, key
 
 
+def small_is_good(metric: str) -> bool:
+    """What its name says."""
+    return any(word in metric.lower() for word in ("loss", "nll", "perplexity"))
+
+
 @dataclass
 class MergeKeys:
     topk: int = key(REQUIRED, "average so many checkpoints of the run, the best by `metric`", low=1)
@@ -18,6 +23,4 @@ class MergeKeys:
 
     @property
     def smaller_is_better(self) -> bool:
-        if self.mode is not None:
-            return self.mode == "min"
-        return any(word in self.metric.lower() for word in ("loss", "nll", "perplexity"))
+        return small_is_good(self.metric) if self.mode is None else self.mode == "min"

@@ -7,6 +7,7 @@ from dfactory.config.data import DataKeys
 from dfactory.config.decode import DecodeKeys
 from dfactory.config.editing import EditingKeys
 from dfactory.config.keys import key
+from dfactory.config.merge import small_is_good
 from dfactory.config.model import ModelKeys
 from dfactory.config.noise import NoiseKeys
 from dfactory.config.objective import PAIRED_STAGES, ObjectiveKeys
@@ -44,6 +45,13 @@ class Recipe(TrainingKeys, RLKeys, ObjectiveKeys, EditingKeys, NoiseKeys, DataKe
     def warmup_of(self, num_steps: int) -> int:
         """Steps of the warmup in a run of so many."""
         return math.ceil(self.warmup_steps * num_steps) if self.warmup_steps < 1 else round(self.warmup_steps)
+
+    @property
+    def smaller_is_better(self) -> bool:
+        """Of metric_for_best_model."""
+        if self.greater_is_better is not None:
+            return not self.greater_is_better
+        return small_is_good(self.metric_for_best_model or "")
 
     @property
     def documents_per_record(self) -> int:

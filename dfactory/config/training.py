@@ -31,7 +31,19 @@ class TrainingKeys:
     gradient_accumulation_steps: int = key(1, "micro-batches a rank adds up in one optimiser step", low=1)
 
     save_steps: Optional[int] = key(None, "steps between checkpoints; null: only the last step", low=1)
-    save_total_limit: Optional[int] = key(None, "keep only the newest ones; null: all", low=1)
+    save_total_limit: Optional[int] = key(
+        None,
+        "keep only so many: the newest, and the best by metric_for_best_model (so 1 may be 2 of them); null: all",
+        low=1,
+    )
+    metric_for_best_model: Optional[str] = key(
+        "eval/loss",
+        "save_total_limit never removes the checkpoint that is best by this name of metrics.jsonl; those without a value at "
+        "their step do not count; null: only the newest are kept",
+    )
+    greater_is_better: Optional[bool] = key(
+        None, "whether a large value of it is good; null: not of a loss, nll or perplexity"
+    )
     resume_from_checkpoint: Any = key(False, "true: the newest whole checkpoint of output_dir; or a path")
     first_loss_check: str = key(
         "warn",

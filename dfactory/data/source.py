@@ -95,6 +95,7 @@ class RecordSource:
         self.phases = [Phase(n, size, costs[size]) for n, size in block_phases or [(0, block_size)]]
         self._stream = self._new_stream()
         self._windows = 0
+        self._begin = self.state_dict()
         self.metrics: dict[str, float] = {}
 
     @property
@@ -106,15 +107,17 @@ class RecordSource:
         """Passes over the data so far, with the fraction of the current one."""
         return self._stream.progress
 
-    @functools.cached_property
+    @property
     def num_windows(self) -> int | None:
-        """Windows of the whole run, found by packing it without tokens; None if it never ends."""
+        """Windows from where this source began, at the start or at a cursor, to the end of the run, found by packing them
+        without tokens; None if it never ends."""
         if self.max_epochs is None:
             return None
-        stream, windows = self._new_stream(), 0
-        while self._next_rows(stream, windows)[0]:
-            windows += 1
-        return windows
+        first = window = self._begin["windows"]
+        stream = self._new_stream(self._begin)
+        while self._next_rows(stream, window)[0]:
+            window += 1
+        return window - first
 
     def check(self, metrics: dict[str, float]) -> None:
         """Nothing that records say bounds what training finds."""
@@ -134,9 +137,10 @@ class RecordSource:
         return [self.add_columns(batch, self._windows - 1) for batch in batches] if self.add_columns else batches
 
     def visits(self, num_windows: int) -> Iterator[tuple[int, int]]:
-        """(document id, visit) of every unit of the first windows of all ranks, found by packing without tokens."""
-        stream = self._new_stream()
-        for window in range(num_windows):
+        """(document id, visit) of every unit of the first windows of all ranks, counted from where this source began, found
+        by packing without tokens."""
+        stream, first = self._new_stream(self._begin), self._begin["windows"]
+        for window in range(first, first + num_windows):
             for row in self._next_rows(stream, window):
                 for index, visit in row:
                     yield self.examples.unit_id(index), visit
@@ -153,17 +157,20 @@ class RecordSource:
                     f"the checkpoint's {name} {state[name]} is now {value}: resume with the same datasets, records, "
                     "chat template, weights and seed, or start a new run"
                 )
-        self._stream = self._new_stream()
-        self._stream.load_state_dict(state)
+        self._stream = self._new_stream(state)
         self._windows = state["windows"]
+        self._begin = self.state_dict()
 
     def phase_of(self, window: int) -> Phase:
         """The phase of a window, counted from 0."""
         return next(phase for phase in reversed(self.phases) if phase.first <= window)
 
-    def _new_stream(self) -> "RowStream":
+    def _new_stream(self, cursor: dict[str, Any] | None = None) -> "RowStream":
         costs, prefetch = self.phases[0].cost_U, self.examples.prefetch
-        return RowStream(self._order, costs, self.row_length, self.packing, self.max_epochs, prefetch)
+        stream = RowStream(self._order, costs, self.row_length, self.packing, self.max_epochs, prefetch)
+        if cursor is not None:
+            stream.load_state_dict(cursor)
+        return stream
 
     def _next_rows(self, stream: "RowStream", window: int) -> list[list[tuple[int, int]]]:
         """The rows of a window, empty ones where the run is over."""

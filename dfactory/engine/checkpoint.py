@@ -8,30 +8,36 @@ Resuming on as many ranks as before restores DeepSpeed's shards as they are; on 
 format.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
+import yaml
 
 from dfactory import faults
+from dfactory.config.recipe import Recipe
+from dfactory.config.resume import LIMITED, Change, changes_between, refuse_kept
 from dfactory.data.chat import read_chat_template
 from dfactory.engine import distributed
 from dfactory.engine.expert_parallel import WholeLayers
-from dfactory.engine.runfolder import STATE, RunFolder, replace_text, writing
-from dfactory.engine.shards import read_as_data
+from dfactory.engine.runfolder import CONFIG, RECIPE, STATE, RunFolder, recipe_text, replace_text, writing
+from dfactory.engine.shards import absent_shards, read_as_data
 from dfactory.engine.trainer import Trainer
-from dfactory.errors import CheckpointError
+from dfactory.errors import CheckpointError, ConfigError
 from dfactory.models.manifest import (
     MANIFEST,
     Manifest,
     hash_files,
     hash_problems,
     list_files,
+    list_problems,
     manifest_text,
     read_manifest,
     size_problems,
@@ -40,7 +46,8 @@ from dfactory.models.saving import save_policy
 from dfactory.types import TrainState
 
 ENGINE = "engine"  # the folder of what only a resumed run reads
-SHARDS, UNIVERSAL = "shards", "universal"  # DeepSpeed's tags in it
+SHARDS, UNIVERSAL = "shards", "universal"  # DeepSpeed's tags
+CONVERTED = ".converted"  # the folder of shards in the universal format, in output_dir while they are read
 
 
 def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | None) -> Path:
@@ -66,7 +73,8 @@ def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | Non
         if trainer.rank == 0:
             faults.at("checkpoint.verified")
             folder.publish(partial, state.step)
-            folder.remove_old(keep)
+            recipe = trainer.recipe
+            folder.remove_old(keep, recipe.metric_for_best_model, recipe.smaller_is_better)
         dist.barrier()
     return folder.checkpoint(state.step)
 
@@ -95,6 +103,7 @@ def _write_state(trainer: Trainer, state: TrainState, partial: Path) -> None:
         "zero_stage": trainer.zero_stage,
         "expert_parallel_size": trainer.recipe.expert_parallel_size,
     }
+    replace_text(partial / RECIPE, recipe_text(trainer.recipe))
     replace_text(partial / STATE, json.dumps(dataclasses.asdict(state) | shape, indent=2) + "\n")
 
 
@@ -115,20 +124,43 @@ def _share(names: list[str]) -> list[str]:
 
 
 def find_problems(checkpoint: Path) -> list[str]:
-    """How a checkpoint differs from its manifest, the same on all ranks, which have to call this together."""
+    """How a checkpoint differs from its manifest and from what has to be there, the same on all ranks, which have to call
+    this together."""
 
     def read() -> tuple[Manifest, list[str]]:
         manifest = read_manifest(checkpoint)
-        return manifest, size_problems(checkpoint, manifest)
+        return manifest, size_problems(checkpoint, manifest) or list_problems(checkpoint, manifest)
 
     try:
         manifest, problems = distributed.on_first_rank(read)
+        if problems:
+            return problems
+        mine = hash_problems(checkpoint, {name: manifest[name] for name in _share(list(manifest))})
+        if problems := [problem for part in distributed.gather(mine) for problem in part]:
+            return problems
+        return distributed.on_first_rank(lambda: _state_problems(checkpoint, manifest))
     except CheckpointError as problem:
         return [str(problem)]
-    if problems:
-        return problems
-    mine = hash_problems(checkpoint, {name: manifest[name] for name in _share(list(manifest))})
-    return [problem for part in distributed.gather(mine) for problem in part]
+
+
+def problems_without_reading(checkpoint: Path) -> list[str]:
+    """The same on one rank, but for what only reading all files would tell."""
+    try:
+        manifest = read_manifest(checkpoint)
+        problems = size_problems(checkpoint, manifest) or list_problems(checkpoint, manifest)
+        return problems or _state_problems(checkpoint, manifest)
+    except CheckpointError as problem:
+        return [str(problem)]
+
+
+def _state_problems(checkpoint: Path, manifest: Manifest) -> list[str]:
+    """What of the run's state the manifest does not list. Raises CheckpointError where what it lists is none."""
+    if STATE not in manifest:
+        return [f"the manifest lists no {STATE}"]
+    shape = _read_shape(checkpoint)
+    read_state(checkpoint)
+    absent = [] if shape.expert_parallel_size > 1 else absent_shards(manifest, shape.world_size, shape.zero_stage)
+    return [f"the manifest lists no {name}" for name in absent]
 
 
 def find_resume(folder: RunFolder, wanted: Any, overwrite: bool) -> tuple[Path | None, list[str]]:
@@ -138,73 +170,183 @@ def find_resume(folder: RunFolder, wanted: Any, overwrite: bool) -> tuple[Path |
     return folder.first_whole(candidates, find_problems)
 
 
+class Shape(NamedTuple):
+    """How a checkpoint was cut into shards."""
+
+    world_size: int
+    zero_stage: int
+    expert_parallel_size: int
+
+
 def read_state(checkpoint: Path) -> TrainState:
-    raw = json.loads((checkpoint / STATE).read_text())
-    names = {field.name for field in dataclasses.fields(TrainState)}
-    return TrainState(**{name: value for name, value in raw.items() if name in names})
+    """Raises CheckpointError where there is none."""
+    raw = _read_raw(checkpoint)
+    fields = {field.name: field.default for field in dataclasses.fields(TrainState)}
+    numbers = {name: raw.get(name, default) for name, default in fields.items() if name != "source"}
+    _require_counts(checkpoint, numbers)
+    if not isinstance(raw.get("source"), dict):
+        raise CheckpointError(f"{checkpoint / STATE} holds no cursor of its records")
+    return TrainState(**numbers, source=raw["source"])
+
+
+def _read_shape(checkpoint: Path) -> Shape:
+    raw = _read_raw(checkpoint)
+    numbers = {name: raw.get(name) for name in Shape._fields}
+    _require_counts(checkpoint, numbers)
+    return Shape(**numbers)
+
+
+def _read_raw(checkpoint: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads((checkpoint / STATE).read_bytes())
+    except (OSError, ValueError, RecursionError) as problem:
+        raise CheckpointError(f"{checkpoint / STATE} cannot be read: {problem}") from problem
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{checkpoint / STATE} holds no object")
+    return raw
+
+
+def _require_counts(checkpoint: Path, numbers: dict[str, Any]) -> None:
+    for name, value in numbers.items():
+        if type(value) is not int or value < 0:
+            raise CheckpointError(f"{checkpoint / STATE}: {name} is {value!r}, not a count")
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """A checkpoint that a run goes on from."""
+
+    path: Path
+    state: TrainState
+    recipe: str  # that it was trained by, "" where nothing tells
+    changes: list[Change]  # what the run's recipe has otherwise
+
+    @property
+    def other_recipe(self) -> str | None:
+        """The recipe up to here, where the run goes on by another."""
+        return self.recipe if self.changes else None
+
+    @property
+    def told(self) -> str:
+        """Which keys have changed."""
+        if not self.recipe:
+            return "which keys have changed since is not known: it holds no recipe"
+        return f"changed since: {'; '.join(map(str, self.changes)) or 'no key'}"
+
+    def __str__(self) -> str:
+        return f"resumed from {self.path}; {self.told}"
+
+    @contextlib.contextmanager
+    def naming_changes(self) -> Iterator[None]:
+        """Where the cursor does not fit the records, changed keys may be why."""
+        try:
+            yield
+        except CheckpointError as problem:
+            if not (suspects := [str(change) for change in self.changes if change.key in LIMITED]):
+                raise
+            raise CheckpointError(f"{problem}; changed since the checkpoint: {'; '.join(suspects)}") from problem
+
+
+def resume_from(path: Path, recipe: Recipe) -> Resumed:
+    """Raises ConfigError where the recipe changes a key that has to stay, or asks for fewer steps than are done."""
+    state = read_state(path)
+    if recipe.max_steps is not None and recipe.max_steps < state.step:
+        raise ConfigError(
+            f"max_steps {recipe.max_steps}, but {path} has done {state.step}: raise it, or resume from an earlier checkpoint"
+        )
+    # checkpoints of earlier versions hold no recipe
+    file = next((file for file in (path / RECIPE, path.parent / CONFIG) if file.is_file()), None)
+    text = file.read_text() if file is not None else ""
+    changes = changes_between(_keys(text, file), _keys(recipe_text(recipe))) if file is not None else []
+    refuse_kept(changes, path)
+    return Resumed(path, state, text, changes)
+
+
+def _keys(text: str, file: Path | None = None) -> dict[str, Any]:
+    try:
+        keys = yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        raise CheckpointError(f"{file} is not YAML: {problem}") from problem
+    if not isinstance(keys, dict) or not isinstance(keys.get("decode", {}), dict):
+        raise CheckpointError(f"{file} holds no recipe")
+    return keys
 
 
 def needs_universal(checkpoint: Path, recipe_stage: int, world_size: int, expert_parallel_size: int) -> bool:
     """Whether this many ranks cannot read the shards as they lie. Raises CheckpointError where nothing reads them."""
-    raw = json.loads((checkpoint / STATE).read_text())
-    if raw["zero_stage"] != recipe_stage:
+    shape = _read_shape(checkpoint)
+    if shape.zero_stage != recipe_stage:
         raise CheckpointError(
-            f"{checkpoint} was written with ZeRO {raw['zero_stage']}, the recipe has {recipe_stage}: resume with the former"
+            f"{checkpoint} was written with ZeRO {shape.zero_stage}, the recipe has {recipe_stage}: resume with the former"
         )
-    if raw["expert_parallel_size"] != expert_parallel_size:
+    if shape.expert_parallel_size != expert_parallel_size:
         raise CheckpointError(
-            f"{checkpoint} was written with expert_parallel_size {raw['expert_parallel_size']}, the recipe has "
+            f"{checkpoint} was written with expert_parallel_size {shape.expert_parallel_size}, the recipe has "
             f"{expert_parallel_size}: resume with the former, or start anew from its weights by model_name_or_path"
         )
-    if expert_parallel_size > 1 and raw["world_size"] != world_size:
+    if expert_parallel_size > 1 and shape.world_size != world_size:
         raise CheckpointError(
-            f"{checkpoint} was written on {raw['world_size']} ranks, there are {world_size} now, and with "
+            f"{checkpoint} was written on {shape.world_size} ranks, there are {world_size} now, and with "
             f"expert_parallel_size {expert_parallel_size} their number has to stay: resume on as many, or start anew "
             "from its weights by model_name_or_path"
         )
-    return recipe_stage > 0 and raw["world_size"] != world_size
+    return recipe_stage > 0 and shape.world_size != world_size
 
 
-def _make_universal(checkpoint: Path) -> None:
-    """Convert DeepSpeed's shards beside themselves. Raises CheckpointError with the converter's last words."""
+def _make_universal(checkpoint: Path, target: Path) -> None:
+    """Convert DeepSpeed's shards into a folder of this run: the checkpoint may be another's, or on a disk that is only read.
+    Raises CheckpointError with the converter's last words."""
+    shutil.rmtree(target.parent, ignore_errors=True)  # of a run that was killed meanwhile
     command = [sys.executable, "-m", "dfactory.engine.shards", "--inject_missing_state"]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    command += ["--input_folder", str(checkpoint / ENGINE / SHARDS)]
-    command += ["--output_folder", str(checkpoint / ENGINE / UNIVERSAL)]
+    command += ["--input_folder", str(checkpoint / ENGINE / SHARDS), "--output_folder", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
+        shutil.rmtree(target.parent, ignore_errors=True)
         last = (done.stderr or done.stdout).strip().splitlines()[-1:]
         raise CheckpointError(f"{checkpoint}: DeepSpeed could not convert its shards for another rank count: {last}")
 
 
 def load(trainer: Trainer, checkpoint: Path, *, universal: bool) -> None:
-    """Restore weights, optimiser, schedule and counters into a fresh Trainer; every rank has to call this."""
+    """Restore weights, the optimiser's moments and counters into a fresh Trainer; every rank has to call this.
+
+    DeepSpeed brings the hyperparameters of the checkpoint along: those of the recipe take their place.
+    """
+    shards = checkpoint / ENGINE / SHARDS
     if universal:
-        if trainer.rank == 0:
-            shutil.rmtree(checkpoint / ENGINE / UNIVERSAL, ignore_errors=True)  # of a run that was killed meanwhile
-            _make_universal(checkpoint)
-        dist.barrier()
-    hyperparameters = [
-        {name: value for name, value in group.items() if name != "params"}
-        for group in trainer.engine.basic_optimizer.param_groups
-    ]
-    tag = UNIVERSAL if universal else SHARDS
-    with read_as_data(checkpoint):
+        shards = Path(trainer.recipe.output_dir) / CONVERTED / UNIVERSAL
+        distributed.on_first_rank(lambda: _make_universal(checkpoint, shards))
+    with read_as_data(checkpoint), _reading(checkpoint), trainer.own_hyperparameters():
         path, _ = trainer.engine.load_checkpoint(
-            str(checkpoint / ENGINE), tag=tag, load_module_strict=not trainer.recipe.use_peft
+            str(shards.parent),
+            tag=shards.name,
+            load_module_strict=not trainer.recipe.use_peft,
+            load_lr_scheduler_states=False,
         )
     if path is None:
-        raise CheckpointError(f"{checkpoint}: DeepSpeed found no state under {ENGINE}/{tag}/")
+        raise CheckpointError(f"{checkpoint}: DeepSpeed found no state in {shards}")
     if universal:
-        _repair_universal(trainer, hyperparameters)
+        _part_step_counters(trainer)
+        dist.barrier()
+        distributed.on_first_rank(lambda: shutil.rmtree(shards.parent))
+    with _reading(checkpoint):
+        trainer.go_to(read_state(checkpoint).step)
 
 
-def _repair_universal(trainer: Trainer, hyperparameters: list[dict]) -> None:
-    """Undo two faults of DeepSpeed 0.19's universal loader under ZeRO-3: it gives every parameter group the first
-    group's weight decay, and all of them one shared step counter, which then runs too fast."""
-    optimizer = trainer.engine.basic_optimizer
-    for group, own in zip(optimizer.param_groups, hyperparameters, strict=True):
-        group.update({name: value for name, value in own.items() if name not in ("lr", "initial_lr")})
-    for state in optimizer.state.values():
+@contextlib.contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as problem:
+        raise CheckpointError(
+            f"{problem.filename} of {checkpoint} is gone: does another run write to that folder and remove old checkpoints "
+            "(save_total_limit)? Resume from a newer one"
+        ) from problem
+
+
+def _part_step_counters(trainer: Trainer) -> None:
+    """DeepSpeed 0.19's universal loader gives all parameters under ZeRO-3 one shared step counter, which then runs too
+    fast."""
+    for state in trainer.engine.basic_optimizer.state.values():
         if hasattr(state.get("step"), "clone"):
             state["step"] = state["step"].clone()

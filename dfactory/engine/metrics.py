@@ -1,6 +1,7 @@
 """Where metrics go: metrics.jsonl (the truth), one console line a step, and trackers when asked."""
 
 import math
+import secrets
 import sys
 from typing import Any
 
@@ -8,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dfactory.config.recipe import Recipe
 from dfactory.console import plain_console
-from dfactory.engine.runfolder import RunFolder
+from dfactory.engine.runfolder import RunFolder, replace_text, resolved_keys, writing
 from dfactory.redaction import redact
 
 
@@ -31,13 +32,23 @@ class MetricsLog:
             name = redact(self.recipe.run_name or self.folder.path.name)
             self.wandb = wandb.init(
                 project="dfactory",
+                id=self._tracker_id(),
                 name=name,
+                config=resolved_keys(self.recipe),
                 dir=str(self.folder.path),
                 resume="allow",
                 settings=wandb.Settings(console="off"),  # it would copy the output before `redaction` sees it
             )
         self.progress.start()
         return self
+
+    def _tracker_id(self) -> str:
+        """Kept in the run folder, so that a resumed run goes on under its own name."""
+        file = self.folder.tracker_file
+        if not file.is_file():
+            with writing(file):
+                replace_text(file, secrets.token_hex(4) + "\n")
+        return file.read_text().strip()
 
     def __exit__(self, *_) -> None:
         self.progress.stop()

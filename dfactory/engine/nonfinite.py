@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dfactory.engine import distributed
-from dfactory.engine.runfolder import RunFolder, replace_text
+from dfactory.engine.runfolder import RunFolder, replace_text, writing
 from dfactory.errors import NonFiniteError
 from dfactory.types import TrainState, ViewBatch
 
@@ -44,7 +44,6 @@ class NonFiniteGuard:
         return {"skipped_steps": state.skipped_steps}
 
     def _dump(self, step: int, window: list[ViewBatch], losses: list[float], grad_norm: float) -> None:
-        self.folder.nonfinite.mkdir(parents=True, exist_ok=True)
         found = {
             "step": step,
             "rank": self.rank,
@@ -55,7 +54,10 @@ class NonFiniteGuard:
                 for loss, batch in zip(losses, window, strict=True)
             ],
         }
-        replace_text(self.folder.nonfinite / f"step-{step}-rank-{self.rank}.json", json.dumps(found, indent=1) + "\n")
+        with writing(self.folder.nonfinite):
+            self.folder.nonfinite.mkdir(parents=True, exist_ok=True)
+            file = self.folder.nonfinite / f"step-{step}-rank-{self.rank}.json"
+            replace_text(file, json.dumps(found, indent=1) + "\n")
 
     def _message(self, state: TrainState, ranks: list[int]) -> str:
         what = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "the gradient, with every loss finite,"

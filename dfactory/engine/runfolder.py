@@ -1,12 +1,14 @@
 """The run folder: what `dfactory train` writes, and where.
 
 output_dir/config.yaml      the recipe as it was resolved, without secrets
+output_dir/config.until-step-N.yaml   the one that ran up to step N, where a resumed run changed keys there
 output_dir/metrics.jsonl    one object a step, and one an evaluation ("eval/...")
 output_dir/previews.jsonl   held-out prompts as the model answered them at each evaluation, where prompts are decoded
 output_dir/completions.jsonl   rollouts with their rewards, in reinforcement learning
 output_dir/groups.jsonl     which prompts each of its steps met and trained on, by number
 output_dir/checkpoint-N/    a model directory that transformers loads, with the engine's state in engine/
 output_dir/LATEST           the newest whole checkpoint's name; written last
+output_dir/wandb-id         the tracker's name for the run, the same after each resume
 output_dir/nonfinite/       step-N-rank-R.json: where a NaN or Inf came from, if there was one
 output_dir/unused-checkpoint-N/   set aside: damaged, or of steps behind the checkpoint that a run was resumed from
 """
@@ -19,7 +21,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
@@ -30,11 +32,23 @@ from dfactory.errors import CheckpointError, ConfigError, DataError
 from dfactory.redaction import redacted
 
 STATE = "engine/state.json"
+RECIPE = "engine/recipe.yaml"  # of a checkpoint: the recipe that it was trained by, as config.yaml has it
+CONFIG = "config.yaml"
 METRICS, PREVIEWS = "metrics.jsonl", "previews.jsonl"
 STEP_TABLES = (METRICS, PREVIEWS, "completions.jsonl", "groups.jsonl")  # each line names its step, counted from 1
 
 _TORCH_SAVE = ("PytorchStreamWriter", "inline_container")  # how torch.save says that it could not write
 _NAME = re.compile(r"checkpoint-\d+")
+
+
+class Ranked(NamedTuple):
+    """A checkpoint and what the run measured at its step."""
+
+    path: Path
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.path.name} ({self.value:.6g})"
 
 
 class RunFolder:
@@ -45,27 +59,38 @@ class RunFolder:
         self.metrics_file = self.path / METRICS
         self.previews_file = self.path / PREVIEWS
         self.latest_file = self.path / "LATEST"
+        self.tracker_file = self.path / "wandb-id"
         self.nonfinite = self.path / "nonfinite"
 
-    def start(self, recipe: Recipe, resume_step: int | None) -> list[Path]:
+    def start(self, recipe: Recipe, resume_step: int | None = None, before: str | None = None) -> list[Path]:
         """Create the folder. What belongs to steps behind the resumed one is taken out of the way, so that no step appears
-        twice: lines are dropped, checkpoints are set aside. Returns the new paths of those."""
+        twice: lines are dropped, checkpoints are set aside. Returns the new paths of those. `before` is the recipe that the
+        run had up to the resumed step, where it was another one: it is kept."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             for left in (*self.path.glob(".checkpoint-*.partial"), *self.path.glob(".checkpoint-*.removed")):
                 shutil.rmtree(left)
             faults.at("leftovers.removed")
             aside = self._start_anew() if resume_step is None else self._set_aside(resume_step)
-            keys = OmegaConf.to_container(OmegaConf.structured(recipe))
-            replace_text(self.path / "config.yaml", OmegaConf.to_yaml(redacted(keys)))
+            self._keep_history(resume_step, before)
+            replace_text(self.path / CONFIG, recipe_text(recipe))
             for file in (self.path / name for name in STEP_TABLES):
                 kept = _lines_up_to(file, resume_step) if resume_step is not None else []
                 if kept or file.is_file() or file == self.metrics_file:
                     replace_text(file, "".join(f"{line}\n" for line in kept))
             return aside
 
+    def _keep_history(self, step: int | None, before: str | None) -> None:
+        """Recipes of steps that are taken out of the way go with them."""
+        for old in self.path.glob("config.until-step-*.yaml"):
+            if step is None or int(old.name.split("-")[2].removesuffix(".yaml")) > step:
+                old.unlink()
+        if before is not None:
+            replace_text(self.path / f"config.until-step-{step}.yaml", before)
+
     def _start_anew(self) -> list[Path]:
         self.latest_file.unlink(missing_ok=True)
+        self.tracker_file.unlink(missing_ok=True)
         for old in self._named():
             self._remove(old)
         for old in self.nonfinite.glob("step-*-rank-*.json"):
@@ -137,9 +162,22 @@ class RunFolder:
         replace_text(self.latest_file, final.name + "\n")
         return final
 
-    def remove_old(self, keep: int | None) -> None:
-        """Remove all but the newest checkpoints."""
-        for old in self.checkpoints()[:-keep] if keep is not None else ():
+    def ranked_checkpoints(self, metric: str, smaller_is_better: bool) -> list[Ranked]:
+        """The checkpoints with a finite value of a metric at their step, best first; of equal ones the newer comes first."""
+        values = {row["step"]: row[metric] for row in self.metrics() if row.get(metric) is not None}
+        found = [(path, values.get(step_of(path))) for path in self.checkpoints()]
+        ranked = [Ranked(path, value) for path, value in found if value is not None and math.isfinite(value)]
+        sign = 1 if smaller_is_better else -1
+        return sorted(ranked, key=lambda one: (sign * one.value, -step_of(one.path)))
+
+    def remove_old(self, keep: int | None, best_by: str | None = None, smaller_is_better: bool = True) -> None:
+        """Remove checkpoints until `keep` are left, the oldest first, but never the newest and the best by a metric."""
+        if keep is None or not (found := self.checkpoints()):
+            return
+        ranked = self.ranked_checkpoints(best_by, smaller_is_better) if best_by and self.metrics_file.is_file() else []
+        stay = {found[-1], *(one.path for one in ranked[:1])}
+        others = [path for path in found if path not in stay]
+        for old in others[: max(len(others) - max(keep - len(stay), 0), 0)]:
             self._remove(old)
 
     def _remove(self, checkpoint: Path) -> None:
@@ -195,6 +233,15 @@ class RunFolder:
                 f"output_dir {self.path} holds {old[-1].name} of an earlier run: set resume_from_checkpoint=true to go on, "
                 "overwrite_output_dir=true to remove it and start anew, or another output_dir"
             )
+
+
+def resolved_keys(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as it was resolved, without secrets."""
+    return redacted(OmegaConf.to_container(OmegaConf.structured(recipe)))
+
+
+def recipe_text(recipe: Recipe) -> str:
+    return OmegaConf.to_yaml(resolved_keys(recipe))
 
 
 def step_of(checkpoint: Path) -> int:

@@ -8,7 +8,8 @@ converter to the universal format runs the same way: `python -m dfactory.engine.
 import contextlib
 import os
 import pickle
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +21,18 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from dfactory.errors import CheckpointError
 
 CLASSES = [LossScaler, ZeroStageEnum, fragment_address]  # plain holders of numbers
+_PRECISION = re.compile(r"^(?:bf16|fp16)_")
 FORCED, FORBIDDEN = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+def absent_shards(names: Iterable[str], world_size: int, zero_stage: int) -> list[str]:
+    """What of a checkpoint's shards is not among these files: the model's state, with ZeRO-3 one of each rank, and with
+    ZeRO the optimiser's of each rank."""
+    there = {_PRECISION.sub("", name.rpartition("/")[2]) for name in names}
+    wanted = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(world_size) if zero_stage > 0]
+    wanted += [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(world_size) if zero_stage == 3]
+    wanted += ["mp_rank_00_model_states.pt"] if zero_stage < 3 else []
+    return [name for name in wanted if name not in there]
 
 
 @contextlib.contextmanager

@@ -151,6 +151,23 @@ class Trainer:
     def learning_rate(self) -> float:
         return self.engine.get_lr()[0]
 
+    @contextlib.contextmanager
+    def own_hyperparameters(self) -> Iterator[None]:
+        """Whatever DeepSpeed loads within, learning rates, decay, betas, eps and clipping are the recipe's afterwards."""
+        optimizer = self.engine.basic_optimizer
+        own = [{name: v for name, v in group.items() if name != "params"} for group in optimizer.param_groups]
+        yield
+        for group, hyperparameters in zip(optimizer.param_groups, own, strict=True):
+            group.update(hyperparameters)
+        if self.zero_stage > 0:
+            self.engine.optimizer.clip_grad = self.recipe.max_grad_norm
+
+    def go_to(self, step: int) -> None:
+        """Set the learning rate to that of the step after `step` finished ones: it depends on the number alone."""
+        schedule = self.engine.lr_scheduler
+        schedule.last_epoch, schedule._step_count = step - 1, step + 1
+        schedule.step()
+
     def train_window(self, micro_batches: list[ViewBatch], objective: Objective) -> dict[str, float]:
         """One optimiser step over this rank's share of a window -> the window's means over all ranks."""
         started = time.perf_counter()

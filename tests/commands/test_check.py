@@ -367,6 +367,13 @@ def test_a_used_output_folder_is_told(check, golden_run):
     status, told = check(file, "resume_from_checkpoint=true")
     assert status == 0
     assert f"resumes {golden_run}/checkpoint-3" in told.replace("run/ checkpoint", "run/checkpoint")
+    assert "changed since: no key" in told
+    status, told = check(file, "resume_from_checkpoint=true", "learning_rate=0.5")
+    assert status == 0
+    assert "-> 0.5" in told
+    status, told = check(file, "resume_from_checkpoint=true", "seed=7")
+    assert status == 2
+    assert "cannot change seed 42 -> 7" in told
 
 
 # --- recipes that would not -------------------------------------------------------------------------------------------

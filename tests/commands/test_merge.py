@@ -53,6 +53,26 @@ def test_what_is_chosen(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "keep, best_by, left",
+    [
+        (None, "eval/loss", [1, 2, 3, 4, 5, 6]),
+        (1, "eval/loss", [2, 6]),
+        (2, "eval/loss", [2, 6]),
+        (3, "eval/loss", [2, 5, 6]),
+        (9, "eval/loss", [1, 2, 3, 4, 5, 6]),
+        (1, None, [6]),
+        (2, None, [5, 6]),
+        (1, "eval/hit_rate", [4, 6]),
+        (2, "unknown", [5, 6]),
+    ],
+)
+def test_the_best_checkpoint_outlives_the_limit(tmp_path, keep, best_by, left):
+    run = make_run(tmp_path, ROWS, steps=(1, 2, 3, 4, 5, 6))
+    run.remove_old(keep, best_by, smaller_is_better=best_by != "eval/hit_rate")
+    assert run.checkpoints() == [run.checkpoint(step) for step in left]
+
+
+@pytest.mark.parametrize(
     "metric, smaller", [("eval/loss_t0.5", True), ("NLL", True), ("eval/perplexity", True), ("eval/hit_rate", False)]
 )
 def test_the_direction_follows_the_name(metric, smaller):

@@ -15,6 +15,7 @@ from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.shards import read_as_data
 from dfactory.engine.trainer import Trainer
 from dfactory.errors import CheckpointError
+from dfactory.models.manifest import hash_problems, read_manifest
 from dfactory.types import TrainState
 from tests.engine.test_equality import ZERO
 from tests.planted import Evil
@@ -48,7 +49,21 @@ def test_planted_shards_are_refused_and_not_run(recipe_file, tmp_path, stage):
     with planted(shards[-1], trace), pytest.raises(CheckpointError, match=r"could not convert.*no plain data"):
         load(trainer, checkpoint, universal=True)
     assert not trace.exists()
+    assert not (tmp_path / "run/.converted").exists()
     load(trainer, checkpoint, universal=False)
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read(recipe_file, tmp_path):
+    """By another run, whose folder it is."""
+    recipe = load_recipe(recipe_file, [f"output_dir={tmp_path}/run", ZERO[1]])
+    trainer = Trainer(recipe, make_policy(recipe), 1)
+    checkpoint = save(trainer, RunFolder(tmp_path / "other"), TrainState(), None)
+    manifest = read_manifest(checkpoint)
+    next((checkpoint / "engine/shards").glob("*optim_states.pt")).unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint-0 is gone: does another run write"):
+        load(trainer, checkpoint, universal=False)
+    (problem,) = hash_problems(checkpoint, manifest)
+    assert problem.endswith("optim_states.pt is missing")
 
 
 def test_the_environment_is_left_as_it_was(monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ The whole sweep is `python -m tests.engine.killpoints`; here are a few of its po
 """
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from safetensors.torch import save_file
 
 from dfactory.config.load import load_recipe
 from dfactory.engine import checkpoint, distributed
-from dfactory.engine.runfolder import RunFolder, append_text, replace_text, writing
+from dfactory.engine.runfolder import STATE, RunFolder, append_text, replace_text, writing
+from dfactory.engine.shards import absent_shards
 from dfactory.errors import CheckpointError
 from dfactory.models.manifest import MANIFEST
 from dfactory.train import train
@@ -70,6 +72,62 @@ def test_a_spoilt_file_is_named_and_the_checkpoint_before_is_taken(finished, how
     assert warning.startswith(f"{finished}/checkpoint-3 is damaged: {file.relative_to(finished / 'checkpoint-3')} ")
     assert said in warning
     assert warning.endswith(f"the run goes on from {finished}/checkpoint-2")
+
+
+def _entries_without(part: str):
+    return lambda text: json.dumps({name: entry for name, entry in json.loads(text).items() if part not in name})
+
+
+MANIFESTS = {
+    "empty": (lambda text: "{}", "the manifest lists no config.json"),
+    "a list": (lambda text: "[]", "is not a manifest"),
+    "a size that is text": (lambda text: re.sub(r'"size": (\d+)', r'"size": "\1"', text), "not a size and a SHA-256"),
+    "a sum that is null": (lambda text: re.sub(r'"sha256": "\w+"', '"sha256": null', text), "not a size and a SHA-256"),
+    "a name above": (lambda text: text.replace('"config.json"', '"../config.yaml"'), "is not the name of a file below"),
+    "no state": (_entries_without("state.json"), f"the manifest lists no {STATE}"),
+    "no shard": (_entries_without("shards/"), "model_states.pt is not in the manifest"),
+    "no weights": (_entries_without("safetensors"), "the manifest lists no *.safetensors"),
+}
+
+
+@pytest.mark.parametrize("how", MANIFESTS)
+def test_a_manifest_that_is_none_is_a_damage_and_the_checkpoint_before_is_taken(finished, how):
+    spoil, said = MANIFESTS[how]
+    file = finished / "checkpoint-3" / MANIFEST
+    before = file.read_text()
+    distributed.start()
+    try:
+        file.write_text(spoil(before))
+        assert file.read_text() != before
+        found, (warning,) = checkpoint.find_resume(RunFolder(finished), True, False)
+    finally:
+        file.write_text(before)
+    assert found == finished / "checkpoint-2"
+    assert said in warning
+
+
+@pytest.mark.parametrize("stage, ranks", [(0, 1), (1, 2), (3, 2)])
+def test_shards_of_every_rank_have_to_be_there(stage, ranks):
+    models = [f"zero_pp_rank_{r}_mp_rank_00_model_states.pt" for r in range(ranks)]
+    names = models if stage == 3 else ["mp_rank_00_model_states.pt"]
+    names += [f"bf16_zero_pp_rank_{r}_mp_rank_00_optim_states.pt" for r in range(ranks) if stage]
+    names = [f"engine/shards/{name}" for name in names]
+    assert absent_shards(names, ranks, stage) == []
+    for index in range(len(names)):
+        (absent,) = absent_shards(names[:index] + names[index + 1 :], ranks, stage)
+        assert names[index].endswith(absent)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"world_size": "1", "zero_stage": 0}', "[" * 10**5, '{"step": 1, "source": []}']
+)
+def test_a_state_that_is_none_is_an_expected_failure(tmp_path, text):
+    (tmp_path / "engine").mkdir()
+    (tmp_path / STATE).write_text(text)
+    with pytest.raises(CheckpointError, match=r"state\.json"):
+        checkpoint.read_state(tmp_path)
+    with pytest.raises(CheckpointError, match=r"state\.json"):
+        checkpoint.needs_universal(tmp_path, 0, 1, 1)
 
 
 def test_nothing_whole_is_an_error_that_names_all(finished):

@@ -14,6 +14,7 @@ from dfactory.models.manifest import (
     hash_files,
     hash_problems,
     list_files,
+    list_problems,
     manifest_text,
     read_manifest,
     size_problems,
@@ -65,11 +66,60 @@ def test_a_file_that_was_cut_before_it_was_hashed_gets_no_entry(checkpoint, name
         hash_files(checkpoint, [name])
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"a": 3}', '{"a": {"size": 3}}'])
+SUM = "0" * 64
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1]",
+        "3",
+        "[" * 100_000,
+        b"\xff\xfe",
+        '{"a": 3}',
+        '{"a": null}',
+        '{"a": [1, 2]}',
+        '{"a": {"size": 3}}',
+        json.dumps({"a": {"size": "3", "sha256": SUM}}),
+        json.dumps({"a": {"size": True, "sha256": SUM}}),
+        json.dumps({"a": {"size": 3.0, "sha256": SUM}}),
+        json.dumps({"a": {"size": -1, "sha256": SUM}}),
+        json.dumps({"a": {"size": 3, "sha256": 5}}),
+        json.dumps({"a": {"size": 3, "sha256": SUM.replace("0", "g")}}),
+        json.dumps({"a": {"size": 3, "sha256": SUM, "more": 1}}),
+        *(
+            json.dumps({name: {"size": 3, "sha256": SUM}})
+            for name in ("", ".", "..", "../a", "a/../../b", "/etc/passwd", "a//b", "./a", "a/", "a\0b", MANIFEST)
+        ),
+    ],
+)
 def test_a_broken_manifest_is_refused(checkpoint, text):
-    (checkpoint / MANIFEST).write_text(text)
+    (checkpoint / MANIFEST).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(CheckpointError, match="is not a manifest"):
         read_manifest(checkpoint)
+
+
+def test_what_a_manifest_has_to_list(checkpoint):
+    whole = read_manifest(checkpoint)
+    assert list_problems(checkpoint, whole) == []
+    assert list_problems(checkpoint, {}) == [
+        "the manifest lists no config.json or adapter_config.json",
+        "the manifest lists no *.safetensors",
+        "model.safetensors is not in the manifest",
+    ]
+    (checkpoint / "notes.txt").write_text("added later")
+    assert list_problems(checkpoint, whole) == []
+    save_file({"b": torch.zeros(1)}, checkpoint / "model-2.safetensors")
+    assert list_problems(checkpoint, whole) == ["model-2.safetensors is not in the manifest"]
+    below = {f"engine/{name}": entry for name, entry in whole.items()}
+    assert "the manifest lists no *.safetensors" in list_problems(checkpoint, below)
+
+
+def test_weights_that_the_manifest_does_not_list_are_not_read(checkpoint):
+    (checkpoint / MANIFEST).write_text("{}")
+    with pytest.raises(CheckpointError, match=r"is damaged: model\.safetensors is not in its manifest"):
+        read_shapes(checkpoint)
 
 
 def test_weights_of_another_size_than_the_manifest_says_are_not_read(checkpoint):

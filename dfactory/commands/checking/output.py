@@ -12,11 +12,11 @@ from dfactory.commands.checking.model import Model
 from dfactory.commands.checking.page import Page, in_bytes
 from dfactory.config.objective import PAIRED_STAGES
 from dfactory.config.recipe import Recipe
+from dfactory.engine.checkpoint import problems_without_reading, resume_from
 from dfactory.engine.memory import forecast, setup_of
 from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.trainer import deepspeed_config
-from dfactory.errors import CheckpointError, ConfigError
-from dfactory.models.manifest import read_manifest, size_problems
+from dfactory.errors import ConfigError
 
 
 def tell_output(page: Page, recipe: Recipe, model: Model | None, steps: int | None) -> None:
@@ -26,30 +26,31 @@ def tell_output(page: Page, recipe: Recipe, model: Model | None, steps: int | No
         raise ConfigError(f"output_dir {folder.path}: {parent} is not a directory that can be written: choose another")
     page.line("output_dir", f"{folder.path}/", _files(recipe))
     candidates = folder.resume_candidates(recipe.resume_from_checkpoint, recipe.overwrite_output_dir)
-    resumed, warnings = folder.first_whole(candidates, _size_problems)
+    resumed, warnings = folder.first_whole(candidates, problems_without_reading)
     for warning in warnings:
         page.warn(warning)
     whole = folder.checkpoints()
     if resumed is not None:
-        page.line("resumes", str(resumed))
+        page.line("resumes", str(resumed), resume_from(resumed, recipe).told)
     elif whole:
         page.warn(
             f"{folder.path} holds {len(whole)} checkpoint(s) up to {whole[-1].name}, and overwrite_output_dir is true: "
             "they will be removed"
         )
     often = f"every {recipe.save_steps} steps and at the end" if recipe.save_steps else "at the end"
-    kept = "all are kept" if recipe.save_total_limit is None else f"the newest {recipe.save_total_limit} are kept"
-    page.line("checkpoints", f"{often}; {kept}")
+    page.line("checkpoints", f"{often}; {_kept(recipe)}")
     if model is not None:
         _checkpoint_size(page, recipe, model, parent, steps or recipe.max_steps)
 
 
-def _size_problems(checkpoint: Path) -> list[str]:
-    """Without reading the files, which the run itself does."""
-    try:
-        return size_problems(checkpoint, read_manifest(checkpoint))
-    except CheckpointError as problem:
-        return [str(problem)]
+def _kept(recipe: Recipe) -> str:
+    if recipe.save_total_limit is None:
+        return "all are kept"
+    newest = f"the newest {recipe.save_total_limit} are kept"
+    metric = recipe.metric_for_best_model
+    if metric is None or (metric.startswith("eval/") and not recipe.eval_datasets):
+        return newest
+    return f"{newest}, the one with the {'smallest' if recipe.smaller_is_better else 'largest'} {metric} among them"
 
 
 def _files(recipe: Recipe) -> Table:
@@ -68,6 +69,7 @@ def _files(recipe: Recipe) -> Table:
     if recipe.stage in PAIRED_STAGES and recipe.reference == "precomputed" and recipe.reference_path is None:
         files["reference.safetensors"] = "the reference's scores"
     if "wandb" in recipe.report_to:
+        files["wandb-id"] = "the tracker's name for the run, the same after each resume"
         files["wandb/"] = "of the tracker, which also sends the metrics away"
     table = Table.grid(padding=(0, 2))
     for name, what in files.items():
@@ -82,7 +84,8 @@ def _checkpoint_size(page: Page, recipe: Recipe, model: Model, parent: Path, ste
     weights = model.trained * {"bfloat16": 2, "float32": 4}[recipe.dtype]
     total, free = 2 * weights + optimiser, shutil.disk_usage(parent).free
     saved = math.ceil(steps / recipe.save_steps) if steps and recipe.save_steps else 1
-    kept = min(saved, (recipe.save_total_limit or saved) + 1)  # a new one is written before the oldest goes
+    limit = max(recipe.save_total_limit or saved, 1 + (recipe.metric_for_best_model is not None))
+    kept = min(saved, limit + 1)  # a new one is written before the oldest goes
     page.line(
         "size",
         f"about {in_bytes(total)} each, {in_bytes(weights)} of it weights; {saved:,} are written, at most {kept:,} are "
