@@ -85,12 +85,12 @@ def _learn_in(folder: RunFolder, recipe: Recipe, feed: Feed | None, preemption: 
         source = with_reference(with_drafts(recipe, inputs, records, trainer))
     else:
         source = make_rollout_source(recipe, inputs, feed, trainer)
-        if resumed is not None:
-            source.load_state_dict(cursor)
 
     guard = NonFiniteGuard(folder, recipe.skip_nonfinite, rank, world_size)
     if resumed is not None:
         checkpoint.load(trainer, resumed.path, universal=universal)
+        if feed is not None:
+            source.load_state_dict(cursor)
     gates = Gates(recipe, trainer, eos_id=inputs.special.eos, vocab_size=inputs.vocabulary.size)
     if rank == 0:
         aside = folder.start(recipe, resumed.state.step, resumed.other_recipe) if resumed else folder.start(recipe)

@@ -61,7 +61,8 @@ APPLIED_BY_TOPIC = {
     entropy_temperature""",
     "rewards, rollouts, their processes": """reward_funcs reward_weights num_generations scale_rewards advantage_baseline
     reward_workers reward_timeout_s reward_worker_memory_mb allow_code_execution policy_loss trace_steps
-    ratio_normalisation epsilon epsilon_high ratio_clip loss_aggregation kl_coef kl_estimator num_iterations
+    ratio_normalisation epsilon epsilon_high ratio_clip loss_aggregation train_after_eos old_policy importance_cap kl_coef
+    kl_estimator num_iterations
     prompts_per_step zero_signal max_steps_without_signal max_staleness num_learners num_rollout_workers rollout_timeout_s
     max_rollout_attempts heartbeat_timeout_s cluster_timeout_s""",
     "decoding": "decode.*",
