@@ -165,7 +165,7 @@ class Trainer:
     def go_to(self, step: int) -> None:
         """Set the learning rate to that of the step after `step` finished ones: it depends on the number alone."""
         schedule = self.engine.lr_scheduler
-        schedule.last_epoch, schedule._step_count = step - 1, step + 1
+        schedule.last_epoch, schedule._step_count = step - 1, step + 2  # more than one: else torch warns
         schedule.step()
 
     def train_window(self, micro_batches: list[ViewBatch], objective: Objective) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import re
 import struct
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -45,6 +46,7 @@ def tracked(recipe_file, tmp_path, monkeypatch):
     def track(step: int, resume_step: int | None, *keys: str):
         recipe = load_recipe(recipe_file, ["report_to=[wandb]", f"output_dir={folder.path}", *keys])
         folder.start(recipe, resume_step)
+        time.sleep(1.0)  # wandb names a folder by the second
         with MetricsLog(recipe, folder, 9, step - 1) as log:
             log.step(step, 0.0, METRICS)
         return [runs[0] for runs in _records(folder.path, "run")]
