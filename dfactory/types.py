@@ -32,6 +32,34 @@ class Place(NamedTuple):
         return Place(*(field[index] for field in self))
 
 
+class EmbeddingInputs(NamedTuple):
+    """All that the input embeddings of some tokens are made of: integer arrays or tensors of one shape, one number where all
+    tokens have the same, or None where there is no such input. A policy embeds nothing else.
+
+    Tokens of the same place may be computed once (what documents of a row share, the cache of a prompt) only where all of it
+    is equal: see `common_length` and `key`. Whatever else comes to enter an embedding is a field here, is asked of
+    everybody who makes one, and is compared from then on.
+    """
+
+    token: Any  # ids
+    noise: Any  # what decides the noise on a mask: the document's name; in a batch a row of the table, -1 without noise
+
+    @property
+    def key(self) -> tuple[bytes | int | None, ...]:
+        """Equal for equal inputs, of numpy arrays of one kind."""
+        return tuple(field.tobytes() if isinstance(field, np.ndarray) else field for field in self)
+
+
+def common_length(one: EmbeddingInputs, other: EmbeddingInputs) -> int:
+    """How many tokens two sequences have in common from their start, with all that enters their embeddings; numpy."""
+    length = min(len(one.token), len(other.token))
+    differs = np.zeros(length, bool)
+    for fields in zip(one, other, strict=True):
+        mine, theirs = (field[:length] if isinstance(field, np.ndarray) else field for field in fields)
+        differs |= mine != theirs
+    return int(differs.argmax()) if differs.any() else length
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
     """One tokenised document, before it is aligned to blocks.
@@ -70,6 +98,11 @@ class AlignedDocument:
     @property
     def num_blocks(self) -> int:
         return len(self.input_ids_T) // self.block_size
+
+    @property
+    def embedding_inputs(self) -> EmbeddingInputs:
+        """Of its clean stream."""
+        return EmbeddingInputs(self.input_ids_T, noise=self.document_id)
 
     @property
     def real_T(self) -> np.ndarray:
@@ -131,6 +164,10 @@ class ViewBatch:
     @property
     def place_RS(self) -> Place:
         return Place(self.document_RS, self.view_RS, self.block_RS, self.trunk_RS)
+
+    @property
+    def embedding_inputs(self) -> EmbeddingInputs:
+        return EmbeddingInputs(self.input_ids_RS, self.columns.get("embedding_noise_row_RS"))
 
     @property
     def document_N(self) -> torch.Tensor:

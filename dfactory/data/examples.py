@@ -25,7 +25,7 @@ from dfactory.data.progress import reading
 from dfactory.data.records import read_records
 from dfactory.data.traces import NO_TRACES, TraceRules
 from dfactory.errors import ConfigError, DataError
-from dfactory.types import Example
+from dfactory.types import EmbeddingInputs, Example, common_length
 
 LINE_BITS, FILE_BITS, PART_BITS = 40, 12, 11  # of a document id, from its low end
 ENCODE_BATCH = 1024  # records that the tokenizer gets at once
@@ -204,14 +204,17 @@ class Examples(Sequence[Example]):
 
     @functools.cached_property
     def common_length_U(self) -> np.ndarray:
-        """int64: the tokens with which both sides of a preference pair begin; of a document alone none."""
+        """int64: the tokens with which both sides of a preference pair begin, in all that enters an embedding; of a document
+        alone none."""
         common_U = np.zeros(len(self) // self.unit_size, np.int64)
         for unit in range(len(common_U) if self.unit_size == 2 else 0):
-            start, middle, stop = self._offset_E1[2 * unit : 2 * unit + 3].tolist()
-            length = min(middle - start, stop - middle)
-            differs = self._input_ids[start : start + length] != self._input_ids[middle : middle + length]
-            common_U[unit] = differs.argmax() if differs.any() else length
+            common_U[unit] = common_length(*map(self.embedding_inputs, (2 * unit, 2 * unit + 1)))
         return common_U
+
+    def embedding_inputs(self, index: int) -> EmbeddingInputs:
+        """Of the clean stream of a document, without the fill."""
+        start, stop = self._offset_E1[index : index + 2].tolist()
+        return EmbeddingInputs(self._input_ids[start:stop], noise=int(self.document_id_E[index]))
 
     @functools.cached_property
     def fingerprint(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dfactory.types import PADDING, AlignedDocument, Example, View, ViewBatch
+from dfactory.types import PADDING, AlignedDocument, Example, View, ViewBatch, common_length
 
 LOOKAHEAD = 256
 
@@ -42,7 +42,8 @@ class PackedDocument(NamedTuple):
 
 def share(documents: Sequence[PackedDocument]) -> list[PackedDocument]:
     """The same documents, to stand side by side in a row, where they share the clean stream of the whole blocks in which
-    all of them begin alike: the first one pays for it. What one of them pays alone is `share` of it alone.
+    all of them begin alike, in all that enters an embedding: the first one pays for it. What one of them pays alone is
+    `share` of it alone.
 
     Block size 2, answers in brackets, views of all their blocks: a b c [d e f g h] and a b c [d e i j k] share a b c d.
     """
@@ -51,8 +52,7 @@ def share(documents: Sequence[PackedDocument]) -> list[PackedDocument]:
     for other in others:
         # streams of other blocks are other computations
         length *= other.document.block_size == first.document.block_size
-        differs = first.document.input_ids_T[:length] != other.document.input_ids_T[:length]
-        length = int(differs.argmax()) if differs.any() else length
+        length = min(length, common_length(first.document.embedding_inputs, other.document.embedding_inputs))
     length -= length % first.document.block_size
     return [first._replace(shared=0), *(other._replace(shared=length) for other in others)]
 

@@ -27,7 +27,7 @@ from dfactory.decoding.response import Response, document_length
 from dfactory.decoding.rules import DecodeRules, Proposal
 from dfactory.decoding.static import StaticForward
 from dfactory.errors import ConfigError, DataError
-from dfactory.types import Rollout
+from dfactory.types import EmbeddingInputs, Rollout
 
 CLEAN_TOKENS = 4096  # clean tokens that one forward takes beside the blocks being denoised; bounds a prefill's memory
 LOGITS_BYTES = 128 * 2**20  # float32 logits of one chunk of open positions
@@ -40,7 +40,7 @@ class Decodable(Protocol):
     config: object  # with `vocab_size`
     can_be_recorded: bool  # whether forwards of fixed shape may be replayed as CUDA graphs
 
-    def hidden_at(self, chosen_N, input_ids_RS, position_ids_RS, visibility, cache) -> torch.Tensor: ...
+    def hidden_at(self, chosen_N, inputs_RS: EmbeddingInputs, position_ids_RS, visibility, cache) -> torch.Tensor: ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
@@ -285,14 +285,15 @@ class BlockDecoder:
         """A forward over the spans, one behind the other, whose keys go to the cache. Hidden states [chosen, H]."""
         size, device = self.block_size, self.policy.device
         parts = [slice(span.first * size, span.stop * size) for span in spans]
-        ids_N = np.concatenate([response.tokens_T[part] for response, part in zip(responses, parts, strict=True)])
+        inputs = [r.embedding_inputs(span.first, span.stop) for r, span in zip(responses, spans, strict=True)]
         position_N = np.concatenate([np.arange(part.start, part.stop) for part in parts])
         slot_N = np.repeat([span.slot for span in spans], [span.blocks * size for span in spans])
-        ids_N, position_N, slot_N = torch.from_numpy(np.stack([ids_N, position_N, slot_N])).to(device)
+        inputs_1N = EmbeddingInputs(*(_row(field, device) for field in zip(*inputs, strict=True)))
+        position_N, slot_N = torch.from_numpy(np.stack([position_N, slot_N])).to(device)
         self.cache.expect(slot_N, position_N)
         plan = attend_spans(spans, size, device)
         chosen = torch.from_numpy(chosen).to(device)
-        return self.policy.hidden_at(chosen, ids_N[None], position_N[None], plan, self.cache)
+        return self.policy.hidden_at(chosen, inputs_1N, position_N[None], plan, self.cache)
 
     def _decide(
         self, hidden_NH: torch.Tensor, responses: list[Response], open_RB: torch.Tensor
@@ -324,3 +325,8 @@ class BlockDecoder:
             uniform = None if uniform_N is None else uniform_N[part].to(device)
             parts.append(torch.stack([f.double() for f in rules.distribution.propose(logits_NV, uniform)]))
         return torch.cat(parts, dim=1).cpu()
+
+
+def _row(parts: tuple[np.ndarray | None, ...], device: torch.device) -> torch.Tensor | None:
+    """An embedding input of neighbouring spans as one row [1, N]; None where none of them has it."""
+    return None if parts[0] is None else torch.from_numpy(np.concatenate(parts))[None].to(device)

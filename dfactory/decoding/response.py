@@ -18,7 +18,7 @@ import numpy as np
 
 from dfactory.decoding.cache import Span
 from dfactory.decoding.rules import DecodeRules, uniform_numbers
-from dfactory.types import GIVEN, NEVER, Edit, FinishReason, Rollout
+from dfactory.types import GIVEN, NEVER, Edit, EmbeddingInputs, FinishReason, Rollout
 
 
 def document_length(prompt_length: int, rules: DecodeRules) -> int:
@@ -87,10 +87,15 @@ class Response:
         """Blocks that hold nothing but prompt."""
         return self.start // self.rules.block_size
 
+    def embedding_inputs(self, first: int, stop: int) -> EmbeddingInputs:
+        """Of the tokens of some of its blocks, as they stand."""
+        size = self.rules.block_size
+        return EmbeddingInputs(self.tokens_T[first * size : stop * size], noise=None)
+
     @property
-    def prompt_key(self) -> bytes:
-        """Equal for two responses whose `prompt_blocks` are the same tokens."""
-        return self.tokens_T[: self.prompt_blocks * self.rules.block_size].tobytes()
+    def prompt_key(self) -> tuple:
+        """Equal for two responses whose `prompt_blocks` are the same, in all that enters an embedding."""
+        return self.prompt_blocks, self.embedding_inputs(0, self.prompt_blocks).key
 
     @property
     def span(self) -> Span:

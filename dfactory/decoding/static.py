@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dfactory.decoding.cache import BlockCache, Span, seen_blocks
 from dfactory.decoding.response import Response
 from dfactory.errors import ConfigError
+from dfactory.types import EmbeddingInputs
 
 FEWEST_KEYS = 8  # blocks
 
@@ -77,8 +78,8 @@ class Recording:
         ids_RS, position_RS, seen_RS = self.inputs_3RS
         self.cache.expect(self.slot_N, position_RS.flatten())
         plan = StaticAttention(self.key_K < seen_RS[:, :, None])
-        inputs = (ids_RS.reshape(1, -1), position_RS.reshape(1, -1))
-        return self.policy.hidden_at(self.chosen_N, *inputs, plan, self.cache)
+        inputs_1N = EmbeddingInputs(ids_RS.reshape(1, -1), noise=None)
+        return self.policy.hidden_at(self.chosen_N, inputs_1N, position_RS.reshape(1, -1), plan, self.cache)
 
     def _record(self) -> None:
         # torch asks for a run beside the main stream first, in which libraries take what memory they need.
@@ -116,7 +117,7 @@ class StaticForward:
         blocks_RQ = seen_blocks(spans)
         for response, span, blocks_Q in zip(responses, spans, blocks_RQ, strict=True):
             tokens = span.blocks * size
-            ids_RS[span.slot, :tokens] = response.tokens_T[span.first * size : span.stop * size]
+            ids_RS[span.slot, :tokens] = response.embedding_inputs(span.first, span.stop).token
             position_RS[span.slot] += span.first * size
             seen_RS[span.slot, :tokens] = np.repeat(blocks_Q[: span.blocks] * size, size)
         if (width, keys) not in self.recordings:

@@ -107,8 +107,8 @@ class InStep:
     def config(self):
         return self.policy.config
 
-    def hidden_at(self, chosen_N, input_ids_RS, position_ids_RS, visibility, cache) -> torch.Tensor:
-        return self.policy.hidden_at(chosen_N, input_ids_RS, position_ids_RS, visibility, cache)
+    def hidden_at(self, chosen_N, inputs_RS, position_ids_RS, visibility, cache) -> torch.Tensor:
+        return self.policy.hidden_at(chosen_N, inputs_RS, position_ids_RS, visibility, cache)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.policy.logits(hidden)

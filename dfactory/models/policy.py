@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from dfactory.models import last_layer
 from dfactory.models.attention import AttentionPlan, plan_attention
 from dfactory.models.head import VocabularyHead
-from dfactory.types import NOISE_TABLE_ROWS, TokenScores, ViewBatch
+from dfactory.types import NOISE_TABLE_ROWS, EmbeddingInputs, TokenScores, ViewBatch
 
 
 class Policy(nn.Module):
@@ -58,7 +58,11 @@ class Policy(nn.Module):
         """log p, entropy and hit of every target of the batch, in the batch's target order."""
         plan = plan_attention(batch.place_RS, self.attn_implementation)
         hidden_NH = self.hidden_at(
-            batch.target_index_N, batch.input_ids_RS, batch.position_ids_RS, plan, noise_RSH=self._noise(batch)
+            batch.target_index_N,
+            batch.embedding_inputs,
+            batch.position_ids_RS,
+            plan,
+            noise_table_TH=self._noise_table(batch),
         )
         return self._causal_lm.lm_head(hidden_NH, batch.target_ids_N, self.entropy_temperature)
 
@@ -67,21 +71,21 @@ class Policy(nn.Module):
         return self(batch.to(self.device))
 
     def hidden(self, input_ids_RS, position_ids_RS, visibility: AttentionPlan, cache=None) -> torch.Tensor:
-        """Final hidden states [R, S, H]. `cache` is a transformers Cache whose keys the plan counts too."""
-        return self._backbone(input_ids_RS, position_ids_RS, visibility, cache)
+        """Final hidden states [R, S, H] of plain tokens. `cache` is a transformers Cache whose keys the plan counts too."""
+        return self._backbone(EmbeddingInputs(input_ids_RS, noise=None), position_ids_RS, visibility, cache)
 
     def hidden_at(
         self,
         chosen_N: torch.Tensor,
-        input_ids_RS,
+        inputs_RS: EmbeddingInputs,
         position_ids_RS,
         visibility: AttentionPlan,
         cache=None,
-        noise_RSH: torch.Tensor | None = None,
+        noise_table_TH: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Final hidden states [N, H] of some positions, which ascend through the flattened rows: those of `hidden`, at less
-        cost. Keys of all positions go to the cache; `noise_RSH` is added to the input embeddings."""
-        inputs = (input_ids_RS, position_ids_RS, visibility, cache, noise_RSH)
+        cost. Keys of all positions go to the cache; the noise of `inputs_RS` are rows of `noise_table_TH`."""
+        inputs = (inputs_RS, position_ids_RS, visibility, cache, noise_table_TH)
         # Without any position all modules run all the same, on one: under ZeRO-3 other ranks wait for them.
         somewhere = chosen_N if len(chosen_N) else chosen_N.new_zeros(1)
         if self.ends_at_targets:
@@ -91,13 +95,10 @@ class Policy(nn.Module):
         return hidden_NH[: len(chosen_N)]
 
     def _backbone(
-        self, input_ids_RS, position_ids_RS, visibility, cache, noise_RSH=None, **for_last_layer: torch.Tensor
+        self, inputs_RS, position_ids_RS, visibility, cache, noise_table_TH=None, **for_last_layer: torch.Tensor
     ) -> torch.Tensor:
-        inputs = {"input_ids": input_ids_RS}
-        if noise_RSH is not None:
-            inputs = {"inputs_embeds": self._causal_lm.get_input_embeddings()(input_ids_RS) + noise_RSH}
         outputs = self._causal_lm.model(
-            **inputs,
+            **self._embedded(inputs_RS, noise_table_TH),
             position_ids=position_ids_RS,
             visibility=visibility,
             past_key_values=cache,
@@ -106,16 +107,25 @@ class Policy(nn.Module):
         )
         return outputs.last_hidden_state
 
-    def _noise(self, batch: ViewBatch) -> torch.Tensor | None:
-        """The noise on input embeddings that the batch asks for (see views/embedding.py), in the model's precision."""
-        row_RS = batch.columns.get("embedding_noise_row_RS")
-        if row_RS is None:
+    def _embedded(self, inputs_RS: EmbeddingInputs, noise_table_TH: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """What the backbone is given for its input embeddings: a function of `inputs_RS`, and of nothing else that differs
+        from token to token, or what is shared between documents and prompts would be wrong."""
+        if inputs_RS.noise is None:
+            return {"input_ids": inputs_RS.token}
+        noise_RSH = noise_table_TH[inputs_RS.noise.clamp(min=0)] * (inputs_RS.noise >= 0)[..., None]
+        embedded_RSH = self._causal_lm.get_input_embeddings()(inputs_RS.token)
+        return {"inputs_embeds": embedded_RSH + noise_RSH.to(self._causal_lm.dtype)}
+
+    def _noise_table(self, batch: ViewBatch) -> torch.Tensor | None:
+        """The vectors of noise that the batch's masks take theirs from (see views/embedding.py)."""
+        if "embedding_noise_row_RS" not in batch.columns:
             return None
         generator = torch.Generator().manual_seed(batch.columns["embedding_noise_seed_1"].item())
         # drawn on the CPU: other devices have other random numbers
-        table_TH = torch.randn(NOISE_TABLE_ROWS, self.config.hidden_size, generator=generator).to(row_RS.device)
-        std_RS1 = torch.where(row_RS >= 0, batch.columns["embedding_noise_std_1"], 0.0)[..., None]
-        return (std_RS1 * table_TH[row_RS.clamp(min=0)]).to(self._causal_lm.dtype)
+        table_TH = torch.randn(NOISE_TABLE_ROWS, self.config.hidden_size, generator=generator).to(
+            batch.input_ids_RS.device
+        )
+        return batch.columns["embedding_noise_std_1"] * table_TH
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., V], in the model's precision."""

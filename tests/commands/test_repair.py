@@ -44,7 +44,7 @@ class Follower:
         keys = DecodeKeys(block_size=8, editing_threshold=0.5, mask_token_id=MASK, eos_token_id=EOS)
         self.rules, self.policy = DecodeRules.of(keys), self
 
-    def hidden_at(self, chosen_N, input_ids_RS, position_ids_RS, visibility, cache):
+    def hidden_at(self, chosen_N, inputs_RS, position_ids_RS, visibility, cache):
         return torch.nn.functional.one_hot(position_ids_RS[0, chosen_N] % 30, 40).float()
 
     def logits(self, hidden):

@@ -62,8 +62,8 @@ class Scripted:
         self.script = script
         self.seen: list[tuple[list[int], list[int]]] = []  # ids and positions of every forward
 
-    def hidden_at(self, chosen_N, input_ids_RS, position_ids_RS, visibility, cache):
-        self.seen.append((input_ids_RS[0].tolist(), position_ids_RS[0].tolist()))
+    def hidden_at(self, chosen_N, inputs_RS, position_ids_RS, visibility, cache):
+        self.seen.append((inputs_RS.token[0].tolist(), position_ids_RS[0].tolist()))
         return torch.tensor([self.script(p, len(self.seen) - 1) for p in position_ids_RS[0, chosen_N].tolist()])
 
     def logits(self, hidden):

@@ -7,6 +7,7 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,10 +15,11 @@ import dfactory.decoding.decoder as decoder_module
 from dfactory.config.decode import DecodeKeys
 from dfactory.decoding import DecodeRules, decode
 from dfactory.decoding.cache import PaddedAttention
+from dfactory.decoding.response import Response
 from dfactory.decoding.rules import uniform_numbers
 from dfactory.errors import ConfigError, DataError
 from dfactory.models.registry import load_policy
-from dfactory.types import GIVEN, FinishReason
+from dfactory.types import GIVEN, EmbeddingInputs, FinishReason
 from tests.decoding.conftest import EOS, MASK, Scripted, log_odds, same_rollouts, sharpen
 from tests.decoding.uncached import Settings, block_causal_logits, budget, least, processed, uncached
 from tests.models.conftest import CONFIGS
@@ -218,7 +220,7 @@ def test_long_prompts_are_prefilled_in_chunks(policy, monkeypatch):
     longest = []
     hidden_at = policy.hidden_at
     monkeypatch.setattr(
-        policy, "hidden_at", lambda n, ids, *rest: longest.append(ids.shape[1]) or hidden_at(n, ids, *rest)
+        policy, "hidden_at", lambda n, ids, *rest: longest.append(ids.token.shape[1]) or hidden_at(n, ids, *rest)
     )
     same_rollouts(decode(policy, prompts, rules), whole)
     assert max(longest) <= 16 + 4 * 4
@@ -240,6 +242,32 @@ def test_a_group_computes_its_prompt_once(policy, monkeypatch):
     )
     same_rollouts(decode(policy, prompts, rules), single)
     assert positions.count(3) == 2  # once a group
+
+
+def test_prompts_that_are_embedded_otherwise_share_nothing(policy, monkeypatch):
+    """Four equal prompts of five whole blocks; an input of the third one's embedding differs in one token of one block."""
+    whole, asked = Response.embedding_inputs, []
+
+    def inputs(response: Response, first: int, stop: int) -> EmbeddingInputs:
+        plain = whole(response, first, stop)
+        noise = np.full(len(plain.token), -1)
+        if response.index == 2 and first == 0:
+            noise[0] = 5
+        return plain._replace(noise=noise)
+
+    def hidden_at(n, inputs_1N, at, *rest):
+        asked.extend(at[0].tolist())
+        return plain_hidden_at(n, inputs_1N._replace(noise=None), at, *rest)
+
+    plain_hidden_at = policy.hidden_at
+    monkeypatch.setattr(policy, "hidden_at", hidden_at)
+    prompts, rules = random_prompts(43) * 4, make_rules(max_new_tokens=8)
+    decode(policy, prompts, rules)
+    assert asked.count(3) == 1
+    asked.clear()
+    monkeypatch.setattr(Response, "embedding_inputs", inputs)
+    decode(policy, prompts, rules)
+    assert asked.count(3) == 2
 
 
 @pytest.mark.parametrize("keys", [{}, {"editing_threshold": 0.6}], ids=["masks", "editing"])

@@ -40,7 +40,7 @@ def both(policy, batch, plan):
     """What the chosen positions get, from the last layer there alone and from the whole layer."""
     inputs = (batch.input_ids_RS, batch.position_ids_RS, plan)
     whole = policy.hidden(*inputs).flatten(0, 1)[batch.target_index_N]
-    chosen = policy.hidden_at(batch.target_index_N, *inputs)
+    chosen = policy.hidden_at(batch.target_index_N, batch.embedding_inputs, *inputs[1:])
     return outcome(policy, batch, chosen), outcome(policy, batch, whole)
 
 
@@ -58,7 +58,7 @@ def test_positions_in_disorder_are_refused(policy):
     batch = rows(policy)
     plan = plan_attention(batch.place_RS)
     with pytest.raises(ValueError, match="positions have to ascend through the flattened rows: sort target_index_N"):
-        policy.hidden_at(batch.target_index_N.flip(0), batch.input_ids_RS, batch.position_ids_RS, plan)
+        policy.hidden_at(batch.target_index_N.flip(0), batch.embedding_inputs, batch.position_ids_RS, plan)
 
 
 @pytest.mark.parametrize("family", ["llada2_moe", *CONFIGS])
@@ -75,7 +75,7 @@ def test_by_flex_attention_uncompiled(family, random_policy, monkeypatch):
         plan = FlexPlan.of(batch.place_RS)
         inputs = (batch.input_ids_RS, batch.position_ids_RS, plan)
         whole = policy.hidden(*inputs).flatten(0, 1)[batch.target_index_N]
-        chosen = policy.hidden_at(batch.target_index_N, *inputs)
+        chosen = policy.hidden_at(batch.target_index_N, batch.embedding_inputs, *inputs[1:])
     torch.testing.assert_close(chosen, whole, atol=1e-5, rtol=1e-4)
 
 
@@ -85,9 +85,9 @@ def test_nowhere_all_modules_run_all_the_same(policy):
     for name, module in policy.model.model.layers[-1].named_modules():
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
     plan = plan_attention(batch.place_RS)
-    policy.hidden_at(batch.target_index_N, batch.input_ids_RS, batch.position_ids_RS, plan)
+    policy.hidden_at(batch.target_index_N, batch.embedding_inputs, batch.position_ids_RS, plan)
     expected, ran[:] = list(ran), []
-    nothing_0H = policy.hidden_at(batch.target_index_N[:0], batch.input_ids_RS, batch.position_ids_RS, plan)
+    nothing_0H = policy.hidden_at(batch.target_index_N[:0], batch.embedding_inputs, batch.position_ids_RS, plan)
     assert ran == expected
     assert nothing_0H.shape == (0, policy.config.hidden_size)
     layer = list(policy.model.model.layers[-1].parameters())

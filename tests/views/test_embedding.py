@@ -1,14 +1,17 @@
 """Noise on mask embeddings: where it is, how large, and that it is a function of (seed, step, document, view, position)."""
 
+import dataclasses
 import json
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
+from dfactory.data.examples import DataReport, Examples
 from dfactory.data.pack import PackedDocument, align, collate, share
 from dfactory.models.registry import load_policy
-from dfactory.types import NOISE_TABLE_ROWS, PADDING, Example
+from dfactory.types import NOISE_TABLE_ROWS, PADDING, AlignedDocument, Example, common_length
 from dfactory.views import MaskEmbeddingNoise, RandomMask
 from tests.batches import TINY_SIZES
 
@@ -58,12 +61,19 @@ def policy(tmp_path_factory):
     return load_policy(directory, dtype="float32", init_weights="random", seed=1)
 
 
+def added(policy, batch) -> torch.Tensor:
+    """What the policy adds to the embeddings of the batch's tokens, [R, S, H]."""
+    with torch.no_grad():
+        embedded = policy._embedded(batch.embedding_inputs, policy._noise_table(batch))["inputs_embeds"]
+        return embedded - policy.model.get_input_embeddings()(batch.input_ids_RS)
+
+
 @pytest.mark.parametrize("step, std", [(0, STD), (1, STD * 3 / 4), (3, STD / 4)])
 def test_the_policy_adds_these_vectors(policy, step, std):
     batch = collate([[packed(7), packed(8)], [packed(9)]], 4, pad_to=100)
     noised = noise()(batch, step)
     expected = expected_vectors(batch, seed=3, step=step, std=std, hidden=TINY_SIZES["hidden_size"])
-    torch.testing.assert_close(policy._noise(noised), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(added(policy, noised), expected, atol=1e-6, rtol=1e-5)
 
     seen = []
     hook = policy.model.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -114,12 +124,59 @@ def test_a_shared_clean_stream_has_the_noise_of_its_own_documents():
     assert rows[0][1] >= 0
 
 
+def test_documents_of_other_names_share_nothing(policy):
+    """Their masks have other noise, in a prompt too (diffu_grpo masks it); a shared stream would have the first one's."""
+    first = packed(8)
+    first.document.input_ids_T[1] = MASK
+    other = first._replace(document=dataclasses.replace(first.document, document_id=9))
+    together, alone = (noise()(collate([row], 4), 1) for row in (share([first, other]), [first, other]))
+    assert torch.equal(policy(together).logprob_N, policy(alone).logprob_N)
+
+
+class Wider(NamedTuple):
+    """The inputs of an embedding that takes a segment number besides."""
+
+    token: Any
+    noise: Any
+    segment: Any
+
+
+@pytest.mark.parametrize("field", Wider._fields)
+@pytest.mark.parametrize("at, shared", [(None, 12), (11, 8), (8, 8), (7, 4), (0, 0)])
+def test_whatever_enters_an_embedding_stops_sharing_where_it_differs(monkeypatch, field, at, shared):
+    """Two sides of a pair that are alike but for one input of one token; blocks of 4, views of the last block."""
+    ids, trainable = np.arange(16, dtype=np.int32), np.arange(16) >= 12
+    documents = [align(Example(7, ids, trainable), 4, eos_id=90) for _ in range(2)]
+    views = RandomMask(MASK, seed=1, low=1.0, high=1.0)
+    packed = [PackedDocument(document, views(document, 0)) for document in documents]
+
+    def inputs(changed: bool) -> Wider:
+        made = Wider(ids.copy(), np.full(16, 7), np.zeros(16, np.int64))
+        if changed and at is not None:
+            getattr(made, field)[at] += 1
+        return made
+
+    inputs_of = {id(documents[1]): True}
+    monkeypatch.setattr(AlignedDocument, "embedding_inputs", property(lambda d: inputs(id(d) in inputs_of)))
+    assert share(packed)[1].shared == shared
+    monkeypatch.setattr(Examples, "embedding_inputs", lambda _, index: inputs(index == 1))
+    report = DataReport(["x"], unit_size=2)
+    pair = Examples(report, np.array([7, 7]), np.array([0, 16, 32]), np.tile(ids, 2), np.tile(trainable, 2))
+    assert pair.common_length_U.tolist() == [16 if at is None else at]
+
+
+def test_an_input_that_only_one_has_is_a_difference():
+    ids = np.arange(4)
+    assert common_length(Wider(ids, None, None), Wider(ids, None, None)) == 4
+    assert common_length(Wider(ids, None, None), Wider(ids, None, ids)) == 0
+
+
 def test_mean_and_variance_and_no_correlation(policy):
     """Over 200 steps the components are standard normal times std, and two masks of a step are as two steps: unrelated."""
     batch = collate([[packed(8)]], 4)
     here = batch.input_ids_RS == MASK
     many = MaskEmbeddingNoise(MASK, 3, STD, 10**9)
-    vectors = torch.stack([policy._noise(many(batch, step))[here] for step in range(200)])  # [step, mask, component]
+    vectors = torch.stack([added(policy, many(batch, step))[here] for step in range(200)])  # [step, mask, component]
     assert vectors.mean().abs() < 0.01
     assert vectors.std().item() == pytest.approx(STD, rel=0.01)
     size = vectors[0, 0].numel()
