@@ -147,6 +147,7 @@ def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> R
         micro_batch_rows=recipe.per_device_train_batch_size,
         accumulation=recipe.gradient_accumulation_steps,
         max_epochs=recipe.num_train_epochs if recipe.max_steps is None else None,
+        after_answer=recipe.after_answer,
     )
 
 
@@ -177,6 +178,7 @@ def make_eval_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int)
         world_size=world_size,
         micro_batch_rows=recipe.per_device_eval_batch_size,
         max_epochs=1,
+        after_answer=recipe.after_answer,
     )
 
 

@@ -94,10 +94,16 @@ class AlignedDocument:
     block_size: int
     commit_step_T: np.ndarray | None = None  # int16: when its block's decoding committed a token, from 0; -1: prompt
     real_length: int | None = None  # tokens before the fill; None: there is no fill
+    shown_ids_T: np.ndarray | None = None  # int32: what views show where it is no mask; None: input_ids_T
 
     @property
     def num_blocks(self) -> int:
         return len(self.input_ids_T) // self.block_size
+
+    @property
+    def view_ids_T(self) -> np.ndarray:
+        """The tokens as views show them where noise leaves them. The clean stream and the targets are `input_ids_T`."""
+        return self.input_ids_T if self.shown_ids_T is None else self.shown_ids_T
 
     @property
     def embedding_inputs(self) -> EmbeddingInputs:

@@ -55,9 +55,10 @@ def view_text(view: View, document: AlignedDocument, filled_from: int, mask_id: 
         p, token = position[index], view.input_ids_P[index]
         if token == mask_id:
             return MASKED
-        if token != document.input_ids_T[p]:
+        if token != document.view_ids_T[p]:
             return REPLACED
-        return FILL if p >= filled_from else TRAINED if document.trainable_T[p] else PROMPT
+        filled = p >= filled_from or token != document.input_ids_T[p]  # what follows an answer in its block
+        return FILL if filled else TRAINED if document.trainable_T[p] else PROMPT
 
     for kind, run in itertools.groupby(range(len(position)), key=kind_at):
         index = list(run)

@@ -35,6 +35,12 @@ class NoiseKeys:
         "by noise_level), which makes ELBO weights bounded",
         choices=("bernoulli", "exact"),
     )
+    after_answer: str = key(
+        "fill",
+        "what views show after an answer in its last block, where the record goes on with another turn: EOS fill, as a "
+        "decoder leaves it there, or the record's text, which no decoder sees",
+        choices=("fill", "text"),
+    )
     view_source: str = key(
         "mask",
         "noise masks at random, or views are the states of a decoder's trace (files of `generate --keep-trace`)",

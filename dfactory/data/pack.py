@@ -64,7 +64,9 @@ def block_of(length, block_size: int, unit: int):
     return np.minimum(block_size, -(-length // unit) * unit)
 
 
-def align(example: Example, block_size: int, eos_id: int, unit: int | None = None) -> AlignedDocument:
+def align(
+    example: Example, block_size: int, eos_id: int, unit: int | None = None, after_answer: str = "fill"
+) -> AlignedDocument:
     """Fill with EOS up to the next multiple of `block_size`. With `unit`, a document shorter than a block becomes one
     block, filled up to the next multiple of `unit` only.
 
@@ -73,6 +75,9 @@ def align(example: Example, block_size: int, eos_id: int, unit: int | None = Non
         ids        5 6 7 8 0  ->  5 6 7 8 0 0 0 0
         trainable  0 0 1 1 1  ->  0 0 1 1 1 1 1 1
         real       0 0 1 1 1  ->  0 0 1 1 1 0 0 0
+
+    `after_answer: fill` lets views show EOS in place of what follows an answer in its block, as a decoder leaves it there;
+    `text` lets them show the record's next turn.
     """
     size = int(block_of(len(example), block_size, unit or block_size))
     fill = -len(example) % size
@@ -81,7 +86,24 @@ def align(example: Example, block_size: int, eos_id: int, unit: int | None = Non
     eos_T = trainable_T & (input_ids_T == eos_id)
     # a trace ends with its block and needs no fill: what its decoder wrote there after EOS is fill
     real_length = _after_first(eos_T) if example.commit_step_T is not None else _before_repeats(eos_T)
-    return AlignedDocument(example.document_id, input_ids_T, trainable_T, size, example.commit_step_T, real_length)
+    shown_ids_T = np.where(_after_answer(trainable_T, size), np.int32(eos_id), input_ids_T)
+    return AlignedDocument(
+        example.document_id,
+        input_ids_T,
+        trainable_T,
+        size,
+        example.commit_step_T,
+        real_length,
+        shown_ids_T if after_answer == "fill" else None,
+    )
+
+
+def _after_answer(trainable_T: np.ndarray, block_size: int) -> np.ndarray:
+    """bool: the tokens after the last response token of a block that has one. A block in which another answer begins keeps
+    what stands between the two: that one needs its question."""
+    trainable_BS = trainable_T.reshape(-1, block_size)
+    later_BS = np.cumsum(trainable_BS[:, ::-1], axis=1)[:, ::-1]  # response tokens from here to the end of the block
+    return ((later_BS == 0) & trainable_BS.any(axis=1, keepdims=True)).ravel()
 
 
 def _after_first(eos_T: np.ndarray) -> int:

@@ -79,13 +79,14 @@ class RecordSource:
         micro_batch_rows: int = 1,
         accumulation: int = 1,
         max_epochs: float | None = None,
+        after_answer: str = "fill",
     ):
         self.examples, self.make_views, self.add_columns = examples, make_views, add_columns
         self.eos_id, self.row_length, self.packing = eos_id, row_length, packing
         self._final_block_size = block_size
         self.rank, self.world_size = rank, world_size
         self.micro_batch_rows, self.accumulation = micro_batch_rows, accumulation
-        self.max_epochs = max_epochs
+        self.max_epochs, self.after_answer = max_epochs, after_answer
         self._identity = {"data": examples.fingerprint, "seed": seed, "weights": [float(w) for w in weights]}
         self._order = EpochOrder(np.asarray(weights, np.float64)[examples.file_index_U], seed)
         costs = {
@@ -203,7 +204,7 @@ class RecordSource:
 
     def _pack(self, index: int, visit: int, block_size: int) -> list[PackedDocument]:
         unit = [
-            align(example, block_size, self.eos_id, unit=self._final_block_size)
+            align(example, block_size, self.eos_id, self._final_block_size, self.after_answer)
             for example in self.examples.unit(index)
         ]
         return share([PackedDocument(document, self.make_views(document, visit)) for document in unit])

@@ -42,7 +42,7 @@ def masked_view(
 
     `weight_scale_P` multiplies the weight 1/t where the estimator differs from the plain one.
     """
-    ids = document.input_ids_T[position_P]
+    ids = document.view_ids_T[position_P]
     return View(
         position_P=position_P,
         input_ids_P=np.where(masked_P, np.int32(mask_id), ids).astype(np.int32),

@@ -77,7 +77,7 @@ def transition_view(
     response = document.trainable_T[position_P].reshape(-1, document.block_size).sum(axis=1)
     return View(
         position_P=position_P,
-        input_ids_P=np.where(masked_P, np.int32(mask_id), document.input_ids_T[position_P]).astype(np.int32),
+        input_ids_P=np.where(masked_P, np.int32(mask_id), document.view_ids_T[position_P]).astype(np.int32),
         target_P=masked_P & (step_P < first_P + stride),
         t_P=np.repeat(masked / response, document.block_size).astype(np.float32),
         elbo_weight_P=np.repeat(weight, document.block_size)[here].astype(np.float32),

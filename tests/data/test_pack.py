@@ -8,6 +8,7 @@ import torch
 
 from dfactory.data.pack import PackedDocument, Packer, align, collate, pack_rows, share
 from dfactory.types import AlignedDocument, Example, View
+from dfactory.views import EditTargets, GridMask, RandomMask
 from dfactory.visibility import dense_mask
 
 EOS, MASK = 0, 9
@@ -62,6 +63,57 @@ def test_real_tokens_are_the_same_in_blocks_of_any_size(ids, trainable, steps, r
         assert batch.answer_length_D.tolist() == [len(real_here)]
         assert batch.position_ids_RS.flatten()[batch.target_index_N[batch.real_N]].tolist() == real_here
         assert batch.response_length_D.tolist() == [int(document.trainable_T.sum())]
+
+
+TURNS = [5, 6, 7, 1, 4, 5, 6, 8, 1, 5, 7, 7, 8, 8, 0]  # 1 ends an answer, 4 and 5 begin a question
+ANSWERS = [0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
+VIEW_MAKERS = {
+    "mask": RandomMask(MASK, seed=0, low=0.2, high=0.9, complementary=True, num_views=4),
+    "exact": RandomMask(MASK, seed=0, low=0.0, high=1.0, mask_count="exact"),
+    "grid": GridMask(MASK, seed=0, levels=(0.1, 0.5, 0.9)),
+    "edit": EditTargets(
+        RandomMask(MASK, seed=0, low=0.2, high=0.9),
+        mask_id=MASK,
+        text_ids=np.arange(2, 9),
+        seed=0,
+        edit_share=0.3,
+        num_turns=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VIEW_MAKERS)
+@pytest.mark.parametrize(
+    "block_size, shown",
+    [
+        (2, [5, 6, 7, 1, 4, 5, 6, 8, 1, 0, 7, 7, 8, 8, 0, 0]),
+        (4, [5, 6, 7, 1, 4, 5, 6, 8, 1, 0, 0, 0, 8, 8, 0, 0]),
+        (8, [5, 6, 7, 1, 4, 5, 6, 8, 1, 5, 7, 7, 8, 8, 0, 0]),  # another answer begins in each block
+        (3, [5, 6, 7, 1, 0, 0, 6, 8, 1, 5, 7, 7, 8, 8, 0]),
+        (5, [5, 6, 7, 1, 0, 5, 6, 8, 1, 0, 7, 7, 8, 8, 0]),
+    ],
+)
+def test_no_view_shows_the_turn_that_follows_an_answer(name, block_size, shown):
+    """A decoder leaves EOS there. The clean stream has the true text, targets and masks are the same."""
+    filled, text = (align(example(TURNS, ANSWERS), block_size, EOS, after_answer=kind) for kind in ("fill", "text"))
+    for view, true in zip(*(VIEW_MAKERS[name](document, 0) for document in (filled, text)), strict=True):
+        for field in ("position_P", "target_P", "t_P", "elbo_weight_P"):
+            assert np.array_equal(getattr(view, field), getattr(true, field))
+        others = ~filled.trainable_T[view.position_P]
+        assert view.input_ids_P[others].tolist() == np.array(shown)[view.position_P[others]].tolist()
+        assert true.input_ids_P[others].tolist() == filled.input_ids_T[true.position_P[others]].tolist()
+        assert np.array_equal(view.input_ids_P[~others], true.input_ids_P[~others])
+    batches = [collate([[PackedDocument(d, VIEW_MAKERS[name](d, 0))]], block_size) for d in (filled, text)]
+    assert torch.equal(batches[0].target_ids_N, batches[1].target_ids_N)
+    clean = batches[0].view_RS == 0
+    assert torch.equal(batches[0].input_ids_RS[clean], batches[1].input_ids_RS[clean])
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4, 8])
+def test_a_record_of_one_turn_is_shown_as_it_is(block_size):
+    for ids, marks in [([5, 6, 7, 8, 1, 0], [0, 0, 1, 1, 1, 1]), ([5, 6, 0, 7, 8], [1] * 5)]:
+        document = align(example(ids, marks), block_size, EOS)
+        assert np.array_equal(document.view_ids_T, document.input_ids_T)
 
 
 def test_a_document_shorter_than_a_block_is_one_block():

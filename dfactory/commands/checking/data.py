@@ -137,7 +137,7 @@ def tell_example(page: Page, recipe: Recipe, inputs: Inputs) -> None:
 def _show_example(page: Page, recipe: Recipe, inputs: Inputs, name: str, index: int) -> None:
     example = inputs.train[index]
     decode = preview.decoder_of(inputs.vocabulary.tokenizer)
-    document = align(example, recipe.block_size, inputs.special.eos)
+    document = align(example, recipe.block_size, inputs.special.eos, after_answer=recipe.after_answer)
     ids_T, trainable_T = document.input_ids_T, document.trainable_T
     views = make_source(recipe, inputs, rank=0, world_size=1).make_views(document, 0)
     page.line(name, preview.document_text(example, ids_T, trainable_T, decode))
