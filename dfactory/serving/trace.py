@@ -43,7 +43,7 @@ def write_trace(path: Path, turns: list[Turn]) -> None:
     if path.suffix == ".gif":
         _write_gif(partial, turns)
     else:
-        partial.write_text(_page(turns), encoding="utf-8")
+        partial.write_text(_page(turns), encoding="utf-8", errors="replace")  # half characters have no bytes
     partial.replace(path)
 
 

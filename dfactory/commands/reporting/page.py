@@ -22,6 +22,9 @@ th:first-child, td:first-child { text-align: left; } img { max-width: 100%; } di
 table.text th, table.text td { text-align: left; vertical-align: top; white-space: pre-wrap; font-size: 13px; }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px; }
 """
+POLICY = (  # a second wall after the escaping: a browser runs and fetches nothing
+    """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">"""
+)
 CAPTIONS = {
     "loss": "Thin: each step; thick: mean over 1/20 of the steps; diamonds: held out. Of RL, the training loss stays near 0 "
     "(its gradient counts, look at the rewards) and the held-out one is a likelihood: they do not compare.",
@@ -60,7 +63,7 @@ def final_numbers(run: Run) -> dict[str, str]:
 
 def page(runs: list[Run], pictures: list[Path]) -> str:
     title = html.escape(" and ".join(run.label for run in runs))
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"]
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8>{POLICY}<title>{title}</title><style>{STYLE}</style>"]
     parts += [f"<h1>{title}</h1>", _table(runs)]
     parts.append(
         f"<p>Training numbers are means over the last 1/{TAIL_SHARE} of the steps, held-out ones the last.</p>"
@@ -76,7 +79,7 @@ def page(runs: list[Run], pictures: list[Path]) -> str:
     parts += [_completions(run.label, rows) for run in runs if (rows := run.completions())]
     for run in runs:
         parts.append(f"<h2>recipe of {html.escape(run.label)}, resolved</h2><pre>{html.escape(run.config)}</pre>")
-    return "\n".join(parts) + "\n</html>\n"
+    return "\n".join([*parts, "</html>\n"]).encode(errors="replace").decode()  # half characters have no bytes
 
 
 def _table(runs: list[Run]) -> str:
