@@ -129,6 +129,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     serve.add_argument("--max-queue", type=_positive, default=64, help="answers that may wait (default: %(default)s)")
     serve.add_argument("--request-timeout", type=_seconds, default=600.0, help="seconds (default: %(default)s)")
     serve.add_argument(
+        "--client-timeout", type=_seconds, default=30.0, help="seconds to send a request in (default: %(default)s)"
+    )
+    serve.add_argument(
         "--drain-timeout", type=_seconds, default=60.0, help="seconds, at SIGTERM (default: %(default)s)"
     )
 

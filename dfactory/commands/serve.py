@@ -21,6 +21,7 @@ def run_server(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
         max_length=arguments.max_length,
         max_queue=arguments.max_queue,
         request_timeout=arguments.request_timeout,
+        client_timeout=arguments.client_timeout,
         drain_timeout=arguments.drain_timeout,
     )
     keys = dataclasses.replace(keys, block_size=answerer.rules.block_size)

@@ -4,12 +4,50 @@ Text leaves block by block, when a block is finished. Held back are the bytes of
 whatever could be the beginning of a stop text.
 """
 
+import asyncio
+from typing import NamedTuple
+
 from dfactory.decoding import Progress
-from dfactory.types import FinishReason
+from dfactory.types import FinishReason, Rollout
 from dfactory.vocabulary import Vocabulary
 
 STOP = "stop"  # the finish reason where a stop text came
 INCOMPLETE = "\ufffd"  # what a tokenizer makes of the bytes of half a character
+
+
+class News(NamedTuple):
+    """What an answer has gained since the last time."""
+
+    forwards: int
+    added_ids: list[int]  # of blocks that are finished now
+    rollout: Rollout | None  # when the answer is
+
+
+class Hearer:
+    """From the decoder's thread to the event loop: what is new of each answer. Forwards that finish no block are left out,
+    and without `by_block` all but the last, so that a client who reads slowly piles up no more than its answer."""
+
+    def __init__(self, answers: int, *, by_block: bool):
+        self.by_block = by_block
+        self.settled = [0] * answers
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[tuple[int, News | None]] = asyncio.Queue()
+
+    def hear(self, index: int, progress: Progress | None) -> None:
+        """Called from any thread; None where no answer will come."""
+        if progress is None:
+            self._put(index, None)
+        elif progress.rollout is not None or (self.by_block and progress.settled > self.settled[index]):
+            added = progress.token_ids[self.settled[index] : progress.settled]
+            self.settled[index] = progress.settled
+            self._put(index, News(progress.forwards, added, progress.rollout))
+
+    def _put(self, index: int, news: News | None) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, news))
+
+    async def next(self) -> tuple[int, News | None]:
+        return await self.queue.get()
 
 
 class Answer:
@@ -22,11 +60,10 @@ class Answer:
         self.forwards = 0
         self.finish_reason: str | None = None
 
-    def hear(self, progress: Progress) -> str:
-        """The text that this forward adds."""
-        self.forwards = progress.forwards
-        rollout = progress.rollout
-        self.token_ids = rollout.output_ids if rollout else progress.token_ids[: progress.settled]
+    def hear(self, news: News) -> str:
+        """The text that this adds. Takes a time that grows with the answer."""
+        self.forwards, rollout = news.forwards, news.rollout
+        self.token_ids = rollout.output_ids if rollout else self.token_ids + news.added_ids
         if self.vocabulary.tokenizer is None:
             whole = ""
         else:
@@ -46,8 +83,7 @@ class Answer:
 
     def _doubtful(self, text: str) -> int:
         """Length of the longest end of `text` with which a stop text begins."""
-        lengths = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return max(lengths, default=0)
+        return max((overlap(text, stop) for stop in self.stop), default=0)
 
     @property
     def openai_reason(self) -> str | None:
@@ -68,3 +104,9 @@ def usage(answers: list[Answer], prompts: int) -> dict[str, float]:
         "forwards": forwards,
         "tokens_per_forward": tokens / max(forwards, 1),
     }
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins but does not end."""
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((length for length in lengths if text.endswith(stop[:length])), 0)

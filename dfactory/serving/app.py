@@ -1,35 +1,37 @@
-"""The HTTP side: routes, who may ask, what goes wrong, and streaming as server-sent events.
+"""The HTTP side: routes, who may ask, and streaming as server-sent events.
 
     POST /generate   POST /v1/completions   POST /v1/chat/completions   GET /v1/models   GET /health   GET /metrics
 
-A request that ends early, because its client hangs up or its time is over, gives its slots back.
+A request that ends early, because its client hangs up or its time is over, gives its slots back. What takes a time that
+grows with a request or its answers runs in a thread, so that the event loop is always there for /health and signals.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import hmac
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from aiohttp import web
 
-from dfactory.decoding import Progress
-from dfactory.errors import ConfigError, DataError
-from dfactory.serving.answers import STOP, Answer
-from dfactory.serving.engine import Engine, Job, QueueFull, Stopped
+from dfactory.serving.answers import STOP, Answer, Hearer, News
+from dfactory.serving.bodies import Bodies
+from dfactory.serving.connections import Connections
+from dfactory.serving.engine import Engine, Job, Stopped
 from dfactory.serving.metrics import Metrics
-from dfactory.serving.requests import Generation, Read, Reader, UnknownModel
-from dfactory.serving.shapes import ChatCompletion, Completion, Native, Shape, error
+from dfactory.serving.reading import Readers, Refused
+from dfactory.serving.refusals import EngineFailed, OutOfTime, event_of, refusal, told
+from dfactory.serving.requests import Generation, Read, Reader
+from dfactory.serving.shapes import ChatCompletion, Completion, Native, Shape
 
-LARGEST_BODY = 8 * 2**20
 OPEN_TO_ALL = ("/health",)
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d{0,5})?", re.IGNORECASE)
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
-
-
-class EngineFailed(Exception):
-    """The engine's thread ended under a request."""
+READ_WITHIN_S = 30.0  # JSON, template, tokenizer; those of the requests before included
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +41,15 @@ class Service:
     reader: Reader
     engine: Engine
     metrics: Metrics
+    connections: Connections
+    bodies: Bodies
     token: str | None
     request_timeout: float
     created: int
+    readers: Readers = dataclasses.field(default_factory=Readers)
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=LARGEST_BODY, middlewares=[self._measured, self._told, self._allowed])
+        app = web.Application(middlewares=[self._measured, told, self._allowed])
         name = self.reader.name
         app.router.add_post("/generate", self._answers(Reader.native, Native))
         app.router.add_post("/v1/completions", self._answers(Reader.completions, functools.partial(Completion, name)))
@@ -59,46 +64,30 @@ class Service:
 
     @web.middleware
     async def _measured(self, request: web.Request, handler) -> web.StreamResponse:
-        with self.metrics.request(_route(request)) as result:
+        with self.metrics.request(_route(request)) as result, self.connections.answering(request):
             response = await handler(request)
             result.status = response.status
             return response
 
     @web.middleware
-    async def _told(self, request: web.Request, handler) -> web.StreamResponse:
-        """Failures that are expected, in OpenAI's shape. Any other is a bug: aiohttp logs it and says 500."""
-        try:
-            return await handler(request)
-        except UnknownModel as problem:
-            return _refusal(404, str(problem), "model_not_found")
-        except (DataError, ConfigError) as problem:
-            return _refusal(400, str(problem), "invalid_request")
-        except QueueFull as problem:
-            return _refusal(429, str(problem), "queue_full", {"Retry-After": str(problem.retry_after)})
-        except Stopped as problem:
-            return _refusal(503, str(problem), "shutting_down", {"Retry-After": "5"})
-        except EngineFailed:
-            return _refusal(500, "the decoder has failed; see the server's log", "decoder_failed")
-        except TimeoutError:
-            return _refusal(504, f"no answer within {self.request_timeout:g} s", "timeout")
-        except web.HTTPException as problem:
-            if problem.status < 400:
-                raise
-            return _refusal(problem.status, problem.reason, "invalid_request", _kept_headers(problem))
-
-    @web.middleware
     async def _allowed(self, request: web.Request, handler) -> web.StreamResponse:
         """Who has the token; without one, only what addresses this machine by its own name, so that a web page whose
         name was made to point here (DNS rebinding) is turned away."""
+        names = _names(request)
+        if None in names:
+            return refusal(400, f"Host {_host(request)} is not one name and a port", "invalid_request")
         if self.token is None:
-            host = request.headers.get("Host", "")
-            if host.rpartition(":")[0] not in LOCAL_NAMES and host not in LOCAL_NAMES:
-                return _refusal(403, f"Host {host[:80]} is not this machine's own name: use 127.0.0.1", "wrong_host")
+            if not names or not names.issubset(LOCAL_NAMES):
+                return refusal(
+                    403, f"Host {_host(request)} is not this machine's own name: use 127.0.0.1", "wrong_host"
+                )
         elif request.path not in OPEN_TO_ALL and not self._has_token(request):
             challenge = {"WWW-Authenticate": "Bearer"}
-            return _refusal(401, "Authorization: Bearer TOKEN is missing or wrong", "invalid_api_key", challenge)
+            return refusal(401, "Authorization: Bearer TOKEN is missing or wrong", "invalid_api_key", challenge)
         if request.method == "POST" and request.content_type != "application/json":
-            return _refusal(415, "Content-Type must be application/json", "invalid_request")
+            return refusal(415, "Content-Type must be application/json", "invalid_request")
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+            return refusal(415, "Content-Encoding is not supported: send the body as it is", "invalid_request")
         return await handler(request)
 
     def _has_token(self, request: web.Request) -> bool:
@@ -110,41 +99,44 @@ class Service:
 
     def _answers(self, read: Read, new_shape: Callable[[Generation], Shape]):
         async def handler(request: web.Request) -> web.StreamResponse:
-            generation = read(self.reader, await request.read())
+            ends = asyncio.get_running_loop().time() + self.request_timeout
+            async with self._in_time(ends), self.bodies.received(request) as raw:
+                self.connections.has_all(request)
+                generation = await self.readers.read(raw, functools.partial(read, self.reader), READ_WITHIN_S)
             answers = [Answer(self.reader.vocabulary, generation.stop, len(p)) for p in generation.prompts]
             shape = new_shape(generation)
             if generation.stream:
-                return await self._stream(request, generation, answers, shape)
-            async with asyncio.timeout(self.request_timeout):
+                return await self._stream(request, generation, answers, shape, ends)
+            async with self._in_time(ends):
                 async for _ in self._additions(generation, answers):
                     pass
-            return web.json_response(shape.whole(answers))
+            return web.json_response(text=await asyncio.to_thread(lambda: json.dumps(shape.whole(answers))))
 
         return handler
 
+    @contextlib.asynccontextmanager
+    async def _in_time(self, ends: float) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout_at(ends):
+                yield
+        except TimeoutError as problem:
+            raise OutOfTime(f"no answer within {self.request_timeout:g} s") from problem
+
     async def _additions(self, generation: Generation, answers: list[Answer]) -> AsyncIterator[tuple[int, str]]:
         """(which answer, the text that it gains), until all are complete. Raises QueueFull, Stopped, EngineFailed."""
-        heard: asyncio.Queue[tuple[int, Progress | None]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def hear(index: int, progress: Progress | None) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(heard.put_nowait, (index, progress))
-
+        hearer = Hearer(len(answers), by_block=generation.stream or bool(generation.stop))
         jobs = [
-            Job(prompt, generation.rules, noise_id, functools.partial(hear, index))
+            Job(prompt, generation.rules, noise_id, functools.partial(hearer.hear, index))
             for index, (prompt, noise_id) in enumerate(zip(generation.prompts, generation.noise_ids, strict=True))
         ]
         self.engine.submit(jobs)
         try:
             left = set(range(len(jobs)))
             while left:
-                index, progress = await heard.get()
-                if progress is None:
-                    raise EngineFailed
+                index, news = await hearer.next()
                 if index not in left:
                     continue  # what was decoded behind a stop text
-                added = answers[index].hear(progress)
+                added = await asyncio.to_thread(answers[index].hear, self._checked(news))
                 if answers[index].finish_reason is not None:
                     left.discard(index)
                     if answers[index].finish_reason == STOP:
@@ -154,14 +146,21 @@ class Service:
         finally:
             self.engine.cancel(jobs)
 
+    def _checked(self, news: News | None) -> News:
+        if news is not None:
+            return news
+        if self.engine.failed:
+            raise EngineFailed
+        raise Stopped("the server is shutting down")
+
     async def _stream(
-        self, request: web.Request, generation: Generation, answers: list[Answer], shape: Shape
+        self, request: web.Request, generation: Generation, answers: list[Answer], shape: Shape, ends: float
     ) -> web.StreamResponse:
         """Refusals that come before the first text have a status of their own; later ones are an event."""
         additions = self._additions(generation, answers)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         try:
-            async with asyncio.timeout(self.request_timeout):
+            async with self._in_time(ends):
                 async for index, added in additions:
                     if not response.prepared:
                         await response.prepare(request)
@@ -171,15 +170,10 @@ class Service:
             if last is not None:
                 await _send(response, last)
             await response.write(b"data: [DONE]\n\n")
-        except (TimeoutError, EngineFailed) as problem:
+        except (OutOfTime, EngineFailed, Stopped) as problem:
             if not response.prepared:
                 raise
-            what = (
-                ("decoder has failed", "decoder_failed")
-                if isinstance(problem, EngineFailed)
-                else ("time is over", "timeout")
-            )
-            await _send(response, error(what[0], "server_error", what[1]))
+            await _send(response, event_of(problem))
         finally:
             await additions.aclose()
         await response.write_eof()
@@ -193,7 +187,8 @@ class Service:
     async def _model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
         if name != self.reader.name:
-            raise UnknownModel(f"model {name[:80]} is not here: this server has {self.reader.name}")
+            message = f"model {name[:80]} is not here: this server has {self.reader.name}"
+            raise Refused(404, message, "model_not_found")
         return web.json_response(self._about())
 
     def _about(self) -> dict[str, Any]:
@@ -213,16 +208,19 @@ async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
     await response.write(b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n")
 
 
+def _names(request: web.Request) -> set[str | None]:
+    """The names by which a request addresses this server, in its Host headers and, with aiohttp's `host`, in its target.
+    None is among them where one is not a plain name."""
+    hosts = request.headers.getall("Host", [])
+    found = [HOST.fullmatch(host) for host in (*hosts, request.host)] if hosts else []
+    return {host and host[1].lower() for host in found} | ({None} if len(hosts) > 1 else set())
+
+
+def _host(request: web.Request) -> str:
+    return ", ".join(request.headers.getall("Host", ["(none)"]))[:80]
+
+
 def _route(request: web.Request) -> str:
     """The path as it was registered: what clients make up may not become a label."""
     resource = request.match_info.route.resource
     return resource.canonical if resource is not None else "unknown"
-
-
-def _refusal(status: int, message: str, code: str, headers: dict[str, str] | None = None) -> web.Response:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return web.json_response(error(message, kind, code), status=status, headers=headers)
-
-
-def _kept_headers(problem: web.HTTPException) -> dict[str, str]:
-    return {"Allow": problem.headers["Allow"]} if "Allow" in problem.headers else {}

@@ -113,6 +113,19 @@ class Engine:
             self.closed = True
             self.changed.notify_all()
 
+    def give_up_all(self) -> None:
+        """After `close`: nobody who is here gets an answer any more."""
+        with self.changed:
+            left = [*self.running.values(), *self.waiting]
+        self.cancel(left)
+        for job in left:
+            job.hear(None)
+
+    @property
+    def most(self) -> int:
+        """Jobs that there can be at once."""
+        return self.max_queue + self.slots
+
     def join(self, timeout_s: float | None = None) -> bool:
         """Wait for the thread after `close`. Whether it has ended."""
         self._thread.join(timeout_s)

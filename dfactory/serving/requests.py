@@ -15,6 +15,15 @@ from dfactory.data.chat import ChatEncoder
 from dfactory.data.fields import load_json, text, tools
 from dfactory.decoding import DecodeRules, check_prompts
 from dfactory.errors import DataError
+from dfactory.serving.bounds import (
+    MOST_ANSWERS,
+    MOST_MESSAGES,
+    MOST_STOPS,
+    STOP_CHARACTERS,
+    check_containers,
+    check_fields,
+    check_text,
+)
 from dfactory.serving.fields import (
     CHAT,
     COMPLETIONS,
@@ -28,7 +37,6 @@ from dfactory.serving.fields import (
 )
 from dfactory.vocabulary import Vocabulary
 
-MOST_ANSWERS, MOST_STOPS = 128, 16
 TEMPERATURES = (0.01, 100.0)  # beyond, float32 runs over
 
 
@@ -44,6 +52,9 @@ class Generation:
     include_usage: bool
 
 
+Encode = Callable[[Any, dict[str, Any]], list[int]]  # a prompt as its body has it -> ids
+
+
 @dataclasses.dataclass(frozen=True)
 class Reader:
     """Turns bodies into Generations, for one model."""
@@ -53,20 +64,15 @@ class Reader:
     keys: DecodeKeys  # what holds where a request says nothing; with the block size
     vocab_size: int
     longest: int  # prompt and answer, in tokens
+    most_answers: int = MOST_ANSWERS  # to one request
 
     def native(self, raw: bytes) -> Generation:
         body = self._body(raw, NATIVE)
         kinds = [name for name in ("prompt", "messages", "prompt_ids") if name in body]
         if len(kinds) != 1:
             raise DataError(f"{' and '.join(kinds) or 'no prompt'}: give one of prompt, messages, prompt_ids")
-        kind = kinds[0]
-        if kind == "messages":
-            prompt = self._conversation(body)
-        elif kind == "prompt":
-            prompt = self._text(body["prompt"])
-        else:
-            prompt = _ids(body["prompt_ids"], "prompt_ids")
-        return self._generation(body, [prompt])
+        encode = {"messages": self._conversation, "prompt": self._text, "prompt_ids": self._ids}[kinds[0]]
+        return self._generation(body, [body[kinds[0]]], encode)
 
     def completions(self, raw: bytes) -> Generation:
         body = self._body(raw, COMPLETIONS, openai=True)
@@ -75,40 +81,46 @@ class Reader:
         prompt = body["prompt"]
         several = isinstance(prompt, list) and bool(prompt) and not all(type(token) is int for token in prompt)
         entries = prompt if several else [prompt]
-        return self._generation(body, [self._text_or_ids(entry) for entry in entries])
+        return self._generation(body, entries, self._text_or_ids)
 
     def chat(self, raw: bytes) -> Generation:
         body = self._body(raw, CHAT, openai=True)
         if "messages" not in body:
             raise DataError("messages is missing: a list of {role, content}")
-        return self._generation(body, [self._conversation(body)])
+        return self._generation(body, [body["messages"]], self._conversation)
 
     def _body(self, raw: bytes, own: tuple[str, ...], openai: bool = False) -> dict[str, Any]:
         """A JSON object of known fields, without nulls and what asks for nothing."""
+        check_containers(raw)
         try:
             body = load_json(raw.decode())
         except (ValueError, RecursionError) as problem:
             raise DataError(f"the body is not JSON: {problem}") from problem
         if not isinstance(body, dict):
             raise DataError(f"the body is {type(body).__name__}, not an object: {{...}}")
+        check_fields(body)
         body = known_fields(body, own, openai)
         if body.get("model", self.name) != self.name:
             raise UnknownModel(f"model {str(body['model'])[:80]} is not here: this server has {self.name}")
         return as_decode_keys(body) if openai else body
 
-    def _generation(self, body: dict[str, Any], prompts: list[list[int]]) -> Generation:
+    def _generation(self, body: dict[str, Any], entries: list[Any], encode: Encode) -> Generation:
+        """What is quickly seen to be wrong is refused before anything is encoded."""
         count = _of_type(body, "n", int, 1)
-        if not 1 <= count * len(prompts) <= MOST_ANSWERS:
-            raise DataError(f"{len(prompts)} prompts with n {count}: a request has 1 to {MOST_ANSWERS} answers")
+        if not 1 <= count * len(entries) <= self.most_answers:
+            raise DataError(f"{len(entries)} prompts with n {count}: a request has 1 to {self.most_answers} answers")
+        stop, stream = _stop(body.get("stop", [])), _of_type(body, "stream", bool, False)
+        include_usage = wants_usage(_of_type(body, "stream_options", dict, {}))
+        prompts = [encode(entry, body) for entry in entries]
         rules = self._rules(body, max(len(prompt) for prompt in prompts))
         check_prompts(prompts, rules, self.vocab_size)
         return Generation(
             [prompt for prompt in prompts for _ in range(count)],
             [choice for _ in prompts for choice in range(count)],
             rules,
-            _stop(body.get("stop", [])),
-            _of_type(body, "stream", bool, False),
-            wants_usage(_of_type(body, "stream_options", dict, {})),
+            stop,
+            stream,
+            include_usage,
         )
 
     def _rules(self, body: dict[str, Any], prompt_length: int) -> DecodeRules:
@@ -132,17 +144,26 @@ class Reader:
             raise DataError(f"temperature {keys.temperature:g}: it must be 0, or {low:g} to {high:g}")
         return self.vocabulary.rules(dataclasses.replace(keys, max_new_tokens=min(keys.max_new_tokens, room)))
 
-    def _conversation(self, body: dict[str, Any]) -> list[int]:
+    def _conversation(self, value: Any, body: dict[str, Any]) -> list[int]:
         encoder = self._encoder
+        if isinstance(value, list) and len(value) > MOST_MESSAGES:
+            raise DataError(f"messages has {len(value)}: a conversation has {MOST_MESSAGES} at most")
+        check_text([value, body.get("tools")], self.longest, "messages with tools")
         variables = template_variables(body.get("chat_template_kwargs", {}), encoder)
-        messages = messages_of(body["messages"])
-        return encoder.with_variables(variables).encode_prompt(messages, tools(body.get("tools")))
+        return encoder.with_variables(variables).encode_prompt(messages_of(value), tools(body.get("tools")))
 
-    def _text_or_ids(self, entry: Any) -> list[int]:
-        return self._text(entry) if isinstance(entry, str) else _ids(entry, "prompt")
+    def _text_or_ids(self, value: Any, body: dict[str, Any]) -> list[int]:
+        return self._text(value, body) if isinstance(value, str) else self._ids(value, body, "prompt")
 
-    def _text(self, value: Any) -> list[int]:
-        return self._encoder.encode_beginning(text(value, "prompt"))
+    def _text(self, value: Any, body: dict[str, Any]) -> list[int]:
+        encoder = self._encoder
+        check_text(value, self.longest, "prompt")
+        return encoder.encode_beginning(text(value, "prompt"))
+
+    def _ids(self, value: Any, body: dict[str, Any], name: str = "prompt_ids") -> list[int]:
+        if not isinstance(value, list) or not all(type(token) is int for token in value):
+            raise DataError(f"{name} must be a list of integers")
+        return value
 
     @property
     def _encoder(self) -> ChatEncoder:
@@ -155,12 +176,6 @@ class UnknownModel(DataError):
     """Another model than the one that is served: status 404, as OpenAI has it."""
 
 
-def _ids(value: Any, name: str) -> list[int]:
-    if not isinstance(value, list) or not all(type(token) is int for token in value):
-        raise DataError(f"{name} must be a list of integers")
-    return value
-
-
 def _of_type(body: dict[str, Any], name: str, kind: type, otherwise: Any = None) -> Any:
     value = body.get(name, otherwise)
     if type(value) is not kind:
@@ -170,6 +185,8 @@ def _of_type(body: dict[str, Any], name: str, kind: type, otherwise: Any = None)
 
 def _stop(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
+    if isinstance(stops, list) and any(isinstance(s, str) and len(s) > STOP_CHARACTERS for s in stops[:MOST_STOPS]):
+        raise DataError(f"a stop text has {STOP_CHARACTERS} characters at most")
     if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise DataError(f"stop must be text, or a list of at most {MOST_STOPS} texts, none of them empty")
     return tuple(stops)

@@ -1,7 +1,8 @@
 """From a loaded model to a listening server, and back: SIGTERM lets it finish what it has, then ends it with status 0."""
 
 import asyncio
-import contextlib
+import gc
+import logging
 import os
 import signal
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 from rich.console import Console
 
 from dfactory.config.decode import DecodeKeys
@@ -16,6 +18,9 @@ from dfactory.decoding import DecodeRules
 from dfactory.errors import ConfigError
 from dfactory.models.policy import Policy
 from dfactory.serving.app import Service
+from dfactory.serving.bodies import Bodies
+from dfactory.serving.bounds import MOST_ANSWERS
+from dfactory.serving.connections import Connections
 from dfactory.serving.engine import Engine
 from dfactory.serving.metrics import Metrics
 from dfactory.serving.requests import Reader
@@ -24,6 +29,9 @@ from dfactory.vocabulary import Vocabulary
 TOKEN_VARIABLE = "DFACTORY_SERVE_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SHORTEST_TOKEN = 16
+CLEANUP_S = 5.0  # for what is being written when all answers are there
+LINGERING_S = 2.0  # for the rest of a request that is refused already
+BACKLOG = 1024  # connections that wait to be accepted
 LONGEST = 4096  # tokens of prompt and answer, where nothing else is said
 
 
@@ -37,6 +45,7 @@ class Options(NamedTuple):
     max_length: int | None = None
     max_queue: int = 64
     request_timeout: float = 600.0
+    client_timeout: float = 30.0
     drain_timeout: float = 60.0
 
 
@@ -77,8 +86,18 @@ def serve(
     engine = Engine(
         policy, rules.block_size, rules.batch_size, capacity, options.max_queue, cuda_graphs=rules.cuda_graphs
     )
-    reader = Reader(options.model_name, vocabulary, keys, policy.config.vocab_size, longest)
-    service = Service(reader, engine, Metrics(engine), token, options.request_timeout, int(time.time()))
+    most = min(MOST_ANSWERS, engine.most)
+    reader = Reader(options.model_name, vocabulary, keys, policy.config.vocab_size, longest, most)
+    service = Service(
+        reader,
+        engine,
+        Metrics(engine),
+        Connections(options.client_timeout),
+        Bodies(options.client_timeout),
+        token,
+        options.request_timeout,
+        int(time.time()),
+    )
     return asyncio.run(_serve(service, options, console))
 
 
@@ -86,32 +105,74 @@ async def _serve(service: Service, options: Options, console: Console) -> int:
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
+    gc.freeze()  # what is here stays: a collection looks at what requests make, or it would stop all threads for seconds
     engine = service.engine
-    runner = web.AppRunner(service.app(), handler_cancellation=True, access_log=None, shutdown_timeout=5.0)
+    runner = web.AppRunner(
+        service.app(),
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=CLEANUP_S,
+        auto_decompress=False,
+        lingering_time=LINGERING_S,
+        logger=_logger(),
+    )
     await runner.setup()
     engine.start()
     try:
-        site = web.TCPSite(runner, options.host, options.port)
-        try:
-            await site.start()
-        except OSError as problem:
-            raise ConfigError(f"cannot listen on {options.host} port {options.port}: {problem.strerror}") from problem
-        host, port = runner.addresses[0][:2]
-        console.print(
-            f"{service.reader.name} on http://{f'[{host}]' if ':' in host else host}:{port}, {engine.slots} slots of "
-            f"{service.reader.longest} tokens, {'with a token' if service.token else 'this machine only'}",
-            soft_wrap=True,
-        )
-        failed = asyncio.create_task(asyncio.to_thread(engine.join))
-        stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait((failed, stopped), return_when=asyncio.FIRST_COMPLETED)
-        if not engine.failed:
-            console.print(f"draining: {len(engine.running)} running, {len(engine.waiting)} waiting", soft_wrap=True)
-        engine.close()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(failed), options.drain_timeout)
-        stopped.cancel()
+        server = await _listen(service, runner, options)
+        _announce(service, server.sockets[0].getsockname()[:2], console)
+        await _until_stopped(service, stop, options, console)
+        server.close()
     finally:
         engine.close()
+        service.connections.close_waiting()
         await runner.cleanup()
+        await service.connections.all_closed(CLEANUP_S)
     return int(engine.failed)
+
+
+class _Bugs(logging.Filter):
+    """What a client sends that is no HTTP does not fill the log with tracebacks."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+def _logger() -> logging.Logger:
+    logger = logging.getLogger(__name__)
+    logger.addFilter(_Bugs())
+    return logger
+
+
+async def _listen(service: Service, runner: web.AppRunner, options: Options) -> asyncio.Server:
+    try:
+        return await asyncio.get_running_loop().create_server(
+            service.connections.protocols(runner.server), options.host, options.port, backlog=BACKLOG
+        )
+    except OSError as problem:
+        raise ConfigError(f"cannot listen on {options.host} port {options.port}: {problem.strerror}") from problem
+
+
+def _announce(service: Service, address: tuple[str, int], console: Console) -> None:
+    host, port = address
+    console.print(
+        f"{service.reader.name} on http://{f'[{host}]' if ':' in host else host}:{port}, {service.engine.slots} slots of "
+        f"{service.reader.longest} tokens, {'with a token' if service.token else 'this machine only'}",
+        soft_wrap=True,
+    )
+
+
+async def _until_stopped(service: Service, stop: asyncio.Event, options: Options, console: Console) -> None:
+    """Until a signal or the engine's end; after a signal those that are here have `drain_timeout` to be finished."""
+    engine = service.engine
+    failed = asyncio.create_task(asyncio.to_thread(engine.join))
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait((failed, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not engine.failed:
+        console.print(f"draining: {len(engine.running)} running, {len(engine.waiting)} waiting", soft_wrap=True)
+    engine.close()
+    try:
+        await asyncio.wait_for(asyncio.shield(failed), options.drain_timeout)
+    except TimeoutError:
+        engine.give_up_all()

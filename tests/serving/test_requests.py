@@ -1,5 +1,6 @@
 """Bodies that are refused, each with what is wrong and what to do; options of the server that are."""
 
+import asyncio
 import dataclasses
 import json
 import socket
@@ -10,7 +11,7 @@ import pytest
 from dfactory.cli import main
 from dfactory.config.decode import DecodeKeys
 from dfactory.errors import ConfigError, DataError
-from dfactory.serving.answers import Answer
+from dfactory.serving.answers import Answer, Hearer, News, overlap
 from dfactory.serving.requests import Reader
 from dfactory.types import FinishReason
 from tests.serving.conftest import KEYS, MODEL
@@ -119,24 +120,46 @@ class Letters:
         return "".join("\ufffd" if token == 9 else chr(97 + token) for token in ids)
 
 
-def heard(token_ids: list[int], settled: int, done: bool = False):
-    rollout = SimpleNamespace(output_ids=token_ids, finish_reason=FinishReason.LENGTH) if done else None
-    return SimpleNamespace(forwards=1, token_ids=token_ids, settled=settled, rollout=rollout)
+def news(added: list[int], whole: list[int] | None = None) -> News:
+    rollout = SimpleNamespace(output_ids=whole, finish_reason=FinishReason.LENGTH) if whole is not None else None
+    return News(1, added, rollout)
 
 
 def test_text_leaves_when_it_is_sure():
     answer = Answer(Letters(), ("cd", "xyz"), 1)
-    steps = [heard([0, 1], 0), heard([0, 1], 2), heard([0, 1, 2], 3), heard([0, 1, 2, 4, 9], 5)]
-    assert [answer.hear(step) for step in steps] == ["", "ab", "", "ce"]
-    assert answer.hear(heard([0, 1, 2, 4, 9, 23], 6, done=True)) == "\ufffdx"
+    steps = [news([0, 1]), news([2]), news([4, 9])]
+    assert [answer.hear(step) for step in steps] == ["ab", "", "ce"]
+    assert answer.hear(news([], [0, 1, 2, 4, 9, 23])) == "\ufffdx"
     assert answer.finish_reason == "length"
 
 
 def test_a_stop_text_ends_an_answer_where_it_begins():
     answer = Answer(Letters(), ("cd", "d"), 1)
-    assert answer.hear(heard([0, 1, 2], 3)) == "ab"
-    assert answer.hear(heard([0, 1, 2, 3, 4], 5)) == ""
+    assert answer.hear(news([0, 1, 2])) == "ab"
+    assert answer.hear(news([3, 4])) == ""
     assert (answer.text, answer.finish_reason) == ("ab", "stop")
+
+
+def test_what_a_stop_text_begins_with_is_held_back_whatever_their_lengths():
+    for text, stop in (("aaab", "aab"), ("aaa", "aab"), ("a", "ab" * 500), ("abab", "ababc"), ("x", "y"), ("", "ab")):
+        expected = max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        assert overlap(text, stop) == expected, (text, stop)
+
+
+def test_news_leave_out_what_finishes_no_block():
+    """Of four forwards two finish a block of two; a request that wants whole answers hears the last one only."""
+
+    async def hear(by_block: bool) -> list[News]:
+        hearer = Hearer(1, by_block=by_block)
+        for ids, settled in (([5], 0), ([5, 6], 2), ([5, 6, 7], 2), ([5, 6, 7, 8], 4)):
+            rollout = SimpleNamespace(output_ids=ids) if settled == 4 else None
+            hearer.hear(0, SimpleNamespace(forwards=len(ids), token_ids=ids, settled=settled, rollout=rollout))
+        return [(await hearer.next())[1] for _ in range(1 + by_block)]
+
+    blocks = asyncio.run(hear(by_block=True))
+    assert [(part.forwards, part.added_ids) for part in blocks] == [(2, [5, 6]), (4, [7, 8])]
+    (last,) = asyncio.run(hear(by_block=False))
+    assert (last.forwards, last.rollout.output_ids) == (4, [5, 6, 7, 8])
 
 
 # --- options of the server ---------------------------------------------------------------------------------------------

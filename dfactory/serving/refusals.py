@@ -1,0 +1,76 @@
+"""What a client is told when something goes wrong, in OpenAI's shape; for every endpoint."""
+
+from aiohttp import web
+
+from dfactory.errors import DFactoryError
+from dfactory.serving.bodies import SlowClient, TooManyBytes
+from dfactory.serving.engine import QueueFull, Stopped
+from dfactory.serving.reading import ReadingFailed, Refused, TooSlow
+from dfactory.serving.shapes import error
+
+LATER = {"Retry-After": "5"}
+
+
+class EngineFailed(Exception):
+    """The engine's thread ended under a request."""
+
+
+class OutOfTime(DFactoryError):
+    """A request whose answer took longer than `request_timeout`."""
+
+
+EXPECTED = (Refused, QueueFull, Stopped, TooSlow, TooManyBytes, SlowClient, OutOfTime, EngineFailed, ReadingFailed)
+
+
+@web.middleware
+async def told(request: web.Request, handler) -> web.StreamResponse:
+    """Failures that are expected as refusals. Any other is a bug: aiohttp logs it and says 500."""
+    try:
+        return await handler(request)
+    except EXPECTED as problem:
+        return refusal_of(problem)
+    except web.HTTPException as problem:
+        if problem.status < 400:
+            raise
+        kept = {"Allow": problem.headers["Allow"]} if "Allow" in problem.headers else {}
+        return refusal(problem.status, problem.reason, "invalid_request", kept)
+
+
+def refusal_of(problem: Exception) -> web.Response:
+    match problem:
+        case Refused():
+            return refusal(problem.status, problem.message, problem.code)
+        case QueueFull():
+            return refusal(429, str(problem), "queue_full", {"Retry-After": str(problem.retry_after)})
+        case TooManyBytes():
+            return closing(refusal(429, str(problem), "too_many_bytes", LATER))
+        case SlowClient():
+            return closing(refusal(408, str(problem), "slow_client"))
+        case Stopped():
+            return refusal(503, str(problem), "shutting_down", LATER)
+        case TooSlow():
+            return refusal(503, str(problem), "not_read", LATER)
+        case OutOfTime():
+            return refusal(504, str(problem), "timeout")
+        case EngineFailed():
+            return refusal(500, "the decoder has failed; see the server's log", "decoder_failed")
+        case _:
+            return refusal(500, "the request cannot be read; see the server's log", "reading_failed")
+
+
+def event_of(problem: Exception) -> dict:
+    """The same inside a stream, whose status has left already."""
+    known = {OutOfTime: ("time is over", "timeout"), Stopped: ("the server is shutting down", "shutting_down")}
+    message, code = known.get(type(problem), ("decoder has failed", "decoder_failed"))
+    return error(message, "server_error", code)
+
+
+def refusal(status: int, message: str, code: str, headers: dict[str, str] | None = None) -> web.Response:
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return web.json_response(error(message, kind, code), status=status, headers=headers)
+
+
+def closing(response: web.Response) -> web.Response:
+    """The rest of the request is not waited for."""
+    response.force_close()
+    return response
