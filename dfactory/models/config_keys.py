@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 from dfactory.errors import CheckpointError
 
 MOST_BYTES = 2**20  # of config.json and its like
+MOST_TOKENIZER_BYTES = 2**27  # of tokenizer.json; vocabularies of 256,000 tokens take 35 MB
+MOST_ADDED_TOKENS = 2**16
 
 
 class Rule(NamedTuple):
@@ -197,10 +199,10 @@ def stated_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in keys.items() if value is not None}
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     """A JSON file of settings. Raises CheckpointError where it is none, or larger than any is."""
-    if file.stat().st_size > MOST_BYTES:
-        raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes: at most {MOST_BYTES:,} are read")
+    if file.stat().st_size > most_bytes:
+        raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes: at most {most_bytes:,} are read")
     try:
         keys = json.loads(file.read_text())
     except (ValueError, RecursionError) as problem:

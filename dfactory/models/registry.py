@@ -30,7 +30,7 @@ from dfactory.models.adapters import (
     merge_into_base,
     whole_model_dir,
 )
-from dfactory.models.config_keys import read_object
+from dfactory.models.config_keys import MOST_ADDED_TOKENS, MOST_TOKENIZER_BYTES, read_object
 from dfactory.models.headers import Shapes, check_counts, check_shapes, is_plain_name, read_shapes
 from dfactory.models.policy import Policy
 from dfactory.models.saving import GENERATION_CONFIG
@@ -126,7 +126,23 @@ def read_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase | None:
     """The directory's tokenizer, or None where it has none (then records come tokenised)."""
     if not any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
+    _check_tokenizer(model_dir)
     return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+
+
+def _check_tokenizer(model_dir: Path) -> None:
+    """Raise CheckpointError for files that would keep the tokenizers library busy for minutes: it has no bounds itself."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        file = model_dir / name
+        if not file.is_file():
+            continue
+        stated = read_object(file, MOST_TOKENIZER_BYTES)
+        for key in ("added_tokens", "added_tokens_decoder"):
+            if len(stated.get(key) or ()) > MOST_ADDED_TOKENS:
+                raise CheckpointError(
+                    f"{key} in {file} has {len(stated[key]):,} entries: at most {MOST_ADDED_TOKENS:,} are read; put the "
+                    "tokens into the vocabulary instead"
+                )
 
 
 def trained_block_size(model_dir: Path) -> int:

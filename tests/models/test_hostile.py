@@ -231,3 +231,21 @@ def test_json_of_a_bomb_is_refused_unread(name, read, model):
     (model / name).write_bytes(b'{"x": [' + b"[]," * 7_000_000 + b"[]]}")
     with pytest.raises(CheckpointError, match=rf"{name} has 21,000,0\d\d bytes: "):
         read(model)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("[" * 2_000_000, "is not a JSON object"),
+        (
+            '{"added_tokens": [' + "{}," * 65_536 + "{}]}",
+            "added_tokens in .*tokenizer.json has 65,537 entries: at most 65,536",
+        ),
+        ('{"x": "' + "x" * 134_217_728 + '"}', "has 134,217,7.. bytes: at most 134,217,728 are read"),
+    ],
+    ids=["nesting", "added tokens", "size"],
+)
+def test_a_tokenizer_that_would_take_minutes_is_refused(text, said, model):
+    (model / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match=said):
+        read_tokenizer(model)
