@@ -12,10 +12,10 @@ How old rollouts are in a run on Ray depends on how fast its processes are. Here
 a process, and the actor decodes with weights that are `max_staleness` versions old, always: the worst that the controller
 would allow, and the same in every repetition. Training loop, controller, decoder and rewards are those of any run.
 
-Printed, as mean and standard deviation over seeds: the mean staleness, the move of a target's log-probability, the share of
-clipped ratios, the weights' distance from 1, the reward on held-out requests at the end (greedy; of 200, so 3.5 points are a
-standard error of one run), and the mean reward of the rollouts in the last third of the steps. A run that is there already
-is not repeated.
+Printed, as mean and standard deviation over seeds: the mean staleness, the move of a target's log-probability, the
+share of clipped ratios, the weights' distance from 1, the reward on held-out requests at the end (sampled as in
+training; of 200, so 3.5 points are a standard error of one run), and the mean reward of the rollouts in the last
+third of the steps. A run that is there already is not repeated.
 """
 
 import argparse

@@ -217,11 +217,8 @@ def _train(arguments, overrides) -> int:
     status = train(recipe)
     if status == 0 and os.environ.get("RANK", "0") == "0":
         from dfactory.commands.report import write_report  # matplotlib's import would hold up the first step
-        from dfactory.engine.runfolder import writing
 
-        with writing(Path(recipe.output_dir) / "report"):
-            report = write_report([Path(recipe.output_dir)])
-        print(f"report: {report}")
+        print(f"report: {write_report([Path(recipe.output_dir)])}")
     return status
 
 

@@ -16,7 +16,7 @@ from dfactory.commands.reporting.page import page
 from dfactory.commands.reporting.runs import Run, labels, read_run
 from dfactory.commands.reporting.tradeoff import draw_tradeoff
 from dfactory.console import plain_console
-from dfactory.engine.runfolder import replace_text
+from dfactory.engine.runfolder import replace_text, writing
 
 REPORT, PAGE = "report", "report.html"
 
@@ -30,9 +30,15 @@ def report(runs: list[str], output: str | None) -> int:
 
 def write_report(run_dirs: list[Path], output: Path | None = None) -> Path:
     """Write the report, by default into report/ of the first run; returns its HTML page. Raises DataError where
-    metrics.jsonl is missing, empty or broken."""
+    metrics.jsonl is missing, empty or broken, CheckpointError where the folder cannot be written."""
     runs = [read_run(path, label) for path, label in zip(run_dirs, labels(run_dirs), strict=True)]
     folder = run_dirs[0] / REPORT if output is None else output
+    with writing(folder):
+        _write_into(folder, runs)
+    return folder / PAGE
+
+
+def _write_into(folder: Path, runs: list[Run]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     draw: dict[str, Callable[[list[Run]], Figure | None]] = drawings() | {
         "tradeoff": draw_tradeoff,
@@ -43,7 +49,6 @@ def write_report(run_dirs: list[Path], output: Path | None = None) -> Path:
     with matplotlib.rc_context({"text.parse_math": False}):  # a folder's name with a dollar is no formula
         pictures = [picture for name in draw if (picture := _save(draw[name](runs), folder / f"{name}.png"))]
     replace_text(folder / PAGE, page(runs, pictures))
-    return folder / PAGE
 
 
 def _save(figure: Figure | None, file: Path) -> Path | None:

@@ -55,16 +55,16 @@ APPLIED_BY_TOPIC = {
     eval_decode_prompts per_device_eval_batch_size""",
     "how it is computed": "attn_implementation gradient_checkpointing use_liger_kernel lora_dropout",
     "rows, noise, editing": """row_length packing block_size block_size_schedule noise_range_low noise_range_high
-    noise_level num_views complementary mask_embedding_noise mask_embedding_noise_steps stratified mask_count trace_stride
-    edit_share edit_source keep_share num_turns draft_share draft_threshold""",
+    noise_level after_answer num_views complementary mask_embedding_noise mask_embedding_noise_steps stratified mask_count
+    trace_stride edit_share edit_source keep_share num_turns draft_share draft_threshold""",
     "objectives": """loss_weight beta loss_type label_smoothing length_normalize sft_loss_coef confidence_beta
     entropy_temperature""",
-    "rewards, rollouts, their processes": """reward_funcs reward_weights num_generations scale_rewards advantage_baseline
-    reward_workers reward_timeout_s reward_worker_memory_mb allow_code_execution policy_loss trace_steps
-    ratio_normalisation epsilon epsilon_high ratio_clip loss_aggregation train_after_eos old_policy importance_cap kl_coef
-    kl_estimator num_iterations
-    prompts_per_step zero_signal max_steps_without_signal max_staleness num_learners num_rollout_workers rollout_timeout_s
-    max_rollout_attempts heartbeat_timeout_s cluster_timeout_s""",
+    "rewards, rollouts, their processes": """reward_funcs reward_weights num_generations scale_rewards
+    advantage_baseline reward_workers reward_timeout_s reward_worker_memory_mb allow_code_execution policy_loss
+    trace_steps ratio_normalisation epsilon epsilon_high ratio_clip loss_aggregation train_after_eos old_policy
+    importance_cap kl_coef kl_estimator num_iterations prompts_per_step zero_signal max_steps_without_signal
+    max_staleness num_learners num_rollout_workers rollout_timeout_s max_rollout_attempts heartbeat_timeout_s
+    cluster_timeout_s""",
     "decoding": "decode.*",
 }
 APPLIED = frozenset(name for names in APPLIED_BY_TOPIC.values() for name in names.split())

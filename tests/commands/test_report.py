@@ -29,6 +29,14 @@ def write_run(folder: Path, rows: list[dict], config: str = "learning_rate: 0.1\
     return folder
 
 
+def test_a_report_that_cannot_be_written_is_named(tmp_path, capsys):
+    """As on a full or read-only disk; a file stands where its folder would."""
+    run = write_run(tmp_path / "run", [{"step": 1, "loss": 1.0}])
+    (run / "report").touch()
+    assert main(["report", str(run)]) == 1
+    assert f"{run / 'report'} could not be written" in capsys.readouterr().err
+
+
 def test_a_real_run(golden_run, capsys):
     assert main(["report", str(golden_run)]) == 0
     page = (golden_run / "report" / "report.html").read_text()
@@ -36,7 +44,7 @@ def test_a_real_run(golden_run, capsys):
     assert "report.html and 6 pictures" in capsys.readouterr().out
     pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
     assert [data[:8] for data in pictures] == [b"\x89PNG\r\n\x1a\n"] * 6
-    assert "http" not in page.replace(str(golden_run), "")  # nothing is fetched
+    assert "://" not in page.replace(str(golden_run), "")  # nothing is fetched
     assert "learning_rate: 0.01" in page
     assert "<td>steps</td><td>3</td>" in page
     last = json.loads((golden_run / "metrics.jsonl").read_text().splitlines()[-1])

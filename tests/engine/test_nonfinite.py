@@ -8,9 +8,13 @@ import torch
 
 from dfactory.assembly import make_source, read_inputs
 from dfactory.config.load import load_recipe
+from dfactory.engine import distributed
+from dfactory.engine.nonfinite import NonFiniteGuard
+from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.trainer import deepspeed_config, learning_rate_schedule
 from dfactory.engine.window import spread_nonfinite, window_counts
-from dfactory.errors import ConfigError
+from dfactory.errors import CheckpointError, ConfigError
+from dfactory.types import TrainState
 from tests.engine.conftest import GOLDEN, ROOT, launch, read_metrics
 from tests.engine.test_equality import ZERO
 from tests.reference import reference_losses
@@ -178,3 +182,15 @@ def test_deepspeed_keys_that_would_apply_a_nan_are_refused(recipe_file, override
     recipe = load_recipe(recipe_file, [f"deepspeed_overrides={overrides}"])
     with pytest.raises(ConfigError, match=said):
         deepspeed_config(recipe)
+
+
+def test_a_dump_that_cannot_be_written_ends_the_run_by_name(recipe_file, tmp_path):
+    """As on a full or read-only disk; a file stands where the folder of dumps would."""
+    recipe = load_recipe(recipe_file, [])
+    window = make_source(recipe, read_inputs(recipe), rank=0, world_size=1).next_window()
+    distributed.start()
+    folder = RunFolder(tmp_path)
+    folder.nonfinite.touch()
+    guard = NonFiniteGuard(folder, allowed=1, rank=0, world_size=1)
+    with pytest.raises(CheckpointError, match=f"{folder.nonfinite} could not be written"):
+        guard.check(TrainState(step=1), window, [torch.tensor(torch.nan) for _ in window], float("nan"))
