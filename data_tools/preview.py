@@ -72,7 +72,7 @@ def described(example: Example, aligned: AlignedDocument, view: View, mask_id: i
     title = f"{example.origin}: {len(example)} tokens, {int(example.trainable_T.sum())} trained"
     return [
         Text(title, "bold"),
-        document_text(example, aligned.input_ids_T, aligned.trainable_T, decode),
+        document_text(example, aligned.input_ids_T, example.trainable_T, decode),
         view_text(view, aligned, len(example), mask_id, decode),
     ]
 

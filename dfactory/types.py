@@ -94,7 +94,10 @@ class AlignedDocument:
     block_size: int
     commit_step_T: np.ndarray | None = None  # int16: when its block's decoding committed a token, from 0; -1: prompt
     real_length: int | None = None  # tokens before the fill; None: there is no fill
-    shown_ids_T: np.ndarray | None = None  # int32: what views show where it is no mask; None: input_ids_T
+    shown_ids_T: np.ndarray | None = None  # int32: the tokens as views have them; None: input_ids_T
+    filled_T: np.ndarray | None = (
+        None  # bool: where that is fill in place of a following turn, trainable too; None: nowhere
+    )
 
     @property
     def num_blocks(self) -> int:
@@ -102,7 +105,7 @@ class AlignedDocument:
 
     @property
     def view_ids_T(self) -> np.ndarray:
-        """The tokens as views show them where noise leaves them. The clean stream and the targets are `input_ids_T`."""
+        """The tokens that views show, and that are to be predicted there. The clean stream has `input_ids_T`."""
         return self.input_ids_T if self.shown_ids_T is None else self.shown_ids_T
 
     @property
@@ -114,7 +117,8 @@ class AlignedDocument:
     def real_T(self) -> np.ndarray:
         """bool: the response tokens without the fill."""
         length = len(self.input_ids_T) if self.real_length is None else self.real_length
-        return self.trainable_T & (np.arange(len(self.input_ids_T)) < length)
+        real_T = self.trainable_T & (np.arange(len(self.input_ids_T)) < length)
+        return real_T if self.filled_T is None else real_T & ~self.filled_T
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -37,8 +37,8 @@ class NoiseKeys:
     )
     after_answer: str = key(
         "fill",
-        "what views show after an answer in its last block, where the record goes on with another turn: EOS fill, as a "
-        "decoder leaves it there, or the record's text, which no decoder sees",
+        "what views have after an answer in its last block, where the record goes on with another turn: EOS fill, which "
+        "has to be produced as after the last answer, or the record's text, which no decoder sees",
         choices=("fill", "text"),
     )
     view_source: str = key(

@@ -8,6 +8,7 @@ largest that still fits.
 """
 
 import bisect
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -76,8 +77,8 @@ def align(
         trainable  0 0 1 1 1  ->  0 0 1 1 1 1 1 1
         real       0 0 1 1 1  ->  0 0 1 1 1 0 0 0
 
-    `after_answer: fill` lets views show EOS in place of what follows an answer in its block, as a decoder leaves it there;
-    `text` lets them show the record's next turn.
+    `after_answer: fill` does the same inside a record of several turns: in views, what follows an answer in its block is
+    EOS that has to be produced. With `text` views show the record's next turn there, which no decoder sees.
     """
     size = int(block_of(len(example), block_size, unit or block_size))
     fill = -len(example) % size
@@ -86,15 +87,15 @@ def align(
     eos_T = trainable_T & (input_ids_T == eos_id)
     # a trace ends with its block and needs no fill: what its decoder wrote there after EOS is fill
     real_length = _after_first(eos_T) if example.commit_step_T is not None else _before_repeats(eos_T)
-    shown_ids_T = np.where(_after_answer(trainable_T, size), np.int32(eos_id), input_ids_T)
-    return AlignedDocument(
-        example.document_id,
-        input_ids_T,
-        trainable_T,
-        size,
-        example.commit_step_T,
-        real_length,
-        shown_ids_T if after_answer == "fill" else None,
+    document = AlignedDocument(example.document_id, input_ids_T, trainable_T, size, example.commit_step_T, real_length)
+    filled_T = _after_answer(trainable_T, size)
+    if after_answer == "text" or not filled_T.any():
+        return document
+    return dataclasses.replace(
+        document,
+        trainable_T=trainable_T | filled_T,
+        shown_ids_T=np.where(filled_T, np.int32(eos_id), input_ids_T),
+        filled_T=filled_T,
     )
 
 
@@ -251,7 +252,7 @@ class _Writer:
         for number, view in enumerate(packed.views, start=1):
             index = self.cursor + np.flatnonzero(view.target_P)
             position, noise = view.position_P[view.target_P], (view.t_P, view.elbo_weight_P)
-            targets = (index, document.input_ids_T[position], real_T[position])
+            targets = (index, document.view_ids_T[position], real_T[position])
             self.targets.append((*targets, *(column_P[view.target_P] for column_P in noise)))
             for name, column_P in view.columns_P.items():
                 self.columns.setdefault(f"{name}_N", []).append(column_P[view.target_P])

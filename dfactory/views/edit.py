@@ -71,7 +71,7 @@ class EditTargets:
         edited_P = visible_P & (edit_P < self.edit_share)
         kept_P = visible_P & ~edited_P & (keep_P < self.keep_share)
         from_model = self.source == "model"
-        wrong_P = other_tokens(document.input_ids_T[view.position_P], token_P, self.text_ids)
+        wrong_P = other_tokens(document.view_ids_T[view.position_P], token_P, self.text_ids)
         return dataclasses.replace(
             view,
             input_ids_P=np.where(edited_P, np.int32(self.mask_id) if from_model else wrong_P, view.input_ids_P),

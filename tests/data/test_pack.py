@@ -94,19 +94,38 @@ VIEW_MAKERS = {
     ],
 )
 def test_no_view_shows_the_turn_that_follows_an_answer(name, block_size, shown):
-    """A decoder leaves EOS there. The clean stream has the true text, targets and masks are the same."""
+    """There is fill, which has to be produced as that at the end of the record. The clean stream has the true text."""
     filled, text = (align(example(TURNS, ANSWERS), block_size, EOS, after_answer=kind) for kind in ("fill", "text"))
-    for view, true in zip(*(VIEW_MAKERS[name](document, 0) for document in (filled, text)), strict=True):
-        for field in ("position_P", "target_P", "t_P", "elbo_weight_P"):
-            assert np.array_equal(getattr(view, field), getattr(true, field))
-        others = ~filled.trainable_T[view.position_P]
-        assert view.input_ids_P[others].tolist() == np.array(shown)[view.position_P[others]].tolist()
-        assert true.input_ids_P[others].tolist() == filled.input_ids_T[true.position_P[others]].tolist()
-        assert np.array_equal(view.input_ids_P[~others], true.input_ids_P[~others])
+    fill_T = filled.trainable_T & ~text.trainable_T
+    assert filled.view_ids_T.tolist() == shown
+    assert np.array_equal(filled.real_T, text.real_T)
+    assert (filled.view_ids_T[fill_T] == EOS).all()
+    predicted_T = np.zeros(len(shown), bool)
+    for view in (view for visit in range(20) for view in VIEW_MAKERS[name](filled, visit)):
+        here = filled.trainable_T[view.position_P]
+        assert view.input_ids_P[~here].tolist() == np.array(shown)[view.position_P[~here]].tolist()
+        assert not (view.target_P & ~here).any()
+        predicted_T[view.position_P[view.target_P]] = True
+    assert predicted_T[fill_T].all() or name == "grid"  # the same masks on every visit
+    for view in VIEW_MAKERS[name](text, 0):
+        others = ~text.trainable_T[view.position_P]
+        assert view.input_ids_P[others].tolist() == text.input_ids_T[view.position_P[others]].tolist()
     batches = [collate([[PackedDocument(d, VIEW_MAKERS[name](d, 0))]], block_size) for d in (filled, text)]
-    assert torch.equal(batches[0].target_ids_N, batches[1].target_ids_N)
+    position_N = batches[0].position_ids_RS.flatten()[batches[0].target_index_N]
+    assert batches[0].target_ids_N.tolist() == np.array(shown)[position_N].tolist()
+    assert torch.equal(batches[0].answer_length_D, batches[1].answer_length_D)
     clean = batches[0].view_RS == 0
     assert torch.equal(batches[0].input_ids_RS[clean], batches[1].input_ids_RS[clean])
+
+
+def test_a_turn_is_trained_as_it_would_be_at_the_end_of_a_record():
+    """The views of the first answer's blocks are those of the record that ends with it."""
+    whole, alone = (align(example(TURNS[:n], ANSWERS[:n]), 5, EOS) for n in (len(TURNS), 4))
+    for view, first in zip(*(VIEW_MAKERS["mask"](document, 0) for document in (whole, alone)), strict=True):
+        here = view.position_P < 5
+        assert np.array_equal(view.position_P[here], first.position_P)
+        assert np.array_equal(view.input_ids_P[here], first.input_ids_P)
+        assert np.array_equal(view.target_P[here], first.target_P)
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8])

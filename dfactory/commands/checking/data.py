@@ -138,7 +138,7 @@ def _show_example(page: Page, recipe: Recipe, inputs: Inputs, name: str, index: 
     example = inputs.train[index]
     decode = preview.decoder_of(inputs.vocabulary.tokenizer)
     document = align(example, recipe.block_size, inputs.special.eos, after_answer=recipe.after_answer)
-    ids_T, trainable_T = document.input_ids_T, document.trainable_T
+    ids_T, trainable_T = document.input_ids_T, example.trainable_T
     views = make_source(recipe, inputs, rank=0, world_size=1).make_views(document, 0)
     page.line(name, preview.document_text(example, ids_T, trainable_T, decode))
     view_text = preview.view_text(views[0], document, len(example), inputs.special.mask, decode)
