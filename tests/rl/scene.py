@@ -67,6 +67,7 @@ class Scene:
         }
         os.environ["SECRET_TOKEN"] = "hunter2"
         self.before = self._state()
+        self.children = set(psutil.Process().children(recursive=True))  # of tests before, such as a resource tracker
 
     def close(self) -> None:
         for file in (self.server, self.local):
@@ -97,7 +98,7 @@ class Scene:
         """Processes, files, keys, sockets, modes and times that are not as they were."""
         after = self._state()
         found = [f"{name}: {after[name]}" for name in after if after[name] != self.before[name]]
-        if children := psutil.Process().children(recursive=True):
+        if children := set(psutil.Process().children(recursive=True)) - self.children:
             found.append(f"processes: {children}")
         return found
 
