@@ -133,7 +133,8 @@ def obvious_update(side: Obvious, setting: Setting, scored: list[ScoredRollout],
 
 
 def obvious_step(side: Obvious, setting: Setting, scored: list[ScoredRollout]) -> float:
-    """-A w log p of every view, at a ratio of 1; the old log-probabilities in passes of their own."""
+    """-A w log p of every view, at a ratio of 1, divided by the response's length up to EOS; the old log-probabilities in
+    passes of their own."""
     total, targets = 0.0, 0
     for one in scored:
         document, views = setting.make_views(rollout_document(one, BLOCK), one.index)
@@ -146,7 +147,7 @@ def obvious_step(side: Obvious, setting: Setting, scored: list[ScoredRollout]) -
                 total -= one_view_nll(side.model, clean_1L, noisy_1L, target_1L, BLOCK).sum().item()
             nll_N = one_view_nll(side.model, clean_1L, noisy_1L, target_1L, BLOCK)
             weight_N = torch.from_numpy(view.elbo_weight_P[view.target_P]).float()
-            (one.advantage * weight_N * nll_N).sum().div(len(scored) * document.trainable_T.sum()).backward()
+            (one.advantage * weight_N * nll_N).sum().div(len(scored) * document.real_T.sum()).backward()
             targets += len(nll_N)
     torch.nn.utils.clip_grad_norm_(side.parameters, side.recipe.max_grad_norm)
     side.optimiser.step()

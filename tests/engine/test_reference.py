@@ -52,13 +52,13 @@ def weights(run, step=3) -> bytes:
 
 
 def test_the_first_step_is_at_the_reference(copied, stored, runs):
-    """Margins are exactly 0 and the loss is log 2, wherever the reference comes from."""
+    """Margins are exactly 0, all pairs ties, and the loss is log 2, wherever the reference comes from."""
     status, adapted = runs("adapter", "use_peft=true")
     assert status == 0
     for run in (copied, stored, adapted):
         first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
-        assert [first[f"rewards/{name}"] for name in ("chosen", "rejected", "margins", "accuracies")] == [0, 0, 0, 0]
+        assert [first[f"rewards/{name}"] for name in ("chosen", "rejected", "margins", "accuracies")] == [0, 0, 0, 0.5]
         assert first["grad_norm"] > 0
         assert read_metrics(run, "rewards/margins")[-1] != 0
         assert 0 <= read_metrics(run, "eval/rewards/accuracies")[-1] <= 1

@@ -87,7 +87,10 @@ def test_an_install_that_fails(house, shell, script, python):  # noqa: F811
     assert not (house / "calls").exists()
 
 
-@pytest.mark.parametrize("failing", ["", "ruff", "lint-imports", "shellcheck", "dfactory", "test.sh"])
+STEPS = ["ruff", "lint-imports", "mkdocs", "shellcheck", "dfactory", "test.sh"]
+
+
+@pytest.mark.parametrize("failing", ["", *STEPS])
 def test_continuous_integration_fails_with_any_step(tmp_path, failing):
     """On stubs, one of which fails; the others run all the same."""
     (tmp_path / ".ci").mkdir()
@@ -95,13 +98,11 @@ def test_continuous_integration_fails_with_any_step(tmp_path, failing):
     shutil.copytree(LAUNCH, tmp_path / "launch")
     bin_folder = tmp_path / ".venv/bin"
     bin_folder.mkdir(parents=True)
-    tools = [bin_folder / name for name in ("ruff", "lint-imports", "shellcheck", "dfactory")]
+    tools = [bin_folder / name for name in STEPS if name != "test.sh"]
     for tool in (*tools, tmp_path / "launch/test.sh"):
         tool.write_text(f"#!/bin/sh\necho {tool.name} >>{tmp_path}/calls\nexit {int(tool.name == failing)}\n")
         tool.chmod(0o755)
     done = run("sh", str(tmp_path / ".ci/run"), cwd="/")
     assert done.returncode == bool(failing), done.stderr
     assert ("FAILED: " in done.stderr) == bool(failing)
-    assert {"ruff", "lint-imports", "shellcheck", "dfactory", "test.sh"} == set(
-        (tmp_path / "calls").read_text().split()
-    )
+    assert set(STEPS) == set((tmp_path / "calls").read_text().split())

@@ -26,6 +26,14 @@ def capitals(prompts, completions, completion_ids, **columns):
     texts = [completion[0]["content"] for completion in completions]
     return [sum(letter < "N" for letter in text) - 0.1 * len(ids) for text, ids in zip(texts, completion_ids)]
 """
+BROKEN_LATER = """
+from pathlib import Path
+
+imported = Path(__file__).with_name("imported")
+if imported.exists():  # the driver has imported it, before it asked for actors; now they do
+    raise RuntimeError("broken")
+imported.touch()
+"""
 KEYS = [
     *("model_name_or_path=tiny", "reward_funcs=[reward.py:capitals]", "reward_workers=1", "output_dir=a run"),
     *("num_generations=4", "prompts_per_step=2", "max_steps=1", "warmup_steps=0"),
@@ -141,7 +149,7 @@ def test_a_wrong_key_keeps_its_status(cluster, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_fails_on_the_cluster_fails_the_job(cluster, tmp_path):
-    (tmp_path / "reward.py").write_text("raise RuntimeError('broken')\n")
+    (tmp_path / "reward.py").write_text(BROKEN_LATER + REWARD)
     done = submit("sh", RECIPE, *KEYS, cwd=tmp_path, **cluster)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "RuntimeError: broken" in done.stdout
