@@ -38,8 +38,7 @@ from benchmarks.workload import (
     write_records,
 )
 from dfactory.assembly import read_inputs
-from dfactory.config.load import load_recipe
-from dfactory.config.recipe import Recipe
+from dfactory.recipe import Recipe, load_recipe
 from dfactory.types import ViewBatch
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart" / "sft.yaml"

@@ -23,9 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dfactory.config.load import load_recipe
-from dfactory.config.recipe import Recipe
 from dfactory.data.pack import PackedDocument, collate
+from dfactory.recipe import Recipe, load_recipe
 from dfactory.rl.actors import RolloutActor
 from dfactory.rl.advantage import group_advantages
 from dfactory.rl.prompts import PromptStream

@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 from benchmarks.costs import Costs, Machine, Row, Step
 from dfactory.commands.checking.memory import FITS
-from dfactory.config.load import load_recipe
 from dfactory.engine.memory import MemoryForecast, Setup, count_parameters, forecast_sizes, setup_of
 from dfactory.engine.trainer import deepspeed_config
 from dfactory.models.registry import read_config, resolve_model_dir
+from dfactory.recipe import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 MODELS = ("mini", "flash")

@@ -32,8 +32,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dfactory.config.load import load_recipe
-from dfactory.config.recipe import Recipe
+from dfactory.recipe import Recipe, load_recipe
 from dfactory.rl.actors import RolloutActor
 from dfactory.rl.controller import Controller
 from dfactory.rl.rollouts import RolloutBatch

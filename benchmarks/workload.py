@@ -23,7 +23,6 @@ from torch import nn
 
 from dfactory.assembly import make_source, make_views, read_inputs
 from dfactory.config.data import DatasetKeys
-from dfactory.config.recipe import Recipe
 from dfactory.data.pack import align
 from dfactory.data.source import RecordSource
 from dfactory.engine import distributed
@@ -32,6 +31,7 @@ from dfactory.models.registry import load_policy
 from dfactory.models.saving import save_policy
 from dfactory.models.tiny import write_tiny_config
 from dfactory.objectives.sft import SFT
+from dfactory.recipe import Recipe
 from dfactory.types import Example, ViewBatch
 from tests.reference import one_view_nll, reference_model
 

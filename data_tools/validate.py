@@ -96,7 +96,7 @@ def _task_of_words(options: argparse.Namespace) -> Task:
 
 def _task_of_recipe(options: argparse.Namespace, overrides: list[str]) -> Task:
     from dfactory.assembly import document_rules, trace_block_size_of
-    from dfactory.config.load import load_recipe
+    from dfactory.recipe import load_recipe
     from dfactory.vocabulary import recipe_vocabulary
 
     if options.model or options.chat_template or options.max_length is not None:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from dfactory.config.objective import PAIRED_STAGES
-from dfactory.config.recipe import Recipe
 from dfactory.data.chat import SpecialIds
 from dfactory.data.examples import DocumentRules, Examples, load_examples
 from dfactory.data.source import MakeViews, RecordSource
@@ -32,6 +31,7 @@ from dfactory.objectives.cap import CAP
 from dfactory.objectives.dpo import DPO
 from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.objectives.sft import SFT
+from dfactory.recipe import Recipe
 from dfactory.rl.source import RATIO_TOLERANCE, Feed, RolloutSource
 from dfactory.rl.views import rollout_views
 from dfactory.types import Objective

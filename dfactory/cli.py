@@ -328,7 +328,7 @@ def _report(arguments, overrides) -> int:
 def _read(arguments, overrides, ranks: int | None = None):
     """The recipe; what became of keys of the earlier dFactory is printed. Before the heavy imports: a wrong key is told at
     once."""
-    from dfactory.config.load import read_recipe
+    from dfactory.recipe import read_recipe
 
     loaded = read_recipe(arguments.recipe, overrides, ranks)
     if loaded.aliases and os.environ.get("RANK", "0") == "0":

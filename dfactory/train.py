@@ -22,7 +22,6 @@ from dfactory.assembly import (
     read_inputs,
     with_drafts,
 )
-from dfactory.config.recipe import Recipe
 from dfactory.engine import checkpoint, distributed
 from dfactory.engine.gates import Gates
 from dfactory.engine.metrics import MetricsLog
@@ -31,6 +30,7 @@ from dfactory.engine.ownership import held_by_run, one_run
 from dfactory.engine.preemption import EXIT_PREEMPTED, Preemption
 from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.trainer import Trainer, zero_stage
+from dfactory.recipe import Recipe
 from dfactory.rl.access import lock_local_cluster
 from dfactory.rl.scoring import check_rewards
 from dfactory.rl.source import Feed

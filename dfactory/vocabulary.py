@@ -3,10 +3,10 @@
 from typing import Any, NamedTuple
 
 from dfactory.config.decode import DecodeKeys
-from dfactory.config.recipe import Recipe
 from dfactory.data.chat import ChatEncoder, SpecialIds, mask_warning, read_chat_template, special_ids
 from dfactory.decoding import DecodeRules
 from dfactory.models.registry import known_mask_id, read_config, read_tokenizer, resolve_model_dir
+from dfactory.recipe import Recipe
 
 
 class Vocabulary(NamedTuple):

@@ -69,7 +69,7 @@ def run_rl(folder: Path) -> int:
     """In this process, on a Ray of its own, until a signal comes."""
     import ray
 
-    from dfactory.config.load import load_recipe
+    from dfactory.recipe import load_recipe
     from dfactory.train import train
 
     (folder / "reward.py").write_text(REWARD)

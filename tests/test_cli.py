@@ -13,7 +13,7 @@ import dfactory
 from dfactory.cli import main
 from dfactory.config.decode import DecodeKeys
 from dfactory.config.load import known_keys
-from dfactory.config.recipe import Recipe
+from dfactory.recipe import Recipe
 from tests.engine.conftest import GOLDEN, write_records
 
 TEXT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}

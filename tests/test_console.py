@@ -2,10 +2,10 @@
 
 import pytest
 
-from dfactory.config.recipe import Recipe
 from dfactory.console import plain_console
 from dfactory.engine.metrics import MetricsLog
 from dfactory.engine.runfolder import RunFolder
+from dfactory.recipe import Recipe
 
 TEXTS = ["closed [/b] and never opened", "[red]", "[/]", ":smile:", "[link=file:///etc/passwd]x[/link]", "a[0] = b[/c]"]
 

@@ -16,9 +16,9 @@ from dfactory.commands.checking.page import Page
 from dfactory.commands.checking.rollouts import tell_rollouts
 from dfactory.commands.checking.start import Timed, tell_start
 from dfactory.commands.checking.steps import tell_rows_and_steps
-from dfactory.config.load import Loaded
 from dfactory.engine.expert_parallel import check_ranks
 from dfactory.errors import ConfigError
+from dfactory.recipe import Loaded
 
 RANK_COUNTS = (1, 8, 16, 32, 64, 128)
 

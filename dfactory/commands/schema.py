@@ -12,9 +12,9 @@ from dfactory.config.earlier import Alias
 from dfactory.config.earlier_keys import CONVERTED, IMPLIED, LEFT_OUT, ONLY, RENAMED
 from dfactory.config.load import known_keys
 from dfactory.config.merge import MergeKeys
-from dfactory.config.recipe import Recipe
 from dfactory.config.resume import resume_table
 from dfactory.console import plain_console
+from dfactory.recipe import Recipe
 from dfactory.redaction import redact
 
 SECTIONS = {

@@ -1,81 +1,29 @@
-"""A YAML file and `key=value` overrides -> a checked Recipe. Every mistake is a ConfigError that names the key."""
+"""Layers of keys, from YAML or `key=value` words -> a checked dataclass. Every mistake is a ConfigError that names the key.
+
+Knows no recipe: a schema is any dataclass of keys (keys.py).
+"""
 
 import dataclasses
 import difflib
-import itertools
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dfactory.config.decode import DecodeKeys, decode_problem
-from dfactory.config.earlier import Alias, translate
 from dfactory.config.elsewhere import meant_by, without_neutral
 from dfactory.config.merge import MergeKeys
-from dfactory.config.objective import PAIRED_STAGES, PLAIN_STAGES
-from dfactory.config.recipe import Recipe
 from dfactory.errors import ConfigError
-from dfactory.redaction import remember
 
 NOT_YAML = (yaml.YAMLError, OmegaConfBaseException, ValueError)  # what OmegaConf raises for text that it cannot read
 COMMAND_LINE = "the command line"
-UNSET = object()
-PATH_KEYS = ("deepspeed", "chat_template_path", "reference_path")  # paths that a recipe states relative to itself
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A recipe and where it comes from."""
-
-    recipe: Recipe
-    origins: dict[str, str]  # dotted key -> file or "the command line"; keys that have their default are not in it
-    aliases: list[Alias]  # what became of the keys of the earlier dFactory; none in a recipe of this one
-
-
-def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
-    """The recipe alone."""
-    return read_recipe(path, overrides).recipe
-
-
-def read_recipe(path: str | Path, overrides: list[str] = (), ranks: int | None = None) -> Loaded:
-    """Read, merge, type-check and cross-check. Paths in the file are relative to it (those of the earlier dFactory's keys to
-    the caller), overrides to the caller. `ranks`, by default this launch's, is what a global batch size is divided over."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"recipe {path} does not exist: give a YAML file such as recipes/quickstart/sft.yaml")
-    try:
-        file_layer = OmegaConf.load(path)
-    except (*NOT_YAML, OSError) as problem:
-        raise ConfigError(f"{path} is not valid YAML: {problem}") from problem
-    if not isinstance(file_layer, DictConfig):
-        raise ConfigError(f"{path} holds no keys: a recipe is a mapping of key: value lines")
-    _resolve_paths(file_layer, path.parent)
-    layers = [(str(path), file_layer), (COMMAND_LINE, _parse_overrides(overrides))]
-    layers, aliases = translate(layers, ranks or int(os.environ.get("WORLD_SIZE", "1")))
-    recipe = _merge(Recipe, layers)
-    remember(recipe)
-    _check_recipe(recipe, f"{path} and the command line" if overrides else str(path))
-    return Loaded(recipe, _origins(layers), aliases)
-
-
-def _origins(layers: list[tuple[str, DictConfig]]) -> dict[str, str]:
-    groups = {name: field for name, field in known_keys(Recipe).items() if not dataclasses.is_dataclass(field.type)}
-    return {
-        name: origin
-        for name in groups
-        for origin, layer in layers
-        if OmegaConf.select(layer, name, default=UNSET) is not UNSET
-    }
 
 
 def load_decode_keys(overrides: list[str]) -> DecodeKeys:
     """`decode.threshold=0.9 ...` -> DecodeKeys; the prefix may be left out."""
     bare = [item.removeprefix("--").removeprefix("decode.") for item in overrides]
-    keys = _merge(DecodeKeys, [(COMMAND_LINE, _parse_overrides(bare))])
+    keys = merge_layers(DecodeKeys, [(COMMAND_LINE, parse_overrides(bare))])
     problem = decode_problem(keys, keys.block_size)
     if problem is not None:
         raise ConfigError(f"{problem} in the command line")
@@ -85,7 +33,7 @@ def load_decode_keys(overrides: list[str]) -> DecodeKeys:
 def decode_keys_over(keys: DecodeKeys, values: dict[str, Any], origin: str) -> DecodeKeys:
     """`keys` with some replaced, as JSON gave them: taken as they are, never interpolated or turned into another type."""
     values = without_neutral(values, known_keys(DecodeKeys))
-    _refuse_unknown_keys(DecodeKeys, values, origin)
+    refuse_unknown_keys(DecodeKeys, values, origin)
     for name, field in known_keys(DecodeKeys).items():
         if name in values:
             kinds = get_args(field.type) or (field.type,)  # of Optional[int]: int and None
@@ -95,7 +43,7 @@ def decode_keys_over(keys: DecodeKeys, values: dict[str, Any], origin: str) -> D
                     f"{name} in {origin}: it must be {kinds[0].__name__}, is {type(values[name]).__name__}"
                 )
     changed = dataclasses.replace(keys, **values)
-    _check_values(changed, origin)
+    check_values(changed, origin)
     problem = decode_problem(changed, changed.block_size)
     if problem is not None:
         raise ConfigError(f"{problem.replace('decode.', '')} in {origin}")
@@ -104,10 +52,10 @@ def decode_keys_over(keys: DecodeKeys, values: dict[str, Any], origin: str) -> D
 
 def load_merge_keys(words: list[str]) -> MergeKeys:
     """`topk=3 metric=eval/loss` -> MergeKeys."""
-    return _merge(MergeKeys, [("--merge", _parse_overrides(words))])
+    return merge_layers(MergeKeys, [("--merge", parse_overrides(words))])
 
 
-def _parse_overrides(overrides: list[str]) -> DictConfig:
+def parse_overrides(overrides: list[str]) -> DictConfig:
     items = [item.removeprefix("--") for item in overrides]
     for item in items:
         if "=" not in item:
@@ -118,37 +66,11 @@ def _parse_overrides(overrides: list[str]) -> DictConfig:
         raise ConfigError(f"cannot read the overrides {items}: {problem}") from problem
 
 
-def _resolve_paths(layer: DictConfig, base: Path) -> None:
-    """Make the file's own relative paths absolute; `tiny` names the embedded model, outputs are the caller's."""
-
-    def absolute(value: str) -> str:
-        return str((base / value).resolve())
-
-    for name in PATH_KEYS:
-        if isinstance(layer.get(name), str):
-            layer[name] = absolute(layer[name])
-    model = layer.get("model_name_or_path")
-    if isinstance(model, str) and (base / model).is_dir():
-        layer["model_name_or_path"] = absolute(model)
-    rewards = layer.get("reward_funcs")
-    for index, entry in enumerate(rewards if isinstance(rewards, ListConfig) else []):  # `file.py:function`
-        if isinstance(entry, str) and ".py:" in entry:
-            rewards[index] = absolute(entry)
-        elif isinstance(entry, DictConfig) and ".py:" in str(entry.get("name")):
-            entry["name"] = absolute(entry["name"])
-    for name in ("datasets", "eval_datasets"):
-        entries = layer.get(name)
-        if isinstance(entries, ListConfig):
-            for entry in entries:
-                if isinstance(entry, DictConfig) and isinstance(entry.get("path"), str):
-                    entry["path"] = absolute(entry["path"])
-
-
-def _merge(schema: type, layers: list[tuple[str, DictConfig]]) -> Any:
+def merge_layers(schema: type, layers: list[tuple[str, DictConfig]]) -> Any:
     merged = OmegaConf.structured(schema)
     for origin, layer in layers:
         layer = _in_our_words(schema, layer)
-        _refuse_unknown_keys(schema, layer, origin)
+        refuse_unknown_keys(schema, layer, origin)
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as problem:
@@ -162,7 +84,7 @@ def _merge(schema: type, layers: list[tuple[str, DictConfig]]) -> Any:
         values = OmegaConf.to_object(merged)
     except OmegaConfBaseException as problem:
         raise ConfigError(f"{origins}: {str(problem).splitlines()[0]}") from problem
-    _check_values(values, origins)
+    check_values(values, origins)
     return values
 
 
@@ -182,7 +104,7 @@ def known_keys(schema: type, prefix: str = "") -> dict[str, dataclasses.Field]:
     return keys
 
 
-def _refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: str = "") -> None:
+def refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: str = "") -> None:
     known = {field.name: field for field in dataclasses.fields(schema)}
     for name in layer:
         dotted = f"{prefix}{name}"
@@ -195,16 +117,16 @@ def _refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: s
             raise ConfigError(f"unknown key {dotted} in {origin}{hint}")
         inner = known[name].type
         if dataclasses.is_dataclass(inner) and OmegaConf.is_dict(layer[name]):
-            _refuse_unknown_keys(inner, layer[name], origin, f"{dotted}.")
+            refuse_unknown_keys(inner, layer[name], origin, f"{dotted}.")
 
 
-def _check_values(values: Any, origin: str, prefix: str = "") -> None:
+def check_values(values: Any, origin: str, prefix: str = "") -> None:
     """Bounds and choices that the fields declare."""
     for field in dataclasses.fields(values):
         value, name = getattr(values, field.name), f"{prefix}{field.name}"
         for inner in value if isinstance(value, list) else [value]:
             if dataclasses.is_dataclass(inner):
-                _check_values(inner, origin, f"{name}.")
+                check_values(inner, origin, f"{name}.")
         if value is None or not field.metadata:
             continue
         choices, low, high = (field.metadata[rule] for rule in ("choices", "low", "high"))
@@ -216,256 +138,3 @@ def _check_values(values: Any, origin: str, prefix: str = "") -> None:
             raise ConfigError(f"{name} {value} in {origin}: it must be at least {low:g}")
         if high is not None and value > high:
             raise ConfigError(f"{name} {value} in {origin}: it must be at most {high:g}")
-
-
-def _check_recipe(recipe: Recipe, origin: str) -> None:
-    """Rules between keys."""
-
-    def rule(holds: bool, message: str) -> None:
-        if not holds:
-            raise ConfigError(f"{message} in {origin}")
-
-    low, high = recipe.noise_range_low, recipe.noise_range_high
-    rule(low <= high, f"noise_range_low {low:g} > noise_range_high {high:g}: swap them")
-    rule(high > 0, "noise_range_high 0 masks nothing: raise it")
-    if recipe.mask_count == "exact":
-        rule(
-            (low, high) == (0, 1),
-            f"mask_count exact draws from no mask to all, noise_range_low is {low:g} and noise_range_high {high:g}: "
-            "set them to 0 and 1",
-        )
-    elif weighing := _elbo_weights_of(recipe):
-        rule(low > 0, f"noise_range_low 0 with {weighing} divides by zero: raise it to 0.001")
-        twin_is_finite = not recipe.complementary or high < 1
-        rule(
-            twin_is_finite,
-            f"noise_range_high 1 with complementary views and {weighing} divides by zero: use 0.999",
-        )
-    rule(
-        recipe.max_length % recipe.block_size == 0,
-        f"block_size {recipe.block_size} does not divide max_length {recipe.max_length}: "
-        f"use {recipe.max_length // recipe.block_size * recipe.block_size or recipe.block_size}",
-    )
-    _check_block_sizes(recipe, rule)
-    _check_embedding_noise(recipe, rule)
-    rule(
-        recipe.overlong != "split" or recipe.documents_per_record == 1,
-        f"overlong split with stage {recipe.stage}: pairs have prompts and cannot be split; use truncate",
-    )
-    if recipe.row_length is not None:
-        rollouts = recipe.stage == "rl"  # they are cut between views
-        need = 2 * recipe.max_length if rollouts else recipe.longest_record
-        held = "a rollout of max_length with one view" if rollouts else "a record of max_length with its views"
-        rule(
-            recipe.row_length >= need,
-            f"row_length {recipe.row_length} cannot hold {held}: raise it to {need}",
-        )
-    rule(
-        not (recipe.use_peft and recipe.init_weights == "random"),
-        "init_weights random with use_peft: the base that the adapters belong to would be lost; train it first",
-    )
-    _check_preferences(recipe, rule)
-    _check_rl(recipe, rule)
-    _check_editing(recipe, rule)
-    _check_traces(recipe, rule)
-    problem = decode_problem(recipe.decode, recipe.decode.block_size or recipe.block_size)
-    rule(problem is None, str(problem))
-    rule(bool(recipe.datasets), "datasets is empty: name at least one file")
-    rule(all(entry.weight > 0 for entry in recipe.datasets), "datasets.weight 0: leave the file out instead")
-    rule(
-        recipe.max_steps is not None or recipe.num_train_epochs > 0,
-        "num_train_epochs 0 and no max_steps: nothing to do",
-    )
-    rule(recipe.lr_min <= recipe.learning_rate, f"lr_min {recipe.lr_min:g} > learning_rate {recipe.learning_rate:g}")
-    rule(all(0 < t <= 1 for t in recipe.eval_noise_levels), "eval_noise_levels must lie in (0, 1]")
-    rule(
-        recipe.eval_decode_prompts == 0 or bool(recipe.eval_datasets),
-        f"eval_decode_prompts {recipe.eval_decode_prompts} and no eval_datasets to take prompts from: name a file",
-    )
-    for name in ("mask_token_id", "eos_token_id"):
-        rule(
-            getattr(recipe.decode, name) is None,
-            f"decode.{name} belongs to generate and eval: a recipe has one {name} for training and decoding",
-        )
-    rule(set(recipe.report_to) <= {"wandb"}, f"report_to {recipe.report_to}: only wandb is known")
-
-
-def _elbo_weights_of(recipe: Recipe) -> str | None:
-    """The keys, if any, because of which targets weigh 1/t."""
-    if recipe.stage == "rl":
-        return "policy_loss ebpo" if recipe.policy_loss == "ebpo" else None
-    if recipe.stage in PAIRED_STAGES:
-        return f"stage {recipe.stage}"
-    return "loss_weight elbo" if recipe.loss_weight == "elbo" else None
-
-
-def _check_block_sizes(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
-    """The schedule of block sizes."""
-    schedule = recipe.block_size_schedule
-    if schedule is None:
-        return
-    shown = f"block_size_schedule {schedule}"
-    rule(
-        bool(schedule) and all(len(entry) == 2 for entry in schedule),
-        f"{shown}: give pairs of first step and block size, such as [[0, 1], [200, 4], [400, {recipe.block_size}]]",
-    )
-    steps, sizes = zip(*schedule, strict=True)
-    rule(steps[0] == 0, f"{shown}: its first step must be 0")
-    rule(all(a < b for a, b in itertools.pairwise(steps)), f"{shown}: its steps must ascend")
-    rule(
-        sizes[-1] == recipe.block_size,
-        f"{shown} ends with {sizes[-1]}, but block_size is {recipe.block_size}: the last one is what the model is for and "
-        "what is saved with its weights, so they must be equal",
-    )
-    for size in sizes:
-        rule(size >= 1, f"{shown}: a block has at least 1 token")
-        rule(
-            size >= recipe.max_length or recipe.max_length % size == 0,
-            f"{shown}: {size} does not divide max_length {recipe.max_length}; a block size has to, or be at least as large",
-        )
-    rule(
-        recipe.max_steps is None or steps[-1] < recipe.max_steps,
-        f"{shown} begins its last block size at step {steps[-1]}, but max_steps is {recipe.max_steps}: begin it earlier",
-    )
-    rule(
-        recipe.stage in PLAIN_STAGES,
-        f"{shown} with stage {recipe.stage}: only {', '.join(PLAIN_STAGES)} change their block size; set it to null",
-    )
-    rule(
-        recipe.view_source != "trace",
-        f"{shown} with view_source trace: a trace has the block size that it was decoded with; set it to null",
-    )
-
-
-def _check_embedding_noise(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
-    std, steps = recipe.mask_embedding_noise, recipe.mask_embedding_noise_steps
-    rule(
-        (std > 0) == (steps > 0),
-        f"mask_embedding_noise {std:g} with mask_embedding_noise_steps {steps}: give both, or neither",
-    )
-    rule(
-        std == 0 or recipe.stage in PLAIN_STAGES,
-        f"mask_embedding_noise with stage {recipe.stage}: only {', '.join(PLAIN_STAGES)} have it; set it to 0",
-    )
-    rule(
-        std == 0 or not recipe.edits,
-        f"mask_embedding_noise {std:g} with edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns}: drafts would "
-        "take the place of masks that have noise; set it to 0",
-    )
-
-
-def _check_preferences(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
-    """Rules between the keys of preference optimisation."""
-    smoothing, loss = recipe.label_smoothing, recipe.loss_type
-    rule(recipe.stage != "dpo" or recipe.beta > 0, "beta 0 with stage dpo: the loss would not depend on the policy")
-    rule(
-        smoothing == 0 or loss in ("sigmoid", "robust"),
-        f"label_smoothing {smoothing:g} with loss_type {loss} has no meaning: set it to 0, or use sigmoid or robust",
-    )
-    rule(
-        smoothing < 0.5 or loss != "robust",
-        "label_smoothing 0.5 with loss_type robust divides by zero: lower it",
-    )
-    rule(
-        recipe.reference != "adapter" or recipe.use_peft,
-        "reference adapter without use_peft: there is no adapter to switch off; set use_peft, or reference to copy",
-    )
-    rule(
-        recipe.stage not in PAIRED_STAGES or not recipe.frozen_models or recipe.expert_parallel_size == 1,
-        f"expert_parallel_size {recipe.expert_parallel_size} with reference copy is not supported: set reference "
-        "to precomputed",
-    )
-    rule(
-        recipe.reference_path is None or recipe.reference == "precomputed",
-        f"reference_path {recipe.reference_path} is read with reference precomputed only: set that, or leave it out",
-    )
-
-
-def _check_editing(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
-    """Rules between the keys of token editing."""
-    rule(
-        recipe.edit_source == "uniform" or recipe.edit_share > 0,
-        f"edit_source {recipe.edit_source} with edit_share 0 replaces nothing: raise edit_share",
-    )
-    if not recipe.edits:
-        return
-    editing = f"edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns}"
-    rule(
-        recipe.loss_weight == "uniform",
-        f"loss_weight {recipe.loss_weight} with {editing}: 1/t has a meaning for masked targets only; use uniform",
-    )
-    rule(
-        recipe.stage not in PAIRED_STAGES,
-        f"stage {recipe.stage} with {editing}: its likelihoods are sums over masked targets; set edit_share 0, num_turns 1",
-    )
-
-
-def _check_traces(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
-    """Rules between the keys of trace views."""
-    if recipe.view_source != "trace":
-        return
-    rule(
-        not recipe.complementary,
-        "complementary true with view_source trace: a transition has no twin; set complementary=false",
-    )
-    rule(
-        recipe.documents_per_record == 1,
-        f"view_source trace with stage {recipe.stage}: a pair has no trace; use view_source=mask",
-    )
-    rule(
-        not recipe.edits,
-        f"view_source trace with edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns}: a trace shows what the "
-        "decoder saw; set edit_share 0 and num_turns 1",
-    )
-    rule(
-        recipe.block_size_schedule is None,
-        "block_size_schedule with view_source trace: a trace has the block size that it was decoded with; set it to null",
-    )
-
-
-def _check_rl(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
-    """Rules between the keys of reinforcement learning."""
-    if recipe.stage != "rl":
-        return
-    rule(bool(recipe.reward_funcs), "reward_funcs is empty with stage rl: name at least one, such as exact_match")
-    rule(recipe.max_steps is not None, "max_steps null with stage rl: rollouts never end; say how many steps")
-    rule(
-        recipe.decode.temperature > 0,
-        "decode.temperature 0 with stage rl: all rollouts of a prompt would be the same; use 1.0",
-    )
-    rule(
-        recipe.decode.acceptance == "top",
-        f"decode.acceptance {recipe.decode.acceptance} with stage rl starves rare tokens and biases the ratio; use top",
-    )
-    rule(
-        recipe.policy_loss != "trace" or recipe.decode.editing_threshold is None,
-        f"decode.editing_threshold {recipe.decode.editing_threshold} with policy_loss trace: the likelihood of edits is not "
-        "computed; set it to null, or use ebpo",
-    )
-    rule(
-        recipe.decode.top_p is None and recipe.decode.top_k is None,
-        "decode.temperature, top_k or top_p other than 1.0, null, null with stage rl: the learner's likelihood is that of "
-        "the unprocessed distribution, and no weight brings back tokens that cannot come out",
-    )
-    rule(
-        recipe.decode.temperature == 1 or (recipe.policy_loss == "trace" and recipe.importance_cap is not None),
-        f"decode.temperature {recipe.decode.temperature:g} with stage rl, policy_loss {recipe.policy_loss} and "
-        f"importance_cap {recipe.importance_cap}: the learner's likelihood is that of temperature 1.0; only policy_loss "
-        "trace with an importance_cap weighs the difference",
-    )
-    rule(recipe.decode.block_size in (None, recipe.block_size), "decode.block_size with stage rl: it is block_size")
-    rule(
-        recipe.decode.max_new_tokens < recipe.max_length,
-        f"decode.max_new_tokens {recipe.decode.max_new_tokens} leaves no room for a prompt in max_length "
-        f"{recipe.max_length}",
-    )
-    rule(
-        recipe.expert_parallel_size == 1,
-        f"expert_parallel_size {recipe.expert_parallel_size} with stage rl is not supported: its tensors have other names",
-    )
-    rule(
-        recipe.view_source == "mask",
-        f"view_source {recipe.view_source} with stage rl: say policy_loss trace to train on the decoder's own steps, and "
-        "leave view_source at mask",
-    )
-    rule(not recipe.edits, "edit_share or num_turns with stage rl: rollouts are trained on as they were decoded")

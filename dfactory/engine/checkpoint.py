@@ -22,7 +22,6 @@ import torch.distributed as dist
 import yaml
 
 from dfactory import faults
-from dfactory.config.recipe import Recipe
 from dfactory.config.resume import LIMITED, Change, changes_between, refuse_kept
 from dfactory.data.chat import read_chat_template
 from dfactory.engine import distributed
@@ -43,6 +42,7 @@ from dfactory.models.manifest import (
     size_problems,
 )
 from dfactory.models.saving import save_policy
+from dfactory.recipe import Recipe
 from dfactory.types import TrainState
 
 ENGINE = "engine"  # the folder of what only a resumed run reads

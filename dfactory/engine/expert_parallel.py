@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import nn
 
-from dfactory.config.recipe import Recipe
 from dfactory.errors import ConfigError
 from dfactory.models.policy import Policy
 from dfactory.models.registry import FAMILIES, read_config, resolve_model_dir
 from dfactory.models.saving import NamedTensors
+from dfactory.recipe import Recipe
 
 # AutoEP's names -> those of the transformers blocks that it takes; w1 (gate) and w3 (up) are told apart below.
 _RENAMED = {

@@ -16,12 +16,12 @@ import math
 import torch
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 
-from dfactory.config.recipe import Recipe
 from dfactory.engine import distributed
 from dfactory.engine.trainer import Trainer
 from dfactory.errors import SilentFailureError
 from dfactory.models.policy import Policy
 from dfactory.models.registry import family_of
+from dfactory.recipe import Recipe
 from dfactory.types import Mean, TokenScores, ViewBatch
 
 GUESSING = 0.95  # of log V: a first loss above it is that of random weights

@@ -22,10 +22,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from dfactory.config.recipe import Recipe
 from dfactory.models.adapters import adapted_linears
 from dfactory.models.head import CHUNK_BYTES
 from dfactory.models.registry import FAMILIES, meta_model, read_config
+from dfactory.recipe import Recipe
 
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size, in elements
 PREFETCH_BUCKET = 50_000_000  # DeepSpeed's default stage3_prefetch_bucket_size, in elements
@@ -215,7 +215,7 @@ def _state_lines(counts: ParameterCounts, weights: int, trained: int, setup: Set
         return Line(name, per * (count - experts + experts // m), f"{per} x ({symbol} - X + X / m){note}", phase)
 
     weights_on = Phase.HOST if setup.offload_param else Phase.ALWAYS
-    # Expert parallelism has no frozen models (config/load.py): below ZeRO-3 they are whole on each rank.
+    # Expert parallelism has no frozen models (recipe.py): below ZeRO-3 they are whole on each rank.
     divided, note = (n, " / n") if stage == 3 else (1, "")
     frozen = [
         Line(name, b * counts.total // divided, f"{b} x P without adapters{note}", weights_on)

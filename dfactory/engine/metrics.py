@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dfactory.config.recipe import Recipe
 from dfactory.console import plain_console
 from dfactory.engine.runfolder import RunFolder, replace_text, resolved_keys, writing
+from dfactory.recipe import Recipe
 from dfactory.redaction import redact
 
 

@@ -27,8 +27,8 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
 from dfactory import faults
-from dfactory.config.recipe import Recipe
 from dfactory.errors import CheckpointError, ConfigError, DataError
+from dfactory.recipe import Recipe
 from dfactory.redaction import redacted
 
 STATE = "engine/state.json"

@@ -25,7 +25,6 @@ from safetensors.numpy import save_file
 
 from dfactory import faults
 from dfactory.config.noise import NoiseKeys
-from dfactory.config.recipe import Recipe
 from dfactory.data.chat import SpecialIds
 from dfactory.data.source import RecordSource
 from dfactory.engine import distributed
@@ -35,6 +34,7 @@ from dfactory.errors import CheckpointError
 from dfactory.models.adapters import ADAPTER_CONFIG, adapter_base, is_adapters
 from dfactory.models.headers import weight_files
 from dfactory.models.registry import resolve_model_dir
+from dfactory.recipe import Recipe
 from dfactory.types import PADDING, ViewBatch
 
 FILE = "reference.safetensors"

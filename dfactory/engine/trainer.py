@@ -18,7 +18,6 @@ from torch import nn
 from transformers import get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
-from dfactory.config.recipe import Recipe
 from dfactory.engine import distributed, expert_parallel
 from dfactory.engine.replay import replay
 from dfactory.engine.window import (
@@ -35,6 +34,7 @@ from dfactory.errors import ConfigError
 from dfactory.models.policy import Policy
 from dfactory.models.registry import family_of
 from dfactory.models.saving import layer_groups
+from dfactory.recipe import Recipe
 from dfactory.redaction import redacted
 from dfactory.types import Mean, TokenScores, ViewBatch
 

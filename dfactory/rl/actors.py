@@ -18,10 +18,10 @@ import numpy as np
 import ray
 import torch
 
-from dfactory.config.recipe import Recipe
 from dfactory.decoding import decode
 from dfactory.models.adapters import add_adapters
 from dfactory.models.registry import load_policy, resolve_model_dir
+from dfactory.recipe import Recipe
 from dfactory.redaction import remember
 from dfactory.rl.liveness import Process, beating, this_process
 from dfactory.rl.rollouts import DecodedGroup, GroupCall, ScoredRollout

@@ -20,8 +20,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from dfactory.config.recipe import Recipe
 from dfactory.errors import DFactoryError, RolloutError
+from dfactory.recipe import Recipe
 from dfactory.rl.actors import LearnerActor, RolloutActor
 from dfactory.rl.controller import Controller
 from dfactory.rl.liveness import Process, Watch, why

@@ -27,8 +27,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from dfactory.config.recipe import Recipe
 from dfactory.errors import RolloutError
+from dfactory.recipe import Recipe
 from dfactory.rl.advantage import group_advantages
 from dfactory.rl.liveness import Process, Pulse, this_process, why
 from dfactory.rl.metrics import batch_metrics

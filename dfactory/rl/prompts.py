@@ -2,12 +2,12 @@
 
 import bisect
 
-from dfactory.config.recipe import Recipe
 from dfactory.data.examples import DataReport
 from dfactory.data.fields import BadRow, Fault
 from dfactory.data.prompts import Row, encode_prompt, prompt_of, rows_of
 from dfactory.data.source import EpochOrder
 from dfactory.errors import DataError
+from dfactory.recipe import Recipe
 from dfactory.rl.rollouts import GroupCall
 from dfactory.vocabulary import recipe_vocabulary
 

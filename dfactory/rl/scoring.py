@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from dfactory import faults
-from dfactory.config.recipe import Recipe
+from dfactory.recipe import Recipe
 from dfactory.rl.advantage import GroupAdvantages
 from dfactory.rl.prompts import PromptStream
 from dfactory.rl.reward_pool import RewardGroup, RewardPool, RewardResult, failure_messages, outcome_counts

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dfactory.config.recipe import Recipe
+from dfactory.recipe import Recipe
 from dfactory.types import AlignedDocument, View
 from dfactory.views import RandomMask, masked_view, view_positions
 from dfactory.views.schedules import Purpose, generator

@@ -14,7 +14,7 @@ import dataclasses
 
 import numpy as np
 
-from dfactory.config.recipe import Recipe
+from dfactory.config.noise import NoiseKeys
 from dfactory.types import AlignedDocument, View
 from dfactory.views.schedules import Purpose, draw_t, generator, linear_elbo_weight
 
@@ -110,7 +110,7 @@ class RandomMask:
         return np.repeat(draw_t(rng, units, low, high, **slices)[:, None], size, axis=1)
 
 
-def recipe_mask(recipe: Recipe, mask_id: int) -> RandomMask:
+def recipe_mask(recipe: NoiseKeys, mask_id: int) -> RandomMask:
     """The maker of training views that a recipe's noise keys describe."""
     return RandomMask(
         mask_id=mask_id,

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from dfactory.config.load import load_recipe
 from dfactory.engine.memory import forecast, setup_of
 from dfactory.engine.trainer import deepspeed_config
 from dfactory.models.registry import resolve_model_dir
+from dfactory.recipe import load_recipe
 from tests.commands.conftest import ROOT
 
 METRICS = (ROOT / "recipes/METRICS.md").read_text()

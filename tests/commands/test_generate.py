@@ -7,7 +7,7 @@ import pytest
 
 from dfactory.assembly import read_inputs
 from dfactory.cli import main
-from dfactory.config.load import load_recipe
+from dfactory.recipe import load_recipe
 from dfactory.types import Edit, FinishReason, Rollout
 from dfactory.views import state_before
 from tests.commands.conftest import GOLDEN, ROOT, dfactory, write_recipe

@@ -10,10 +10,10 @@ from dfactory.cli import main
 from dfactory.commands.schema import earlier_table, key_page
 from dfactory.config.earlier_keys import IMPLIED, RENAMED
 from dfactory.config.elsewhere import COMMON, LLAMA_FACTORY, TRL, meant_by
-from dfactory.config.load import COMMAND_LINE, known_keys, load_recipe, read_recipe
-from dfactory.config.recipe import Recipe
+from dfactory.config.load import COMMAND_LINE, known_keys
 from dfactory.config.words import join_options
 from dfactory.errors import ConfigError
+from dfactory.recipe import Recipe, load_recipe, read_recipe
 from tests.commands.conftest import ROOT, dfactory
 
 EARLIER = ROOT / "tests/config/earlier/llada2_bd_sft.yaml"  # its own recipe, with another model and max_seq_len

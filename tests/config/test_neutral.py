@@ -3,8 +3,9 @@
 import pytest
 
 from dfactory.config.decode import DecodeKeys
-from dfactory.config.load import decode_keys_over, load_decode_keys, load_recipe
+from dfactory.config.load import decode_keys_over, load_decode_keys
 from dfactory.errors import ConfigError
+from dfactory.recipe import load_recipe
 from tests.commands.conftest import ROOT
 
 SFT = ROOT / "recipes/quickstart/sft.yaml"

@@ -3,8 +3,8 @@
 import pytest
 
 from dfactory.cli import main
-from dfactory.config.load import load_recipe
 from dfactory.errors import ConfigError
+from dfactory.recipe import load_recipe
 from tests.commands.conftest import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))

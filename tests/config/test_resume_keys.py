@@ -6,8 +6,8 @@ import pytest
 
 from dfactory.config import resume
 from dfactory.config.load import known_keys
-from dfactory.config.recipe import Recipe
 from dfactory.errors import ConfigError
+from dfactory.recipe import Recipe
 from tests.commands.conftest import ROOT
 
 PARTS = [resume.THIS_START, resume.APPLIED, set(resume.LIMITED), set(resume.KEPT)]

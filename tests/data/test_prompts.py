@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dfactory.cli import main
-from dfactory.config.load import load_recipe
 from dfactory.data.chat import ChatEncoder
 from dfactory.data.prompts import Row, encode_prompt, prompt_of, read_rows
 from dfactory.errors import DataError
+from dfactory.recipe import load_recipe
 from dfactory.rl.prompts import PromptStream
 from tests.commands.conftest import ROOT
 

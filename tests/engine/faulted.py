@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 
 from dfactory import faults, train
-from dfactory.config.load import load_recipe
 from dfactory.engine import checkpoint
 from dfactory.errors import DFactoryError
 from dfactory.models.saving import save_policy
+from dfactory.recipe import load_recipe
 from dfactory.rl.actors import RolloutActor
 from dfactory.rl.advantage import group_advantages
 from dfactory.rl.prompts import PromptStream

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from dfactory import train
-from dfactory.config.load import load_recipe
 from dfactory.errors import NonFiniteError
+from dfactory.recipe import load_recipe
 from dfactory.types import LossTerms, Objective
 from tests.rl.test_source import FakeFeed
 

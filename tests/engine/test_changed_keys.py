@@ -8,11 +8,11 @@ import yaml
 
 from dfactory.assembly import make_source, read_inputs
 from dfactory.cli import main
-from dfactory.config.load import load_recipe
 from dfactory.data.source import RecordSource
 from dfactory.engine.checkpoint import resume_from
 from dfactory.engine.trainer import learning_rate_schedule
 from dfactory.errors import CheckpointError, ConfigError
+from dfactory.recipe import load_recipe
 from dfactory.train import train
 from tests.engine.conftest import GOLDEN, read_metrics
 from tests.engine.test_equality import ZERO

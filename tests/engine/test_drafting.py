@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dfactory.assembly import make_source, read_inputs, with_drafts
-from dfactory.config.load import load_recipe
 from dfactory.engine.drafting import DraftSource
 from dfactory.models.registry import load_policy
+from dfactory.recipe import load_recipe
 from tests.engine.conftest import GOLDEN, MASK, read_metrics
 from tests.reference import as_float_mask, dense_table, reference_model
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dfactory.assembly import make_source, read_inputs
-from dfactory.config.load import load_recipe
 from dfactory.engine.trainer import learning_rate_schedule
+from dfactory.recipe import load_recipe
 from tests.engine.conftest import GOLDEN, ROOT, read_metrics
 from tests.reference import reference_losses
 

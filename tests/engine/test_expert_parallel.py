@@ -8,12 +8,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from dfactory.config.load import load_recipe
 from dfactory.engine.checkpoint import needs_universal
 from dfactory.engine.expert_parallel import check_ranks
 from dfactory.engine.memory import Setup, count_parameters, forecast
 from dfactory.engine.trainer import deepspeed_config
 from dfactory.errors import CheckpointError, ConfigError
+from dfactory.recipe import load_recipe
 from tests.engine.conftest import GOLDEN, read_metrics
 from tests.engine.test_equality import ZERO
 from tests.engine.test_memory import MINI

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from dfactory.assembly import make_objective, make_source, read_inputs
-from dfactory.config.load import load_recipe
 from dfactory.decoding import decode
 from dfactory.engine.window import micro_loss, window_counts
 from dfactory.models.registry import load_policy
+from dfactory.recipe import load_recipe
 from tests.decoding.conftest import sharpen
 from tests.decoding.test_decoder import make_rules, random_prompts
 from tests.engine.conftest import GOLDEN, read_metrics

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from dfactory import assembly
-from dfactory.config.load import load_recipe
 from dfactory.config.objective import STAGES
 from dfactory.engine.memory import (
     Phase,
@@ -24,6 +23,7 @@ from dfactory.models.adapters import add_adapters
 from dfactory.models.attention import MaskPlan
 from dfactory.models.registry import load_policy, read_config
 from dfactory.models.tiny import write_tiny_config
+from dfactory.recipe import load_recipe
 from tests.models.conftest import CONFIGS, GOLDEN_DIR
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from dfactory.assembly import make_source, read_inputs
-from dfactory.config.load import load_recipe
 from dfactory.engine import distributed
 from dfactory.engine.nonfinite import NonFiniteGuard
 from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.trainer import deepspeed_config, learning_rate_schedule
 from dfactory.engine.window import spread_nonfinite, window_counts
 from dfactory.errors import CheckpointError, ConfigError
+from dfactory.recipe import load_recipe
 from dfactory.types import TrainState
 from tests.engine.conftest import GOLDEN, ROOT, launch, read_metrics
 from tests.engine.test_equality import ZERO

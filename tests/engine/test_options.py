@@ -9,8 +9,8 @@ import yaml
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from dfactory.config.load import load_recipe
 from dfactory.engine.trainer import learning_rate_schedule
+from dfactory.recipe import load_recipe
 from tests.engine.conftest import GOLDEN, read_metrics
 from tests.engine.test_equality import ZERO
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from dfactory.assembly import make_probe, read_inputs
-from dfactory.config.load import load_recipe
 from dfactory.data.chat import SpecialIds
 from dfactory.decoding import decode
 from dfactory.engine.probe import Question, first_questions
 from dfactory.errors import DataError
 from dfactory.models.registry import load_policy
+from dfactory.recipe import load_recipe
 from dfactory.types import Example
 from dfactory.vocabulary import Vocabulary, read_vocabulary
 from tests.engine.conftest import read_metrics

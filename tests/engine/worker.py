@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from dfactory.config.load import load_recipe
+from dfactory.recipe import load_recipe
 from dfactory.train import train
 
 

@@ -7,7 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from dfactory.config.load import load_recipe
+from dfactory.recipe import load_recipe
 from dfactory.train import learn
 from tests.engine.conftest import write_dpo_keys, write_recipe
 from tests.rl.test_source import FakeFeed

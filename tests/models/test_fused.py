@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from dfactory.assembly import load_initial, make_policy
-from dfactory.config.load import load_recipe
 from dfactory.errors import ConfigError
 from dfactory.models.fused import fuse
 from dfactory.models.registry import load_policy
+from dfactory.recipe import load_recipe
 from tests.batches import make_batch, random_document
 from tests.models.conftest import CONFIGS, GOLDEN_DIR
 

@@ -15,7 +15,7 @@ import ray  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from dfactory.config.load import load_recipe  # noqa: E402
+from dfactory.recipe import load_recipe  # noqa: E402
 from dfactory.rl import cluster  # noqa: E402
 from dfactory.train import learn  # noqa: E402
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from dfactory.config.load import load_recipe
 from dfactory.errors import RolloutError
 from dfactory.models.tiny import TINY_DIR
+from dfactory.recipe import load_recipe
 from dfactory.rl.controller import Controller
 from dfactory.rl.liveness import this_process
 from dfactory.rl.rollouts import DecodedGroup

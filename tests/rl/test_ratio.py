@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from dfactory.config.load import load_recipe
 from dfactory.errors import RolloutError
 from dfactory.objectives.policy_gradient import PolicyGradient
+from dfactory.recipe import load_recipe
 from dfactory.train import learn
 from dfactory.types import TokenScores
 from tests.engine.conftest import ROOT

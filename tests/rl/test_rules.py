@@ -2,8 +2,8 @@
 
 import pytest
 
-from dfactory.config.load import load_recipe
 from dfactory.errors import ConfigError
+from dfactory.recipe import load_recipe
 from tests.engine.conftest import ROOT
 
 RECIPE = ROOT / "recipes/quickstart/rl.yaml"

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from dfactory.config.load import load_recipe
-from dfactory.config.recipe import Recipe
 from dfactory.engine.replay import join
 from dfactory.objectives.policy_gradient import PolicyGradient
+from dfactory.recipe import Recipe, load_recipe
 from dfactory.rl.actors import RolloutActor
 from dfactory.rl.controller import Controller
 from dfactory.rl.rollouts import DecodedGroup, GroupCall, RolloutBatch, ScoredRollout

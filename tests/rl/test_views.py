@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from dfactory.config.decode import DecodeKeys
-from dfactory.config.recipe import Recipe
 from dfactory.data.pack import PackedDocument, collate
 from dfactory.decoding import DecodeRules, decode
 from dfactory.models.registry import load_policy
 from dfactory.models.tiny import write_tiny_config
 from dfactory.objectives.policy_gradient import PolicyGradient
+from dfactory.recipe import Recipe
 from dfactory.rl.rollouts import ScoredRollout
 from dfactory.rl.rows import rollout_document
 from dfactory.rl.views import rollout_views

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ray
 
-from dfactory.config.load import load_recipe
+from dfactory.recipe import load_recipe
 from dfactory.train import train
 
 

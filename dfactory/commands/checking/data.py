@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dfactory.assembly import Inputs, make_source, read_inputs
 from dfactory.commands import preview
 from dfactory.commands.checking.page import Page
-from dfactory.config.recipe import Recipe
 from dfactory.data.examples import DataReport, Examples
 from dfactory.data.pack import align
 from dfactory.data.pairs import SIDES
 from dfactory.errors import DataError
+from dfactory.recipe import Recipe
 
 RATIOS_SHOWN = 8
 LOOKED_AT = 50_000  # documents, the first ones, for what takes a pass over them

@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dfactory.commands.checking.page import Page
-from dfactory.config.load import COMMAND_LINE, Loaded, known_keys
-from dfactory.config.recipe import Recipe
+from dfactory.config.load import COMMAND_LINE, known_keys
+from dfactory.recipe import Loaded, Recipe
 from dfactory.redaction import redacted
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dfactory.commands.checking.page import Page, in_bytes, in_short
-from dfactory.config.recipe import Recipe
 from dfactory.data.chat import ChatEncoder, SpecialIds, mask_warning, read_chat_template, special_ids
 from dfactory.data.records import BadRow
 from dfactory.data.rendering import DATE
@@ -23,6 +22,7 @@ from dfactory.models.registry import (
     resolve_model_dir,
     trained_block_size,
 )
+from dfactory.recipe import Recipe
 
 LITERALS_SHOWN = 8
 

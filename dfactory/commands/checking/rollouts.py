@@ -1,8 +1,8 @@
 """Section `rollouts`: prompts, rewards and processes of reinforcement learning."""
 
 from dfactory.commands.checking.page import Page
-from dfactory.config.recipe import Recipe
 from dfactory.errors import ConfigError
+from dfactory.recipe import Recipe
 from dfactory.rl.prompts import PromptStream
 from dfactory.rl.rewards.specs import load_reward, parse_rewards, required_columns, row_problem
 

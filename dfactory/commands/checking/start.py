@@ -13,9 +13,9 @@ from typing import NamedTuple
 from dfactory.commands.checking.model import Model
 from dfactory.commands.checking.page import Page, in_bytes
 from dfactory.commands.checking.steps import Phase
-from dfactory.config.recipe import Recipe
 from dfactory.models.adapters import whole_model_dir
 from dfactory.models.headers import weight_files
+from dfactory.recipe import Recipe
 
 IMPORTS_S = 8.0  # Python and libraries on an idle CPU core, where they had been imported before and could not be timed
 ENGINE_S = 1.0  # model, DeepSpeed and run folder, measured with recipes/quickstart/sft.yaml

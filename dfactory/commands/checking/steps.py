@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from dfactory.assembly import Inputs, make_source
 from dfactory.commands.checking.page import Page, right_aligned
 from dfactory.config.objective import PAIRED_STAGES, PLAIN_STAGES
-from dfactory.config.recipe import Recipe
 from dfactory.data.source import RecordSource
+from dfactory.recipe import Recipe
 
 MANY_EPOCHS, LONG_RUN = 20, 2000  # from which on a word is said
 MEASURED_ROWS = 64  # rows that are really built, to measure how full they are
