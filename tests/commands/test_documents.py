@@ -10,9 +10,11 @@ from dfactory.engine.trainer import deepspeed_config
 from dfactory.models.registry import resolve_model_dir
 from dfactory.recipe import load_recipe
 from tests.commands.conftest import ROOT
+from tests.test_docs import LINK, anchors, without_code
 
 METRICS = (ROOT / "recipes/METRICS.md").read_text()
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted((ROOT / "recipes").glob("*.md"))]
+FOLDERS = ("benchmarks", "data_tools", "dfactory", "docs", "launch", "recipes", "tests")
+PAGES = [*sorted(ROOT.glob("*.md")), *(page for name in FOLDERS for page in sorted((ROOT / name).rglob("*.md")))]
 NAMED = re.compile(r'"([a-z_/]+)": (?:Mean\(|_mean\(|float\(|sum\(|time\.)|metrics\["([a-z_/]+)"\]')
 
 
@@ -54,8 +56,11 @@ def test_the_hardware_table_is_the_forecast(monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_paths_lead_somewhere(page):
-    text = page.read_text()
-    for link in re.findall(r"\]\(([^)#]+)\)", text):
-        assert link.startswith("http") or (page.parent / link).exists(), link
+    text = without_code(page.read_text())
+    for link in LINK.findall(text):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert link.startswith("http") or target.exists(), link
+        assert not anchor or link.startswith("http") or anchor in anchors(target), link
     for path in re.findall(r"`((?:recipes|launch|dfactory|data_tools|tests|benchmarks)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
