@@ -29,6 +29,11 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from dfactory.config.data import DatasetKeys
+from dfactory.data.examples import load_examples
+from dfactory.data.pack import align
+from dfactory.vocabulary import read_vocabulary
+
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "dfactory" / "assets" / "tiny" / "tokenizer.json"
 RECIPE = ROOT / "recipes" / "quickstart" / "sft.yaml"
@@ -109,11 +114,6 @@ PARTS = {"start": measure_start, "rows": measure_rows, "validate": measure_valid
 
 def reader_rate(count: int) -> tuple[float, float]:
     """Records a minute of processor time, and their mean length in tokens."""
-    from dfactory.config.data import DatasetKeys
-    from dfactory.data.examples import load_examples
-    from dfactory.data.pack import align
-    from dfactory.vocabulary import read_vocabulary
-
     vocabulary = read_vocabulary("tiny", mask_token_id=None, eos_token_id=None)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rate.jsonl"

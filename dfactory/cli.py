@@ -306,7 +306,7 @@ def _schema(arguments, overrides) -> int:
 
 
 def _data(arguments, overrides) -> int:
-    from data_tools.command import VERBS, dispatch
+    from dfactory.data_tools.command import VERBS, dispatch
 
     if arguments.tool not in VERBS:
         raise ConfigError(f"{arguments.tool} is not a data tool: use one of {', '.join(VERBS)}")

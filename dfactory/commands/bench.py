@@ -1,6 +1,7 @@
 """`dfactory bench NAME ...`: run one of the programs of benchmarks/, which lies beside the package in a checkout."""
 
-import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,16 +11,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def bench(name: str, words: list[str], root: Path = ROOT) -> int:
-    """The benchmark's own exit status. Raises ConfigError for a name that is none, or where there is no benchmarks/."""
+    """The benchmark's own exit status. Raises ConfigError where there is no benchmarks/.
+
+    A process of its own finds benchmarks/ and tests/ on its path; nothing of dfactory imports them.
+    """
     if not (root / "benchmarks" / "__init__.py").is_file():
         raise ConfigError(
             f"benchmarks/ is part of a checkout of dFactory and is not installed with it, and {root} has none: "
             "call `python -m dfactory.cli bench` in the root of a checkout"
         )
-    if sys.path[0] != str(root):  # the installed command starts with the folder of programs there
-        sys.path.insert(0, str(root))
-    from benchmarks import BENCHMARKS
-
-    if name not in BENCHMARKS:
-        raise ConfigError(f"{name} is not a benchmark: use one of {', '.join(BENCHMARKS)}")
-    return importlib.import_module(f"benchmarks.{name}").main(words)
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "benchmarks", name, *words]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=False).returncode

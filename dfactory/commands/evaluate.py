@@ -7,6 +7,7 @@ several thresholds, and writes a line a threshold for the report to draw.
 
 import argparse
 import dataclasses
+import difflib
 import math
 import time
 from collections import defaultdict
@@ -114,8 +115,6 @@ def task_questions(names: list[str], count: int, seed: int) -> tuple[list[Row], 
         raise ConfigError(f"--task: {problem}: pip install 'dfactory[rl]'") from problem
     unknown = [name for name in names if name not in DATASETS]
     if unknown:
-        import difflib
-
         near = difflib.get_close_matches(unknown[0], DATASETS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(DATASETS))}"
         raise ConfigError(f"--task {unknown[0]}: reasoning-gym has no such task; {hint}")

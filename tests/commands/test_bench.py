@@ -9,16 +9,16 @@ from dfactory.errors import ConfigError
 from tests.commands.conftest import ROOT
 
 
-def test_words_and_the_exit_status_are_the_benchmarks_own(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", "tree", "--help"])
-    assert ended.value.code == 0
-    assert "--generations" in capsys.readouterr().out
+def test_words_and_the_exit_status_are_the_benchmarks_own(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # from anywhere, as the installed command
+    assert main(["bench", "scale", "--help"]) == 0
+    assert "usage: dfactory bench scale" in capfd.readouterr().out
+    assert main(["bench", "scale", "--no-such-word"]) == 2
 
 
-def test_an_unknown_name_is_answered_with_the_list(capsys):
+def test_an_unknown_name_is_answered_with_the_list(capfd):
     assert main(["bench", "setp", "--profile"]) == 2
-    told = capsys.readouterr().err
+    told = capfd.readouterr().err
     assert "setp is not a benchmark" in told
     assert all(name in told for name in BENCHMARKS)
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from data_tools.command import dispatch
-from data_tools.files import writing
+from dfactory.data_tools.command import dispatch
+from dfactory.data_tools.files import writing
 
 
 @pytest.fixture

@@ -5,13 +5,14 @@ import json
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from data_tools.command import VERBS
 from dfactory.cli import main
 from dfactory.data.examples import DocumentRules
+from dfactory.data_tools.command import VERBS
 from dfactory.errors import ConfigError, DataError, RolloutError
 from tests.test_assets import DATA
 
@@ -41,6 +42,12 @@ def test_verbs_are_reached_both_ways_and_tell_what_is_wrong(capsys, tmp_path):
     assert "none.jsonl is not a file" in first
     assert main(["data", "validat"]) == 2
     assert f"use one of {', '.join(VERBS)}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_checkout_has_every_verb_under_its_short_name(verb):
+    short, installed = (import_module(f"{package}.{verb}") for package in ("data_tools", "dfactory.data_tools"))
+    assert short.main is installed.main
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from data_tools.command import say
 from dfactory.commands.generate import Answerer
 from dfactory.config.decode import DecodeKeys
 from dfactory.data.prompts import Row, encode_prompt, prompt_of, read_rows
+from dfactory.data_tools.command import say
 from dfactory.decoding import decode
 from dfactory.errors import ConfigError, RolloutError
 from dfactory.rl.reward_pool import RewardGroup, RewardPool, failure_messages

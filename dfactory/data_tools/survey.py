@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from data_tools.identity import prompt_key, record_key
 from dfactory.data.chat import ChatEncoder, special_literals
 from dfactory.data.examples import SHOWN_ORIGINS, DataReport, DocumentRules, EncodedRow, documents_of
 from dfactory.data.fields import BadRow, Completion, Conversation, Document, Pair, Record, TokenIds
+from dfactory.data_tools.identity import prompt_key, record_key
 
 KINDS = {Conversation: "conversation", Completion: "text"}
 

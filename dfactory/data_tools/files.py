@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_tools.command import say
 from dfactory.data.jsonlines import Changes, json_line, json_text
+from dfactory.data_tools.command import say
 from dfactory.errors import ConfigError, DataError
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")

@@ -1,7 +1,7 @@
 """The verbs of `dfactory data`, each a module of this package with `main(words) -> exit status`.
 
-`dfactory data VERB ...` and `python -m data_tools.VERB ...` are the same: an expected failure is a message and its exit
-status. A module is imported when its verb is called.
+`dfactory data VERB ...` and, in a checkout, `python -m data_tools.VERB ...` are the same: an expected failure is a message
+and its exit status. A module is imported when its verb is called.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import importlib
 import sys
 from collections.abc import Callable
 
+from dfactory.console import plain_console
 from dfactory.errors import ConfigError, DFactoryError
 from dfactory.redaction import guard_output
 
@@ -28,7 +29,7 @@ Main = Callable[[list[str] | None], int]
 
 def dispatch(verb: str, words: list[str]) -> int:
     """Run one verb. Raises DFactoryError."""
-    return importlib.import_module(f"data_tools.{verb}").main(words)
+    return importlib.import_module(f"dfactory.data_tools.{verb}").main(words)
 
 
 def run(main: Main, verb: str) -> int:
@@ -45,8 +46,6 @@ def run(main: Main, verb: str) -> int:
 
 def say(text: str) -> None:
     """A line on standard error, however long the paths in it are."""
-    from dfactory.console import plain_console  # not needed for --help
-
     plain_console(stderr=True).print(text, soft_wrap=True)
 
 

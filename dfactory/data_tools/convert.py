@@ -1,0 +1,132 @@
+"""Write rows in the readers' own formats, whatever they came in.
+
+    dfactory data convert FILE ... --output NEW.jsonl
+
+In: all that the readers know (Alpaca, Dolly, ShareGPT, OpenAI messages with tools, TRL's prompt and completion and its
+preference forms, Orca's, text, token ids). Of GSM8K's question + answer, what stands behind #### becomes the `answer` that
+rewards compare with. Out, by what a row is:
+
+    conversation       messages, and tools       preference pair    prompt, chosen, rejected
+    text               prompt + completion, or text                 token ids          as it was
+
+A .json file, as Alpaca and ShareGPT data are published, holds one array of rows and is read whole; its rows are counted from
+1. Further columns are kept. The first row that cannot be read ends the command with its file:line, unless --skip-bad.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dfactory.data.fields import BadRow, Completion, Conversation, Fault, Pair, Record, show
+from dfactory.data.progress import Advance, reading
+from dfactory.data.records import parse_json, parse_row, read_columns, read_objects
+from dfactory.data_tools.command import parser_of, say
+from dfactory.data_tools.files import writing
+from dfactory.errors import DataError
+
+FINAL_ANSWER = "####"  # stands before the answer proper in GSM8K's answers
+SHOWN = 5  # bad rows that are printed
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = parser_of("convert")
+    parser.add_argument("files", nargs="+", help=".jsonl, .jsonl.gz, .parquet, or .json with an array of rows")
+    parser.add_argument("--output", required=True, help=".jsonl, .jsonl.gz or .parquet")
+    parser.add_argument("--pairs", action="store_true", help="read rows as preference pairs where they can be both")
+    parser.add_argument("--skip-bad", action="store_true", help="count rows that cannot be read, and go on")
+    options = parser.parse_args(words)
+
+    counts: Counter[str] = Counter()
+    with reading(options.files, "converting") as advance, writing(options.output) as write:
+        for path in options.files:
+            for number, row in rows_of(path, advance):
+                try:
+                    kind, converted = convert(row, options.pairs)
+                except BadRow as bad:
+                    if not options.skip_bad:
+                        raise DataError(f"{path}:{number}: {bad}; or give --skip-bad") from bad
+                    counts["refused"] += 1
+                    if counts["refused"] <= SHOWN:
+                        say(f"refused {path}:{number}: {bad}")
+                    continue
+                counts[kind] += 1
+                write(converted)
+        if not counts.total() - counts["refused"]:
+            raise DataError(f"no row of {', '.join(options.files)} could be read")
+    say(f"{', '.join(f'{count:,} {kind}' for kind, count in counts.most_common())}: {options.output}")
+    return 0
+
+
+def rows_of(path: str, advance: Advance) -> Iterator[tuple[int, Any]]:
+    """The rows of a file with their numbers. Raises DataError for a .json file that is not an array."""
+    if not path.endswith(".json"):
+        yield from read_objects(path, advance)
+        return
+    rows = parse_json(Path(path).read_bytes())
+    if isinstance(rows, BadRow):
+        raise DataError(f"{path}: {rows}; if it has an object a line, name it .jsonl")
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: {show(rows)} is no array of rows; a file with an object a line is named .jsonl")
+    yield from enumerate(rows, start=1)
+
+
+def convert(row: Any, prefer_pairs: bool = False) -> tuple[str, dict[str, Any]]:
+    """(kind, new row). Raises BadRow."""
+    if isinstance(row, BadRow):
+        raise row
+    if not isinstance(row, dict):
+        raise BadRow(Fault.JSON, f"the row is {show(row)}: it must be a JSON object")
+    row = {name: value for name, value in row.items() if value is not None}
+    if row.keys() >= {"question", "answer"} and row.keys().isdisjoint(("messages", "prompt", "response")):
+        row = _final_answer(row)
+    record = parse_row(row, prefer_pairs)
+    if isinstance(record, BadRow):
+        raise record
+    kind, columns = to_columns(record)
+    if columns is None:
+        return kind, row
+    read = read_columns(row, prefer_pairs)
+    return kind, columns | {name: value for name, value in row.items() if name not in read}
+
+
+def to_columns(record: Record) -> tuple[str, dict[str, Any] | None]:
+    """(kind, the columns that the readers know it by); None where the row is to stay as it is."""
+    if isinstance(record, Pair):
+        return _pair(record)
+    if isinstance(record, Conversation):
+        return "conversations", _conversation(record)
+    if isinstance(record, Completion):
+        named = {"prompt": record.prompt, "completion": record.completion}
+        return "texts", named if record.prompt else {"text": record.completion}
+    return "rows of token ids", None
+
+
+def _pair(pair: Pair) -> tuple[str, dict[str, Any] | None]:
+    chosen, rejected = pair
+    if isinstance(chosen, Completion):
+        columns = {"prompt": chosen.prompt, "chosen": chosen.completion, "rejected": rejected.completion}
+    elif isinstance(chosen, Conversation):
+        start = chosen.trained_from
+        columns = {"prompt": chosen.messages[:start], "chosen": chosen.messages[start:]}
+        columns |= {"rejected": rejected.messages[start:]} | ({"tools": chosen.tools} if chosen.tools else {})
+    else:
+        return "pairs of token ids", None
+    return "pairs", columns
+
+
+def _conversation(record: Conversation) -> dict[str, Any]:
+    tools = {"tools": record.tools} if record.tools else {}
+    if not record.trained_from:
+        return {"messages": record.messages} | tools
+    prompt, completion = record.messages[: record.trained_from], record.messages[record.trained_from :]
+    return {"prompt": prompt, "completion": completion} | tools
+
+
+def _final_answer(row: dict) -> dict:
+    """GSM8K: the whole answer is trained on, what stands behind #### is what a reward compares with."""
+    if not isinstance(row["answer"], str):
+        return row
+    final = row["answer"].rpartition(FINAL_ANSWER)[2].strip()
+    without = {name: value for name, value in row.items() if name != "answer"}
+    return {**without, "response": row["answer"], "answer": final}
