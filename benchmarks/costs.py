@@ -1,7 +1,7 @@
 """The arithmetic behind benchmarks/scale.py: operations, memory traffic and network traffic of one training step.
 
 Everything here is a model on paper. Rates are assumptions (`Machine`); operations are held to torch's own count on a tiny
-model, positions and visible pairs to what the data layer builds, and memory comes from dfactory/engine/memory.py.
+model, positions and visible pairs to what the data layer builds, and memory comes from dfactory/planning/memory.py.
 
 A step is `accumulation` micro-batches and one update. On the device, matrix products take their operations or the reading
 of their weights, whichever is longer, and elementwise kernels come on top; launching kernels is a floor below both. ZeRO's
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
-from dfactory.engine.memory import ParameterCounts, Setup, layer_activations
+from dfactory.planning.memory import ParameterCounts, Setup, layer_activations
 
 WEIGHT_BYTES = 2  # bfloat16, also of gradients on the network
 ADAM_BYTES = 30  # a parameter: fp32 weight and moments 12 and gradient 4 read, 12 and the bf16 weight 2 written

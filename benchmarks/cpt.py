@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_tools import make_ar_model
-from dfactory.engine.runfolder import RunFolder
+from dfactory.runs.folder import RunFolder
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart" / "cpt.yaml"
 PAIRS = 4  # of views a document

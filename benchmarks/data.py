@@ -31,7 +31,7 @@ from rich.table import Table
 
 from dfactory.config.data import DatasetKeys
 from dfactory.data.examples import load_examples
-from dfactory.data.pack import align
+from dfactory.packing import align
 from dfactory.vocabulary import read_vocabulary
 
 ROOT = Path(__file__).parents[1]

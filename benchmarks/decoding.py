@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.workload import BLOCK, SHAPES, Timed, interleave, special_ids, text_ids, write_config
+from dfactory import distributed
 from dfactory.config.decode import DecodeKeys
 from dfactory.decoding import DecodeRules, decode
-from dfactory.engine import distributed
 from dfactory.models.headers import original_tensors
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy

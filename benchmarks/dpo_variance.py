@@ -27,12 +27,12 @@ from rich.table import Table
 from dfactory.config.data import DatasetKeys
 from dfactory.data.chat import ChatEncoder, special_ids
 from dfactory.data.examples import load_examples
-from dfactory.data.pack import PackedDocument, align, collate
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy, read_tokenizer, resolve_model_dir, trained_block_size
+from dfactory.noise import RandomMask
 from dfactory.objectives.elbo import elbo
+from dfactory.packing import PackedDocument, align, collate
 from dfactory.types import AlignedDocument
-from dfactory.views import RandomMask
 
 SHORTEST, LONGEST = 0.001, 0.999  # mask ratios where masks are drawn one by one: 1/t has no bound at 0
 

@@ -50,7 +50,7 @@ from benchmarks.workload import (
     write_model,
     write_records,
 )
-from dfactory.engine import distributed
+from dfactory import distributed
 from dfactory.models.registry import read_config
 from dfactory.types import PADDING, ViewBatch
 

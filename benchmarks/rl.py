@@ -31,13 +31,13 @@ from benchmarks.workload import BLOCK, LEARNING_RATE, Obvious, Ours, sft_recipe,
 from dfactory.config.decode import DecodeKeys
 from dfactory.decoding import DecodeRules, decode
 from dfactory.models.registry import load_policy
+from dfactory.noise import RandomMask
 from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.rl.rollouts import RolloutBatch, ScoredRollout
 from dfactory.rl.rows import rollout_document
 from dfactory.rl.source import RolloutSource
 from dfactory.rl.views import RolloutViews, rollout_views
 from dfactory.types import Rollout
-from dfactory.views import RandomMask
 from tests.decoding.uncached import Settings, uncached
 from tests.reference import one_view_nll
 

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dfactory.data.pack import PackedDocument, collate
+from dfactory.packing import PackedDocument, collate
 from dfactory.recipe import Recipe, load_recipe
 from dfactory.rl.actors import RolloutActor
 from dfactory.rl.advantage import group_advantages

@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.costs import Work, forward_flops, step_flops
-from dfactory.data.pack import PackedDocument, collate, share
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy
 from dfactory.models.tiny import write_tiny_config
+from dfactory.noise import RandomMask
+from dfactory.packing import PackedDocument, collate, share
 from dfactory.types import AlignedDocument, ViewBatch
-from dfactory.views import RandomMask
 from dfactory.visibility import dense_mask
 
 OWN, SHARED = "a prompt each", "one prompt"

@@ -4,7 +4,7 @@
     scores = policy.score(batch)                                  # ViewBatch -> TokenScores
     rollouts = dfactory.decode(policy, [prompt_ids], rules)       # list[Rollout]
 
-`dfactory.views` and `dfactory.data.pack.collate` build a ViewBatch, also from masks of one's own. Nothing heavy is
+`dfactory.noise` and `dfactory.packing.collate` build a ViewBatch, also from masks of one's own. Nothing heavy is
 imported before it is asked for.
 """
 
@@ -15,10 +15,11 @@ _WHERE = {
     "Policy": "dfactory.models.policy",
     "decode": "dfactory.decoding",
     "DecodeRules": "dfactory.decoding",
+    "noise": None,
     "views": None,
 }
 
-__all__ = ["DecodeRules", "Policy", "decode", "load_policy", "views"]
+__all__ = ["DecodeRules", "Policy", "decode", "load_policy", "noise", "views"]
 
 
 def __getattr__(name: str):

@@ -16,7 +16,6 @@ from dfactory.data.source import MakeViews, RecordSource
 from dfactory.data.streaming import StreamedExamples
 from dfactory.data.traces import TraceRules
 from dfactory.engine.drafting import DraftSource
-from dfactory.engine.probe import DecodingProbe, first_questions
 from dfactory.engine.reference import ReferenceSource, Score, adapter_off, elbo_by, frozen_copy
 from dfactory.engine.stored import stored_reference
 from dfactory.engine.trainer import Trainer, keep_zero3_config
@@ -27,6 +26,7 @@ from dfactory.models.adapters import add_adapters, unreached_experts
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy
 from dfactory.models.saving import carried_files
+from dfactory.noise import Drafts, EditTargets, GridMask, MaskEmbeddingNoise, RandomMask, TraceViews
 from dfactory.objectives.cap import CAP
 from dfactory.objectives.dpo import DPO
 from dfactory.objectives.policy_gradient import PolicyGradient
@@ -34,8 +34,8 @@ from dfactory.objectives.sft import SFT
 from dfactory.recipe import Recipe
 from dfactory.rl.source import RATIO_TOLERANCE, Feed, RolloutSource
 from dfactory.rl.views import rollout_views
+from dfactory.runs.probe import DecodingProbe, first_questions
 from dfactory.types import Objective
-from dfactory.views import Drafts, EditTargets, GridMask, MaskEmbeddingNoise, TraceViews, recipe_mask
 from dfactory.vocabulary import Vocabulary, recipe_vocabulary
 
 
@@ -113,7 +113,7 @@ def make_views(recipe: Recipe, inputs: Inputs) -> MakeViews:
     """The views of training: masks, and with token editing wrong tokens as well; or the states of a decoder."""
     if recipe.view_source == "trace":
         return TraceViews(inputs.special.mask, recipe.seed, recipe.trace_stride, recipe.num_views, recipe.stratified)
-    masks = recipe_mask(recipe, inputs.special.mask)
+    masks = RandomMask(inputs.special.mask, recipe.seed, **recipe.mask_options)
     if not recipe.edits:
         return masks
     return EditTargets(

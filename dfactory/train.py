@@ -1,7 +1,7 @@
 """READ FIRST: a recipe becomes a source, an objective and an engine, and then there is one loop.
 
     records -> Examples -> RecordSource --(window of ViewBatches)--> Trainer --(TokenScores)--> Objective
-                               ^ views/ adds the noise                  ^ models/ has the model     ^ sums and counts
+                               ^ noise/ adds the noise                  ^ models/ has the model     ^ sums and counts
 
 The loop at the bottom is the whole of training. Another objective changes `assembly.make_objective`, another origin of
 batches changes `assembly.make_source`; nothing else knows which one it is.
@@ -9,6 +9,7 @@ batches changes `assembly.make_source`; nothing else knows which one it is.
 
 import contextlib
 
+from dfactory import distributed
 from dfactory.assembly import (
     make_eval_source,
     make_measure,
@@ -22,18 +23,18 @@ from dfactory.assembly import (
     read_inputs,
     with_drafts,
 )
-from dfactory.engine import checkpoint, distributed
-from dfactory.engine.gates import Gates
-from dfactory.engine.metrics import MetricsLog
-from dfactory.engine.nonfinite import NonFiniteGuard
-from dfactory.engine.ownership import held_by_run, one_run
+from dfactory.engine import checkpoint
 from dfactory.engine.preemption import EXIT_PREEMPTED, Preemption
-from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.trainer import Trainer, zero_stage
 from dfactory.recipe import Recipe
 from dfactory.rl.access import lock_local_cluster
 from dfactory.rl.scoring import check_rewards
 from dfactory.rl.source import Feed
+from dfactory.runs.folder import RunFolder
+from dfactory.runs.metrics import MetricsLog
+from dfactory.runs.nonfinite import NonFiniteGuard
+from dfactory.runs.ownership import held_by_run, one_run
+from dfactory.runs.sanity import SanityChecks
 from dfactory.types import TrainState
 
 
@@ -92,7 +93,7 @@ def _learn_in(folder: RunFolder, recipe: Recipe, feed: Feed | None, preemption: 
         checkpoint.load(trainer, resumed.path, universal=universal)
         if feed is not None:
             source.load_state_dict(cursor)
-    gates = Gates(recipe, trainer, eos_id=inputs.special.eos, vocab_size=inputs.vocabulary.size)
+    sanity = SanityChecks(recipe, trainer, eos_id=inputs.special.eos, vocab_size=inputs.vocabulary.size)
     if rank == 0:
         aside = folder.start(recipe, resumed.state.step, resumed.other_recipe) if resumed else folder.start(recipe)
         warnings += [f"{path} is set aside: it may be removed" for path in aside]
@@ -131,7 +132,7 @@ def _learn_in(folder: RunFolder, recipe: Recipe, feed: Feed | None, preemption: 
             metrics |= guard.check(state, window, trainer.losses, metrics["grad_norm"])
             source.check(metrics)
             last = state.step == num_steps
-            found, warnings = gates.check(state.step, metrics, last)
+            found, warnings = sanity.check(state.step, metrics, last)
             metrics |= found
             if log:
                 log.step(state.step, source.epoch, metrics, warnings)

@@ -18,10 +18,10 @@ import torch
 
 import dfactory
 from dfactory.config.decode import DecodeKeys
-from dfactory.data.pack import PackedDocument, collate
+from dfactory.noise.trace import every_transition
+from dfactory.packing import PackedDocument, collate
 from dfactory.rl.advantage import group_advantages
 from dfactory.types import AlignedDocument, Rollout, ViewBatch
-from dfactory.views.trace import every_transition
 from dfactory.vocabulary import Vocabulary, read_vocabulary
 
 PROMPTS = "recipes/quickstart/data/preferred_train.jsonl"

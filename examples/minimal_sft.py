@@ -17,10 +17,10 @@ import dfactory
 from dfactory.config.data import DatasetKeys
 from dfactory.config.decode import DecodeKeys
 from dfactory.data.examples import Examples, load_examples
-from dfactory.data.pack import PackedDocument, align, collate
 from dfactory.models.saving import save_policy
+from dfactory.noise import RandomMask
+from dfactory.packing import PackedDocument, align, collate
 from dfactory.types import Example, ViewBatch
-from dfactory.views import RandomMask
 from dfactory.vocabulary import Vocabulary, read_vocabulary
 
 TRAIN = "recipes/quickstart/data/train.jsonl"

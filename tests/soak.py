@@ -43,7 +43,7 @@ KINDS = {
     "ray::LearnerActor": "RL learner",
     "ray::RolloutActor": "RL rollout actor",
     "ray::Controller": "RL controller",
-    "dfactory.rl.reward_worker": "RL reward worker",
+    "dfactory.rl.rewards.worker": "RL reward worker",
     "gcs_server": "Ray GCS",
     "raylet/raylet": "Ray raylet",
     "soak-sft": "SFT",

@@ -3,9 +3,9 @@
 import pytest
 
 from dfactory.console import plain_console
-from dfactory.engine.metrics import MetricsLog
-from dfactory.engine.runfolder import RunFolder
 from dfactory.recipe import Recipe
+from dfactory.runs.folder import RunFolder
+from dfactory.runs.metrics import MetricsLog
 
 TEXTS = ["closed [/b] and never opened", "[red]", "[/]", ":smile:", "[link=file:///etc/passwd]x[/link]", "a[0] = b[/c]"]
 

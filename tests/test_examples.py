@@ -10,9 +10,9 @@ import torch
 
 from dfactory.decoding import decode
 from dfactory.models.registry import load_policy
+from dfactory.noise import RandomMask
 from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.objectives.sft import SFT
-from dfactory.views import RandomMask
 from dfactory.vocabulary import read_vocabulary
 from examples import minimal_grpo, minimal_sft
 

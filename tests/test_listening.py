@@ -13,7 +13,7 @@ WATCHED = """
 import json, os, pathlib, socket, sys
 import psutil
 from dfactory.cli import main
-from dfactory.engine.metrics import MetricsLog
+from dfactory.runs.metrics import MetricsLog
 
 def step(log, *words):
     me = psutil.Process()

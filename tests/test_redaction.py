@@ -41,7 +41,7 @@ def command_lines():
     import psutil
 
     lines = [" ".join(one.info["cmdline"] or []) for one in psutil.process_iter(["cmdline"])]
-    ours = [line for line in lines if os.getcwd() in line or "ray::" in line or "reward_worker" in line]
+    ours = [line for line in lines if os.getcwd() in line or "ray::" in line or "rewards.worker" in line]
     return chr(10).join(line for line in ours if "dfactory.cli" not in line)
 
 def judge(prompts, completions, completion_ids, api_key, judge, address, **columns):

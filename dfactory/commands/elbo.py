@@ -26,9 +26,9 @@ from dfactory.config.decode import DecodeKeys
 from dfactory.console import plain_console
 from dfactory.data.examples import Examples, load_examples
 from dfactory.data.source import MakeViews, RecordSource
+from dfactory.noise import RandomMask
 from dfactory.objectives.elbo import elbo_by_view
 from dfactory.types import AlignedDocument, View
-from dfactory.views import RandomMask
 
 ROW_LENGTH = 8192  # positions that are scored together, unless one record takes more
 

@@ -20,16 +20,16 @@ from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
 from dfactory.console import plain_console
-from dfactory.data.pack import PackedDocument, collate
-from dfactory.engine.runfolder import sync_tree
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.models.adapters import Merge, is_adapters, merge_into_base, whole_model_dir
 from dfactory.models.headers import INDEX, WEIGHTS, dtype_name, open_tensors, stored_dtype, weight_files
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy, resolve_model_dir
 from dfactory.models.saving import CHAT_TEMPLATE, GENERATION_CONFIG, carry_files, layer_groups, save_policy
+from dfactory.noise import masked_view
+from dfactory.packing import PackedDocument, collate
+from dfactory.runs.folder import sync_tree
 from dfactory.types import AlignedDocument, TokenScores, ViewBatch
-from dfactory.views import masked_view
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 """By how much the median log-probability of the probe's targets may change through merging. The median, because rounding

@@ -12,7 +12,6 @@ import torch
 from dfactory.commands.export import compare, merge_adapters, prove_copy, write_proved
 from dfactory.config.merge import MergeKeys
 from dfactory.console import plain_console
-from dfactory.engine.runfolder import Ranked, RunFolder
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.models.adapters import is_adapters
 from dfactory.models.headers import dtype_name, open_tensors, stored_dtype
@@ -20,6 +19,7 @@ from dfactory.models.merging import average_adapters, average_weights, check_pro
 from dfactory.models.policy import Policy
 from dfactory.models.registry import check_tensors, read_config
 from dfactory.models.saving import carry_files
+from dfactory.runs.folder import Ranked, RunFolder
 
 SAMPLED = 8  # tensors whose mean is computed a second time, in float64
 PRODUCT_TOLERANCE = 1e-5  # of an averaged adapter product, as a share of the largest entry

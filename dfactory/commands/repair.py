@@ -28,12 +28,12 @@ from dfactory.config.data import DatasetKeys
 from dfactory.config.decode import DecodeKeys
 from dfactory.console import plain_console
 from dfactory.data.examples import Examples, load_examples
-from dfactory.data.pack import align
 from dfactory.decoding import decode
 from dfactory.errors import ConfigError, DataError
+from dfactory.noise.edit import other_tokens
+from dfactory.noise.schedules import Purpose, generator
+from dfactory.packing import align
 from dfactory.types import Rollout
-from dfactory.views.edit import other_tokens
-from dfactory.views.schedules import Purpose, generator
 
 LONGEST_BLOCKS = 2**20  # of a record; what is too long for the model is not found out here
 

@@ -16,7 +16,7 @@ from dfactory.commands.reporting.page import page
 from dfactory.commands.reporting.runs import Run, labels, read_run
 from dfactory.commands.reporting.tradeoff import draw_tradeoff
 from dfactory.console import plain_console
-from dfactory.engine.runfolder import replace_text, writing
+from dfactory.runs.folder import replace_text, writing
 
 REPORT, PAGE = "report", "report.html"
 

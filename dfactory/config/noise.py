@@ -1,7 +1,7 @@
 """Recipe keys: blocks, mask ratios, and how many views a document gets."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from dfactory.config.keys import key
 
@@ -50,3 +50,16 @@ class NoiseKeys:
     trace_filter: str = key(
         "correct", "traces with `correct: false` are left out and counted, or used too", choices=("correct", "all")
     )
+
+    @property
+    def mask_options(self) -> dict[str, Any]:
+        """How random masks are drawn, as `noise.RandomMask` takes it."""
+        return {
+            "low": self.noise_range_low,
+            "high": self.noise_range_high,
+            "per_block": self.noise_level == "block",
+            "num_views": self.num_views,
+            "complementary": self.complementary,
+            "stratified": self.stratified,
+            "mask_count": self.mask_count,
+        }

@@ -37,7 +37,7 @@ class RLKeys:
         4096, "a reward process that has come to hold more is replaced after its group", low=64
     )
     allow_code_execution: bool = key(
-        False, "let rewards run the programs that the model writes, in the sandbox (dfactory/rl/sandbox.py)"
+        False, "let rewards run the programs that the model writes, in the sandbox (dfactory/rl/sandbox/)"
     )
 
     policy_loss: str = key(

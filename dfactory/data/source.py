@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from dfactory.data.examples import Examples
-from dfactory.data.pack import PackedDocument, Packer, align, block_of, collate, share
 from dfactory.data.streaming import StreamedExamples
 from dfactory.errors import CheckpointError, ConfigError
+from dfactory.packing import PackedDocument, Packer, align, block_of, collate, share
 from dfactory.types import AlignedDocument, View, ViewBatch
 
 AddColumns = Callable[[ViewBatch, int], ViewBatch]

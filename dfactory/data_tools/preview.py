@@ -15,13 +15,13 @@ from dfactory.commands.preview import Decode, decoder_of, document_text, legend,
 from dfactory.console import plain_console
 from dfactory.data.examples import DocumentRules, read_documents
 from dfactory.data.fields import BadRow, Pair
-from dfactory.data.pack import align
 from dfactory.data.pairs import SIDES
 from dfactory.data.records import read_records
 from dfactory.data_tools.command import add_model_arguments, parser_of, vocabulary_of
 from dfactory.errors import ConfigError
+from dfactory.noise import RandomMask
+from dfactory.packing import align
 from dfactory.types import AlignedDocument, Example, View
-from dfactory.views import RandomMask
 
 PLAIN_WIDTH = 120  # of the output where there is no terminal
 

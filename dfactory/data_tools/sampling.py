@@ -10,7 +10,7 @@ from dfactory.data.prompts import Row, encode_prompt, prompt_of, read_rows
 from dfactory.data_tools.command import say
 from dfactory.decoding import decode
 from dfactory.errors import ConfigError, RolloutError
-from dfactory.rl.reward_pool import RewardGroup, RewardPool, failure_messages
+from dfactory.rl.rewards.pool import RewardGroup, RewardPool, failure_messages
 from dfactory.rl.rewards.specs import parse_rewards
 from dfactory.types import Rollout
 

@@ -21,12 +21,10 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 import yaml
 
-from dfactory import faults
+from dfactory import distributed, faults
 from dfactory.config.resume import LIMITED, Change, changes_between, refuse_kept
 from dfactory.data.chat import read_chat_template
-from dfactory.engine import distributed
 from dfactory.engine.expert_parallel import WholeLayers
-from dfactory.engine.runfolder import CONFIG, RECIPE, STATE, RunFolder, recipe_text, replace_text, writing
 from dfactory.engine.shards import absent_shards, read_as_data
 from dfactory.engine.trainer import Trainer
 from dfactory.errors import CheckpointError, ConfigError
@@ -43,6 +41,7 @@ from dfactory.models.manifest import (
 )
 from dfactory.models.saving import save_policy
 from dfactory.recipe import Recipe
+from dfactory.runs.folder import CONFIG, RECIPE, STATE, RunFolder, recipe_text, replace_text, writing
 from dfactory.types import TrainState
 
 ENGINE = "engine"  # the folder of what only a resumed run reads

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from dfactory.engine import distributed
+from dfactory import distributed
 from dfactory.engine.trainer import Trainer, deepspeed_config, gather_moe_blocks_whole, start_engine, zero_stage
 from dfactory.engine.window import MappedSource, Source
 from dfactory.models.policy import Policy

@@ -23,18 +23,17 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dfactory import faults
+from dfactory import distributed, faults
 from dfactory.config.noise import NoiseKeys
 from dfactory.data.chat import SpecialIds
 from dfactory.data.source import RecordSource
-from dfactory.engine import distributed
 from dfactory.engine.reference import Reference
-from dfactory.engine.runfolder import writing
 from dfactory.errors import CheckpointError
 from dfactory.models.adapters import ADAPTER_CONFIG, adapter_base, is_adapters
 from dfactory.models.headers import weight_files
 from dfactory.models.registry import resolve_model_dir
 from dfactory.recipe import Recipe
+from dfactory.runs.folder import writing
 from dfactory.types import PADDING, ViewBatch
 
 FILE = "reference.safetensors"

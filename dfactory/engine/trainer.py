@@ -18,7 +18,8 @@ from torch import nn
 from transformers import get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
-from dfactory.engine import distributed, expert_parallel
+from dfactory import distributed
+from dfactory.engine import expert_parallel
 from dfactory.engine.replay import replay
 from dfactory.engine.window import (
     MeanTracker,

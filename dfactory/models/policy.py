@@ -117,7 +117,7 @@ class Policy(nn.Module):
         return {"inputs_embeds": embedded_RSH + noise_RSH.to(self._causal_lm.dtype)}
 
     def _noise_table(self, batch: ViewBatch) -> torch.Tensor | None:
-        """The vectors of noise that the batch's masks take theirs from (see views/embedding.py)."""
+        """The vectors of noise that the batch's masks take theirs from (see noise/embedding.py)."""
         if "embedding_noise_row_RS" not in batch.columns:
             return None
         generator = torch.Generator().manual_seed(batch.columns["embedding_noise_seed_1"].item())

@@ -2,7 +2,7 @@
 
     elbo = mean over views of  sum over masked i of  w_i log p(y_i | view)
 
-w_i is the view's `elbo_weight`: 1/t, or (n + 1) / l where the number of masks is drawn (views/mask.py). A complementary
+w_i is the view's `elbo_weight`: 1/t, or (n + 1) / l where the number of masks is drawn (noise/mask.py). A complementary
 pair is two views, so the mean averages its 1/t and 1/(1 - t) halves; with t drawn per block every block is a term of its
 own. Each of these is unbiased on the range that t is drawn from. Two policies that score the same batch share the noise.
 """

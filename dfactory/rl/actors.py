@@ -21,6 +21,7 @@ import torch
 from dfactory.decoding import decode
 from dfactory.models.adapters import add_adapters
 from dfactory.models.registry import load_policy, resolve_model_dir
+from dfactory.noise import RandomMask
 from dfactory.recipe import Recipe
 from dfactory.redaction import remember
 from dfactory.rl.liveness import Process, beating, this_process
@@ -29,7 +30,6 @@ from dfactory.rl.rows import RolloutRows, by_rollout
 from dfactory.rl.source import recorded
 from dfactory.rl.views import rollout_views
 from dfactory.rl.weights import WeightSet, load_weights
-from dfactory.views import recipe_mask
 from dfactory.vocabulary import recipe_vocabulary
 
 
@@ -55,7 +55,7 @@ class RolloutActor:
         keys = dataclasses.replace(recipe.decode, block_size=recipe.block_size, seed=recipe.seed)
         self.rules = recipe_vocabulary(recipe).rules(keys)
         self.scores = recipe.actors_score
-        masks = recipe_mask(recipe, self.rules.mask_token_id)
+        masks = RandomMask(self.rules.mask_token_id, recipe.seed, **recipe.mask_options)
         layout = (recipe.block_size, recipe.row_length or recipe.longest_record)
         self.rows = RolloutRows(rollout_views(recipe, masks), *layout, train_after_eos=recipe.train_after_eos)
         trace = dataclasses.replace(recipe, policy_loss="trace", trace_steps=None)

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dfactory.data.pack import PackedDocument, collate, pack_rows, share
+from dfactory.noise import response_blocks
+from dfactory.packing import PackedDocument, collate, pack_rows, share
 from dfactory.rl.rollouts import ScoredRollout
 from dfactory.rl.views import RolloutViews
 from dfactory.types import AlignedDocument, View, ViewBatch
-from dfactory.views import response_blocks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from dfactory import faults
 from dfactory.recipe import Recipe
 from dfactory.rl.advantage import GroupAdvantages
 from dfactory.rl.prompts import PromptStream
-from dfactory.rl.reward_pool import RewardGroup, RewardPool, RewardResult, failure_messages, outcome_counts
+from dfactory.rl.rewards.pool import RewardGroup, RewardPool, RewardResult, failure_messages, outcome_counts
 from dfactory.rl.rewards.specs import RewardSpec, parse_rewards
 from dfactory.rl.rollouts import DecodedGroup, ScoredRollout
 
@@ -117,7 +117,7 @@ class Scorer:
 
     def write_groups(self, step: int, seen: list[ScoredGroup], used: list[ScoredGroup]) -> None:
         """Append a line: the groups that a step met, with the version that decoded each, and those that it trains on. A
-        resumed run drops the lines of the steps that it repeats (engine/runfolder.py)."""
+        resumed run drops the lines of the steps that it repeats (runs/folder.py)."""
         line = {
             "step": step,
             "groups": [group.number for group in seen],

@@ -117,7 +117,7 @@ class RolloutSource:
         compares with old log-probabilities that the learner has just computed; the two passes of a window that is replayed
         are compared as `replay_gap`."""
         for name in ("logprob_change_fresh", "replay_gap"):
-            if self._new and metrics.get(name, 0.0) > self.ratio_tolerance:  # NaN: engine/nonfinite.py has seen to it
+            if self._new and metrics.get(name, 0.0) > self.ratio_tolerance:  # NaN: runs/nonfinite.py has seen to it
                 raise RolloutError(
                     f"{name} {metrics[name]:.3g} at the first step on new rollouts, in nats a target; at most "
                     f"{self.ratio_tolerance:g} is rounding: two forwards of one policy must agree, or the ratio is not 1. "

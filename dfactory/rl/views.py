@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dfactory.noise import RandomMask, masked_view, view_positions
+from dfactory.noise.schedules import Purpose, generator
+from dfactory.noise.trace import TraceViews, every_transition
 from dfactory.recipe import Recipe
 from dfactory.types import AlignedDocument, View
-from dfactory.views import RandomMask, masked_view, view_positions
-from dfactory.views.schedules import Purpose, generator
-from dfactory.views.trace import TraceViews, every_transition
 
 PROMPT_MASK = 0.15  # d1; docs/method.md#policy-gradients
 

@@ -8,8 +8,8 @@ import pytest
 
 from dfactory.assembly import make_source, read_inputs
 from dfactory.cli import main
-from dfactory.engine.memory import count_parameters
 from dfactory.models.tiny import TINY_DIR
+from dfactory.planning.memory import count_parameters
 from dfactory.recipe import load_recipe
 from tests.commands.conftest import GOLDEN, ROOT, save_plain, write_recipe
 

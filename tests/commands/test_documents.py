@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from dfactory.engine.memory import forecast, setup_of
 from dfactory.engine.trainer import deepspeed_config
 from dfactory.models.registry import resolve_model_dir
+from dfactory.planning.memory import forecast, setup_of
 from dfactory.recipe import load_recipe
 from tests.commands.conftest import ROOT
 from tests.test_docs import LINK, anchors, without_code

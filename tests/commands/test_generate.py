@@ -7,9 +7,9 @@ import pytest
 
 from dfactory.assembly import read_inputs
 from dfactory.cli import main
+from dfactory.noise import state_before
 from dfactory.recipe import load_recipe
 from dfactory.types import Edit, FinishReason, Rollout
-from dfactory.views import state_before
 from tests.commands.conftest import GOLDEN, ROOT, dfactory, write_recipe
 
 TRACE = {"token_ids", "commit_step", "commit_logprob", "first_commit_step", "edits", "block_size", "block_forwards"}

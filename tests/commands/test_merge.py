@@ -12,10 +12,10 @@ from dfactory.cli import main
 from dfactory.commands.merge import best_checkpoints, merge
 from dfactory.config.load import load_merge_keys
 from dfactory.config.merge import MergeKeys
-from dfactory.engine.runfolder import RunFolder
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.models.manifest import MANIFEST
 from dfactory.models.registry import load_policy
+from dfactory.runs.folder import RunFolder
 
 
 def make_run(folder: Path, rows: list[dict], steps: tuple[int, ...]) -> RunFolder:

@@ -16,8 +16,8 @@ from dfactory.commands.reporting.memory import forecast_of
 from dfactory.commands.reporting.page import final_numbers
 from dfactory.commands.reporting.runs import read_run
 from dfactory.commands.reporting.tradeoff import draw_tradeoff
-from dfactory.engine.memory import count_parameters
 from dfactory.errors import DataError
+from dfactory.planning.memory import count_parameters
 
 PICTURES = {"memory.png", "loss.png", "loss_by_t.png", "hit_rate.png", "optimiser.png", "speed.png"}
 

@@ -9,9 +9,9 @@ import torch
 
 from dfactory.config.data import DatasetKeys
 from dfactory.data.examples import load_examples
-from dfactory.data.pack import align
 from dfactory.data.source import RecordSource
 from dfactory.errors import CheckpointError, ConfigError
+from dfactory.packing import align
 from dfactory.types import PADDING, View
 
 BLOCK, EOS, MASK = 4, 1, 2

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from dfactory.data.pack import align
 from dfactory.data.traces import NO_TRACES, TraceRules
 from dfactory.errors import DataError
+from dfactory.packing import align
 from tests.data.conftest import EOS
 
 GOOD = {"prompt": "hi", "completion": "yo"}

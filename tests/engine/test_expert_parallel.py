@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 
 from dfactory.engine.checkpoint import needs_universal
 from dfactory.engine.expert_parallel import check_ranks
-from dfactory.engine.memory import Setup, count_parameters, forecast
 from dfactory.engine.trainer import deepspeed_config
 from dfactory.errors import CheckpointError, ConfigError
+from dfactory.planning.memory import Setup, count_parameters, forecast
 from dfactory.recipe import load_recipe
 from tests.engine.conftest import GOLDEN, read_metrics
 from tests.engine.test_equality import ZERO
-from tests.engine.test_memory import MINI
 from tests.models.conftest import CONFIGS
+from tests.planning.test_memory import MINI
 
 STAGES = (1, 2, 3)
 SHARED = "expert_parallel_size=2"

@@ -10,12 +10,12 @@ import torch
 
 from dfactory.assembly import make_policy
 from dfactory.engine.checkpoint import load, save
-from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.shards import read_as_data
 from dfactory.engine.trainer import Trainer
 from dfactory.errors import CheckpointError
 from dfactory.models.manifest import hash_problems, read_manifest
 from dfactory.recipe import load_recipe
+from dfactory.runs.folder import RunFolder
 from dfactory.types import TrainState
 from tests.engine.test_equality import ZERO
 from tests.planted import Evil

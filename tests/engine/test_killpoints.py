@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dfactory.engine import checkpoint, distributed
-from dfactory.engine.runfolder import STATE, RunFolder, append_text, replace_text, writing
+from dfactory import distributed
+from dfactory.engine import checkpoint
 from dfactory.engine.shards import absent_shards
 from dfactory.errors import CheckpointError
 from dfactory.models.manifest import MANIFEST
 from dfactory.recipe import load_recipe
+from dfactory.runs.folder import STATE, RunFolder, append_text, replace_text, writing
 from dfactory.train import train
 from tests.engine.conftest import ROOT, environment
 from tests.engine.killpoints import FEW

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from dfactory.data.pack import PackedDocument, align, collate, share
 from dfactory.engine.replay import join, replay
 from dfactory.engine.window import micro_loss, window_counts
 from dfactory.models.registry import load_policy
+from dfactory.noise import RandomMask
 from dfactory.objectives.policy_gradient import PolicyGradient
+from dfactory.packing import PackedDocument, align, collate, share
 from dfactory.types import PADDING, Example
-from dfactory.views import RandomMask
 from dfactory.visibility import dense_mask
 from tests.batches import make_batch, random_document
 from tests.engine.conftest import GOLDEN

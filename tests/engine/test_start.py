@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-START = "from dfactory.engine import distributed; print(distributed.start())"
+START = "from dfactory import distributed; print(distributed.start())"
 
 
 def test_a_lock_of_a_killed_compiler_is_not_waited_for(tmp_path):

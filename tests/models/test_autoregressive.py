@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dfactory.data.pack import PackedDocument, align, collate
 from dfactory.models.registry import load_policy
 from dfactory.models.saving import save_policy
+from dfactory.noise import RandomMask
+from dfactory.packing import PackedDocument, align, collate
 from dfactory.types import Example
-from dfactory.views import RandomMask
 from tests.models.conftest import GOLDEN_DIR
 from tests.reference import block_causal_mask, reference_model
 

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dfactory.engine.memory import count_adapters
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.models.adapters import adapted_linears, add_adapters, unreached_experts
 from dfactory.models.registry import load_policy, meta_model, read_config, trained_block_size
 from dfactory.models.saving import save_policy
+from dfactory.planning.memory import count_adapters
 from dfactory.vocabulary import read_vocabulary
 from tests.batches import make_batch, random_document
 from tests.models.conftest import GOLDEN_DIR

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from dfactory.data.pack import PackedDocument, align, collate, share
 from dfactory.models import attention as attention_module
 from dfactory.models.attention import SegmentPlan
 from dfactory.models.registry import load_policy
+from dfactory.noise import RandomMask
+from dfactory.packing import PackedDocument, align, collate, share
 from dfactory.types import Example
-from dfactory.views import RandomMask
 from tests.models.conftest import GOLDEN_DIR
 from tests.reference import batch_scores, dense_table, reference_model
 

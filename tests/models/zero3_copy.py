@@ -6,7 +6,7 @@ from pathlib import Path
 import deepspeed
 from transformers.integrations import HfDeepSpeedConfig
 
-from dfactory.engine import distributed
+from dfactory import distributed
 from dfactory.models.registry import load_policy
 from dfactory.models.saving import save_policy
 

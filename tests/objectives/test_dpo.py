@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from dfactory.data.pack import PackedDocument, collate
 from dfactory.engine.window import micro_loss
 from dfactory.errors import ConfigError
 from dfactory.models.registry import load_policy
+from dfactory.noise import RandomMask
 from dfactory.objectives.dpo import DPO
 from dfactory.objectives.elbo import elbo
+from dfactory.packing import PackedDocument, collate
 from dfactory.recipe import load_recipe
 from dfactory.types import AlignedDocument, TokenScores, ViewBatch
-from dfactory.views import RandomMask
 from tests.engine.conftest import GOLDEN, MASK
 from tests.reference import block_causal_mask, reference_model
 

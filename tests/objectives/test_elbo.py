@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dfactory.data.pack import PackedDocument, collate
+from dfactory.noise import RandomMask
 from dfactory.objectives.elbo import elbo, elbo_by_view
+from dfactory.packing import PackedDocument, collate
 from dfactory.types import AlignedDocument, ViewBatch
-from dfactory.views import RandomMask
 from tests.enumerated import (
     IDS,
     LENGTH,

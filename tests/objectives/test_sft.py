@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dfactory.data.pack import PackedDocument, align, collate
-from dfactory.engine.gates import watch_eos
+from dfactory.noise import RandomMask
 from dfactory.objectives.sft import SFT
+from dfactory.packing import PackedDocument, align, collate
+from dfactory.runs.sanity import watch_eos
 from dfactory.types import Example, TokenScores, ViewBatch
-from dfactory.views import RandomMask
 
 
 def batch() -> ViewBatch:

@@ -19,7 +19,7 @@ TITLES = {  # how the processes of a run are told apart: the beginning of the co
     "rollout": "ray::RolloutActor",
     "learner": "ray::LearnerActor",
     "controller": "ray::Controller",
-    "reward worker": "dfactory.rl.reward_worker",
+    "reward worker": "dfactory.rl.rewards.worker",
     "agent": "RuntimeEnvAgent",
 }
 

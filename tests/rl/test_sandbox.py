@@ -14,11 +14,11 @@ import psutil
 import pytest
 
 from dfactory.errors import ConfigError, RolloutError
-from dfactory.rl import sandbox as sandbox_module
-from dfactory.rl.answers import same
 from dfactory.rl.rewards.code_tests import code_tests
 from dfactory.rl.sandbox import WALLS, Call, Ending, Isolation, Limits, Sandbox, refusal, strongest_isolation
-from dfactory.rl.sandbox_filter import filter_text
+from dfactory.rl.sandbox import sandbox as sandbox_module
+from dfactory.rl.sandbox.answers import same
+from dfactory.rl.sandbox.filter import filter_text
 from tests.rl.attacks import ATTACKS, KERNEL, REAL, SIGNALS_AND_FOLDERS
 from tests.rl.scene import TESTS, WALL_S, scene
 
@@ -48,7 +48,7 @@ def sandboxed_processes():
     for process in psutil.process_iter():
         try:
             text = Path(f"/proc/{process.pid}/environ").read_bytes() + " ".join(process.cmdline()).encode()
-            if any(mark in text for mark in (b"HOME=/work", b"dfactory-sandbox-", b"sandbox_launcher")):
+            if any(mark in text for mark in (b"HOME=/work", b"dfactory-sandbox-", b"sandbox/launcher")):
                 found += [process] if not another_judge(process) else []
         except (OSError, psutil.Error):
             continue
@@ -58,7 +58,7 @@ def sandboxed_processes():
 def another_judge(process):
     """Whether a live process that is none of ours, such as a neighbour under pytest-xdist, holds its launcher."""
     family = [process, *process.parents()]
-    launchers = [one for one in family if any("sandbox_launcher" in word for word in one.cmdline())]
+    launchers = [one for one in family if any("sandbox/launcher" in word for word in one.cmdline())]
     if not launchers or any(one.pid == os.getpid() for one in family):
         return False
     holder = launchers[-1].parent()

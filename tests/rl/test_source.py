@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from dfactory.engine.replay import join
+from dfactory.noise.mask import RandomMask
 from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.rl.rollouts import RolloutBatch, ScoredRollout
 from dfactory.rl.rows import rollout_document, share_out
 from dfactory.rl.source import RolloutSource
 from dfactory.types import PADDING, FinishReason, Rollout, TokenScores
-from dfactory.views.mask import RandomMask
 
 BLOCK, MASK = 4, 99
 

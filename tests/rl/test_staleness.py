@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dfactory.engine.replay import join
+from dfactory.noise import RandomMask
 from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.recipe import Recipe, load_recipe
 from dfactory.rl.actors import RolloutActor
@@ -25,7 +26,6 @@ from dfactory.rl.source import RolloutSource
 from dfactory.rl.views import rollout_views
 from dfactory.rl.weights import WeightSet
 from dfactory.types import FinishReason, Rollout, TokenScores, ViewBatch
-from dfactory.views import RandomMask
 from tests.engine.conftest import ROOT
 from tests.enumerated import MASK, VOCABULARY
 from tests.rl.test_ratio import run  # noqa: F401  (a fixture)

@@ -5,17 +5,17 @@ import pytest
 import torch
 
 from dfactory.config.decode import DecodeKeys
-from dfactory.data.pack import PackedDocument, collate
 from dfactory.decoding import DecodeRules, decode
 from dfactory.models.registry import load_policy
 from dfactory.models.tiny import write_tiny_config
+from dfactory.noise import RandomMask
 from dfactory.objectives.policy_gradient import PolicyGradient
+from dfactory.packing import PackedDocument, collate
 from dfactory.recipe import Recipe
 from dfactory.rl.rollouts import ScoredRollout
 from dfactory.rl.rows import rollout_document
 from dfactory.rl.views import rollout_views
 from dfactory.types import AlignedDocument, TokenScores, ViewBatch
-from dfactory.views import RandomMask
 from tests import enumerated
 from tests.decoding.conftest import sharpen
 

@@ -8,9 +8,9 @@ from dfactory.assembly import Inputs, make_source, read_inputs
 from dfactory.commands import preview
 from dfactory.commands.checking.page import Page
 from dfactory.data.examples import DataReport, Examples
-from dfactory.data.pack import align
 from dfactory.data.pairs import SIDES
 from dfactory.errors import DataError
+from dfactory.packing import align
 from dfactory.recipe import Recipe
 
 RATIOS_SHOWN = 8

@@ -7,8 +7,8 @@ from rich.text import Text
 
 from dfactory.commands.checking.model import Model
 from dfactory.commands.checking.page import Page, in_bytes
-from dfactory.engine.memory import MemoryForecast, Setup, forecast, setup_of
 from dfactory.engine.trainer import deepspeed_config
+from dfactory.planning.memory import MemoryForecast, Setup, forecast, setup_of
 from dfactory.recipe import Recipe
 
 FITS = 72e9  # bytes: a GPU of 80 GB less 10 percent

@@ -10,7 +10,6 @@ from dfactory.data.chat import ChatEncoder, SpecialIds, mask_warning, read_chat_
 from dfactory.data.records import BadRow
 from dfactory.data.rendering import DATE
 from dfactory.data.templates import GENERATION_MARKER, PROBE_TURN
-from dfactory.engine.memory import ParameterCounts, count_adapters, count_parameters
 from dfactory.models.adapters import unreached_experts, whole_model_dir
 from dfactory.models.headers import weight_files
 from dfactory.models.registry import (
@@ -22,6 +21,7 @@ from dfactory.models.registry import (
     resolve_model_dir,
     trained_block_size,
 )
+from dfactory.planning.memory import ParameterCounts, count_adapters, count_parameters
 from dfactory.recipe import Recipe
 
 LITERALS_SHOWN = 8

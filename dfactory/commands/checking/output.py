@@ -12,11 +12,11 @@ from dfactory.commands.checking.model import Model
 from dfactory.commands.checking.page import Page, in_bytes
 from dfactory.config.objective import PAIRED_STAGES
 from dfactory.engine.checkpoint import problems_without_reading, resume_from
-from dfactory.engine.memory import forecast, setup_of
-from dfactory.engine.runfolder import RunFolder
 from dfactory.engine.trainer import deepspeed_config
 from dfactory.errors import ConfigError
+from dfactory.planning.memory import forecast, setup_of
 from dfactory.recipe import Recipe
+from dfactory.runs.folder import RunFolder
 
 
 def tell_output(page: Page, recipe: Recipe, model: Model | None, steps: int | None) -> None:

@@ -7,10 +7,10 @@ from matplotlib.figure import Figure
 
 from dfactory.commands.reporting.figures import COLOURS, new_figure, titled
 from dfactory.commands.reporting.runs import Run
-from dfactory.engine.memory import forecast, setup_of
 from dfactory.engine.trainer import deepspeed_config
 from dfactory.errors import DFactoryError
 from dfactory.models.registry import resolve_model_dir
+from dfactory.planning.memory import forecast, setup_of
 from dfactory.recipe import load_recipe
 
 METRICS = {

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from dfactory.engine.runfolder import RunFolder
 from dfactory.errors import DataError
 from dfactory.redaction import redact
+from dfactory.runs.folder import RunFolder
 
 THRESHOLDS = "thresholds*.jsonl"  # what `dfactory eval --thresholds` writes into a run folder
 COMPLETIONS = "completions.jsonl"

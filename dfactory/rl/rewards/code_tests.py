@@ -1,4 +1,4 @@
-"""Tests of the program that a response holds, run in the sandbox (dfactory/rl/sandbox.py says what that protects).
+"""Tests of the program that a response holds, run in the sandbox (dfactory/rl/sandbox/ says what that protects).
 
 The row's column `tests` is a list of
 

@@ -96,7 +96,7 @@ def test_an_unknown_isolation_is_refused():
 
 def test_a_weaker_isolation_is_reported(monkeypatch, caplog):
     monkeypatch.setattr(
-        "dfactory.rl.sandbox.strongest_isolation", lambda: (Isolation.INTERPRETER, {"namespaces": "no"})
+        "dfactory.rl.sandbox.sandbox.strongest_isolation", lambda: (Isolation.INTERPRETER, {"namespaces": "no"})
     )
     sandbox.cache_clear()
     assert score(SQUARE, "assert square(2) == 4") == 1

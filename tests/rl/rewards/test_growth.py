@@ -7,7 +7,6 @@ import pytest
 import reasoning_gym as gym
 from reasoning_gym.factory import DATASETS
 
-from dfactory.rl.answers import same
 from dfactory.rl.rewards.code_tests import lines, program_of
 from dfactory.rl.rewards.deadline import within
 from dfactory.rl.rewards.exact_match import exact_match
@@ -15,6 +14,7 @@ from dfactory.rl.rewards.format_regex import format_regex
 from dfactory.rl.rewards.length_shaping import length_shaping
 from dfactory.rl.rewards.math_verify import math_verify
 from dfactory.rl.rewards.reasoning_gym import is_literal_or_no_python, reasoning_gym, tagged
+from dfactory.rl.sandbox.answers import same
 
 LONG = 1_000_000
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from dfactory.errors import ConfigError
-from dfactory.rl.reward_pool import RewardGroup, RewardPool
+from dfactory.rl.rewards.pool import RewardGroup, RewardPool
 from dfactory.rl.rewards.specs import BUILTINS, RewardSpec, load_reward, parse_rewards, required_columns
 
 

@@ -1,0 +1,124 @@
+"""Rows of documents -> one ViewBatch: writes `[clean | view 1 | ... | view K]` for each document."""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from dfactory.packing.share import PackedDocument
+from dfactory.types import PADDING, ViewBatch
+
+
+def collate(
+    rows: Sequence[Sequence[PackedDocument]],
+    block_size: int,
+    *,
+    pad_to: int | None = None,
+    device: torch.device | str | None = None,
+) -> ViewBatch:
+    """Write rows as one ViewBatch [R, S]; S is `pad_to`, or else the longest row, at least one block.
+
+    Each document stands as `[clean | view 1 | ... | view K]`, its number counting over the whole batch; targets run in
+    row order. The clean stream ends before the last block that a view holds; a document of one block has none. What
+    neighbours share stands once, as a trunk before the first of them. A row without documents is all padding. What views
+    add (`columns_P`) comes to be columns of targets.
+    Raises ValueError if a row is longer than `pad_to`, or if some views have a column and others lack it.
+    """
+    lengths = [sum(packed.cost for packed in row) for row in rows]
+    width = max([block_size, *lengths]) if pad_to is None else pad_to
+    if max(lengths, default=0) > width:
+        raise ValueError(f"a row of {max(lengths)} positions is longer than pad_to {width}")
+    writer = _Writer(len(rows), width, sum(map(len, rows)))
+    for r, row in enumerate(rows):
+        writer.start_row(r)
+        for family in _families(row):
+            writer.write(family)
+    batch = writer.finish()
+    return batch if device is None else batch.to(device)
+
+
+def _families(row: Sequence[PackedDocument]) -> Iterator[Sequence[PackedDocument]]:
+    """Neighbours that share a trunk together, every other document alone."""
+    starts = [index for index, packed in enumerate(row) if not packed.shared]
+    return (row[start:stop] for start, stop in itertools.pairwise([*starts, len(row)]))
+
+
+class _Writer:
+    """Fills flat arrays of R * S positions from left to right."""
+
+    def __init__(self, num_rows: int, width: int, num_documents: int):
+        self.shape, self.cursor, self.num_documents = (num_rows, width), 0, num_documents
+        size = num_rows * width
+        self.input_ids, self.position, self.view, self.block = (np.zeros(size, np.int64) for _ in range(4))
+        self.document, self.trunk = (np.full(size, PADDING, np.int64) for _ in range(2))
+        self.targets: list[tuple[np.ndarray, ...]] = []  # (index, ids, real, t, elbo_weight) a view
+        self.columns: dict[str, list[np.ndarray]] = {}  # what views add, at their targets
+        self.per_document: list[tuple[int, ...]] = []  # (id, response length, answer length, number of views)
+
+    def start_row(self, row: int) -> None:
+        self.cursor = row * self.shape[1]
+
+    def write(self, family: Sequence[PackedDocument]) -> None:
+        """The clean stream that the documents share, if they do, and then each of them."""
+        first, number, shared = family[0].document, len(self.per_document), family[-1].shared
+        trunk = number + (self.num_documents if shared else 0)
+        self._write_stream(trunk, trunk, 0, first.block_size, np.arange(shared), first.input_ids_T[:shared])
+        for packed in family:
+            self._write_document(packed, shared, trunk)
+
+    def _write_document(self, packed: PackedDocument, shared: int, trunk: int) -> None:
+        document, clean, real_T = packed.document, packed.clean_length, packed.document.real_T
+        write = functools.partial(self._write_stream, len(self.per_document), trunk)
+        write(0, document.block_size, np.arange(shared, clean), document.input_ids_T[shared:clean])
+        for number, view in enumerate(packed.views, start=1):
+            index = self.cursor + np.flatnonzero(view.target_P)
+            position, noise = view.position_P[view.target_P], (view.t_P, view.elbo_weight_P)
+            targets = (index, document.view_ids_T[position], real_T[position])
+            self.targets.append((*targets, *(column_P[view.target_P] for column_P in noise)))
+            for name, column_P in view.columns_P.items():
+                self.columns.setdefault(f"{name}_N", []).append(column_P[view.target_P])
+            write(number, document.block_size, view.position_P, view.input_ids_P)
+        lengths = int(document.trainable_T.sum()), int(real_T.sum())
+        self.per_document.append((document.document_id, *lengths, len(packed.views)))
+
+    def _write_stream(self, document: int, trunk: int, view: int, block_size: int, position_P, input_ids_P) -> None:
+        span = slice(self.cursor, self.cursor + len(position_P))
+        self.input_ids[span] = input_ids_P
+        self.position[span] = position_P
+        self.document[span], self.trunk[span], self.view[span] = document, trunk, view
+        self.block[span] = position_P // block_size
+        self.cursor = span.stop
+
+    def finish(self) -> ViewBatch:
+        def grid(flat: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(flat.reshape(self.shape))
+
+        def targets(column: int, dtype) -> torch.Tensor:
+            parts = [part[column] for part in self.targets]
+            return torch.from_numpy(np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype))
+
+        for name, parts in self.columns.items():
+            if len(parts) != len(self.targets):
+                raise ValueError(f"column {name}: {len(parts)} of {len(self.targets)} views have it; give it to all")
+        per_document = torch.tensor(self.per_document, dtype=torch.int64).reshape(-1, 4)
+        ids, responses, answers, views = per_document.T.contiguous()
+        return ViewBatch(
+            input_ids_RS=grid(self.input_ids),
+            position_ids_RS=grid(self.position),
+            document_RS=grid(self.document),
+            view_RS=grid(self.view),
+            block_RS=grid(self.block),
+            trunk_RS=grid(self.trunk),
+            target_index_N=targets(0, np.int64),
+            target_ids_N=targets(1, np.int64),
+            real_N=targets(2, np.bool_),
+            t_N=targets(3, np.float32),
+            elbo_weight_N=targets(4, np.float32),
+            document_id_D=ids,
+            response_length_D=responses,
+            answer_length_D=answers,
+            num_views_D=views,
+            columns={name: torch.from_numpy(np.concatenate(parts)) for name, parts in self.columns.items()},
+        )

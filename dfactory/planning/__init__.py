@@ -1,0 +1,1 @@
+"""What a recipe will need and do, computed without weights and without a GPU."""

@@ -1,0 +1,291 @@
+"""Parameter counts and a memory forecast for one rank, from config.json alone; no weights, no GPU, no process group.
+
+Letters in the formulas: P parameters, T those that are trained, n ranks, b bytes of a weight (2 in bfloat16), g bytes of
+an accumulated gradient, L layers, t row positions of a micro-batch, and the sizes of the model: H hidden, A all query
+heads, C all key (or value) heads, I an expert, D a dense feed-forward, k experts a token, E experts, V vocabulary. With
+expert parallelism also X parameters of routed experts, and m ranks that share those of a layer.
+
+What is forecast is the peak of what the program asks for, in two phases that do not coincide: a decoder layer's backward
+and the head's. Assumed: AdamW; MoE blocks are ZeRO-3 leaf modules, gathered whole; flex_attention (no score matrix is
+kept). Activations count the tensors that autograd keeps for a decoder layer (tests/planning/test_memory.py measures them).
+Not counted: the CUDA context, NCCL's own buffers, the cache of prompts that are decoded at evaluations, and what the
+allocator loses to fragments; leave 10 percent for them.
+With expert parallelism a rank is taken to receive as many tokens as it sends (it then keeps 3 percent more, measured);
+where routing is uneven it gets more.
+"""
+
+import dataclasses
+import enum
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from dfactory.models.adapters import adapted_linears
+from dfactory.models.head import CHUNK_BYTES
+from dfactory.models.registry import FAMILIES, meta_model, read_config
+from dfactory.recipe import Recipe
+
+REDUCE_BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size, in elements
+PREFETCH_BUCKET = 50_000_000  # DeepSpeed's default stage3_prefetch_bucket_size, in elements
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCounts:
+    """How many parameters a model has. Buffers, such as the routers' expert biases, are not parameters."""
+
+    total: int
+    active: int  # that one token passes through: of the routed experts only the chosen ones
+    vocabulary: int  # embedding and head; once if they are tied
+    experts: int  # routed experts
+    largest_block: int  # of one module that ZeRO-3 gathers whole: a MoE block, or the largest single matrix
+    block_experts: int = 0  # of these, in routed experts
+
+    @property
+    def other(self) -> int:
+        """Attention, norms, routers, shared experts and dense layers."""
+        return self.total - self.vocabulary - self.experts
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What decides the memory of a rank, beside the model."""
+
+    world_size: int
+    zero_stage: int = 0
+    expert_parallel_size: int = 1
+    dtype: str = "bfloat16"
+    gradient_dtype: str | None = None  # in which gradients are accumulated; None: as the weights
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    gradient_checkpointing: bool = False
+    rows: int = 1  # of a micro-batch
+    row_length: int = 2048
+    lora_r: int | None = None  # None: all parameters are trained
+    lora_target_modules: tuple[str, ...] = ()
+    frozen_models: tuple[str, ...] = ()  # names of whole models beside the trained one
+    logits_bytes: int = CHUNK_BYTES["cuda"]  # of the head's fp32 logits in one chunk
+    trains_entropy: bool = False  # whose gradient is a further chunk
+    reduce_bucket: int = REDUCE_BUCKET  # elements
+    prefetch_bucket: int = PREFETCH_BUCKET  # elements
+
+
+class Phase(enum.StrEnum):
+    """When a line's bytes are in use. Layers and head take turns."""
+
+    ALWAYS = "always"
+    LAYER = "a layer's backward"
+    HEAD = "the head"
+    HOST = "host"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of a forecast: bytes of one rank, and how they came about."""
+
+    name: str
+    bytes: int
+    formula: str
+    phase: Phase = Phase.ALWAYS
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryForecast:
+    lines: list[Line]
+
+    @property
+    def device_bytes(self) -> int:
+        """The peak on the GPU: what is always there, and the larger of the two phases."""
+        return self._sum(Phase.ALWAYS) + max(self._sum(Phase.LAYER), self._sum(Phase.HEAD))
+
+    @property
+    def host_bytes(self) -> int:
+        return self._sum(Phase.HOST)
+
+    def _sum(self, phase: Phase) -> int:
+        return sum(line.bytes for line in self.lines if line.phase is phase)
+
+
+def count_parameters(model_dir: Path) -> ParameterCounts:
+    """Count the parameters of a model directory by its config.json. Raises CheckpointError or ConfigError."""
+    config = read_config(Path(model_dir))
+    model = meta_model(config)
+    total = sum(p.numel() for p in model.parameters())
+    ends = {id(end.weight): end.weight.numel() for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+    experts = {name: p for name, p in model.named_parameters() if ".experts." in name}  # [E, ...] each
+    routed = sum(p.numel() for p in experts.values())
+    chosen = sum(p.numel() // len(p) * config.num_experts_per_tok for p in experts.values())
+    largest_block, block_experts = _largest_block(model, FAMILIES[config.model_type].moe_blocks)
+    return ParameterCounts(
+        total=total,
+        active=total - routed + chosen,
+        vocabulary=sum(ends.values()),
+        experts=routed,
+        largest_block=largest_block,
+        block_experts=block_experts,
+    )
+
+
+def _largest_block(model: nn.Module, block_classes: tuple[str, ...]) -> tuple[int, int]:
+    """Its parameters, and those of them in routed experts."""
+    blocks = [m for m in model.modules() if type(m).__name__ in block_classes]
+    sizes = [
+        (sum(p.numel() for p in block.parameters()), sum(p.numel() for p in block.experts.parameters()))
+        for block in blocks
+    ]
+    return max(sizes or [(p.numel(), 0) for p in model.parameters()])
+
+
+def count_adapters(model_dir: Path, r: int, target_modules: tuple[str, ...]) -> int:
+    """Parameters of LoRA adapters of rank r. Raises ConfigError for a target module that takes none."""
+    linears = adapted_linears(meta_model(read_config(Path(model_dir))), list(target_modules))
+    return sum(r * (module.in_features + module.out_features) for module in linears.values())
+
+
+def setup_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Setup:
+    """The setup of a recipe on `world_size` ranks; `deepspeed` is its DeepSpeed configuration."""
+    zero = deepspeed.get("zero_optimization", {})
+    gradient_dtype = deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    return Setup(
+        world_size=world_size,
+        zero_stage=zero.get("stage", 0),
+        expert_parallel_size=recipe.expert_parallel_size,
+        dtype=recipe.dtype,
+        gradient_dtype={"fp32": "float32", "bf16": "bfloat16"}.get(gradient_dtype, gradient_dtype),
+        offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        offload_param=zero.get("offload_param", {}).get("device", "none") != "none",
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        rows=recipe.per_device_train_batch_size,
+        row_length=recipe.row_length or recipe.longest_record,
+        lora_r=recipe.lora_r if recipe.use_peft else None,
+        lora_target_modules=tuple(recipe.lora_target_modules),
+        frozen_models=recipe.frozen_models,
+        trains_entropy=recipe.stage == "cap",
+        reduce_bucket=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
+        prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET)),
+    )
+
+
+def forecast(model_dir: Path, setup: Setup) -> MemoryForecast:
+    """The memory of one rank, line by line. Raises CheckpointError or ConfigError for a directory that is no model."""
+    config, counts = read_config(Path(model_dir)), count_parameters(model_dir)
+    if setup.lora_r is None:
+        return forecast_sizes(config, counts, setup)
+    return forecast_sizes(config, counts, setup, count_adapters(model_dir, setup.lora_r, setup.lora_target_modules))
+
+
+def forecast_sizes(
+    config: PreTrainedConfig, counts: ParameterCounts, setup: Setup, adapters: int | None = None
+) -> MemoryForecast:
+    """The same for sizes that were counted before; `adapters` are LoRA's parameters, None where all are trained."""
+    full = adapters is None
+    trained = counts.total if full else adapters
+    weights = counts.total + (0 if full else trained)
+    return MemoryForecast(
+        [
+            *_state_lines(counts, weights, trained, setup),
+            *_activation_lines(config, setup),
+            *_passing_lines(counts, full, config, setup),
+        ]
+    )
+
+
+def _bytes(dtype: str) -> int:
+    return {"bfloat16": 2, "float32": 4}[dtype]
+
+
+def _state_lines(counts: ParameterCounts, weights: int, trained: int, setup: Setup) -> list[Line]:
+    """Weights, gradients and optimiser state, each whole or divided over the ranks (ZeRO, arXiv 1910.02054).
+
+    With m ranks to the experts of a layer, each holds X / m of them, which ZeRO divides over n / m ranks: what ZeRO
+    divides comes to the same as without, what it keeps whole is less.
+    """
+    experts = counts.experts
+    n, m, stage, b = setup.world_size, setup.expert_parallel_size, setup.zero_stage, _bytes(setup.dtype)
+    g = _bytes(setup.gradient_dtype or setup.dtype)
+    states = 12 if setup.dtype == "bfloat16" or stage else 8  # DeepSpeed's shards keep an fp32 copy of fp32 weights too
+    parts = {12: "fp32 copy 4 + Adam's two moments 8", 8: "Adam's two moments 8"}[states]
+    on_host = Phase.HOST if setup.offload_optimizer else Phase.ALWAYS
+
+    def line(name: str, per: int, symbol: str, count: int, divided: bool, phase: Phase, note: str = "") -> Line:
+        if divided or m == 1:
+            formula = f"{per} x {symbol}" + (" / n" if divided else "") + note
+            return Line(name, per * count // (n if divided else 1), formula, phase)
+        return Line(name, per * (count - experts + experts // m), f"{per} x ({symbol} - X + X / m){note}", phase)
+
+    weights_on = Phase.HOST if setup.offload_param else Phase.ALWAYS
+    # Expert parallelism has no frozen models (recipe.py): below ZeRO-3 they are whole on each rank.
+    divided, note = (n, " / n") if stage == 3 else (1, "")
+    frozen = [
+        Line(name, b * counts.total // divided, f"{b} x P without adapters{note}", weights_on)
+        for name in setup.frozen_models
+    ]
+    return [
+        line("weights", b, "P", weights, stage == 3, weights_on),
+        *frozen,
+        line("gradients", g, "T", trained, stage >= 2, on_host if stage >= 2 else Phase.ALWAYS),
+        line("optimiser", states, "T", trained, stage >= 1, on_host, f" ({parts})"),
+    ]
+
+
+def layer_activations(config: PreTrainedConfig, dtype: str) -> tuple[int, str]:
+    """Bytes that autograd keeps for one row position in one decoder layer (its largest kind), and the formula."""
+    b = _bytes(dtype)
+    # RMSNorms, of the stream and of queries and keys, keep an fp32 copy of what they read.
+    half = dtype == "bfloat16"
+    per_h, per_a, per_c = (16, 12, 10) if half else (24, 20, 16)
+    if half and FAMILIES[config.model_type].moe_blocks:
+        per_h += 4  # so does the router
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    sizes = (config.hidden_size, config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim)
+    attention = sum(per * size for per, size in zip((per_h, per_a, per_c), sizes, strict=True))
+    formula = f"{per_h} H + {per_a} A + {per_c} C"
+    if not FAMILIES[config.model_type].moe_blocks:
+        return attention + 4 * b * config.intermediate_size, f"{formula} + {4 * b} D"
+    experts, chosen, inner = config.num_local_experts, config.num_experts_per_tok, config.moe_intermediate_size
+    # n_shared_experts is a name of the Glm4Moe configuration; other families have none.
+    shared = config.to_dict().get("n_shared_experts", 0) * inner
+    routed = chosen * (2 * b * config.hidden_size + 4 * b * inner + 56)
+    formula += f" + k ({2 * b} H + {4 * b} I + 56) + {4 * b} I_shared + 5 E"
+    return attention + routed + 4 * b * shared + 5 * experts, formula
+
+
+def _activation_lines(config: PreTrainedConfig, setup: Setup) -> list[Line]:
+    # The last layer, which keeps little but keys and values of what is no target, is taken for a whole one.
+    positions, layers = setup.rows * setup.row_length, config.num_hidden_layers
+    per_position, formula = layer_activations(config, setup.dtype)
+    if not setup.gradient_checkpointing:
+        return [Line("activations", layers * positions * per_position, f"L x t x ({formula})")]
+    b = _bytes(setup.dtype)
+    return [
+        Line("layer inputs", layers * positions * b * config.hidden_size, f"L x t x {b} H"),
+        Line("one layer, recomputed", positions * per_position, f"t x ({formula})", Phase.LAYER),
+    ]
+
+
+def _passing_lines(counts: ParameterCounts, full: bool, config: PreTrainedConfig, setup: Setup) -> list[Line]:
+    """Gathered weights, gradients before they are divided, buckets, and the head's logits."""
+    b, stage, m = _bytes(setup.dtype), setup.zero_stage, setup.expert_parallel_size
+    block = counts.largest_block - counts.block_experts + counts.block_experts // m
+    size = "largest block" if m == 1 else "largest block with 1 / m of its experts"
+    head = config.vocab_size * config.hidden_size
+    lines = []
+    if stage == 3:
+        gathered = b * (block + setup.prefetch_bucket)
+        lines += [
+            Line("gathered block", gathered, f"{b} x ({size} {block:,} + prefetch bucket)", Phase.LAYER),
+            Line("gathered head", b * head, f"{b} x V H", Phase.HEAD),
+        ]
+    if stage == 3 and full:
+        lines.append(Line("gradients of a block", 2 * b * block, f"2 x {b} x {size} (with a flat copy)", Phase.LAYER))
+    if stage >= 1 and full and setup.world_size > 1:
+        lines.append(Line("reduce buckets", 2 * b * setup.reduce_bucket, f"2 x {b} x reduce bucket"))
+    parts = [4] * (3 if setup.trains_entropy else 2) + [b]  # bytes of a number of each chunk
+    chunk = min(setup.logits_bytes, 4 * config.vocab_size * setup.rows * setup.row_length)
+    formula = f"chunk x ({' + '.join(map(str, parts))}) / 4"
+    lines.append(Line("logits of a chunk", chunk * sum(parts) // 4, formula, Phase.HEAD))
+    if full:
+        cast = b if setup.dtype == "bfloat16" else 0
+        lines.append(Line("gradient of the head", (4 + cast) * head, f"(4 + {cast}) x V H", Phase.HEAD))
+    return lines

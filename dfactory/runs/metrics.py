@@ -1,0 +1,114 @@
+"""Where metrics go: metrics.jsonl (the truth), one console line a step, and trackers when asked."""
+
+import math
+import secrets
+import sys
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dfactory.console import plain_console
+from dfactory.runs.folder import RunFolder, replace_text, resolved_keys, writing
+from dfactory.recipe import Recipe
+from dfactory.redaction import redact
+
+
+class MetricsLog:
+    """Used on the first rank only. A context manager, so that the progress bar and the tracker are always closed."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, num_steps: int, first_step: int):
+        self.recipe, self.folder, self.num_steps = recipe, folder, num_steps
+        self.console = plain_console()
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.progress.add_task("", total=num_steps, completed=first_step)
+        self.wandb = None
+
+    def __enter__(self) -> "MetricsLog":
+        if "wandb" in self.recipe.report_to:
+            import wandb
+
+            sys.argv[1:] = map(redact, sys.argv[1:])  # it sends the command line along
+            name = redact(self.recipe.run_name or self.folder.path.name)
+            self.wandb = wandb.init(
+                project="dfactory",
+                id=self._tracker_id(),
+                name=name,
+                config=resolved_keys(self.recipe),
+                dir=str(self.folder.path),
+                resume="allow",
+                settings=wandb.Settings(console="off"),  # it would copy the output before `redaction` sees it
+            )
+        self.progress.start()
+        return self
+
+    def _tracker_id(self) -> str:
+        """Kept in the run folder, so that a resumed run goes on under its own name."""
+        file = self.folder.tracker_file
+        if not file.is_file():
+            with writing(file):
+                replace_text(file, secrets.token_hex(4) + "\n")
+        return file.read_text().strip()
+
+    def __exit__(self, *_) -> None:
+        self.progress.stop()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def step(self, step: int, epoch: float, metrics: dict[str, float], warnings: list[str] = ()) -> None:
+        for warning in warnings:
+            self.warn(warning)
+        phase = {"block_size": self.recipe.block_size_at(step - 1)} if self.recipe.block_size_schedule else {}
+        self._write({"step": step, "epoch": round(epoch, 4), **phase, **metrics})
+        self.progress.update(self.task, completed=step, description=f"loss {metrics['loss']:.4f}")
+        if step % self.recipe.logging_steps == 0 or step == self.num_steps:
+            self.say(
+                f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {metrics['loss']:.4f}  "
+                f"hit {metrics.get('hit_rate', math.nan):.3f}  {_told(metrics)}"  # nan: a window without a target
+                f"grad {metrics['grad_norm']:.3f}  lr {metrics['learning_rate']:.2e}  "
+                f"{metrics['tokens_per_second']:,.0f} tok/s"
+            )
+
+    def evaluation(self, step: int, metrics: dict[str, float], previews: list[dict[str, Any]]) -> None:
+        self._write({"step": step, **{f"eval/{name}": value for name, value in metrics.items()}})
+        by_t = "  ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in metrics.items() if n.startswith("loss_t"))
+        told = _told(metrics) or f"({by_t})"
+        self.say(f"evaluation at step {step}: loss {metrics['loss']:.4f}  hit {metrics['hit_rate']:.3f}  {told}")
+        if "decoded" in metrics:
+            self.say(
+                f"{metrics['decoded']:.0f} prompts decoded: {metrics['tokens_per_forward']:.2f} tokens per forward, "
+                f"exact match {metrics['exact_match']:.1%}"
+            )
+        if metrics.get("clipped_ratio") == 1.0:
+            self.warn(
+                f"none of the {metrics['decoded']:.0f} answers at step {step} ended with EOS: was it ever learnt?"
+            )
+        if previews:
+            self.folder.append_previews([{"step": step, **preview} for preview in previews])
+            first = previews[0]
+            self.say(f"one of them: {first['expected']!r} was right, {first['answered']!r} was answered")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)  # a log file's lines are not the terminal's
+
+    def warn(self, text: str) -> None:
+        """On standard error, and not to be overlooked."""
+        plain_console(stderr=True).print(f"WARNING: {text}", style="bold red", soft_wrap=True)
+
+    def _write(self, metrics: dict[str, Any]) -> None:
+        self.folder.append_metrics(metrics)
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=metrics["step"])
+
+
+def _told(metrics: dict[str, float]) -> str:
+    """What a stage is about: how pairs are told apart, or what rollouts are rewarded with."""
+    if "rewards/margins" in metrics:
+        return f"accuracy {metrics['rewards/accuracies']:.3f}  margin {metrics['rewards/margins']:.4f}  "
+    if "groups" in metrics:
+        reward = f"{metrics['reward']:.3f}" if "reward" in metrics else "none"
+        return (
+            f"reward {reward}  unique {metrics['unique_fraction']:.2f}  "
+            f"no signal {metrics['frac_reward_zero_std']:.0%}  {metrics['tokens_per_forward']:.2f} tokens/forward  "
+        )
+    return ""

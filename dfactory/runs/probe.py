@@ -1,0 +1,129 @@
+"""How a policy in training decodes: tokens per forward and exact match on the first held-out prompts.
+
+ZeRO 0 to 2 leave every rank a whole model, so the ranks share the prompts. Where a forward needs all ranks (ZeRO-3 gathers
+each layer, expert parallelism sends tokens around) they decode the same prompts in step; rank 0's logits decide for all,
+so that rounding cannot lead two ranks apart.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dfactory.recipe import Recipe
+from dfactory.data.examples import Examples
+from dfactory.decoding import DecodeRules, decode
+from dfactory import distributed
+from dfactory.errors import DataError
+from dfactory.models.policy import Policy
+from dfactory.types import Example, FinishReason, Rollout
+from dfactory.vocabulary import Vocabulary
+
+PREVIEWS = 4  # answers that are written down at each evaluation
+
+
+class Trained(Protocol):
+    """The part of the engine's Trainer that decoding needs."""
+
+    recipe: Recipe
+    policy: Policy
+    engine: nn.Module
+    device: torch.device
+    rank: int
+    world_size: int
+    zero_stage: int
+
+
+class Question(NamedTuple):
+    """The beginning of a document up to its first trainable token, and the trainable tokens that follow."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+    @classmethod
+    def of(cls, example: Example) -> "Question":
+        start = int(example.trainable_T.argmax())
+        length = int((~example.trainable_T[start:]).argmax()) or len(example) - start
+        ids = example.input_ids_T.tolist()
+        return cls(ids[:start], ids[start : start + length])
+
+    def is_answered_by(self, rollout: Rollout, vocabulary: Vocabulary) -> bool:
+        """The same tokens up to EOS, as far as a cut document goes; or else the same text, as `dfactory eval` counts."""
+        if rollout.output_ids[: len(self.answer_ids)] == self.answer_ids:
+            return True
+        given, right = (vocabulary.text(ids) for ids in (rollout.output_ids, self.answer_ids))
+        return given is not None and given.strip() == right.strip()
+
+
+def first_questions(examples: Examples, count: int) -> list[Question]:
+    """The first `count` documents (of a pair: the chosen one) that have a prompt. Raises DataError if none has."""
+    questions = (Question.of(examples[index]) for index in range(0, len(examples), examples.unit_size))
+    found = [question for question in questions if question.prompt_ids][:count]
+    if not found:
+        raise DataError(
+            f"no document of {', '.join(examples.report.files)} has a prompt before its answer: set eval_decode_prompts to 0"
+        )
+    return found
+
+
+class DecodingProbe:
+    """Decodes a fixed list of questions, as often as it is asked to. All ranks have to call it together."""
+
+    def __init__(self, questions: list[Question], rules: DecodeRules, vocabulary: Vocabulary):
+        self.questions, self.rules, self.vocabulary = questions, rules, vocabulary
+
+    def measure(self, trainer: Trained) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """tokens_per_forward: answer tokens up to EOS over forwards, both summed; exact_match; clipped_ratio: answers
+        without EOS; decoded: how many. And the first of this rank's answers, to be read by people."""
+        in_step = trainer.zero_stage == 3 or trainer.recipe.expert_parallel_size > 1
+        mine = slice(None) if in_step else slice(trainer.rank, None, trainer.world_size)
+        questions = self.questions[mine]
+        trainer.engine.eval()
+        rollouts = decode(
+            InStep(trainer.policy, trainer.device) if in_step else trainer.policy,
+            [question.prompt_ids for question in questions],
+            self.rules,
+            noise_ids=range(len(self.questions))[mine],
+        )
+        trainer.engine.train()
+        answered = zip(questions, rollouts, strict=True)
+        hits = [question.is_answered_by(rollout, self.vocabulary) for question, rollout in answered]
+        tokens, forwards = (sum(len(r.output_ids) for r in rollouts), sum(r.forwards for r in rollouts))
+        clipped = sum(rollout.finish_reason == FinishReason.LENGTH for rollout in rollouts)
+        sums = torch.tensor([tokens, forwards, sum(hits), clipped, len(hits)], dtype=torch.float64)
+        if not in_step:
+            distributed.all_reduce_sum(sums)
+        tokens, forwards, right, clipped, decoded = sums.tolist()
+        shares = {"exact_match": right / decoded, "clipped_ratio": clipped / decoded}
+        metrics = {"tokens_per_forward": tokens / forwards, **shares, "decoded": decoded}
+        return metrics, [self._preview(*one) for one in zip(questions[:PREVIEWS], rollouts, hits, strict=False)]
+
+    def _preview(self, question: Question, rollout: Rollout, right: bool) -> dict[str, Any]:
+        """Texts, or ids where there is no tokenizer."""
+        asked = {"prompt": question.prompt_ids, "expected": question.answer_ids, "answered": rollout.output_ids}
+        texts = {name: self.vocabulary.text(ids) for name, ids in asked.items()}
+        shown = asked if None in texts.values() else texts
+        return {**shown, "right": right, "forwards": rollout.forwards}
+
+
+@dataclasses.dataclass(frozen=True)
+class InStep:
+    """A policy whose forwards need every rank, for the decoder: all ranks get rank 0's logits."""
+
+    policy: Policy
+    device: torch.device
+    can_be_recorded = False  # the ranks talk in between
+
+    @property
+    def config(self):
+        return self.policy.config
+
+    def hidden_at(self, chosen_N, inputs_RS, position_ids_RS, visibility, cache) -> torch.Tensor:
+        return self.policy.hidden_at(chosen_N, inputs_RS, position_ids_RS, visibility, cache)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.policy.logits(hidden)
+        dist.broadcast(logits, src=0)
+        return logits
