@@ -8,9 +8,9 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dfactory.console import plain_console
-from dfactory.runs.folder import RunFolder, replace_text, resolved_keys, writing
 from dfactory.recipe import Recipe
 from dfactory.redaction import redact
+from dfactory.runs.folder import RunFolder, replace_text, resolved_keys, writing
 
 
 class MetricsLog:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from dfactory import distributed
-from dfactory.runs.folder import RunFolder, replace_text, writing
 from dfactory.errors import NonFiniteError
+from dfactory.runs.folder import RunFolder, replace_text, writing
 from dfactory.types import TrainState, ViewBatch
 
 

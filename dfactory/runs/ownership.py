@@ -30,8 +30,8 @@ from pathlib import Path
 import psutil
 
 from dfactory import distributed
-from dfactory.runs.folder import RunFolder, writing
 from dfactory.errors import ConfigError
+from dfactory.runs.folder import RunFolder, writing
 
 RUN, LEARNER = ".owner", ".owner-learner"
 BEAT_S, PATIENCE_S = 5.0, 30.0

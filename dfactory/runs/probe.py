@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dfactory.recipe import Recipe
+from dfactory import distributed
 from dfactory.data.examples import Examples
 from dfactory.decoding import DecodeRules, decode
-from dfactory import distributed
 from dfactory.errors import DataError
 from dfactory.models.policy import Policy
+from dfactory.recipe import Recipe
 from dfactory.types import Example, FinishReason, Rollout
 from dfactory.vocabulary import Vocabulary
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfactory.assembly import make_source, read_inputs
 from dfactory import distributed
-from dfactory.runs.nonfinite import NonFiniteGuard
-from dfactory.runs.folder import RunFolder
+from dfactory.assembly import make_source, read_inputs
 from dfactory.engine.trainer import deepspeed_config, learning_rate_schedule
 from dfactory.engine.window import spread_nonfinite, window_counts
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.recipe import load_recipe
+from dfactory.runs.folder import RunFolder
+from dfactory.runs.nonfinite import NonFiniteGuard
 from dfactory.types import TrainState
 from tests.engine.conftest import GOLDEN, ROOT, launch, read_metrics
 from tests.engine.test_equality import ZERO

@@ -14,12 +14,12 @@ import time
 
 import pytest
 
-from dfactory.cli import main
 from dfactory import distributed
-from dfactory.runs import ownership
-from dfactory.runs.ownership import LEARNER, RUN, held_by_learner, held_by_run, one_run, this_owner
-from dfactory.runs.folder import RunFolder
+from dfactory.cli import main
 from dfactory.errors import CheckpointError, ConfigError
+from dfactory.runs import ownership
+from dfactory.runs.folder import RunFolder
+from dfactory.runs.ownership import LEARNER, RUN, held_by_learner, held_by_run, one_run, this_owner
 from tests.engine.conftest import ROOT, environment
 
 HOLD = """

@@ -9,10 +9,10 @@ import pytest
 from dfactory.assembly import make_probe, read_inputs
 from dfactory.data.chat import SpecialIds
 from dfactory.decoding import decode
-from dfactory.runs.probe import Question, first_questions
 from dfactory.errors import DataError
 from dfactory.models.registry import load_policy
 from dfactory.recipe import load_recipe
+from dfactory.runs.probe import Question, first_questions
 from dfactory.types import Example
 from dfactory.vocabulary import Vocabulary, read_vocabulary
 from tests.engine.conftest import read_metrics

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dfactory.runs.sanity import VISITS, ExpertCoverage
 from dfactory.errors import SilentFailureError
 from dfactory.models.registry import load_policy
 from dfactory.recipe import load_recipe
+from dfactory.runs.sanity import VISITS, ExpertCoverage
 from dfactory.train import train
 from tests.engine.conftest import GOLDEN, read_metrics
 

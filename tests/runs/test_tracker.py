@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 from wandb.proto import wandb_internal_pb2
 
-from dfactory.runs.metrics import MetricsLog
-from dfactory.runs.folder import RunFolder
 from dfactory.recipe import load_recipe
+from dfactory.runs.folder import RunFolder
+from dfactory.runs.metrics import MetricsLog
 
 METRICS = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 1.0}
 

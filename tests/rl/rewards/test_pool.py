@@ -17,7 +17,7 @@ from dfactory.errors import ConfigError
 from dfactory.rl.rewards.pool import Outcome, RewardGroup, RewardPool, failure_messages, outcome_counts
 from dfactory.rl.rewards.specs import RewardSpec, parse_rewards
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # tests/rl
 TIMEOUT_S = 5.0  # generous: the processes share a busy machine
 
 
