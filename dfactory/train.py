@@ -3,7 +3,7 @@
     records -> Examples -> RecordSource --(window of ViewBatches)--> Trainer --(TokenScores)--> Objective
                                ^ noise/ adds the noise                  ^ models/ has the model     ^ sums and counts
 
-The loop at the bottom is the whole of training. Another objective changes `assembly.make_objective`, another origin of
+The loop in `_learn_in` is the whole of training. Another objective changes `assembly.make_objective`, another origin of
 batches changes `assembly.make_source`; nothing else knows which one it is.
 """
 
