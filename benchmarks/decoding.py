@@ -31,8 +31,8 @@ from rich.table import Table
 
 from benchmarks.workload import BLOCK, SHAPES, Timed, interleave, special_ids, text_ids, write_config
 from dfactory import distributed
-from dfactory.config.decode import DecodeKeys
 from dfactory.decoding import DecodeRules, decode
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.models.headers import original_tensors
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy

@@ -78,7 +78,7 @@ class OldActor:
             own[name].copy_(tensor)
 
 
-class LocalClient:
+class LocalFeed:
     """Controller and rollout actor in this process. The controller is synchronous: the age is the actor's."""
 
     def __init__(self, recipe: Recipe):
@@ -112,11 +112,11 @@ def train(recipe_file: str, folder: Path, overrides: list[str]) -> None:
     if finished.is_file():
         return
     recipe = load_recipe(RECIPES / recipe_file, [f"output_dir={folder}", "overwrite_output_dir=true", *overrides])
-    client = LocalClient(recipe) if recipe.stage == "rl" else None
-    if status := learn(recipe, client):
+    feed = LocalFeed(recipe) if recipe.stage == "rl" else None
+    if status := learn(recipe, feed):
         raise SystemExit(status)
-    if client is not None:
-        client.close()
+    if feed is not None:
+        feed.close()
     finished.touch()
 
 

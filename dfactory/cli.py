@@ -165,6 +165,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     form = verbs.choices["schema"].add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="as the tables of recipes/KEYS.md")
     form.add_argument("--earlier", action="store_true", help="keys of the earlier dFactory and what becomes of each")
+    form.add_argument("--rules", action="store_true", help="the decoding rules, as the table of docs/decoding.md")
     form.add_argument("--resume", action="store_true", help="what a resumed run does with each key that has changed")
     return parser, verbs.choices
 
@@ -231,7 +232,7 @@ def _check(arguments, overrides) -> int:
 
 
 def _generate(arguments, overrides) -> int:
-    from dfactory.config.load import load_decode_keys
+    from dfactory.decoding.keys import load_decode_keys
 
     keys = load_decode_keys(overrides)
     from dfactory.commands.generate import generate
@@ -240,7 +241,7 @@ def _generate(arguments, overrides) -> int:
 
 
 def _eval(arguments, overrides) -> int:
-    from dfactory.config.load import load_decode_keys
+    from dfactory.decoding.keys import load_decode_keys
 
     keys = load_decode_keys(overrides)
     if arguments.data is None and (arguments.repair or arguments.elbo_pairs):
@@ -265,7 +266,7 @@ def _eval(arguments, overrides) -> int:
 
 
 def _chat(arguments, overrides) -> int:
-    from dfactory.config.load import load_decode_keys
+    from dfactory.decoding.keys import load_decode_keys
 
     keys = load_decode_keys(overrides)
     from dfactory.commands.chat import chat
@@ -274,7 +275,7 @@ def _chat(arguments, overrides) -> int:
 
 
 def _serve(arguments, overrides) -> int:
-    from dfactory.config.load import load_decode_keys
+    from dfactory.decoding.keys import load_decode_keys
 
     keys = load_decode_keys(overrides)
     from dfactory.commands.serve import run_server
@@ -298,10 +299,12 @@ def _export(arguments, overrides) -> int:
 
 
 def _schema(arguments, overrides) -> int:
-    from dfactory.commands.schema import earlier, resuming, schema
+    from dfactory.commands.schema import earlier, resuming, rules, schema
 
     if arguments.resume:
         return resuming()
+    if arguments.rules:
+        return rules()
     return earlier() if arguments.earlier else schema(arguments.markdown)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dfactory.config.data import DataKeys
-from dfactory.config.decode import DecodeKeys, decode_problem
 from dfactory.config.earlier import Alias, translate
 from dfactory.config.editing import EditingKeys
 from dfactory.config.keys import key
@@ -25,6 +24,7 @@ from dfactory.config.noise import NoiseKeys
 from dfactory.config.objective import PAIRED_STAGES, PLAIN_STAGES, ObjectiveKeys
 from dfactory.config.rl import RLKeys
 from dfactory.config.training import TrainingKeys
+from dfactory.decoding.keys import DecodeKeys, decode_problem, refuse_foreign_keys, trace_problem
 from dfactory.errors import ConfigError
 from dfactory.redaction import remember
 
@@ -144,8 +144,10 @@ def read_recipe(path: str | Path, overrides: list[str] = (), ranks: int | None =
     layers, aliases = translate(layers, ranks or int(os.environ.get("WORLD_SIZE", "1")))
     recipe = merge_layers(Recipe, layers)
     remember(recipe)
+    origins = _origins(layers)
+    refuse_foreign_keys(recipe.decode, origins, "decode.")
     _check_recipe(recipe, f"{path} and the command line" if overrides else str(path))
-    return Loaded(recipe, _origins(layers), aliases)
+    return Loaded(recipe, origins, aliases)
 
 
 def _origins(layers: list[tuple[str, DictConfig]]) -> dict[str, str]:
@@ -403,11 +405,9 @@ def _check_rl(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
         recipe.decode.acceptance == "top",
         f"decode.acceptance {recipe.decode.acceptance} with stage rl starves rare tokens and biases the ratio; use top",
     )
-    rule(
-        recipe.policy_loss != "trace" or recipe.decode.editing_threshold is None,
-        f"decode.editing_threshold {recipe.decode.editing_threshold} with policy_loss trace: the likelihood of edits is not "
-        "computed; set it to null, or use ebpo",
-    )
+    if recipe.policy_loss == "trace" and (unlikely := trace_problem(recipe.decode)):
+        given, why = unlikely
+        rule(False, f"{given} with policy_loss trace: {why}; set it otherwise, or use ebpo")
     rule(
         recipe.decode.top_p is None and recipe.decode.top_k is None,
         "decode.temperature, top_k or top_p other than 1.0, null, null with stage rl: the learner's likelihood is that of "

@@ -2,9 +2,9 @@
 
 from typing import Any, NamedTuple
 
-from dfactory.config.decode import DecodeKeys
 from dfactory.data.chat import ChatEncoder, SpecialIds, mask_warning, read_chat_template, special_ids
 from dfactory.decoding import DecodeRules
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.models.registry import known_mask_id, read_config, read_tokenizer, resolve_model_dir
 from dfactory.recipe import Recipe
 

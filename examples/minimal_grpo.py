@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import dfactory
-from dfactory.config.decode import DecodeKeys
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.noise.trace import every_transition
 from dfactory.packing import PackedDocument, collate
 from dfactory.rl.advantage import group_advantages

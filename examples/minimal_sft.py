@@ -15,8 +15,8 @@ import torch
 
 import dfactory
 from dfactory.config.data import DatasetKeys
-from dfactory.config.decode import DecodeKeys
 from dfactory.data.examples import Examples, load_examples
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.models.saving import save_policy
 from dfactory.noise import RandomMask
 from dfactory.packing import PackedDocument, align, collate

@@ -11,8 +11,8 @@ import yaml
 
 import dfactory
 from dfactory.cli import main
-from dfactory.config.decode import DecodeKeys
 from dfactory.config.load import known_keys
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.recipe import Recipe
 from tests.engine.conftest import GOLDEN, write_records
 

@@ -8,7 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from dfactory.commands.schema import rule_table
+from dfactory.decoding.rules.base import COLUMNS, Forward
 from dfactory.models.registry import FAMILIES
 from tests import tutorial
 
@@ -93,6 +96,24 @@ def test_headings_of_a_page_are_unique():
 def test_the_families_page_lists_what_loads():
     page = (DOCS / "families.md").read_text()
     assert re.findall(r"^\| `(?!model_type)(\w+)` \|", page.partition("## What")[0], re.MULTILINE) == list(FAMILIES)
+
+
+def test_the_decoding_page_has_the_tables_of_rules_and_columns():
+    page = (DOCS / "decoding.md").read_text()
+    assert rule_table() in page, "`dfactory schema --rules` prints it"
+    for column in COLUMNS:
+        assert f"| `{column.name.upper()}` | {column.meaning} |" in page
+
+
+def test_the_rule_of_the_decoding_page_is_one():
+    page = (DOCS / "decoding.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1).replace("@RULES.add\n", "")
+    names: dict = {}
+    exec(compile(code, "docs/decoding.md", "exec"), names)
+    columns = {"margin": torch.tensor([[0.6, 0.1, 0.7], [0.2, 0.1, 0.3]])}
+    masked_RB = torch.tensor([[True, True, False], [True, True, True]])
+    forward = Forward(None, None, masked_RB, ~masked_RB, torch.zeros(2), columns, {})
+    assert names["Margin"]().commit(forward).tolist() == [[True, False, False], [False, False, True]]
 
 
 @pytest.mark.parametrize("column, size", enumerate(("mini", "flash"), start=1))

@@ -22,10 +22,10 @@ from rich.table import Table
 
 from dfactory.commands.generate import Answerer, write_outputs
 from dfactory.config.data import DatasetKeys
-from dfactory.config.decode import DecodeKeys
 from dfactory.console import plain_console
 from dfactory.data.examples import Examples, load_examples
 from dfactory.data.source import MakeViews, RecordSource
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.noise import RandomMask
 from dfactory.objectives.elbo import elbo_by_view
 from dfactory.types import AlignedDocument, View

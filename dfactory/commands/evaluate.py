@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dfactory.commands.generate import Answerer, matches, write_outputs
-from dfactory.config.decode import DecodeKeys
 from dfactory.console import plain_console
 from dfactory.data.prompts import Row, read_rows
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import ConfigError, DataError
 from dfactory.rl.rewards.text import answer_text
 

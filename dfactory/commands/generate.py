@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from dfactory.config.decode import DecodeKeys
 from dfactory.console import plain_console
 from dfactory.data.jsonlines import json_line
 from dfactory.data.prompts import Row, encode_prompt, read_rows
 from dfactory.decoding import decode
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy, resolve_model_dir, trained_block_size
 from dfactory.rl.rewards.exact_match import same_text

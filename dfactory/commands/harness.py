@@ -26,10 +26,9 @@ from rich.table import Table
 from dfactory.commands.elbo import estimate, read_examples
 from dfactory.commands.evaluate import wilson_interval
 from dfactory.commands.generate import Answerer
-from dfactory.config.decode import DecodeKeys
-from dfactory.config.load import decode_keys_over
 from dfactory.console import plain_console
 from dfactory.data.prompts import Row
+from dfactory.decoding.keys import DecodeKeys, decode_keys_over
 from dfactory.errors import ConfigError
 
 try:

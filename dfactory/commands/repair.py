@@ -25,10 +25,10 @@ from rich.table import Table
 from dfactory.commands.evaluate import wilson_interval
 from dfactory.commands.generate import Answerer, write_outputs
 from dfactory.config.data import DatasetKeys
-from dfactory.config.decode import DecodeKeys
 from dfactory.console import plain_console
 from dfactory.data.examples import Examples, load_examples
 from dfactory.decoding import decode
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import ConfigError, DataError
 from dfactory.noise.edit import other_tokens
 from dfactory.noise.schedules import Purpose, generator

@@ -1,6 +1,7 @@
 """`dfactory schema`: every key of a recipe and of the decoder, as config/ declares them; and the keys of the earlier one."""
 
 import dataclasses
+import inspect
 import typing
 from typing import Any
 
@@ -14,6 +15,7 @@ from dfactory.config.load import known_keys
 from dfactory.config.merge import MergeKeys
 from dfactory.config.resume import resume_table
 from dfactory.console import plain_console
+from dfactory.decoding.rules.base import RULES
 from dfactory.recipe import Recipe
 from dfactory.redaction import redact
 
@@ -68,6 +70,21 @@ def earlier() -> int:
 def resuming() -> int:
     print(resume_table())
     return 0
+
+
+def rules() -> int:
+    print(rule_table())
+    return 0
+
+
+def rule_table() -> str:
+    """The decoding rules with their keys, as a table in Markdown."""
+    lines = ["| `decode.rule` | commits | reads | keys |", "|---|---|---|---|"]
+    for rule in RULES:
+        first = inspect.cleandoc(rule.__doc__).partition("\n")[0]
+        keys = ", ".join(f"`{field.name}`" for field in dataclasses.fields(rule))
+        lines.append(_row((f"`{rule.name}`", first, ", ".join(column.name for column in rule.reads), keys)))
+    return "\n".join(lines)
 
 
 def earlier_table() -> str:

@@ -5,8 +5,8 @@ import dataclasses
 from pathlib import Path
 
 from dfactory.commands.generate import Answerer
-from dfactory.config.decode import DecodeKeys
 from dfactory.console import plain_console
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.serving.server import Options, read_token, serve
 
 

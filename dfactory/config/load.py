@@ -5,49 +5,18 @@ Knows no recipe: a schema is any dataclass of keys (keys.py).
 
 import dataclasses
 import difflib
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dfactory.config.decode import DecodeKeys, decode_problem
 from dfactory.config.elsewhere import meant_by, without_neutral
 from dfactory.config.merge import MergeKeys
 from dfactory.errors import ConfigError
 
 NOT_YAML = (yaml.YAMLError, OmegaConfBaseException, ValueError)  # what OmegaConf raises for text that it cannot read
 COMMAND_LINE = "the command line"
-
-
-def load_decode_keys(overrides: list[str]) -> DecodeKeys:
-    """`decode.threshold=0.9 ...` -> DecodeKeys; the prefix may be left out."""
-    bare = [item.removeprefix("--").removeprefix("decode.") for item in overrides]
-    keys = merge_layers(DecodeKeys, [(COMMAND_LINE, parse_overrides(bare))])
-    problem = decode_problem(keys, keys.block_size)
-    if problem is not None:
-        raise ConfigError(f"{problem} in the command line")
-    return keys
-
-
-def decode_keys_over(keys: DecodeKeys, values: dict[str, Any], origin: str) -> DecodeKeys:
-    """`keys` with some replaced, as JSON gave them: taken as they are, never interpolated or turned into another type."""
-    values = without_neutral(values, known_keys(DecodeKeys))
-    refuse_unknown_keys(DecodeKeys, values, origin)
-    for name, field in known_keys(DecodeKeys).items():
-        if name in values:
-            kinds = get_args(field.type) or (field.type,)  # of Optional[int]: int and None
-            kinds += (int,) * (float in kinds)
-            if type(values[name]) not in kinds:
-                raise ConfigError(
-                    f"{name} in {origin}: it must be {kinds[0].__name__}, is {type(values[name]).__name__}"
-                )
-    changed = dataclasses.replace(keys, **values)
-    check_values(changed, origin)
-    problem = decode_problem(changed, changed.block_size)
-    if problem is not None:
-        raise ConfigError(f"{problem.replace('decode.', '')} in {origin}")
-    return changed
 
 
 def load_merge_keys(words: list[str]) -> MergeKeys:

@@ -10,10 +10,10 @@ in the form of the prompt (messages or text), `chosen_reward` and `rejected_rewa
 
 from typing import Any
 
-from dfactory.config.load import load_decode_keys
 from dfactory.data_tools.command import parser_of, say, split_overrides
 from dfactory.data_tools.files import writing
 from dfactory.data_tools.sampling import Group, add_arguments, sample
+from dfactory.decoding.keys import load_decode_keys
 from dfactory.errors import RolloutError
 
 PROMPT_COLUMNS = {"messages", "prompt", "prompt_ids", "completion", "chosen", "rejected"}

@@ -9,10 +9,10 @@ answer that could not be scored is left out.
 """
 
 from dfactory.commands.generate import output_of, trace_of
-from dfactory.config.load import load_decode_keys
 from dfactory.data_tools.command import parser_of, say, split_overrides
 from dfactory.data_tools.files import writing
 from dfactory.data_tools.sampling import add_arguments, sample
+from dfactory.decoding.keys import load_decode_keys
 
 
 def main(words: list[str] | None = None) -> int:

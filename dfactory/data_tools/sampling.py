@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dfactory.commands.generate import Answerer
-from dfactory.config.decode import DecodeKeys
 from dfactory.data.prompts import Row, encode_prompt, prompt_of, read_rows
 from dfactory.data_tools.command import say
 from dfactory.decoding import decode
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import ConfigError, RolloutError
 from dfactory.rl.rewards.pool import RewardGroup, RewardPool, failure_messages
 from dfactory.rl.rewards.specs import parse_rewards

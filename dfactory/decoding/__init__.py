@@ -1,6 +1,23 @@
-"""Fast exact block decoding: prompts in, Rollouts out."""
+"""Fast exact block decoding: prompts in, Rollouts out.
 
-from dfactory.decoding.decoder import BlockDecoder, Progress, check_prompts, decode
-from dfactory.decoding.rules import DecodeRules
+Keys and rules are imported with a recipe, so the decoder, which needs transformers, is not before it is asked for.
+"""
 
-__all__ = ["BlockDecoder", "DecodeRules", "Progress", "check_prompts", "decode"]
+import importlib
+
+_WHERE = {
+    "BlockDecoder": "decoder",
+    "DecodeKeys": "keys",
+    "DecodeRules": "decisions",
+    "Progress": "decoder",
+    "check_prompts": "decoder",
+    "decode": "decoder",
+}
+
+__all__ = ["BlockDecoder", "DecodeKeys", "DecodeRules", "Progress", "check_prompts", "decode"]
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'dfactory.decoding' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dfactory.decoding.{_WHERE[name]}"), name)

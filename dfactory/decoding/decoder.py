@@ -16,21 +16,21 @@ Letters: R responses in slots, B block size, N tokens of a forward or open posit
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from dfactory.decoding.cache import BlockCache, Span, attend_spans
-from dfactory.decoding.response import Response, document_length
-from dfactory.decoding.rules import DecodeRules, Proposal
+from dfactory.decoding.deciding import decide
+from dfactory.decoding.decisions import DecodeRules
+from dfactory.decoding.response import Outcome, Response, document_length
 from dfactory.decoding.static import StaticForward
 from dfactory.errors import ConfigError, DataError
 from dfactory.types import EmbeddingInputs, Rollout
 
 CLEAN_TOKENS = 4096  # clean tokens that one forward takes beside the blocks being denoised; bounds a prefill's memory
-LOGITS_BYTES = 128 * 2**20  # float32 logits of one chunk of open positions
 
 
 class Decodable(Protocol):
@@ -172,7 +172,7 @@ class BlockDecoder:
         response = self._find(index)
         if (rules.block_size, rules.max_new_tokens) != (response.rules.block_size, response.rules.max_new_tokens):
             raise ConfigError("block_size and max_new_tokens cannot change while a response is being decoded")
-        response.rules = rules
+        response.change_rules(rules)
 
     def _find(self, index: int) -> Response:
         return next(response for response in self.live if response.index == index)
@@ -234,24 +234,22 @@ class BlockDecoder:
         open_RB = np.stack([response.open_B for response in self.live])
         hidden_NH = self._denoise(spans, open_RB)
         heard = []
-        for response, proposed_B, logprob_B, commit_B, edit_B in list(self._decisions(hidden_NH, open_RB)):
-            here, proposed_B = response.here, proposed_B.numpy()
-            goes_on = response.apply(proposed_B, logprob_B.numpy(), commit_B, edit_B)
-            heard.append(self._progress(response, here, proposed_B, logprob_B.numpy(), goes_on))
+        for response, outcome in decide(self.policy, self.live, hidden_NH, open_RB):
+            here = response.here
+            goes_on = response.apply(outcome)
+            heard.append(self._progress(response, here, outcome, goes_on))
             if not goes_on:
                 self.live.remove(response)
                 self.free.append(response.slot)
         return heard
 
-    def _progress(
-        self, response: Response, here: slice, proposed_B: np.ndarray, logprob_B: np.ndarray, goes_on: bool
-    ) -> Progress:
+    def _progress(self, response: Response, here: slice, outcome: Outcome, goes_on: bool) -> Progress:
         """`here`: the block that the forward ran over."""
         token_T = response.tokens_T[: here.stop]
         draft_T, draft_logprob_T = token_T.copy(), np.zeros(here.stop)
         left_B = token_T[here] == response.rules.mask_token_id
-        draft_T[here][left_B] = proposed_B[left_B]
-        draft_logprob_T[here][left_B] = logprob_B[left_B]
+        draft_T[here][left_B] = outcome.token_B[left_B]
+        draft_logprob_T[here][left_B] = outcome.logprob_B[left_B]
         return Progress(
             response.index,
             response.forwards,
@@ -261,17 +259,6 @@ class BlockDecoder:
             max(response.here.start if goes_on else here.stop, response.start) - response.start,
             None if goes_on else response.rollout(),
         )
-
-    def _decisions(self, hidden_NH: torch.Tensor, open_RB: np.ndarray) -> Iterator[tuple]:
-        """Each live response with its rows of what `_decide` returns; those that decide alike are decided together."""
-        alike = defaultdict(list)
-        for row, response in enumerate(self.live):
-            alike[response.rules.deciding].append(row)
-        hidden_R = hidden_NH.split(open_RB.sum(axis=1).tolist())
-        for rows in alike.values():
-            responses, hidden = [self.live[row] for row in rows], torch.cat([hidden_R[row] for row in rows])
-            proposal_RB, commit_RB, edit_RB = self._decide(hidden, responses, torch.from_numpy(open_RB[rows]))
-            yield from zip(responses, proposal_RB.token, proposal_RB.logprob, commit_RB, edit_RB, strict=True)
 
     def _denoise(self, spans: list[Span], open_RB: np.ndarray) -> torch.Tensor:
         """Hidden states [N, H] of the open positions, row by row, after a forward over the live responses' spans."""
@@ -294,37 +281,6 @@ class BlockDecoder:
         plan = attend_spans(spans, size, device)
         chosen = torch.from_numpy(chosen).to(device)
         return self.policy.hidden_at(chosen, inputs_1N, position_N[None], plan, self.cache)
-
-    def _decide(
-        self, hidden_NH: torch.Tensor, responses: list[Response], open_RB: torch.Tensor
-    ) -> tuple[Proposal, np.ndarray, np.ndarray]:
-        """What the rules make of the blocks being denoised, given hidden states of their open positions: proposal, commits,
-        edits, each [R, B] on the host."""
-        rules = responses[0].rules
-        tokens_RB = torch.from_numpy(np.stack([response.tokens_B for response in responses]))
-        masked_RB = torch.from_numpy(np.stack([response.masked_B for response in responses]))
-        uniform_N = None
-        if not rules.distribution.is_greedy:
-            uniform_N = torch.from_numpy(np.stack([response.uniform_B() for response in responses]))[open_RB]
-
-        proposal_RB = Proposal(*(torch.zeros(open_RB.shape, dtype=t) for t in (torch.long, torch.float) * 2))
-        for field_RB, field_N in zip(proposal_RB, self._propose(rules, hidden_NH, uniform_N), strict=True):
-            field_RB[open_RB] = field_N.to(field_RB.dtype)
-        step_R = torch.tensor([response.mask_steps for response in responses])
-        commit_RB, edit_RB = rules.decide(proposal_RB, tokens_RB, masked_RB, open_RB & ~masked_RB, step_R)
-        return proposal_RB, commit_RB.numpy(), edit_RB.numpy()
-
-    def _propose(self, rules: DecodeRules, hidden_NH: torch.Tensor, uniform_N: torch.Tensor | None) -> torch.Tensor:
-        """Proposals of N tokens: float64 [4, N] on the host, the one transfer of a forward."""
-        device = hidden_NH.device
-        rows = max(1, LOGITS_BYTES // (4 * self.policy.config.vocab_size))
-        parts = []
-        for start in range(0, len(hidden_NH), rows):
-            part = slice(start, start + rows)
-            logits_NV = self.policy.logits(hidden_NH[part])
-            uniform = None if uniform_N is None else uniform_N[part].to(device)
-            parts.append(torch.stack([f.double() for f in rules.distribution.propose(logits_NV, uniform)]))
-        return torch.cat(parts, dim=1).cpu()
 
 
 def _row(parts: tuple[np.ndarray | None, ...], device: torch.device) -> torch.Tensor | None:

@@ -12,18 +12,32 @@ from a draft with masks behind it; a block that has neither masks nor edits to h
 Letters: B block size, T document length. Everything lives on the host, in numpy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from dfactory.decoding.cache import Span
-from dfactory.decoding.rules import DecodeRules, uniform_numbers
+from dfactory.decoding.decisions import DecodeRules
+from dfactory.decoding.distribution import uniform_numbers
 from dfactory.types import GIVEN, NEVER, Edit, EmbeddingInputs, FinishReason, Rollout
 
 
 def document_length(prompt_length: int, rules: DecodeRules) -> int:
     """Tokens of the longest document: prompt and max_new_tokens, rounded up to the block."""
     return -(-(prompt_length + rules.max_new_tokens) // rules.block_size) * rules.block_size
+
+
+class Outcome(NamedTuple):
+    """What a forward decided about the block of a response."""
+
+    token_B: np.ndarray  # int64, proposed
+    logprob_B: np.ndarray  # their log-probabilities
+    commit_B: np.ndarray  # bool: masks that become the tokens proposed
+    edit_B: np.ndarray  # bool: tokens that become the tokens proposed
+    remask_B: np.ndarray  # bool: tokens that become masks again
+    memory: Mapping[str, torch.Tensor]  # what the rule wants at the block's next forward, each [B]
 
 
 class Response:
@@ -63,6 +77,16 @@ class Response:
         self.here = slice(block * size, (block + 1) * size)
         self.is_response_B = np.arange(self.here.start, self.here.stop) >= self.start
         self.mask_steps = self.post_steps = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.memory: Mapping[str, torch.Tensor] = {}  # of the rule, about this block
+        self.last_logprob_BV: torch.Tensor | None = None  # of the block's last forward, where the rule compares with it
+
+    def change_rules(self, rules: DecodeRules) -> None:
+        """Decode on by other rules; what the former one remembered is forgotten."""
+        self.rules = rules
+        self._forget()
 
     @property
     def tokens_B(self) -> np.ndarray:
@@ -74,8 +98,8 @@ class Response:
 
     @property
     def open_B(self) -> np.ndarray:
-        """The positions of the block that the next forward decides on: masks, and with editing all of the response."""
-        return self.masked_B if self.rules.editing is None else self.is_response_B
+        """The positions of the block that the next forward decides about: masks, or all of the response."""
+        return self.is_response_B if self.rules.all_is_open else self.masked_B
 
     @property
     def pending(self) -> int:
@@ -104,15 +128,17 @@ class Response:
     def uniform_B(self) -> np.ndarray:
         return uniform_numbers(self.rules.seed, self.noise_id, self.forwards, self.rules.block_size)
 
-    def apply(self, token_B: np.ndarray, logprob_B: np.ndarray, commit_B: np.ndarray, edit_B: np.ndarray) -> bool:
+    def apply(self, outcome: Outcome) -> bool:
         """Write what a forward decided, and enter the next block if this one is finished. False: the response is."""
         had_masks = self.masked_B.any()
         old_B = self.tokens_B.copy()
-        written_B = commit_B | edit_B
+        token_B = np.where(outcome.remask_B, self.rules.mask_token_id, outcome.token_B)
+        written_B = outcome.commit_B | outcome.edit_B | outcome.remask_B
         self._record(written_B & (token_B != old_B), old_B, token_B)
         self.tokens_B[written_B] = token_B[written_B]
         self.step_T[self.here][written_B] = self.forwards
-        self.logprob_T[self.here][written_B] = logprob_B[written_B]
+        self.logprob_T[self.here][written_B] = outcome.logprob_B[written_B]
+        self.memory = outcome.memory
         self.forwards += 1
         self.block_forwards[-1] += 1
         self.mask_steps += had_masks
@@ -130,7 +156,8 @@ class Response:
         return self.here.stop == len(self.tokens_T) or self._eos() is not None
 
     def _record(self, changed_B: np.ndarray, old_B: np.ndarray, token_B: np.ndarray) -> None:
-        """Note the changes of a forward: a first token at its position, or an edit of an earlier one."""
+        """Note the changes of a forward: a first token at its position, or an edit of an earlier one. Masking a token again
+        is an edit to the mask."""
         first_B = self.first_step_T[self.here]
         for offset in np.flatnonzero(changed_B & (first_B != NEVER)):
             index = self.here.start + int(offset) - self.start
@@ -140,7 +167,7 @@ class Response:
     def _block_is_finished(self, had_masks: bool, changed: bool) -> bool:
         if self.masked_B.any():
             # Binds only if the mask itself may be "committed": LLaDA2's own code then runs out of steps as well.
-            return self.mask_steps >= self.rules.commit.most_steps(self.rules.block_size)
+            return self.mask_steps >= self.rules.rule.most_steps(self.rules.block_size)
         editing = self.rules.editing
         if editing is None or self.post_steps >= editing.max_post_steps:
             return True

@@ -9,9 +9,9 @@ import difflib
 import re
 from typing import Any
 
-from dfactory.config.decode import DecodeKeys
 from dfactory.data.chat import ChatEncoder
 from dfactory.data.fields import check_messages, show
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import DataError
 
 OF_THE_SERVER = ("block_size", "batch_size", "mask_token_id", "eos_token_id", "suppress_special")

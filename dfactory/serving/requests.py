@@ -9,11 +9,10 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
-from dfactory.config.decode import DecodeKeys
-from dfactory.config.load import decode_keys_over
 from dfactory.data.chat import ChatEncoder
 from dfactory.data.fields import load_json, text, tools
 from dfactory.decoding import DecodeRules, check_prompts
+from dfactory.decoding.keys import DecodeKeys, decode_keys_over
 from dfactory.errors import DataError
 from dfactory.serving.bounds import (
     MOST_ANSWERS,

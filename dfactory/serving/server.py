@@ -13,8 +13,8 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError
 from rich.console import Console
 
-from dfactory.config.decode import DecodeKeys
 from dfactory.decoding import DecodeRules
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import ConfigError
 from dfactory.models.policy import Policy
 from dfactory.serving.app import Service

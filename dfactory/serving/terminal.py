@@ -21,9 +21,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from dfactory.config.decode import DecodeKeys
-from dfactory.config.load import decode_keys_over
 from dfactory.decoding import BlockDecoder, DecodeRules, check_prompts
+from dfactory.decoding.keys import DecodeKeys, decode_keys_over
 from dfactory.decoding.response import document_length
 from dfactory.errors import ConfigError, DataError
 from dfactory.models.policy import Policy

@@ -10,10 +10,10 @@ import torch
 from dfactory.cli import main
 from dfactory.commands.repair import Planted, plant, summary
 from dfactory.config.data import DatasetKeys
-from dfactory.config.decode import DecodeKeys
 from dfactory.data.chat import SpecialIds
 from dfactory.data.examples import load_examples
 from dfactory.decoding import DecodeRules, decode
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.vocabulary import Vocabulary
 from tests.commands.conftest import write_records
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from dfactory.config.decode import DecodeKeys
-from dfactory.config.load import decode_keys_over, load_decode_keys
+from dfactory.decoding.keys import DecodeKeys, decode_keys_over, load_decode_keys
 from dfactory.errors import ConfigError
 from dfactory.recipe import load_recipe
 from tests.commands.conftest import ROOT

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import dfactory.decoding.decoder as decoder_module
-from dfactory.config.decode import DecodeKeys
-from dfactory.decoding import DecodeRules, decode
+from dfactory.decoding import DecodeRules, deciding, decode
 from dfactory.decoding.cache import PaddedAttention
+from dfactory.decoding.distribution import uniform_numbers
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.decoding.response import Response
-from dfactory.decoding.rules import uniform_numbers
 from dfactory.errors import ConfigError, DataError
 from dfactory.models.registry import load_policy
 from dfactory.types import GIVEN, EmbeddingInputs, FinishReason
@@ -38,16 +38,16 @@ def settings_of(rules: DecodeRules) -> Settings:
         max_new_tokens=rules.max_new_tokens,
         mask_token_id=rules.mask_token_id,
         eos_token_id=rules.eos_token_id,
-        threshold=rules.commit.threshold,
-        min_commit=rules.commit.min_commit,
+        threshold=rules.rule.threshold,
+        min_commit=rules.rule.min_commit,
         editing_threshold=rules.editing and rules.editing.threshold,
         max_post_steps=rules.editing.max_post_steps if rules.editing else 16,
         temperature=rules.distribution.temperature,
         top_k=rules.distribution.top_k,
         top_p=rules.distribution.top_p,
         acceptance=rules.acceptance.by,
-        steps=rules.commit.steps,
-        step_schedule=rules.commit.schedule,
+        steps=rules.rule.steps,
+        step_schedule=rules.rule.step_schedule,
         eos_penalty=rules.acceptance.eos_penalty,
         suppressed_ids=rules.distribution.suppressed_ids,
     )
@@ -216,7 +216,7 @@ def test_long_prompts_are_prefilled_in_chunks(policy, monkeypatch):
     prompts = random_prompts(41, 60, 3, 25)
     whole = decode(policy, prompts, rules)
     monkeypatch.setattr(decoder_module, "CLEAN_TOKENS", 16)
-    monkeypatch.setattr(decoder_module, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(deciding, "LOGITS_BYTES", 1)
     longest = []
     hidden_at = policy.hidden_at
     monkeypatch.setattr(

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from dfactory.config.decode import DecodeKeys
 from dfactory.decoding import DecodeRules, decode
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.models.registry import load_policy
 from dfactory.types import FinishReason
 from tests.decoding.conftest import GOLDEN_DIR, same_rollouts

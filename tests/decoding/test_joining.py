@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from dfactory.config.decode import DecodeKeys
 from dfactory.decoding import BlockDecoder, DecodeRules, decode
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import ConfigError
 from tests.decoding.conftest import EOS, MASK, same_rollouts
 from tests.decoding.test_decoder import random_prompts

@@ -7,18 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from dfactory.config.decode import STEP_SCHEDULES, DecodeKeys
-from dfactory.config.load import load_decode_keys
-from dfactory.decoding.rules import (
-    Acceptance,
-    DecodeRules,
-    Distribution,
-    Editing,
-    Proposal,
-    Threshold,
-    least_counts,
-    uniform_numbers,
-)
+from dfactory.decoding.decisions import Acceptance, DecodeRules, Editing
+from dfactory.decoding.distribution import Distribution, uniform_numbers
+from dfactory.decoding.keys import DecodeKeys, load_decode_keys
+from dfactory.decoding.rules.base import CONFIDENCE, Forward, Proposal
+from dfactory.decoding.rules.threshold import STEP_SCHEDULES, Threshold, least_counts
 from dfactory.errors import ConfigError
 
 
@@ -32,7 +25,14 @@ def confidence(acceptance, proposed, step=0, masked=None) -> list[float]:
 
 
 def commit(rule, confidence, masked, step=0) -> torch.Tensor:
-    return rule.commit(torch.tensor([confidence]), masked, torch.tensor([step]))
+    return rule.commit(forward_of(masked, [step], {CONFIDENCE: [confidence]}))
+
+
+def forward_of(masked, step, columns, **others) -> Forward:
+    """A forward of which a rule reads some columns and no proposal."""
+    columns = {column.name: torch.tensor(values) for column, values in columns.items()}
+    fields = {"proposal_RB": None, "tokens_RB": None, "editable_RB": ~masked, "memory": {}} | others
+    return Forward(masked_RB=masked, step_R=torch.tensor(step), columns=columns, **fields)
 
 
 def counts_of(masks, steps, schedule) -> list[int]:
@@ -122,10 +122,10 @@ def test_threshold_is_exceeded_not_reached_and_ties_go_to_the_left():
 
 
 def test_rows_are_judged_one_by_one():
-    confidence = torch.tensor([[0.97, 0.20], [0.30, 0.40]])
-    masked = torch.ones(2, 2, dtype=torch.bool)
-    assert Threshold(0.95).commit(confidence, masked, torch.tensor([0, 1])).tolist() == [[True, False], [False, True]]
-    by_step = Threshold(1.0, steps=2, schedule="ascending").commit(confidence, masked, torch.tensor([0, 1]))
+    confidence = [[0.97, 0.20], [0.30, 0.40]]
+    forward = forward_of(torch.ones(2, 2, dtype=torch.bool), [0, 1], {CONFIDENCE: confidence})
+    assert Threshold(0.95).commit(forward).tolist() == [[True, False], [False, True]]
+    by_step = Threshold(1.0, steps=2, step_schedule="ascending").commit(forward)
     assert by_step.tolist() == [[True, False], [True, True]]  # a first step and a last one
 
 
@@ -160,7 +160,7 @@ def test_rows_are_at_their_own_step():
 def test_steps_of_a_block():
     assert Threshold(0.9, 1).most_steps(32) == 32
     assert Threshold(0.9, 3).most_steps(32) == 11
-    assert Threshold(0.9, steps=6, schedule="ascending").most_steps(32) == 6
+    assert Threshold(0.9, steps=6, step_schedule="ascending").most_steps(32) == 6
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_counts_add_up_and_never_fall_where_they_ascend(schedule):
 
 
 def test_steps_bound_a_threshold_from_below():
-    rule, masked = Threshold(0.8, steps=3, schedule="ascending"), yes(*[1] * 7)
+    rule, masked = Threshold(0.8, steps=3, step_schedule="ascending"), yes(*[1] * 7)
     sure_of_none, sure_of_five = [0.1, 0.7, 0.3, 0.2, 0.6, 0.5, 0.4], [0.9] * 5 + [0.1, 0.2]
     assert torch.equal(commit(rule, sure_of_none, masked, 0), yes(0, 1, 0, 0, 0, 0, 0))
     assert torch.equal(commit(rule, sure_of_five, masked, 0), yes(1, 1, 1, 1, 1, 0, 0))
@@ -207,7 +207,7 @@ def test_steps_bound_a_threshold_from_below():
 
 @pytest.mark.parametrize(
     "rule, message",
-    [({"min_commit": 0}, "min_commit 0"), ({"schedule": "rising"}, "step_schedule rising: .* ascending")],
+    [({"min_commit": 0}, "min_commit 0"), ({"step_schedule": "rising"}, "step_schedule rising: .* ascending")],
 )
 def test_rules_that_cannot_be(rule, message):
     with pytest.raises(ConfigError, match=message):
@@ -235,7 +235,7 @@ def test_rules_of_keys():
     rules = DecodeRules.of(keys, mask_token_id=9, eos_token_id=7, special_ids=[5, 7])
     assert rules.distribution.suppressed_ids == (5, 9)
     assert rules.editing == Editing(0.0, 3)
-    assert rules.commit == Threshold(0.95, 2)
+    assert rules.rule == Threshold(0.95, 2)
     assert rules.acceptance == Acceptance("top", 0.0, 7, 4)
     assert DecodeRules.of(DecodeKeys(block_size=8), mask_token_id=9, eos_token_id=7).editing is None
 
@@ -244,7 +244,7 @@ def test_rules_of_keys_of_steps():
     ids = {"mask_token_id": 9, "eos_token_id": 7}
     keys = DecodeKeys(block_size=8, steps=4, step_schedule="ascending", eos_penalty=0.5)
     rules = DecodeRules.of(keys, **ids)
-    assert rules.commit == Threshold(0.95, 1, 4, "ascending")
+    assert rules.rule == Threshold(0.95, 1, 4, "ascending")
     assert rules.acceptance == Acceptance("sampled", 0.5, 7, 4)
     assert DecodeRules.of(DecodeKeys(block_size=8, eos_penalty=0.5), **ids).acceptance.num_steps == 8
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from dfactory.config.decode import DecodeKeys
 from dfactory.data.chat import token_ids
 from dfactory.data.records import parse_row
 from dfactory.decoding import DecodeRules, decode
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.models.registry import load_policy
 from dfactory.models.tiny import write_tiny_config
 from dfactory.noise import TraceViews, block_of_step, every_transition, state_after, state_before, transition_view

@@ -17,7 +17,7 @@ class Owner:
         return [ray.put(bucket)]
 
 
-def learn(recipe, client) -> int:
+def learn(recipe, feed) -> int:
     from dfactory.rl import cluster
     from dfactory.train import learn as learn_well
 
@@ -34,7 +34,7 @@ def learn(recipe, client) -> int:
         return weights._replace(buckets=lost)
 
     cluster.put_weights = put_and_lose
-    return learn_well(recipe, client)
+    return learn_well(recipe, feed)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dfactory.config.decode import DecodeKeys
 from dfactory.decoding import DecodeRules, decode
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.models.registry import load_policy
 from dfactory.models.tiny import write_tiny_config
 from dfactory.noise import RandomMask

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from dfactory.commands.generate import Answerer
-from dfactory.config.decode import DecodeKeys
+from dfactory.decoding.keys import DecodeKeys
 
 ROOT = Path(__file__).parents[2]
 MODEL = ("--model", "tiny", "--init-weights", "random")

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from dfactory.config.decode import DecodeKeys
 from dfactory.data.chat import ChatEncoder
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import ConfigError, DataError
 from dfactory.serving.requests import Reader
 from tests.serving.conftest import KEYS

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from dfactory.cli import main
-from dfactory.config.decode import DecodeKeys
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import ConfigError, DataError
 from dfactory.serving.answers import Answer, Hearer, News, overlap
 from dfactory.serving.requests import Reader

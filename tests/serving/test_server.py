@@ -11,8 +11,8 @@ from urllib.parse import urlparse
 import psutil
 import pytest
 
-from dfactory.config.decode import DecodeKeys
 from dfactory.decoding import decode
+from dfactory.decoding.keys import DecodeKeys
 from tests.serving.conftest import KEYS, serving
 
 openai = pytest.importorskip("openai", reason="openai is not installed: pip install 'dfactory[dev]'")

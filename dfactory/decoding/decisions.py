@@ -1,0 +1,202 @@
+"""What decides about tokens beside the rule: acceptance, editing, and all of it together as DecodeRules.
+
+    logits --Distribution--> Proposal --Acceptance--> confidence --DecodingRule--> which masks become tokens
+                                                                 --Editing-------> which tokens become other tokens
+
+With acceptance `top`, the confidence of a mask is a function of the distributions alone, whatever penalty or schedule there
+is. Where the rule chooses positions by the distributions, the tokens at them are drawn independently, so the probability of
+a trace without edits is exactly the product of the recorded ones. Edits look at what was drawn: where a draw does not
+exceed the editing threshold the token stays, and that event is not recorded.
+
+Letters: R responses that are decoded together, B block size.
+"""
+
+import dataclasses
+from collections.abc import Collection
+
+import torch
+
+from dfactory.decoding.distribution import Distribution
+from dfactory.decoding.keys import DecodeKeys, decode_problem, refuse_foreign_keys, rule_of
+from dfactory.decoding.rules.base import CONFIDENCE, Column, Decision, DecodingRule, Forward, Proposal
+from dfactory.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Acceptance:
+    """From a proposal to the confidence of a mask: the probability of `token` (`sampled`) or of `top_token` (`top`); and to
+    that of an edit, which is always the probability of the token that it writes.
+
+    EOS early rejection (CJ-GRPO; docs/method.md#acceptance): where that token is EOS, confidence is multiplied by a
+    factor that rises linearly over the `num_steps` forwards that a block with masks may take. As it looks at the token
+    whose probability is compared, with `top` it does not depend on what was drawn; the authors' code looks at the token
+    drawn.
+
+    eos_penalty 0.6, num_steps 4    step    0    1    2    3    no mask left
+                                    factor  0.4  0.6  0.8  1    1
+    """
+
+    by: str = "sampled"
+    eos_penalty: float = 0.0
+    eos_token_id: int = -1
+    num_steps: int = 1
+
+    def confidence(self, proposal_RB: Proposal, masked_RB: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
+        """Of committing, float32 [R, B]. `step_R`: forwards that the block of each row has taken with masks, before this
+        one."""
+        logprob_RB = proposal_RB.logprob if self.by == "sampled" else proposal_RB.top_logprob
+        return self._early(self.compared(proposal_RB), logprob_RB, masked_RB, step_R)
+
+    def edit_confidence(self, proposal_RB: Proposal, masked_RB: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
+        """Of editing, float32 [R, B]."""
+        return self._early(proposal_RB.token, proposal_RB.logprob, masked_RB, step_R)
+
+    def compared(self, proposal_RB: Proposal) -> torch.Tensor:
+        """The tokens whose probability a commit is judged by."""
+        return proposal_RB.token if self.by == "sampled" else proposal_RB.top_token
+
+    def _early(self, token_RB, logprob_RB, masked_RB: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
+        """Probabilities, those of EOS lowered early in a block."""
+        if self.eos_penalty == 0:
+            return logprob_RB.exp()
+        progress_R = torch.where(masked_RB.any(dim=-1), step_R / max(self.num_steps - 1, 1), 1.0)
+        factor_R1 = (1 - self.eos_penalty * (1 - progress_R))[:, None]
+        return logprob_RB.exp() * torch.where(token_RB == self.eos_token_id, factor_R1, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Editing:
+    """Token to token (LLaDA2.1; docs/method.md#editing): a visible response token gives way to the token drawn if that
+    one's own probability exceeds the threshold. With acceptance `top` the most probable token never gives way, whatever
+    was drawn.
+
+    A block without masks goes on for up to `max_post_steps` forwards and ends at the first that edits nothing.
+    Threshold 0.0 edits wherever the model would have another token.
+    """
+
+    threshold: float
+    max_post_steps: int = 16
+
+    def edit(self, confidence_RB: torch.Tensor, differs_RB: torch.Tensor, editable_RB: torch.Tensor) -> torch.Tensor:
+        """bool [R, B], True only where `editable_RB` is: response tokens that are not masked. `confidence_RB` is that of the
+        tokens that would be written, `differs_RB` where the model would have another token than the one there."""
+        return editable_RB & differs_RB & (confidence_RB > self.threshold)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeRules:
+    """Everything that decides what comes out of `decode`, apart from the model and the prompts."""
+
+    block_size: int
+    max_new_tokens: int
+    mask_token_id: int
+    eos_token_id: int
+    distribution: Distribution
+    acceptance: Acceptance
+    rule: DecodingRule
+    editing: Editing | None = None
+    batch_size: int = 32
+    seed: int = 0
+    cuda_graphs: bool = False
+
+    def decide(self, forward: Forward) -> Decision:
+        """What becomes of the blocks, nothing in the decision left out; `forward` comes without the confidence."""
+        confidence_RB = self.acceptance.confidence(forward.proposal_RB, forward.masked_RB, forward.step_R)
+        forward = dataclasses.replace(forward, columns={**forward.columns, CONFIDENCE.name: confidence_RB})
+        made = self.rule.decide(forward)
+        nowhere_RB = torch.zeros_like(forward.masked_RB)
+        edit_RB, remask_RB = (nowhere_RB if chosen is None else chosen for chosen in (made.edit_RB, made.remask_RB))
+        commit_RB = made.commit_RB
+        if self.rule.revises:
+            last_R1 = (forward.step_R >= self.rule.most_steps(self.block_size) - 1)[:, None]
+            commit_RB, remask_RB = commit_RB | (forward.masked_RB & last_R1), remask_RB & ~last_R1
+        else:
+            self._check(made, forward.masked_RB)
+        if self.editing is not None:
+            edit_RB = edit_RB | self._edits(forward)
+        return Decision(commit_RB, edit_RB & ~remask_RB, remask_RB, made.memory or {})
+
+    def _check(self, made: Decision, masked_RB: torch.Tensor) -> None:
+        """Of a rule that does not revise."""
+        if made.edit_RB is not None or made.remask_RB is not None:
+            raise ValueError(f"decode.rule {self.rule.name} edits or remasks, but does not say that it revises")
+        if (masked_RB.any(dim=-1) & ~made.commit_RB.any(dim=-1)).any():
+            raise ValueError(
+                f"decode.rule {self.rule.name} commits nothing in a block with masks: decoding would never end"
+            )
+
+    def _edits(self, forward: Forward) -> torch.Tensor:
+        """bool [R, B]: the tokens that token-to-token editing replaces."""
+        proposal_RB, tokens_RB = forward.proposal_RB, forward.tokens_RB
+        differs_RB = (proposal_RB.token != tokens_RB) & (self.acceptance.compared(proposal_RB) != tokens_RB)
+        confidence_RB = self.acceptance.edit_confidence(proposal_RB, forward.masked_RB, forward.step_R)
+        return self.editing.edit(confidence_RB, differs_RB, forward.editable_RB)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """What the decoder has to compute of each open position beside the proposal, on the device."""
+        return tuple(column for column in self.rule.reads if column.of is not None)
+
+    @property
+    def compares(self) -> bool:
+        """Whether the distributions of a block's last forward are needed at the next one."""
+        return any(column.compares for column in self.rule.reads)
+
+    @property
+    def all_is_open(self) -> bool:
+        """Whether a forward decides about the tokens of the response too, not about masks alone."""
+        return self.editing is not None or self.rule.revises
+
+    @property
+    def deciding(self) -> tuple:
+        """What makes a decision of a forward's logits: responses in which it is equal can be decided together."""
+        return self.distribution, self.acceptance, self.rule, self.editing
+
+    @classmethod
+    def of(
+        cls,
+        keys: DecodeKeys,
+        *,
+        mask_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        special_ids: Collection[int] = (),
+    ) -> "DecodeRules":
+        """The rules that the `decode` keys state; the tokenizer's ids fill in where the keys hold null.
+
+        `special_ids` are never emitted unless they are EOS or `suppress_special` is false; the mask is one of them
+        without being named. Leave out the special tokens that responses are trained to hold, as the one that ends a
+        turn. Raises ConfigError without a block size, where neither keys nor caller know the mask or EOS, and for keys
+        that make no sense together.
+        """
+        if keys.block_size is None:
+            raise ConfigError("decode.block_size is null and the model does not tell it: set decode.block_size")
+        refuse_foreign_keys(keys, dict.fromkeys(vars(keys), "DecodeKeys"))
+        problem = decode_problem(keys, keys.block_size)
+        if problem is not None:
+            raise ConfigError(problem)
+        mask = mask_token_id if keys.mask_token_id is None else keys.mask_token_id
+        eos = eos_token_id if keys.eos_token_id is None else keys.eos_token_id
+        for name, value in (("mask_token_id", mask), ("eos_token_id", eos)):
+            if value is None:
+                raise ConfigError(f"decode.{name} is null and no tokenizer tells it: set decode.{name}")
+        if mask == eos:
+            raise ConfigError(f"decode.mask_token_id and decode.eos_token_id are both {mask}: they must differ")
+        suppressed = sorted({*special_ids, mask} - {eos}) if keys.suppress_special else []
+        editing = None
+        if keys.editing_threshold is not None:
+            editing = Editing(keys.editing_threshold, keys.max_post_steps)
+        rule = rule_of(keys)
+        num_steps = rule.most_steps(keys.block_size)
+        return cls(
+            block_size=keys.block_size,
+            max_new_tokens=keys.max_new_tokens,
+            mask_token_id=mask,
+            eos_token_id=eos,
+            distribution=Distribution(keys.temperature, keys.top_k, keys.top_p, tuple(suppressed)),
+            acceptance=Acceptance(keys.acceptance, keys.eos_penalty, eos, num_steps),
+            rule=rule,
+            editing=editing,
+            batch_size=keys.batch_size,
+            seed=keys.seed,
+            cuda_graphs=keys.cuda_graphs,
+        )

@@ -1,0 +1,163 @@
+"""Keys of the decoder: those that every rule has here, and those of the rules; `decode.threshold=0.9` on the command line,
+`decode:` in a recipe. How they are read, and what does not go together.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Optional, get_args
+
+from dfactory.config.elsewhere import without_neutral
+from dfactory.config.keys import key
+from dfactory.config.load import (
+    COMMAND_LINE,
+    check_values,
+    known_keys,
+    merge_layers,
+    parse_overrides,
+    refuse_unknown_keys,
+)
+from dfactory.config.owners import combine, default_of, key_names, refuse_foreign
+from dfactory.decoding.rules.base import CONFIDENCE, RULES, DecodingRule, default_rule
+from dfactory.errors import ConfigError
+
+RuleKeys = combine("RuleKeys", RULES, __name__)
+
+
+@dataclass
+class DecoderKeys:
+    block_size: Optional[int] = key(
+        None, "tokens denoised together; null: as the model was trained, else 32; in a recipe, its block_size", low=1
+    )
+    max_new_tokens: int = key(512, "longest response, EOS included", low=1)
+    rule: str = key(
+        default_rule().name,
+        "which masks become tokens at each forward; the keys of the other rules have to stay at their defaults "
+        "(docs/decoding.md)",
+        choices=RULES.names,
+    )
+    eos_penalty: float = key(
+        0.0,
+        "multiply the confidence of EOS by a factor that rises linearly over the forwards of a block, from 1 - eos_penalty "
+        "at the first to 1 at the last and wherever no mask is left. The last is the latest that the rule can need, "
+        "although a block may need fewer. EOS means the token whose probability acceptance compares, or which an edit "
+        "writes. What is drawn and its log-probability stay as they are; 0.0: off",
+        low=0.0,
+        high=1.0,
+    )
+    editing_threshold: Optional[float] = key(
+        None,
+        "replace a visible response token when the probability of the one drawn exceeds this (acceptance top: never the "
+        "most probable one); null: off; 0.0: whenever another one is drawn",
+        low=0.0,
+        high=1.0,
+    )
+    max_post_steps: int = key(16, "forwards that a block without masks may go on editing", low=0)
+    temperature: float = key(0.0, "0: greedy", low=0.0)
+    top_k: Optional[int] = key(None, "sample among the k most likely", low=1)
+    top_p: Optional[float] = key(None, "sample among the most likely that hold this mass", low=0.0, high=1.0)
+    acceptance: str = key(
+        "sampled",
+        "compare the sampled token's own probability, or the top probability (keeps the distribution)",
+        choices=("sampled", "top"),
+    )
+    suppress_special: bool = key(
+        True, "never emit the mask and other special tokens, EOS apart; false: as LLaDA2's own code"
+    )
+    cuda_graphs: bool = key(
+        False,
+        "denoising forwards of few fixed shapes, which a GPU replays instead of launching thousands of kernels from "
+        "Python; needs 16 bits there; on a CPU the shapes alone",
+    )
+    batch_size: int = key(32, "slots decoded together; a finished response frees its slot", low=1)
+    seed: int = key(0, "of the sampling, per prompt", low=0, high=2**63 - 1)
+    mask_token_id: Optional[int] = key(None, "null: ask the tokenizer")
+    eos_token_id: Optional[int] = key(None, "null: ask the tokenizer")
+
+
+_TAKEN = {field.name for field in dataclasses.fields(DecoderKeys)} & {
+    field.name for field in dataclasses.fields(RuleKeys)
+}
+if _TAKEN:
+    raise ConfigError(f"a decoding rule declares {', '.join(_TAKEN)}, which every rule has: give its key another name")
+
+
+@dataclass
+class DecodeKeys(RuleKeys, DecoderKeys):
+    """One flat group; `rule` selects whose keys are valid."""
+
+
+def rule_of(keys: DecodeKeys) -> DecodingRule:
+    return RULES[keys.rule].of(keys)
+
+
+def load_decode_keys(overrides: list[str]) -> DecodeKeys:
+    """`decode.threshold=0.9 ...` -> DecodeKeys; the prefix may be left out."""
+    layer = parse_overrides([item.removeprefix("--").removeprefix("decode.") for item in overrides])
+    keys = merge_layers(DecodeKeys, [(COMMAND_LINE, layer)])
+    refuse_foreign_keys(keys, dict.fromkeys(layer, COMMAND_LINE))
+    problem = decode_problem(keys, keys.block_size)
+    if problem is not None:
+        raise ConfigError(f"{problem} in the command line")
+    return keys
+
+
+def decode_keys_over(keys: DecodeKeys, values: dict[str, Any], origin: str) -> DecodeKeys:
+    """`keys` with some replaced, as JSON gave them: taken as they are, never interpolated or turned into another type. Where
+    the rule is replaced, the keys of the former one go back to their defaults."""
+    values = without_neutral(values, known_keys(DecodeKeys))
+    refuse_unknown_keys(DecodeKeys, values, origin)
+    for name, field in known_keys(DecodeKeys).items():
+        if name in values:
+            kinds = get_args(field.type) or (field.type,)  # of Optional[int]: int and None
+            kinds += (int,) * (float in kinds)
+            if type(values[name]) not in kinds:
+                raise ConfigError(
+                    f"{name} in {origin}: it must be {kinds[0].__name__}, is {type(values[name]).__name__}"
+                )
+    changed = dataclasses.replace(keys, **values)
+    check_values(changed, origin)
+    refuse_foreign_keys(changed, dict.fromkeys(values, origin))
+    kept = key_names(RULES[changed.rule]) | values.keys()
+    former = {field.name: default_of(field) for field in dataclasses.fields(RuleKeys) if field.name not in kept}
+    changed = dataclasses.replace(changed, **former)
+    problem = decode_problem(changed, changed.block_size)
+    if problem is not None:
+        raise ConfigError(f"{problem.replace('decode.', '')} in {origin}")
+    return changed
+
+
+def refuse_foreign_keys(keys: DecodeKeys, origins: Mapping[str, str], prefix: str = "") -> None:
+    """Raise ConfigError for a given key of another rule than the selected one; `origins`: dotted key -> where it stands."""
+    refuse_foreign(keys, origins, RULES, RULES[keys.rule], prefix)
+
+
+def decode_problem(keys: DecodeKeys, block_size: int | None) -> str | None:
+    """The first rule between keys that they break. Without a block size, the rules that need one are left out."""
+    rule = rule_of(keys)
+    if (problem := rule.problem(block_size)) is not None:
+        return problem
+    if keys.eos_penalty == 0:
+        return None
+    penalty = f"decode.eos_penalty {keys.eos_penalty:g}"
+    if CONFIDENCE not in rule.reads and keys.editing_threshold is None:
+        return f"{penalty} with {rule.selector}, which does not read the confidence that it lowers: set it to 0"
+    if block_size is not None and rule.most_steps(block_size) == 1:
+        return (
+            f"{penalty} where a block of {block_size} takes one forward: its first is its last and commits everything; set "
+            "it to 0, or give the block more forwards"
+        )
+    return None
+
+
+def trace_problem(keys: DecodeKeys) -> tuple[str, str] | None:
+    """The key because of which the recorded probabilities do not multiply to that of a trace, and why; None where they do,
+    with acceptance `top`."""
+    if keys.editing_threshold is not None:
+        return f"decode.editing_threshold {keys.editing_threshold}", "the likelihood of edits is not computed"
+    rule = RULES[keys.rule]
+    if rule.revises:
+        return rule.selector, "the likelihood of tokens that it takes back is not computed"
+    if not rule.keeps_distribution:
+        return rule.selector, "the positions that it chooses depend on what was drawn, and that is not recorded"
+    return None
