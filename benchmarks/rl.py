@@ -83,7 +83,7 @@ def score_groups(rollouts: list[Rollout], generations: int) -> list[ScoredRollou
     return scored
 
 
-class LocalFeed:
+class LocalClient:
     """Controller and rollout actor in this process."""
 
     def __init__(self, model_dir: Path, setting: Setting, clock: Clock):
@@ -189,10 +189,10 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = dataclasses.replace(recipe, learning_rate=LEARNING_RATE)
         setting = make_setting(options, recipe)
         clocks = {"obvious": Clock(), "this": Clock()}
-        ours, obvious, feed = Ours(recipe), Obvious(recipe), LocalFeed(model_dir, setting, clocks["this"])
+        ours, obvious, client = Ours(recipe), Obvious(recipe), LocalClient(model_dir, setting, clocks["this"])
         longest = (options.prompt + 3 * options.new_tokens + 2 * BLOCK) // BLOCK * BLOCK
         source = RolloutSource(
-            *(feed, ours.trainer.weights, ours.trainer.score, setting.make_views),
+            *(client, ours.trainer.weights, ours.trainer.score, setting.make_views),
             **{
                 "block_size": BLOCK,
                 "row_length": max(2048, longest),
@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
                 for clock in clocks.values():
                     clock.seconds.clear()
             mean = our_update(ours, source, clocks["this"])
-            reference = obvious_update(obvious, setting, feed.scored, options.sample, clocks["obvious"])
+            reference = obvious_update(obvious, setting, client.scored, options.sample, clocks["obvious"])
             means.append((mean, reference))
 
     parts = ("rollout", "reward", "sync", "train")

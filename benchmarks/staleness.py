@@ -78,7 +78,7 @@ class OldActor:
             own[name].copy_(tensor)
 
 
-class LocalFeed:
+class LocalClient:
     """Controller and rollout actor in this process. The controller is synchronous: the age is the actor's."""
 
     def __init__(self, recipe: Recipe):
@@ -112,11 +112,11 @@ def train(recipe_file: str, folder: Path, overrides: list[str]) -> None:
     if finished.is_file():
         return
     recipe = load_recipe(RECIPES / recipe_file, [f"output_dir={folder}", "overwrite_output_dir=true", *overrides])
-    feed = LocalFeed(recipe) if recipe.stage == "rl" else None
-    if status := learn(recipe, feed):
+    client = LocalClient(recipe) if recipe.stage == "rl" else None
+    if status := learn(recipe, client):
         raise SystemExit(status)
-    if feed is not None:
-        feed.close()
+    if client is not None:
+        client.close()
     finished.touch()
 
 

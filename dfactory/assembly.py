@@ -32,7 +32,7 @@ from dfactory.objectives.dpo import DPO
 from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.objectives.sft import SFT
 from dfactory.recipe import Recipe
-from dfactory.rl.source import RATIO_TOLERANCE, Feed, RolloutSource
+from dfactory.rl.source import RATIO_TOLERANCE, RolloutClient, RolloutSource
 from dfactory.rl.views import rollout_views
 from dfactory.runs.probe import DecodingProbe, first_questions
 from dfactory.types import Objective
@@ -190,10 +190,10 @@ def with_drafts(recipe: Recipe, inputs: Inputs, source: Source, trainer: Trainer
     return DraftSource(source, trainer.score, rewrites) if rewrites else source
 
 
-def make_rollout_source(recipe: Recipe, inputs: Inputs, feed: Feed, trainer: Trainer) -> Source:
+def make_rollout_source(recipe: Recipe, inputs: Inputs, client: RolloutClient, trainer: Trainer) -> Source:
     """Rollouts as windows. The KL term's reference is the initial model: call this before a checkpoint is loaded."""
     return RolloutSource(
-        feed,
+        client,
         trainer.weights,
         trainer.score,
         rollout_views(recipe, make_views(recipe, inputs)),

@@ -3,11 +3,12 @@
     records -> Examples -> RecordSource --(window of ViewBatches)--> Trainer --(TokenScores)--> Objective
                                ^ noise/ adds the noise                  ^ models/ has the model     ^ sums and counts
 
-The loop at the bottom is the whole of training. Another objective changes `assembly.make_objective`, another origin of
+The loop in `_learn_in` is the whole of training. Another objective changes `assembly.make_objective`, another origin of
 batches changes `assembly.make_source`; nothing else knows which one it is.
 """
 
 import contextlib
+from collections.abc import Iterator
 
 from dfactory import distributed
 from dfactory.assembly import (
@@ -29,13 +30,13 @@ from dfactory.engine.trainer import Trainer, zero_stage
 from dfactory.recipe import Recipe
 from dfactory.rl.access import lock_local_cluster
 from dfactory.rl.scoring import check_rewards
-from dfactory.rl.source import Feed
+from dfactory.rl.source import RolloutClient
 from dfactory.runs.folder import RunFolder
 from dfactory.runs.metrics import MetricsLog
 from dfactory.runs.nonfinite import NonFiniteGuard
 from dfactory.runs.ownership import held_by_run, one_run
 from dfactory.runs.sanity import SanityChecks
-from dfactory.types import TrainState
+from dfactory.types import TrainState, ViewBatch
 
 
 def train(recipe: Recipe) -> int:
@@ -51,108 +52,143 @@ def train(recipe: Recipe) -> int:
     return learn(recipe)
 
 
-def learn(recipe: Recipe, feed: Feed | None = None) -> int:
-    """Train on one rank. `feed` is where its rollouts come from, in reinforcement learning."""
+def learn(recipe: Recipe, client: RolloutClient | None = None) -> int:
+    """Train on one rank. `client` is where its rollouts come from, in reinforcement learning."""
     preemption = Preemption()
     distributed.start()
     folder = RunFolder(recipe.output_dir)
-    with one_run(folder, driven=feed is not None):
-        return _learn_in(folder, recipe, feed, preemption)
+    with one_run(folder, driven=client is not None):
+        return _learn_in(folder, recipe, client, preemption)
 
 
-def _learn_in(folder: RunFolder, recipe: Recipe, feed: Feed | None, preemption: Preemption) -> int:
+def _learn_in(folder: RunFolder, recipe: Recipe, client: RolloutClient | None, preemption: Preemption) -> int:
     """The training loop, in a folder that no other run writes to."""
-    rank, world_size = distributed.start()
-    found, warnings = checkpoint.find_resume(folder, recipe.resume_from_checkpoint, recipe.overwrite_output_dir)
-    resumed = checkpoint.resume_from(found, recipe) if found is not None else None
-    state = resumed.state if resumed is not None else TrainState()
-    cursor = state.source if resumed is not None else None
-
-    inputs = read_inputs(recipe, recipe.streaming)
-    warnings += inputs.vocabulary.warnings
-    records = make_source(recipe, inputs, rank, world_size) if inputs.train is not None else None
-    if records is not None and resumed is not None:
-        with resumed.naming_changes():
-            records.load_state_dict(cursor)
-    objective = make_objective(recipe, inputs)
-    probe = make_probe(recipe, inputs)
-    num_steps = recipe.max_steps or state.step + records.num_windows
-    universal = resumed is not None and checkpoint.needs_universal(
-        resumed.path, zero_stage(recipe), world_size, recipe.expert_parallel_size
-    )
-    trainer = Trainer(recipe, make_policy(recipe), num_steps, load_universal=universal)
-    warnings += policy_warnings(recipe, trainer.policy)
-    with_reference = make_reference(recipe, inputs, trainer, num_steps - state.step, cursor)
-    if feed is None:
-        source = with_reference(with_drafts(recipe, inputs, records, trainer))
-    else:
-        source = make_rollout_source(recipe, inputs, feed, trainer)
-
-    guard = NonFiniteGuard(folder, recipe.skip_nonfinite, rank, world_size)
-    if resumed is not None:
-        checkpoint.load(trainer, resumed.path, universal=universal)
-        if feed is not None:
-            source.load_state_dict(cursor)
-    sanity = SanityChecks(recipe, trainer, eos_id=inputs.special.eos, vocab_size=inputs.vocabulary.size)
-    if rank == 0:
-        aside = folder.start(recipe, resumed.state.step, resumed.other_recipe) if resumed else folder.start(recipe)
-        warnings += [f"{path} is set aside: it may be removed" for path in aside]
-
-    with MetricsLog(recipe, folder, num_steps, state.step) if rank == 0 else contextlib.nullcontext() as log:
-
-        def evaluate() -> int:
-            if inputs.held_out is None:
-                return state.step
-            held_out = with_reference(make_eval_source(recipe, inputs, rank, world_size))
-            results = trainer.evaluate(held_out, make_measure(recipe, objective))
-            decoded, previews = probe.measure(trainer) if probe is not None else ({}, [])
-            if log:
-                log.evaluation(state.step, results | decoded, previews)
-            return state.step
-
-        def save() -> int:
-            state.source = source.state_dict()
-            saved = checkpoint.save(trainer, folder, state, recipe.save_total_limit)
-            if log:
-                log.say(f"saved {saved}")
-            return state.step
-
-        if log:
-            for warning in warnings:
-                log.warn(warning)
-            if records is not None:
-                log.say(f"{inputs.train.report}\n{records.rows_per_window} rows a step")
-            if resumed is not None:
-                log.say(str(resumed))
-            log.say(f"{num_steps} steps from step {state.step}, into {folder.path}")
-        evaluated = saved = state.step
-        while state.step < num_steps and (window := source.next_window()) is not None:
-            metrics = trainer.train_window(window, objective) | source.metrics
+    run = Run(folder, recipe, client)
+    state, source, trainer = run.state, run.source, run.trainer
+    with run.logging():
+        while state.step < run.num_steps and (window := source.next_window()) is not None:
+            metrics = trainer.train_window(window, run.objective) | source.metrics
             state.advance(metrics)
-            metrics |= guard.check(state, window, trainer.losses, metrics["grad_norm"])
-            source.check(metrics)
-            last = state.step == num_steps
-            found, warnings = sanity.check(state.step, metrics, last)
-            metrics |= found
-            if log:
-                log.step(state.step, source.epoch, metrics, warnings)
+            last = state.step == run.num_steps
+            run.check(window, metrics, last)
             if last or is_due(recipe.eval_steps, state.step):
-                evaluated = evaluate()
+                run.evaluate()
             preempted = distributed.any_rank(preemption.requested)
             if preempted or last or is_due(recipe.save_steps, state.step):
-                saved = save()
+                run.save()
             if preempted and not last:
                 preemption.leave()
                 return EXIT_PREEMPTED
-        if state.step < num_steps:
-            if log:
-                log.warn(f"the records ended at step {state.step} of {num_steps}: the run ends here")
-            if evaluated < state.step:
-                evaluate()
-            if saved < state.step:
-                save()
+        if state.step < run.num_steps:
+            run.end_early()
     return 0
 
 
 def is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
+
+
+class Run:
+    """All that the loop works with, made from the recipe or from the checkpoint that it resumes, and what it leaves."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, client: RolloutClient | None):
+        self.folder, self.recipe = folder, recipe
+        self.log: MetricsLog | None = None  # rank 0 has one
+        self.rank, self.world_size = distributed.start()
+        found, self.warnings = checkpoint.find_resume(
+            folder, recipe.resume_from_checkpoint, recipe.overwrite_output_dir
+        )
+        self.resumed = checkpoint.resume_from(found, recipe) if found is not None else None
+        self.state = self.resumed.state if self.resumed is not None else TrainState()
+        self.cursor = self.state.source if self.resumed is not None else None
+        self._read()
+        self._assemble(client)
+        self.evaluated = self.saved = self.state.step
+
+    def _read(self) -> None:
+        """Records and what is made of them, before any weight is read."""
+        recipe = self.recipe
+        self.inputs = inputs = read_inputs(recipe, recipe.streaming)
+        self.warnings += inputs.vocabulary.warnings
+        self.records = make_source(recipe, inputs, self.rank, self.world_size) if inputs.train is not None else None
+        if self.records is not None and self.resumed is not None:
+            with self.resumed.naming_changes():
+                self.records.load_state_dict(self.cursor)
+        self.objective = make_objective(recipe, inputs)
+        self.probe = make_probe(recipe, inputs)
+        self.num_steps = recipe.max_steps or self.state.step + self.records.num_windows
+
+    def _assemble(self, client: RolloutClient | None) -> None:
+        """The engine, the source and what watches them, at the step where the run begins."""
+        recipe, inputs, resumed = self.recipe, self.inputs, self.resumed
+        universal = resumed is not None and checkpoint.needs_universal(
+            resumed.path, zero_stage(recipe), self.world_size, recipe.expert_parallel_size
+        )
+        self.trainer = trainer = Trainer(recipe, make_policy(recipe), self.num_steps, load_universal=universal)
+        self.warnings += policy_warnings(recipe, trainer.policy)
+        self.with_reference = make_reference(recipe, inputs, trainer, self.num_steps - self.state.step, self.cursor)
+        if client is None:
+            self.source = self.with_reference(with_drafts(recipe, inputs, self.records, trainer))
+        else:
+            self.source = make_rollout_source(recipe, inputs, client, trainer)
+        self.guard = NonFiniteGuard(self.folder, recipe.skip_nonfinite, self.rank, self.world_size)
+        if resumed is not None:  # now that the reference has read the initial weights
+            checkpoint.load(trainer, resumed.path, universal=universal)
+            if client is not None:
+                self.source.load_state_dict(self.cursor)
+        self.sanity = SanityChecks(recipe, trainer, eos_id=inputs.special.eos, vocab_size=inputs.vocabulary.size)
+
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[None]:
+        """On rank 0, start the run folder and its log, which says where the run stands."""
+        if self.rank != 0:
+            yield
+            return
+        begins = (self.resumed.state.step, self.resumed.other_recipe) if self.resumed is not None else ()
+        aside = self.folder.start(self.recipe, *begins)
+        with MetricsLog(self.recipe, self.folder, self.num_steps, self.state.step) as self.log:
+            for warning in [*self.warnings, *(f"{path} is set aside: it may be removed" for path in aside)]:
+                self.log.warn(warning)
+            if self.records is not None:
+                self.log.say(f"{self.inputs.train.report}\n{self.records.rows_per_window} rows a step")
+            if self.resumed is not None:
+                self.log.say(str(self.resumed))
+            self.log.say(f"{self.num_steps} steps from step {self.state.step}, into {self.folder.path}")
+            yield
+
+    def check(self, window: list[ViewBatch], metrics: dict[str, float], last: bool) -> None:
+        """Check the step that has just been finished, and log it."""
+        state = self.state
+        metrics |= self.guard.check(state, window, self.trainer.losses, metrics["grad_norm"])
+        self.source.check(metrics)
+        found, warnings = self.sanity.check(state.step, metrics, last)
+        if self.log is not None:
+            self.log.step(state.step, self.source.epoch, metrics | found, warnings)
+
+    def evaluate(self) -> None:
+        """Score the held-out records, and decode some of their prompts."""
+        self.evaluated = self.state.step
+        if self.inputs.held_out is None:
+            return
+        held_out = self.with_reference(make_eval_source(self.recipe, self.inputs, self.rank, self.world_size))
+        results = self.trainer.evaluate(held_out, make_measure(self.recipe, self.objective))
+        decoded, previews = self.probe.measure(self.trainer) if self.probe is not None else ({}, [])
+        if self.log is not None:
+            self.log.evaluation(self.state.step, results | decoded, previews)
+
+    def save(self) -> None:
+        """Write a checkpoint, from which the run can be resumed."""
+        self.state.source = self.source.state_dict()
+        saved = checkpoint.save(self.trainer, self.folder, self.state, self.recipe.save_total_limit)
+        self.saved = self.state.step
+        if self.log is not None:
+            self.log.say(f"saved {saved}")
+
+    def end_early(self) -> None:
+        """The records ended before the last step: evaluate and save what there is."""
+        if self.log is not None:
+            self.log.warn(f"the records ended at step {self.state.step} of {self.num_steps}: the run ends here")
+        if self.evaluated < self.state.step:
+            self.evaluate()
+        if self.saved < self.state.step:
+            self.save()

@@ -57,5 +57,5 @@ def test_a_single_learner_has_no_meeting_place(world_size, monkeypatch):
         monkeypatch.setenv(name, "0")
     monkeypatch.delenv("MASTER_ADDR")
     learner = LearnerActor(0, world_size, os.getcwd())
-    address = learner.run({}, lambda recipe, feed: os.environ.get("MASTER_ADDR"), ("127.0.0.9", 1), None)
+    address = learner.run({}, lambda recipe, client: os.environ.get("MASTER_ADDR"), ("127.0.0.9", 1), None)
     assert address == (None if world_size == 1 else "127.0.0.9")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from dfactory.errors import CheckpointError
@@ -149,6 +149,15 @@ def check_shapes(model_dir: Path, found: Shapes, model: PreTrainedModel) -> None
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise CheckpointError(f"{model_dir} does not fit its config.json: {'; '.join(problems[:SHOWN])}{more}")
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without weights: names and shapes on the meta device, at no cost in memory.
+
+    Made by its class and not by from_config, which would shard it where ZeRO-3 is on.
+    """
+    with torch.device("meta"):
+        return AutoModelForCausalLM._model_mapping[type(config)](config)
 
 
 def original_tensors(model: PreTrainedModel) -> dict:

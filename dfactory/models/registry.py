@@ -31,7 +31,7 @@ from dfactory.models.adapters import (
     whole_model_dir,
 )
 from dfactory.models.config_keys import MOST_ADDED_TOKENS, MOST_TOKENIZER_BYTES, read_object
-from dfactory.models.headers import Shapes, check_counts, check_shapes, is_plain_name, read_shapes
+from dfactory.models.headers import Shapes, check_counts, check_shapes, is_plain_name, meta_model, read_shapes
 from dfactory.models.policy import Policy
 from dfactory.models.saving import GENERATION_CONFIG
 from dfactory.models.tiny import TINY_DIR
@@ -249,12 +249,3 @@ def check_tensors(model_dir: Path, config: PreTrainedConfig) -> Shapes:
 def _save_as_read(model: PreTrainedModel, shapes: Shapes) -> None:
     if isinstance(model, llada2.LLaDA2MoeModelLM):
         model.save_as(stacked_experts=llada2.has_stacked_experts(shapes))
-
-
-def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without weights: names and shapes on the meta device, at no cost in memory.
-
-    Made by its class and not by from_config, which would shard it where ZeRO-3 is on.
-    """
-    with torch.device("meta"):
-        return AutoModelForCausalLM._model_mapping[type(config)](config)

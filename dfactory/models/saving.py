@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,7 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from dfactory import faults
 from dfactory.errors import CheckpointError
 from dfactory.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, whole_model_dir
-from dfactory.models.headers import INDEX, WEIGHTS
+from dfactory.models.headers import INDEX, WEIGHTS, meta_model
 from dfactory.models.policy import Policy
 
 GENERATION_CONFIG = "generation_config.json"
@@ -63,7 +64,8 @@ def save_policy(
     if policy.has_adapters:
         _save_adapters(policy, directory, gathered, write)
         return
-    shards = _Shards(directory, max_shard_bytes) if write else None
+    dtype = dtype or model.dtype
+    shards = _Shards(directory, _plan_shards(model, dtype, max_shard_bytes)) if write else None
     for group in layer_groups(model):
         parameters = [tensor for _, tensor in group if isinstance(tensor, nn.Parameter)]
         with gathered(parameters):
@@ -73,7 +75,7 @@ def save_policy(
                 shards.add(finish(revert_weight_conversion(model, whole)))
     if write:
         shards.close()
-        _write_config(policy, directory, dtype or model.dtype)
+        _write_config(policy, directory, dtype)
         carry_files(policy.source_dir, directory)
 
 
@@ -105,45 +107,51 @@ def layer_groups(model: PreTrainedModel) -> Iterator[NamedTensors]:
 
 
 class _Shards:
-    """safetensors files of bounded size with their index."""
+    """safetensors files of bounded size with their index. Which tensor goes where is planned by huggingface_hub before the
+    first one comes; a file is written as soon as its tensors are there."""
 
-    def __init__(self, directory: Path, max_bytes: int):
-        self.directory, self.max_bytes = directory, max_bytes
-        self.pending: dict[str, torch.Tensor] = {}
-        self.files: list[list[str]] = []
+    def __init__(self, directory: Path, plan: StateDictSplit):
+        self.directory, self.plan = directory, plan
+        self.pending: dict[str, Tensors] = {name: {} for name in plan.filename_to_tensors}
         self.total = 0
 
-    def add(self, tensors: dict[str, torch.Tensor]) -> None:
+    def add(self, tensors: Tensors) -> None:
         for name, tensor in tensors.items():
-            size = sum(t.nbytes for t in self.pending.values())
-            if self.pending and size + tensor.nbytes > self.max_bytes:
-                self._flush()
-            self.pending[name] = tensor.contiguous()
+            file = self.plan.tensor_to_filename[name]
+            waiting = self.pending[file]
+            waiting[name] = tensor.contiguous()
             self.total += tensor.nbytes
+            if len(waiting) == len(self.plan.filename_to_tensors[file]):
+                self._write(file)
 
-    def _flush(self) -> None:
-        self.files.append(sorted(self.pending))
-        part = self.directory / f"part-{len(self.files)}"
+    def _write(self, name: str) -> None:
         faults.at("weights.writing")
-        save_file(self.pending, part, metadata={"format": "pt"})
-        faults.at("weights.written", part)
-        self.pending = {}
+        save_file(self.pending.pop(name), self.directory / name, metadata={"format": "pt"})
+        faults.at("weights.written", self.directory / name)
 
     def close(self) -> None:
-        self._flush()
-        count = len(self.files)
-        if count == 1:
-            (self.directory / "part-1").rename(self.directory / WEIGHTS)
-            faults.at("weights.renamed")
-            return
-        weight_map = {}
-        for number, names in enumerate(self.files, start=1):
-            file = f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self.directory / f"part-{number}").rename(self.directory / file)
-            faults.at("weights.renamed")
-            weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_text(self.directory / INDEX, json.dumps(index, indent=2) + "\n")
+        if self.pending:
+            planned = self.plan.filename_to_tensors
+            missing = [name for file, waiting in self.pending.items() for name in planned[file] if name not in waiting]
+            raise CheckpointError(f"{self.directory} would lack {len(missing)} tensors: {', '.join(missing[:8])}")
+        if self.plan.is_sharded:
+            weight_map = dict(sorted(self.plan.tensor_to_filename.items()))
+            index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
+            _write_text(self.directory / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _plan_shards(model: PreTrainedModel, dtype: torch.dtype, max_bytes: int) -> StateDictSplit:
+    """Which file gets which tensor, by original names in the order in which they are saved. The shapes are those of a model
+    without weights: ZeRO-3 and expert parallelism leave every rank a part of the model's own."""
+    shapes: Tensors = {}
+    for group in layer_groups(meta_model(model.config)):
+        shapes |= revert_weight_conversion(model, dict(group))
+    return split_state_dict_into_shards_factory(
+        shapes,
+        get_storage_size=lambda tensor: tensor.numel() * dtype.itemsize,
+        filename_pattern=WEIGHTS.replace(".safetensors", "{suffix}.safetensors"),
+        max_shard_size=max_bytes,
+    )
 
 
 def _write_config(policy: Policy, directory: Path, dtype: torch.dtype) -> None:

@@ -131,12 +131,12 @@ class LearnerActor:
             probe.bind((host, 0))
             return host, probe.getsockname()[1]
 
-    def run(self, recipe: Recipe, learn: Callable, address: tuple[str, int], feed) -> int:
+    def run(self, recipe: Recipe, learn: Callable, address: tuple[str, int], client) -> int:
         remember(recipe)
         if int(os.environ["WORLD_SIZE"]) > 1:  # alone it needs no port, and opens none
             os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
-        with beating(lambda: feed.beat(self.rank)):
-            return learn(recipe, feed)
+        with beating(lambda: client.beat(self.rank)):
+            return learn(recipe, client)
 
     def process(self) -> Process:
         return this_process()

@@ -32,8 +32,8 @@ SOCKET_PATH = 107  # bytes that the kernel allows
 LONGEST_SOCKET = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 GRACE_S = 10.0  # for the others to end when one has failed
 
-Learn = Callable[[Recipe, "ControllerFeed"], int]
-"""The training loop on one rank, with its batch source on the feed. Returns the exit status."""
+Learn = Callable[[Recipe, "ControllerClient"], int]
+"""The training loop on one rank, whose rollouts come from the client. Returns the exit status."""
 
 WORKERS = {"worker_process_setup_hook": "dfactory.redaction.guard_output"}  # their output lands in Ray's logs
 # Ray keeps a record of the last 100,000 calls, 3 kB each; those of a run of weeks, and its signs of life, are no news.
@@ -168,8 +168,8 @@ def _run_learners(recipe: Recipe, learn: Learn, controller, group: PlacementGrou
     try:
         processes = {rank: _started(learner.process.remote(), rank, recipe) for rank, learner in enumerate(learners)}
         address = _started(learners[0].address.remote(), 0, recipe)
-        feed = ControllerFeed(controller, recipe)
-        waiting = {learner.run.remote(recipe, learn, address, feed): rank for rank, learner in enumerate(learners)}
+        client = ControllerClient(controller, recipe)
+        waiting = {learner.run.remote(recipe, learn, address, client): rank for rank, learner in enumerate(learners)}
         watch = Watch(controller, processes, recipe.heartbeat_timeout_s)
         return _wait(waiting, processes, watch, recipe)
     finally:
@@ -288,7 +288,7 @@ def _last_checkpoint(recipe: Recipe) -> str:
     )
 
 
-class ControllerFeed:
+class ControllerClient:
     """The controller as a learner sees it: plain calls that wait, and name what they waited for."""
 
     def __init__(self, controller, recipe: Recipe):

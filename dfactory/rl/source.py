@@ -48,7 +48,7 @@ RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1}
 """By dtype: how far, in nats a target on average, two forwards of the same policy may lie apart."""
 
 
-class Feed(Protocol):
+class RolloutClient(Protocol):
     """The controller, as a learner sees it."""
 
     def publish(self, version: int, groups: Iterable[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -68,7 +68,7 @@ class RolloutSource:
 
     def __init__(
         self,
-        feed: Feed,
+        client: RolloutClient,
         weights: Callable[[], Iterable[dict[str, torch.Tensor]]],
         score: Score,
         make_views: RolloutViews,
@@ -86,7 +86,7 @@ class RolloutSource:
         train_after_eos: bool = True,
         ratio_tolerance: float = RATIO_TOLERANCE["float32"],
     ):
-        self.feed, self.weights = feed, weights
+        self.client, self.weights = client, weights
         self.score, self.reference = score, reference
         self.rows = RolloutRows(make_views, block_size, row_length, world_size, micro_batch_rows, train_after_eos)
         self.rank = rank
@@ -104,7 +104,7 @@ class RolloutSource:
         self._new = self._uses == 0
         if self._new:
             published = self._publish()
-            batch = self.feed.next_batch(self.version, self.next_group)
+            batch = self.client.next_batch(self.version, self.next_group)
             self._window = self._with_scores(self.rows.build(batch.rollouts, self.rank), batch.rollouts)
             self.next_group, self.epoch = batch.next_group, batch.epoch
             self.metrics = batch.metrics | published
@@ -134,7 +134,7 @@ class RolloutSource:
     def _publish(self) -> dict[str, float]:
         groups = self.weights()
         if self.rank == 0:
-            return self.feed.publish(self.version, groups)
+            return self.client.publish(self.version, groups)
         for _ in groups:  # the gathers are collective
             pass
         return {}

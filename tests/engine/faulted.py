@@ -48,7 +48,7 @@ class Kind:
         return f"{self.stage} ZeRO-{self.zero} {self.ranks} rank{'s' if self.ranks > 1 else ''}"
 
 
-class LocalFeed:
+class LocalClient:
     """What Ray's controller and rollout actor do, in this process: decodes with the published weights, for real."""
 
     def __init__(self, recipe):
@@ -139,7 +139,7 @@ def _child(recipe, place: dict, log: Path, fault: str | None, record: Path | Non
             os.environ[faults.VARIABLE] = "none:0"
             faults.at = functools.partial(_record, record, place.get("RANK", 0))
         checkpoint.save_policy = functools.partial(save_policy, max_shard_bytes=200_000)  # several, with an index
-        status = train.learn(recipe, LocalFeed(recipe) if recipe.stage == "rl" else None)
+        status = train.learn(recipe, LocalClient(recipe) if recipe.stage == "rl" else None)
     except DFactoryError as problem:
         status = problem.exit_status
         print(f"{type(problem).__name__}: {problem}", flush=True)

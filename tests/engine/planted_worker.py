@@ -15,7 +15,7 @@ from dfactory import train
 from dfactory.errors import NonFiniteError
 from dfactory.recipe import load_recipe
 from dfactory.types import LossTerms, Objective
-from tests.rl.test_source import FakeFeed
+from tests.rl.test_source import FakeClient
 
 make_objective = train.make_objective
 
@@ -51,7 +51,7 @@ def main() -> None:
 
         train.make_objective = planted
         try:
-            outcome = str(train.learn(recipe, FakeFeed() if recipe.stage == "rl" else None))
+            outcome = str(train.learn(recipe, FakeClient() if recipe.stage == "rl" else None))
         except NonFiniteError as problem:
             outcome = f"{problem.exit_status} {problem}"
         Path(f"{recipe.output_dir}.rank-{dist.get_rank()}").write_text(outcome)

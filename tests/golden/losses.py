@@ -10,7 +10,7 @@ from pathlib import Path
 from dfactory.recipe import load_recipe
 from dfactory.train import learn
 from tests.engine.conftest import write_dpo_keys, write_recipe
-from tests.rl.test_source import FakeFeed
+from tests.rl.test_source import FakeClient
 
 FOLDER = Path(__file__).parent / "losses"
 STEPS = 5
@@ -40,7 +40,7 @@ def measure(objective: str, folder: Path) -> dict[str, list[float]]:
     common += ["deepspeed=null", "per_device_train_batch_size=2"]
     (folder / "recipe").mkdir()
     recipe = load_recipe(write_recipe(folder / "recipe"), [*keys, *common])
-    assert learn(recipe, FakeFeed() if recipe.stage == "rl" else None) == 0
+    assert learn(recipe, FakeClient() if recipe.stage == "rl" else None) == 0
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     return {name: [row[name] for row in rows] for name in ("loss", "grad_norm")}
 

@@ -247,6 +247,12 @@ def test_a_stacked_tensor_that_does_not_fit_is_named(write_model):
         load_policy(write_model(tensors))
 
 
+def test_a_tensor_that_is_planned_and_never_comes_is_named(golden, tmp_path):
+    policy, lost = load_policy(golden.directory, dtype="float32"), "model.norm.weight"
+    with pytest.raises(CheckpointError, match=rf"would lack 1 tensors: {lost}"):
+        resaved(policy, tmp_path / "out", finish=lambda tensors: {n: t for n, t in tensors.items() if n != lost})
+
+
 def test_many_problems_are_counted(write_model):
     tensors = {name: tensor for name, tensor in golden_tensors().items() if ".experts." not in name}
     with pytest.raises(CheckpointError, match=r"missing tensor .*; and 88 more$"):  # 2 layers x 16 experts x 3, less 8

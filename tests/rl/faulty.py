@@ -17,7 +17,7 @@ class Owner:
         return [ray.put(bucket)]
 
 
-def learn(recipe, feed) -> int:
+def learn(recipe, client) -> int:
     from dfactory.rl import cluster
     from dfactory.train import learn as learn_well
 
@@ -34,7 +34,7 @@ def learn(recipe, feed) -> int:
         return weights._replace(buckets=lost)
 
     cluster.put_weights = put_and_lose
-    return learn_well(recipe, feed)
+    return learn_well(recipe, client)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ def node(actor=None) -> str:
 
 
 def main(recipe_file: str, folder: str, overrides: list[str]) -> int:
-    def learn_and_tell(recipe, feed) -> int:
-        status = learn(recipe, feed)
-        controller = ray.get(feed.controller.__ray_call__.remote(node))
+    def learn_and_tell(recipe, client) -> int:
+        status = learn(recipe, client)
+        controller = ray.get(client.controller.__ray_call__.remote(node))
         seen = {"learner": node(), "controller": controller, "driver": driver, "ranks": dist.get_world_size()}
         (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(seen))
         return status

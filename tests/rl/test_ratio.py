@@ -11,16 +11,16 @@ from dfactory.recipe import load_recipe
 from dfactory.train import learn
 from dfactory.types import TokenScores
 from tests.engine.conftest import ROOT
-from tests.rl.test_source import BLOCK, FakeFeed, make_source
+from tests.rl.test_source import BLOCK, FakeClient, make_source
 
 EBPO = ["policy_loss=ebpo", "num_views=2", "complementary=false", "row_length=32"]  # a rollout in two micro-batches
 
 
 @pytest.fixture
 def run(tmp_path):
-    """run(key, ...) trains the quickstart's recipe on the rollouts of a feed -> rows of metrics.jsonl."""
+    """run(key, ...) trains the quickstart's recipe on the rollouts of a client -> rows of metrics.jsonl."""
 
-    def run(*keys: str, feed: FakeFeed | None = None) -> list[dict]:
+    def run(*keys: str, client: FakeClient | None = None) -> list[dict]:
         base = ["model_name_or_path=tiny", "max_length=16", "decode.max_new_tokens=10", f"block_size={BLOCK}"]
         base += [
             "warmup_steps=0",
@@ -31,7 +31,7 @@ def run(tmp_path):
         ]
         base += ["eval_datasets=[]", "eval_decode_prompts=0"]
         recipe = load_recipe(ROOT / "recipes/quickstart/rl.yaml", [*base, *keys])
-        assert learn(recipe, feed or FakeFeed()) == 0
+        assert learn(recipe, client or FakeClient()) == 0
         return [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
 
     return run

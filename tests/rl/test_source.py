@@ -51,7 +51,7 @@ GROUP = [
 ]
 
 
-class FakeFeed:
+class FakeClient:
     def __init__(self, rollouts=ROLLOUTS):
         self.published, self.asked, self.rollouts = [], [], rollouts
 
@@ -64,7 +64,7 @@ class FakeFeed:
         return RolloutBatch(self.rollouts, next_group + 2, (next_group + 2) / 8, {"reward": 0.5})
 
 
-def make_source(feed=None, rank=0, world_size=1, **options) -> RolloutSource:
+def make_source(client=None, rank=0, world_size=1, **options) -> RolloutSource:
     pairs = RandomMask(mask_id=MASK, seed=1, low=0.3, high=0.8, complementary=True, num_views=2)
 
     def views(document, index):
@@ -78,7 +78,7 @@ def make_source(feed=None, rank=0, world_size=1, **options) -> RolloutSource:
         return TokenScores(*[logprob_N] * len(TokenScores._fields))
 
     return RolloutSource(
-        feed or FakeFeed(), weights, score, views, rank=rank, world_size=world_size, **{**defaults, **options}
+        client or FakeClient(), weights, score, views, rank=rank, world_size=world_size, **{**defaults, **options}
     )
 
 
@@ -129,8 +129,8 @@ def test_a_sequence_is_whole_on_its_rank():
 
 
 def test_rollouts_of_a_group_share_their_prompt():
-    (batch,) = make_source(FakeFeed(GROUP), row_length=500).next_window()
-    alone = [make_source(FakeFeed([scored]), row_length=400).next_window() for scored in GROUP]
+    (batch,) = make_source(FakeClient(GROUP), row_length=500).next_window()
+    alone = [make_source(FakeClient([scored]), row_length=400).next_window() for scored in GROUP]
     assert batch.num_tokens == sum(one.num_tokens for (one,) in alone) - 7 * 8
     assert (batch.trunk_RS[batch.document_RS != PADDING] == 8).all()
     assert sorted(batch.columns["rollout_D"].tolist()) == list(range(8))
@@ -144,21 +144,21 @@ def test_rollouts_of_a_group_share_their_prompt():
 @pytest.mark.parametrize("row_length, rows", [(500, 1), (300, 2), (200, 3)])
 def test_a_group_too_long_for_a_row_has_its_prompt_in_every_row(row_length, rows):
     """8 positions of the prompt, and 36, 56 or 76 of each rollout."""
-    window = make_source(FakeFeed(GROUP), row_length=row_length).next_window()
+    window = make_source(FakeClient(GROUP), row_length=row_length).next_window()
     assert len(window) == rows
     for batch in window:
         trunk_RS = batch.document_RS >= len(batch.document_id_D)
         assert trunk_RS.sum() == 8
         assert batch.position_ids_RS[trunk_RS].tolist() == list(range(8))
     assert sum((targets([batch]) for batch in window), Counter()) == targets(
-        make_source(FakeFeed(GROUP), row_length=500).next_window()
+        make_source(FakeClient(GROUP), row_length=500).next_window()
     )
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 8])
 def test_one_group_keeps_all_ranks_busy(world_size):
     options = {"row_length": 400, "world_size": world_size}
-    windows = [make_source(FakeFeed(GROUP), rank=rank, **options).next_window() for rank in range(world_size)]
+    windows = [make_source(FakeClient(GROUP), rank=rank, **options).next_window() for rank in range(world_size)]
     held = [sorted(batch.columns["rollout_D"].tolist()) for (batch,) in windows]
     assert sorted(number for rank in held for number in rank) == list(range(8))
     assert max(map(len, held)) <= -(-8 // world_size) + 1
@@ -177,7 +177,7 @@ def test_rollouts_whose_prompts_are_hidden_differently_share_nothing():
         shown = dataclasses.replace(document, input_ids_T=ids)
         return shown, masks(shown, index)
 
-    source = make_source(FakeFeed(GROUP[:4]), row_length=400)
+    source = make_source(FakeClient(GROUP[:4]), row_length=400)
     source.rows.make_views = views
     (batch,) = source.next_window()
     assert torch.equal(batch.trunk_RS, batch.document_RS)
@@ -199,18 +199,18 @@ def test_a_rollout_whose_views_do_not_fit_one_row_is_shared_out():
 
 
 def test_weights_are_published_before_the_rollouts_are_asked_for():
-    feed = FakeFeed()
-    source = make_source(feed, num_iterations=2)
+    client = FakeClient()
+    source = make_source(client, num_iterations=2)
     for _ in range(4):
         source.next_window()
-    assert feed.published == [(0, [["a"], ["b"]]), (2, [["a"], ["b"]])]
-    assert feed.asked == [(0, 0), (2, 2)]
+    assert client.published == [(0, [["a"], ["b"]]), (2, [["a"], ["b"]])]
+    assert client.asked == [(0, 0), (2, 2)]
     assert source.epoch == 0.5
     assert source.metrics == {"reward": 0.5, "seconds/sync": 0.0}
-    resumed = make_source(feed)
+    resumed = make_source(client)
     resumed.load_state_dict(source.state_dict())
     resumed.next_window()
-    assert feed.asked[-1] == (4, 4)
+    assert client.asked[-1] == (4, 4)
 
 
 def test_the_old_log_probabilities_are_those_of_the_policy_now():
@@ -233,7 +233,7 @@ def test_what_stands_after_eos_is_a_target_only_if_asked(train_after_eos, last):
     whole = rollout(6, 10)
     ended = dataclasses.replace(whole, output_ids=whole.token_ids[:3], finish_reason=FinishReason.EOS)
     scored = ScoredRollout(group=3, index=0, rollout=ended, reward=1.0, advantage=0.5)
-    (batch,) = make_source(FakeFeed([scored]), train_after_eos=train_after_eos).next_window()
+    (batch,) = make_source(FakeClient([scored]), train_after_eos=train_after_eos).next_window()
     assert sorted(set(batch.target_ids_N.tolist())) == ended.token_ids[:last]
     assert batch.columns["target_number_N"].tolist() == list(range(2 * last))
     assert batch.answer_length_D.tolist() == [3]

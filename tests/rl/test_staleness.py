@@ -29,7 +29,7 @@ from dfactory.types import FinishReason, Rollout, TokenScores, ViewBatch
 from tests.engine.conftest import ROOT
 from tests.enumerated import MASK, VOCABULARY
 from tests.rl.test_ratio import run  # noqa: F401  (a fixture)
-from tests.rl.test_source import ROLLOUTS, FakeFeed
+from tests.rl.test_source import ROLLOUTS, FakeClient
 
 ADVANTAGES = torch.tensor([1.0, -0.4, 0.2])  # by token
 DRIFT, DRAWS = 0.5, 40  # standard deviation of the logits' move between decoding and the step; how many moves
@@ -61,7 +61,7 @@ def scores(logprob_N: torch.Tensor) -> TokenScores:
 
 def source_of(rollouts: list[ScoredRollout], logprob_of, table: torch.Tensor, views, block_size: int, **options):
     return RolloutSource(
-        FakeFeed(rollouts),
+        FakeClient(rollouts),
         lambda: iter([]),
         lambda batch: scores(logprob_of(table, batch).detach()),
         views,
@@ -261,7 +261,7 @@ class LocalActor:
         return response(call.prompt_ids, ids, [0.0] * len(ids), BLOCK)
 
 
-class LocalFeed:
+class LocalClient:
     """The controller in a thread of this process."""
 
     def __init__(self, recipe: Recipe):
@@ -301,9 +301,9 @@ def staleness(tmp_path):
         base += ["model_name_or_path=tiny", f"block_size={BLOCK}", "num_generations=2", "prompts_per_step=3"]
         base += ["eval_datasets=[]", "eval_decode_prompts=0", "reward_workers=1", f"output_dir={tmp_path}/run"]
         recipe = load_recipe(ROOT / "recipes/quickstart/rl.yaml", [*base, *keys])
-        feed, masks = LocalFeed(recipe), RandomMask(99, seed=1, low=0.3, high=0.8, complementary=True)
+        client, masks = LocalClient(recipe), RandomMask(99, seed=1, low=0.3, high=0.8, complementary=True)
         source = RolloutSource(
-            feed,
+            client,
             weights=lambda: iter([]),
             score=lambda batch: scores(-batch.target_ids_N.float()),
             make_views=lambda document, index: (document, masks(document, index)),
@@ -320,7 +320,7 @@ def staleness(tmp_path):
         for _ in range(windows):
             source.next_window()
             found.append(source.metrics["staleness"])
-        feed.close()
+        client.close()
         return found, source.state_dict()
 
     return run_on
@@ -341,7 +341,7 @@ def test_rollouts_are_at_most_max_staleness_versions_old(staleness, num_iteratio
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-class StaleFeed(FakeFeed):
+class StaleClient(FakeClient):
     """The first step's rollouts at every step."""
 
     def next_batch(self, version, next_group):
@@ -352,7 +352,7 @@ class StaleFeed(FakeFeed):
 
 def test_a_run_tells_how_far_it_has_moved_from_the_policy_that_decoded(run, capsys):  # noqa: F811
     """The decoder's record is -1 everywhere: a step on fresh rollouts weighs, on stale ones the ratio says it."""
-    first, second, _ = run("policy_loss=trace", "max_staleness=4", feed=StaleFeed())
+    first, second, _ = run("policy_loss=trace", "max_staleness=4", client=StaleClient())
     assert first["logprob_change"] == first["logprob_change_fresh"] == 0
     assert first["importance_gap"] > 0.1
     assert "logprob_change_fresh" not in second
@@ -361,6 +361,6 @@ def test_a_run_tells_how_far_it_has_moved_from_the_policy_that_decoded(run, caps
     told = capsys.readouterr().err
     assert "decoder_gap 0.12 at step 2" in told
     assert told.count("decoder_gap") == 1
-    learner, again, _ = run("policy_loss=trace", "max_staleness=4", "old_policy=learner", feed=StaleFeed())
+    learner, again, _ = run("policy_loss=trace", "max_staleness=4", "old_policy=learner", client=StaleClient())
     assert again["logprob_change"] == again["logprob_change_fresh"] == 0
     assert json.dumps(learner["loss"]) == json.dumps(first["loss"])
