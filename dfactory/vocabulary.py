@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from dfactory.data.chat import ChatEncoder, SpecialIds, mask_warning, read_chat_template, special_ids
 from dfactory.decoding import DecodeRules
 from dfactory.decoding.keys import DecodeKeys
-from dfactory.models.registry import known_mask_id, read_config, read_tokenizer, resolve_model_dir
+from dfactory.models.registry import known_eos_id, known_mask_id, read_config, read_tokenizer, resolve_model_dir
 from dfactory.recipe import Recipe
 
 
@@ -56,6 +56,7 @@ def read_vocabulary(
     size = read_config(model_dir).vocab_size
     tokenizer = read_tokenizer(model_dir)
     template = read_chat_template(chat_template_path)
-    special = special_ids(tokenizer, known_mask_id(model_dir, mask_token_id), eos_token_id, size, template)
+    mask, eos = known_mask_id(model_dir, mask_token_id), known_eos_id(model_dir, eos_token_id, tokenizer)
+    special = special_ids(tokenizer, mask, eos, size, template)
     encoder = ChatEncoder(tokenizer, template, special, chat_template_path) if tokenizer is not None else None
     return Vocabulary(size, special, tokenizer, encoder)

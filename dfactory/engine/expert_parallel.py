@@ -17,8 +17,9 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import nn
 
 from dfactory.errors import ConfigError
+from dfactory.models.families.base import FAMILIES
 from dfactory.models.policy import Policy
-from dfactory.models.registry import FAMILIES, read_config, resolve_model_dir
+from dfactory.models.registry import read_config, resolve_model_dir
 from dfactory.models.saving import NamedTensors
 from dfactory.recipe import Recipe
 
@@ -36,10 +37,11 @@ def autoep_section(recipe: Recipe) -> dict[str, Any]:
     if size == 1:
         return {"enabled": False}
     config = read_config(resolve_model_dir(recipe.model_name_or_path))
-    autoep = FAMILIES[config.model_type].autoep
+    family = FAMILIES.of(config)
+    autoep = family.autoep
     if autoep is None:
-        moe = bool(FAMILIES[config.model_type].moe_blocks)
-        reason = "has no `autoep` entry in dfactory/models/registry.py" if moe else "has no experts"
+        moe = bool(family.moe_blocks)
+        reason = f"states no `autoep` in the model family {family.name}" if moe else "has no experts"
         raise ConfigError(f"expert_parallel_size {size}: model_type {config.model_type} {reason}; set it to 1")
     if recipe.use_peft:
         raise ConfigError(

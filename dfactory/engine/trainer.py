@@ -33,7 +33,6 @@ from dfactory.engine.window import (
 )
 from dfactory.errors import ConfigError
 from dfactory.models.policy import Policy
-from dfactory.models.registry import family_of
 from dfactory.models.saving import layer_groups
 from dfactory.recipe import Recipe
 from dfactory.redaction import redacted
@@ -272,7 +271,7 @@ class Trainer:
 
 def gather_moe_blocks_whole(policy: Policy) -> list[str]:
     """Tell ZeRO-3 to gather MoE blocks as a whole, because routing picks their children. Returns their names."""
-    blocks = {n: m for n, m in policy.named_modules() if type(m).__name__ in family_of(policy).moe_blocks}
+    blocks = {n: m for n, m in policy.named_modules() if type(m).__name__ in policy.family.moe_blocks}
     if blocks:
         set_z3_leaf_modules(policy, sorted({type(block) for block in blocks.values()}, key=str))
     return list(blocks)

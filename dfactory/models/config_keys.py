@@ -1,8 +1,9 @@
-"""Which keys of a config.json each family computes: everything else is refused by name.
+"""Which keys of a config.json are computed: everything else is refused by name.
 
 A key that nobody reads is a model that nobody trained: `expert_capacity` read past is another router. So this is a list of
-what is known, not of what is forbidden. A known key either has no part in the arithmetic (BOOKKEEPING), or a rule that says
-which of its values the family's modules compute. A key that is null counts as absent.
+what is known, not of what is forbidden. A known key either has no part in the arithmetic (BOOKKEEPING), or a rule of its
+family that says which of its values the family's modules compute: families build theirs from DECODER and MOE. A key that is
+null counts as absent.
 
 Sizes are bounded, because a model is built on the meta device before any weight is read: that takes no memory for
 parameters, but time and Python objects for layers.
@@ -77,7 +78,7 @@ remove_invalid_values exponential_decay_length_penalty
 """
 BOOKKEEPING = frozenset(_BOOKKEEPING.split())
 
-_DECODER = {
+DECODER: Rules = {
     "vocab_size": size(10**7),
     "hidden_size": size(),
     "intermediate_size": size(),
@@ -98,75 +99,12 @@ _DECODER = {
     "pruned_heads": only({}),
 }
 
-LLAMA: Rules = _DECODER | {
-    "rope_scaling": ROPE,
-    "rope_parameters": ROPE,
-    "attention_bias": SWITCH,
-    "mlp_bias": SWITCH,
-    "pretraining_tp": only(1),
-    "partial_rotary_factor": only(1.0),
-}
-
-QWEN3: Rules = _DECODER | {
-    "rope_scaling": ROPE,
-    "rope_parameters": ROPE,
-    "attention_bias": SWITCH,
-    "partial_rotary_factor": only(1.0),
-    "use_sliding_window": NO_WINDOW,
-    "sliding_window": size(10**9),  # without use_sliding_window nobody reads it
-    "layer_types": FULL_ATTENTION,
-}
-
-_MOE = {
+MOE: Rules = {
     "num_experts": size(10_000),
     "num_experts_per_tok": size(10_000),
     "moe_intermediate_size": size(),
     "norm_topk_prob": SWITCH,
 }
-
-QWEN3_MOE: Rules = (
-    QWEN3
-    | _MOE
-    | {
-        "num_local_experts": size(10_000),  # as transformers writes num_experts
-        "decoder_sparse_step": size(1_000),
-        "mlp_only_layers": LAYERS,
-    }
-)
-
-LLADA2: Rules = (
-    _DECODER
-    | _MOE
-    | {
-        "n_routed_experts": size(10_000),  # as transformers calls num_experts
-        "num_shared_experts": size(1_000),
-        "n_shared_experts": size(1_000),
-        "n_group": size(10_000),
-        "topk_group": size(10_000),
-        "routed_scaling_factor": POSITIVE,
-        "first_k_dense_replace": size(1_000, least=0),
-        "num_nextn_predict_layers": size(1_000, least=0),
-        "mtp_layers_left_out": size(1_000, least=0),  # in configs that transformers wrote of ours
-        "num_mtp_layers": size(1_000, least=0),
-        "partial_rotary_factor": POSITIVE,
-        "rope_parameters": DEFAULT_ROPE,
-        "rope_scaling": only(None),
-        "use_qk_norm": SWITCH,
-        "use_rmsnorm": only(True),
-        "use_bias": only(False),
-        "use_qkv_bias": only(False),
-        "attention_bias": only(False),
-        "use_sliding_window": NO_WINDOW,
-        "sliding_window": size(10**9),
-        "norm_head": only(False),
-        "norm_softmax": only(False),
-        "router_dtype": only("fp32"),
-        "score_function": only("sigmoid"),
-        "moe_router_enable_expert_bias": only(True),
-        "embedding_dropout": only(0.0),
-        "output_dropout": only(0.0),
-    }
-)
 
 
 def check_keys(file: Path, keys: Mapping[str, Any], rules: Rules) -> None:

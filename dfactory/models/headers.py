@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from dfactory.errors import CheckpointError
+from dfactory.models.families.base import FAMILIES
 from dfactory.models.manifest import check_sizes
 
 WEIGHTS = "model.safetensors"
@@ -157,7 +158,7 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     Made by its class and not by from_config, which would shard it where ZeRO-3 is on.
     """
     with torch.device("meta"):
-        return AutoModelForCausalLM._model_mapping[type(config)](config)
+        return FAMILIES.variant_of(config).model_class(config)
 
 
 def original_tensors(model: PreTrainedModel) -> dict:

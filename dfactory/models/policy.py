@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from dfactory.models import last_layer
 from dfactory.models.attention import AttentionPlan, plan_attention
+from dfactory.models.families.base import FAMILIES, Family
 from dfactory.models.head import VocabularyHead
 from dfactory.types import NOISE_TABLE_ROWS, EmbeddingInputs, TokenScores, ViewBatch
 
@@ -22,12 +23,13 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel, attn_implementation: str = "auto", source_dir: Path | None = None):
         super().__init__()
         self.model = model
+        self.family: Family = FAMILIES.of(model.config)
         self.source_dir = source_dir  # where `saving` finds the files to carry along
         self.attn_implementation = attn_implementation
         self.entropy_temperature = 1.0  # TokenScores.entropy_N is that of softmax(logits / this)
         VocabularyHead.adopt(self._causal_lm.lm_head)
         # whether `hidden_at` can leave the rest of the last layer out
-        self.ends_at_targets = last_layer.adopt(self._causal_lm.model.layers[-1])
+        self.ends_at_targets = self.family.last_layer_at_targets and last_layer.adopt(self._causal_lm.model.layers[-1])
 
     @property
     def has_adapters(self) -> bool:

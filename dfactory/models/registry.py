@@ -1,27 +1,18 @@
-"""From a model directory to a Policy: which families there are, and how one is read.
+"""From a model directory to a Policy: how a checkpoint of a known family is read.
 
-A family is one entry in FAMILIES. Weights come from safetensors only, code from transformers only: a directory's own
-*.py files are carried along by `saving`, never run.
+Weights come from safetensors only, code from transformers only: a directory's own *.py files are carried along by
+`saving`, never run. What differs between the families lies in families/.
 """
 
-import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dfactory.errors import CheckpointError, ConfigError
-from dfactory.models import attention, config_keys, experts, llada2
+from dfactory.models import attention, config_keys, experts
 from dfactory.models.adapters import (
     adapter_base,
     attach_adapters,
@@ -31,48 +22,12 @@ from dfactory.models.adapters import (
     whole_model_dir,
 )
 from dfactory.models.config_keys import MOST_ADDED_TOKENS, MOST_TOKENIZER_BYTES, read_object
+from dfactory.models.families.base import FAMILIES, Family, SpecialTokens
 from dfactory.models.headers import Shapes, check_counts, check_shapes, is_plain_name, meta_model, read_shapes
 from dfactory.models.policy import Policy
 from dfactory.models.saving import GENERATION_CONFIG
 from dfactory.models.tiny import TINY_DIR
 
-LLADA2_BLOCK_SIZE = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What has to be known of a model family beyond what transformers knows."""
-
-    keys: config_keys.Rules  # of config.json: what its modules compute
-    moe_blocks: tuple[str, ...] = ()  # module classes that ZeRO-3 gathers whole, because routing picks their children
-    autoep: Mapping[str, Any] | None = None  # what DeepSpeed's AutoEP has to know of them; names as in transformers
-    architectures: tuple[str, ...] = ()  # of config.json, where other models share the model_type; empty: any
-
-
-_LLADA2 = Family(
-    keys=config_keys.LLADA2,
-    moe_blocks=("Glm4MoeMoE",),
-    autoep={
-        "moe_layer_pattern": r"model\.layers\.\d+\.mlp",
-        "score_func": "sigmoid",
-        "score_apply": "post",
-        "num_experts_attr": "n_routed_experts",
-        "has_shared_experts": True,
-        "shared_experts_pattern": "shared_experts",
-    },
-)
-
-FAMILIES: dict[str, Family] = {
-    "llada2_moe": _LLADA2,
-    "llada21_moe": _LLADA2,
-    "llada2_moe_veomni": _LLADA2,
-    "bailing_moe": dataclasses.replace(_LLADA2, architectures=("BailingMoeV2ForCausalLM",)),  # Ling 2.0
-    "qwen3": Family(config_keys.QWEN3),
-    "qwen3_moe": Family(config_keys.QWEN3_MOE, moe_blocks=("Qwen3MoeSparseMoeBlock",)),
-    "llama": Family(config_keys.LLAMA),
-}
-
-llada2.register()
 attention.register()
 experts.register()
 transformers_logging.disable_progress_bar()
@@ -100,26 +55,25 @@ def read_config(model_dir: Path) -> PreTrainedConfig:
     """config.json, of adapters that of their base -> a transformers config of a known family. Raises CheckpointError or
     ConfigError."""
     model_dir = whole_model_dir(model_dir)
+    file, keys = _read_keys(model_dir)
+    family, variant = FAMILIES.claiming(file, keys)
+    config_keys.check_keys(file, keys, family.keys)
+    try:
+        return variant.config_class.from_pretrained(model_dir)
+    except (ValueError, TypeError) as problem:
+        raise CheckpointError(f"{file} is refused by transformers: {problem}") from problem
+
+
+def read_family(model_dir: Path) -> Family:
+    """Whose checkpoint a directory holds. Raises as `read_config`."""
+    return FAMILIES.claiming(*_read_keys(whole_model_dir(model_dir)))[0]
+
+
+def _read_keys(model_dir: Path) -> tuple[Path, dict[str, Any]]:
     file = model_dir / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{model_dir} holds no config.json: it is not a model directory")
-    keys = read_object(file)
-    model_type, architectures = keys.get("model_type"), keys.get("architectures") or []
-    if model_type not in FAMILIES:
-        raise ConfigError(
-            f"model_type {model_type!r} in {file} is not a known family: {', '.join(FAMILIES)}; "
-            "a new one is an entry in dfactory/models/registry.py"
-        )
-    known = FAMILIES[model_type].architectures
-    if known and not set(known) & set(architectures):
-        raise ConfigError(
-            f"architectures {architectures} in {file}: of model_type {model_type} only {', '.join(known)} is known"
-        )
-    config_keys.check_keys(file, keys, FAMILIES[model_type].keys)
-    try:
-        return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
-    except (ValueError, TypeError) as problem:
-        raise CheckpointError(f"{file} is refused by transformers: {problem}") from problem
+    return file, read_object(file)
 
 
 def read_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase | None:
@@ -145,24 +99,39 @@ def _check_tokenizer(model_dir: Path) -> None:
                 )
 
 
-def trained_block_size(model_dir: Path) -> int:
-    """The block size that a checkpoint of ours was trained with (see `saving`), or LLaDA2's."""
-    return _recorded(model_dir).get("block_size") or LLADA2_BLOCK_SIZE
+def trained_block_size(model_dir: Path) -> int | None:
+    """The block size that a checkpoint of ours was trained with (see `saving`), or its family's; None: whole documents."""
+    return _recorded(model_dir).get("block_size") or read_family(model_dir).block_size
 
 
 def known_mask_id(model_dir: Path, stated: int | None) -> int | None:
-    """The mask_token_id that was `stated`, or else the one that the recipe of a checkpoint of ours stated; None where that
-    is left to the tokenizer."""
-    return _recorded(model_dir).get("mask_token_id") if stated is None else stated
+    """The mask_token_id that was `stated`, or else the one that the recipe of a checkpoint of ours stated, or the family's
+    own; None where that is left to the tokenizer. Raises ConfigError for another than the family's own."""
+    known = _special_tokens(model_dir).mask
+    if stated is None:
+        return _recorded(model_dir).get("mask_token_id") or known
+    if known is not None and stated != known:
+        raise ConfigError(
+            f"mask_token_id {stated}: the mask of the {read_family(model_dir).name} model in {model_dir} is {known}; "
+            "leave the key out"
+        )
+    return stated
+
+
+def known_eos_id(model_dir: Path, stated: int | None, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """The eos_token_id that was `stated`, or else the family's own where the tokenizer names none."""
+    named = getattr(tokenizer, "eos_token_id", None)
+    return stated if stated is not None or named is not None else _special_tokens(model_dir).eos
+
+
+def _special_tokens(model_dir: Path) -> SpecialTokens:
+    file, keys = _read_keys(whole_model_dir(model_dir))
+    return FAMILIES.claiming(file, keys)[0].special_tokens(keys)
 
 
 def _recorded(model_dir: Path) -> dict[str, Any]:
     file = model_dir / GENERATION_CONFIG
     return read_object(file) if file.is_file() else {}
-
-
-def family_of(policy: Policy) -> Family:
-    return FAMILIES[policy.config.model_type]
 
 
 def load_policy(
@@ -210,16 +179,15 @@ def _options(dtype: torch.dtype) -> dict:
 def _draw(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, **_options(dtype))
+        return FAMILIES.variant_of(config).model_class._from_config(config, **_options(dtype))
 
 
 def _read(model_dir: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     shapes = check_tensors(model_dir, config)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = FAMILIES.variant_of(config).model_class.from_pretrained(
             model_dir,
             config=config,
-            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
             **_options(dtype),
@@ -247,5 +215,6 @@ def check_tensors(model_dir: Path, config: PreTrainedConfig) -> Shapes:
 
 
 def _save_as_read(model: PreTrainedModel, shapes: Shapes) -> None:
-    if isinstance(model, llada2.LLaDA2MoeModelLM):
-        model.save_as(stacked_experts=llada2.has_stacked_experts(shapes))
+    save_as_read = FAMILIES.of(model.config).save_as_read
+    if save_as_read is not None:
+        save_as_read(model, shapes)

@@ -156,10 +156,9 @@ def _plan_shards(model: PreTrainedModel, dtype: torch.dtype, max_bytes: int) -> 
 
 def _write_config(policy: Policy, directory: Path, dtype: torch.dtype) -> None:
     """The source's own config.json with the precision of these weights; keys that only the original code reads stay.
-    Multi-token-prediction layers are not read, so none are announced."""
+    The family has a say: it announces no layers that are not read."""
     config = json.loads((whole_model_dir(policy.source_dir) / "config.json").read_text())
-    if config.get("num_nextn_predict_layers"):
-        config["num_nextn_predict_layers"] = 0
+    config = policy.family.saved_keys(config)
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     config.pop("dtype", None)
     _write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")

@@ -23,8 +23,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from dfactory.models.adapters import adapted_linears
+from dfactory.models.families.base import FAMILIES
 from dfactory.models.head import CHUNK_BYTES
-from dfactory.models.registry import FAMILIES, meta_model, read_config
+from dfactory.models.registry import meta_model, read_config
 from dfactory.recipe import Recipe
 
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size, in elements
@@ -116,7 +117,7 @@ def count_parameters(model_dir: Path) -> ParameterCounts:
     experts = {name: p for name, p in model.named_parameters() if ".experts." in name}  # [E, ...] each
     routed = sum(p.numel() for p in experts.values())
     chosen = sum(p.numel() // len(p) * config.num_experts_per_tok for p in experts.values())
-    largest_block, block_experts = _largest_block(model, FAMILIES[config.model_type].moe_blocks)
+    largest_block, block_experts = _largest_block(model, FAMILIES.of(config).moe_blocks)
     return ParameterCounts(
         total=total,
         active=total - routed + chosen,
@@ -235,13 +236,13 @@ def layer_activations(config: PreTrainedConfig, dtype: str) -> tuple[int, str]:
     # RMSNorms, of the stream and of queries and keys, keep an fp32 copy of what they read.
     half = dtype == "bfloat16"
     per_h, per_a, per_c = (16, 12, 10) if half else (24, 20, 16)
-    if half and FAMILIES[config.model_type].moe_blocks:
+    if half and FAMILIES.of(config).moe_blocks:
         per_h += 4  # so does the router
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
     sizes = (config.hidden_size, config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim)
     attention = sum(per * size for per, size in zip((per_h, per_a, per_c), sizes, strict=True))
     formula = f"{per_h} H + {per_a} A + {per_c} C"
-    if not FAMILIES[config.model_type].moe_blocks:
+    if not FAMILIES.of(config).moe_blocks:
         return attention + 4 * b * config.intermediate_size, f"{formula} + {4 * b} D"
     experts, chosen, inner = config.num_local_experts, config.num_experts_per_tok, config.moe_intermediate_size
     # n_shared_experts is a name of the Glm4Moe configuration; other families have none.

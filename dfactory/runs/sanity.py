@@ -21,7 +21,6 @@ from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 from dfactory import distributed
 from dfactory.errors import SilentFailureError
 from dfactory.models.policy import Policy
-from dfactory.models.registry import family_of
 from dfactory.recipe import Recipe
 from dfactory.types import Mean, TokenScores, ViewBatch
 
@@ -165,7 +164,7 @@ class ExpertCoverage:
     """Which experts of each layer were routed to in training. Layers that AutoEP has replaced are not seen."""
 
     def __init__(self, policy: Policy):
-        blocks = family_of(policy).moe_blocks
+        blocks = policy.family.moe_blocks
         self.seen: dict[str, torch.Tensor] = {}  # by layer, bool [experts]
         self.choices: dict[str, int] = {}  # by layer, of one expert by one token; the last layer has fewer tokens
         for name, module in policy.named_modules():

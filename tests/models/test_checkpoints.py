@@ -285,7 +285,7 @@ def test_directories_that_are_no_models(golden, tmp_path):
     with pytest.raises(CheckpointError, match="is not a JSON object"):
         load_policy(tmp_path)
     config.write_text('{"model_type": "lada2_moe"}')
-    with pytest.raises(ConfigError, match=r"model_type 'lada2_moe' .*llada2_moe, llada21_moe.*registry\.py"):
+    with pytest.raises(ConfigError, match=r"model_type 'lada2_moe' .*llada2_moe, llada21_moe.*models/families/"):
         load_policy(tmp_path)
     shutil.copy(golden.directory / "config.json", config)
     torch.save(load_file(golden.directory / "model.safetensors"), tmp_path / "pytorch_model.bin")
@@ -328,7 +328,7 @@ def test_an_older_ling_of_the_same_model_type_is_refused(write_model):
 
 def test_rotary_defaults_are_the_familys():
     """A config.json that is silent about rotation means 600000 and one half, not Glm4Moe's own defaults."""
-    from dfactory.models.llada2 import LLaDA2MoeConfig
+    from dfactory.models.families.llada2 import LLaDA2MoeConfig
 
     assert LLaDA2MoeConfig().rope_parameters == {
         "rope_type": "default",

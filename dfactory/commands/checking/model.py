@@ -11,9 +11,11 @@ from dfactory.data.records import BadRow
 from dfactory.data.rendering import DATE
 from dfactory.data.templates import GENERATION_MARKER, PROBE_TURN
 from dfactory.models.adapters import unreached_experts, whole_model_dir
+from dfactory.models.families.base import FAMILIES
 from dfactory.models.headers import weight_files
 from dfactory.models.registry import (
     check_tensors,
+    known_eos_id,
     known_mask_id,
     meta_model,
     read_config,
@@ -57,7 +59,8 @@ def tell_model(page: Page, recipe: Recipe) -> Model:
     if limit is not None and recipe.max_length > limit:
         page.warn(f"max_length {recipe.max_length} is beyond the model's max_position_embeddings {limit}: lower it")
     recorded = trained_block_size(path)
-    if recipe.init_weights == "pretrained" and config.model_type.startswith("llada2") and recorded != recipe.block_size:
+    trained = recipe.init_weights == "pretrained" and not FAMILIES.of(config).autoregressive
+    if trained and recorded != recipe.block_size:
         page.warn(f"block_size {recipe.block_size}, but the model was trained with {recorded}")
     return model
 
@@ -69,12 +72,8 @@ def tell_weights(page: Page, model: Model) -> None:
     page.line(
         "files", f"{len(files)} with {in_bytes(size)}; every tensor has the name and shape that config.json asks for"
     )
-    left_out = model.config.to_dict().get("mtp_layers_left_out", 0)
-    if left_out:
-        page.warn(
-            f"{left_out} multi-token-prediction layer(s) are neither read nor saved: they predict "
-            "beyond the next token, which block diffusion does not"
-        )
+    for warning in FAMILIES.of(model.config).warnings(model.config):
+        page.warn(warning)
 
 
 def tell_tokens(page: Page, recipe: Recipe, model: Model) -> SpecialIds:
@@ -89,7 +88,8 @@ def tell_tokens(page: Page, recipe: Recipe, model: Model) -> SpecialIds:
     mask_id = known_mask_id(model.path, recipe.mask_token_id)
     if recorded is not None and mask_id != recorded:
         page.warn(f"mask_token_id {mask_id}, but the model was trained with {recorded}: leave the key out")
-    special = special_ids(tokenizer, mask_id, recipe.eos_token_id, vocab_size, template)
+    eos_id = known_eos_id(model.path, recipe.eos_token_id, tokenizer)
+    special = special_ids(tokenizer, mask_id, eos_id, vocab_size, template)
     if told := mask_warning(tokenizer, special.mask):
         page.warn(told)
     page.line("mask, EOS", f"{_token(tokenizer, special.mask)}, {_token(tokenizer, special.eos)}")

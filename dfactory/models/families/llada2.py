@@ -1,4 +1,4 @@
-"""LLaDA2-MoE out of transformers' Glm4Moe modules: the config keys, the tensor names, nothing else.
+"""LLaDA2-MoE, and Ling 2.0, out of transformers' Glm4Moe modules: the config keys, the tensor names, nothing else.
 
 Facts: docs/families.md#llada2-moe.
 
@@ -12,13 +12,13 @@ any of the three names and saved as it was read; a model with drawn weights is s
 """
 
 import copy
+import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedConfig
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
@@ -28,6 +28,9 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
 )
+
+from dfactory.models.config_keys import DECODER, DEFAULT_ROPE, MOE, NO_WINDOW, POSITIVE, SWITCH, Rules, only, size
+from dfactory.models.families.base import FAMILIES, Family, Variant
 
 # Original keys that say the same as a Glm4Moe key of another name.
 _RENAMED_KEYS = {
@@ -68,7 +71,7 @@ class LLaDA2MoeVeOmniConfig(LLaDA2MoeConfig):
 
 class LingMoeV2Config(LLaDA2MoeConfig):
     """Ling 2.0 (BailingMoeV2ForCausalLM), autoregressive. Older Ling models share the model_type, not the architecture:
-    the registry tells them apart by `architectures`."""
+    `architectures` tells them apart."""
 
     model_type = "bailing_moe"
     __init__ = LLaDA2MoeConfig.__init__
@@ -200,15 +203,109 @@ def has_stacked_experts(names: Iterable[str]) -> bool:
     return any(_STACKED_NAME.search(name) for name in names)
 
 
-def register() -> None:
-    """Make transformers' Auto classes know the family. Idempotent."""
-    for config_class, model_class in (
-        (LLaDA2MoeConfig, LLaDA2MoeModelLM),
-        (LLaDA21MoeConfig, LLaDA21MoeModelLM),
-        (LLaDA2MoeVeOmniConfig, LLaDA2MoeVeOmniModelLM),
-        (LingMoeV2Config, LingMoeV2ModelLM),
-    ):
-        name = config_class.model_type
-        AutoConfig.register(name, config_class, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-        register_checkpoint_conversion_mapping(name, _conversions(_ONE_BY_ONE + _STACKED), overwrite=True)
+def save_as_read(model: PreTrainedModel, names: Collection[str]) -> None:
+    """Choose the layout of the experts in which the tensors were read."""
+    model.save_as(stacked_experts=has_stacked_experts(names))
+
+
+def _saved_keys(keys: dict[str, Any]) -> dict[str, Any]:
+    """Multi-token-prediction layers are not read, so none are announced."""
+    return keys | ({"num_nextn_predict_layers": 0} if keys.get("num_nextn_predict_layers") else {})
+
+
+def _warnings(config: PreTrainedConfig) -> list[str]:
+    if not config.mtp_layers_left_out:
+        return []
+    return [
+        f"{config.mtp_layers_left_out} multi-token-prediction layer(s) are neither read nor saved: they predict "
+        "beyond the next token, which block diffusion does not"
+    ]
+
+
+_KEYS: Rules = (
+    DECODER
+    | MOE
+    | {
+        "n_routed_experts": size(10_000),  # as transformers calls num_experts
+        "num_shared_experts": size(1_000),
+        "n_shared_experts": size(1_000),
+        "n_group": size(10_000),
+        "topk_group": size(10_000),
+        "routed_scaling_factor": POSITIVE,
+        "first_k_dense_replace": size(1_000, least=0),
+        "num_nextn_predict_layers": size(1_000, least=0),
+        "mtp_layers_left_out": size(1_000, least=0),  # in configs that transformers wrote of ours
+        "num_mtp_layers": size(1_000, least=0),
+        "partial_rotary_factor": POSITIVE,
+        "rope_parameters": DEFAULT_ROPE,
+        "rope_scaling": only(None),
+        "use_qk_norm": SWITCH,
+        "use_rmsnorm": only(True),
+        "use_bias": only(False),
+        "use_qkv_bias": only(False),
+        "attention_bias": only(False),
+        "use_sliding_window": NO_WINDOW,
+        "sliding_window": size(10**9),
+        "norm_head": only(False),
+        "norm_softmax": only(False),
+        "router_dtype": only("fp32"),
+        "score_function": only("sigmoid"),
+        "moe_router_enable_expert_bias": only(True),
+        "embedding_dropout": only(0.0),
+        "output_dropout": only(0.0),
+    }
+)
+
+_RENAMES = _conversions(_ONE_BY_ONE + _STACKED)
+
+_LLADA2 = Family(
+    "llada2",
+    (
+        Variant(
+            "llada2_moe",
+            LLaDA2MoeConfig,
+            LLaDA2MoeModelLM,
+            renames=_RENAMES,
+            checkpoints="LLaDA2.0 mini (16B), flash (100B)",
+        ),
+        Variant("llada21_moe", LLaDA21MoeConfig, LLaDA21MoeModelLM, renames=_RENAMES, checkpoints="LLaDA2.1"),
+        Variant(
+            "llada2_moe_veomni",
+            LLaDA2MoeVeOmniConfig,
+            LLaDA2MoeVeOmniModelLM,
+            renames=_RENAMES,
+            checkpoints="either, with the experts of a layer stacked",
+        ),
+    ),
+    keys=_KEYS,
+    moe_blocks=("Glm4MoeMoE",),
+    autoep={
+        "moe_layer_pattern": r"model\.layers\.\d+\.mlp",
+        "score_func": "sigmoid",
+        "score_apply": "post",
+        "num_experts_attr": "n_routed_experts",
+        "has_shared_experts": True,
+        "shared_experts_pattern": "shared_experts",
+    },
+    save_as_read=save_as_read,
+    saved_keys=_saved_keys,
+    warnings=_warnings,
+)
+FAMILIES.add(_LLADA2)
+FAMILIES.add(
+    dataclasses.replace(
+        _LLADA2,
+        name="ling",
+        variants=(
+            Variant(
+                "bailing_moe",
+                LingMoeV2Config,
+                LingMoeV2ModelLM,
+                architectures=("BailingMoeV2ForCausalLM",),
+                renames=_RENAMES,
+                checkpoints="Ling 2.0, autoregressive; for `stage: cpt`",
+            ),
+        ),
+        autoregressive=True,
+    )
+)
