@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from dfactory.errors import DFactoryError
 
-_at_start = 0  # bytes, of the resident set
+_at_start = 0  # bytes of the resident set when the process joined its group
 
 
 def start() -> tuple[int, int]:
@@ -24,14 +24,14 @@ def start() -> tuple[int, int]:
         _at_start = psutil.Process().memory_info().rss
         if "MASTER_ADDR" not in os.environ:  # no launcher; a parent process like this one may have left its RANK
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())  # else it listens where the host's name leads
-            dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # no port to be taken
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())  # else it listens on the address of the host's name
+            dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # needs no port
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's old names
         import deepspeed
 
-        # On a CPU DeepSpeed would compile a kernel for inference at the first start. Nobody here calls it, and a process
-        # that is killed meanwhile leaves a lock for which all later ones wait. It is the only one whose entry is asked
-        # for, so no compiler is run to find out about the others either.
+        # On a CPU DeepSpeed would compile a kernel for inference at the first start. dFactory never calls it, and a
+        # process that is killed during the compilation leaves a lock that blocks all later ones. DeepSpeed reads only
+        # this entry, so it does not probe the compiler for its other kernels either.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         deepspeed.init_distributed(dist_backend=_backend(), verbose=False)
     if torch.cuda.is_available():
@@ -44,8 +44,8 @@ def device() -> torch.device:
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes: the most that was allocated on this rank's GPU; without one, the largest resident set of the process above that
-    with which it joined its group, that is without Python and libraries."""
+    """Bytes: the peak that was allocated on this rank's GPU; without a GPU, the peak growth of the resident set since the
+    process joined its group, which leaves out Python and its libraries."""
     if torch.cuda.is_available():
         return {"peak_memory": torch.cuda.max_memory_allocated()}
     unit = 1 if sys.platform == "darwin" else 1024
@@ -53,7 +53,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> None:
-    """Sum over the ranks, in place, wherever the tensor lies."""
+    """Sum over the ranks, in place, for a tensor on any device."""
     if dist.get_world_size() == 1:
         return
     moved = tensor.to(device())
@@ -62,7 +62,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> None:
 
 
 def ranks_with(flag: bool) -> list[int]:
-    """The ranks on which `flag` holds; all ranks get the same answer."""
+    """The ranks on which `flag` is true, the same list on all ranks."""
     votes = torch.zeros(dist.get_world_size())
     votes[dist.get_rank()] = float(flag)
     all_reduce_sum(votes)
@@ -70,12 +70,12 @@ def ranks_with(flag: bool) -> list[int]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` holds on any rank; all ranks get the same answer."""
+    """Whether `flag` is true on any rank, the same on all ranks."""
     return bool(ranks_with(flag))
 
 
 def on_first_rank(ask: Callable[[], Any]) -> Any:
-    """What the first rank finds, told to all; an expected failure is raised on all of them."""
+    """The result of `ask` on the first rank, broadcast to all; an expected failure is raised on all of them."""
     box = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -89,14 +89,14 @@ def on_first_rank(ask: Callable[[], Any]) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """What every rank has, by rank, on all of them."""
+    """The values of all ranks, in their order, on every rank."""
     box = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
 
 
 def _loopback() -> str:
-    """`lo`, or what this system calls it."""
+    """The name of the loopback interface: `lo` on Linux, `lo0` on macOS."""
     return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 

@@ -13,7 +13,7 @@ class DFactoryError(Exception):
     exit_status = 1
 
     def __str__(self) -> str:
-        return redact(super().__str__())  # here, because Ray's native part logs what an actor raises
+        return redact(super().__str__())  # here, because Ray's native code logs the exceptions of actors
 
 
 class ConfigError(DFactoryError):
@@ -27,7 +27,7 @@ class DataError(DFactoryError):
 
 
 class CheckpointError(DFactoryError):
-    """A model directory or a training checkpoint is missing, incomplete or of another shape."""
+    """A model directory or a training checkpoint is missing, incomplete or does not fit the run."""
 
 
 class NonFiniteError(DFactoryError):
@@ -35,7 +35,7 @@ class NonFiniteError(DFactoryError):
 
 
 class SilentFailureError(DFactoryError):
-    """A run would go on and have nothing to show for it: no parameter changes, nothing is to be predicted."""
+    """A run would continue without learning anything: no parameter changes, or no target is left to predict."""
 
 
 class RolloutError(DFactoryError):

@@ -6,7 +6,7 @@ Without the variable a point does nothing. Kinds:
 
 kill      SIGKILL; the default
 half      SIGKILL after half of the file was written (of a directory: after half of its files were removed)
-short     half of the file was written, and nobody noticed: the process goes on
+short     half of the file was written without an error, and the process continues
 enospc    half of the file was written, then OSError: no space left on the device
 """
 
@@ -22,7 +22,7 @@ _passed: collections.Counter[str] = collections.Counter()
 
 
 def at(point: str, path: Path | None = None, start: int = 0) -> None:
-    """A named point of saving. `path`: what was just written there, from byte `start` on, or is about to be removed."""
+    """Mark a named point of saving. `path` was just written, from byte `start` on, or is about to be removed."""
     if VARIABLE not in os.environ:
         return
     _passed[point] += 1
@@ -33,7 +33,7 @@ def at(point: str, path: Path | None = None, start: int = 0) -> None:
 
 
 def after_each_save(writer, name: str) -> None:
-    """Points before and after each file that a library writes by `writer.save(state, path)`."""
+    """Mark points before and after each file that a library writes with `writer.save(state, path)`."""
     if VARIABLE not in os.environ or "save" in vars(writer):
         return
     save = writer.save

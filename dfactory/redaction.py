@@ -1,12 +1,12 @@
 """Secrets stay out of what dFactory writes for people: terminal and logs, tracebacks, config.yaml, reports.
 
-A secret is everything under a name that says so, whatever its type: a variable of the environment, an option of a recipe,
-`name: value` in a text. So is text that has the shape of a token, of a password in a URL, or of a private key. All of it
-goes through `redact`. `guard_output` sends everything that Python prints through it, uncaught exceptions included; code
-that writes a recipe or a message to a file calls `redact` or `redacted` itself.
+A value is a secret if its name says so, whatever its type: an environment variable, a recipe option, `name: value` in a
+text. Text with the shape of a token, of a password in a URL or of a private key is a secret too. `redact` hides both.
+`guard_output` sends everything that Python prints through it, uncaught exceptions included; code that writes a recipe or
+a message to a file calls `redact` or `redacted` itself.
 
-Not seen: what native code writes to the file descriptors, values in running text that are shorter than SHORTEST, parts of
-a secret, and text that belongs to records or rollouts.
+Not covered: what native code writes to file descriptors, values in running text shorter than SHORTEST, parts of a secret,
+and the text of records and rollouts.
 """
 
 import base64
@@ -22,14 +22,14 @@ from collections.abc import Iterator
 from typing import Any
 
 MARK = "<redacted>"
-SHORTEST = 8  # characters of a value: replacing "1" or "true" everywhere would hide all else
+SHORTEST = 8  # characters of a value: replacing "1" or "true" everywhere would hide ordinary text
 
 
 def _set(words: str) -> frozenset[str]:
     return frozenset(re.findall("[a-z]+", words))
 
 
-# The words of a name decide, by its last one; a number after it does not count (OPENAI_API_KEY_2).
+# The last word of a name decides; a number after it does not count (OPENAI_API_KEY_2).
 ALWAYS = _set(
     "password passwords passwd pwd passphrase secret secrets credential credentials cookie cookies authorization bearer "
     "apikey apikeys apitoken accesskey accesstoken authkey authtoken secretkey privatekey auth pat"
@@ -61,7 +61,7 @@ SHAPES = re.compile(
     r"|(?<!\w)(?:"
     r"(?:hf_|gsk_)[A-Za-z0-9]{16,}|npm_[A-Za-z0-9]{36}|(?:gh[oprsu]_|github_pat_|wandb_v1_)\w{16,}"
     r"|(?:(?:sk|rk|pk)_(?:live|test)_|xai-|ya29\.)[\w-]{16,}"
-    r"|(?<!-)sk-(?=[\w-]*\d)[\w-]{16,}"  # OpenAI, Anthropic; with a digit, because words follow `sk-` too
+    r"|(?<!-)sk-(?=[\w-]*\d)[\w-]{16,}"  # OpenAI, Anthropic; with a digit, because plain words follow `sk-` too
     r"|(?i:xox[a-z])-[\w-]{8,}|xapp-[\w-]{8,}|(?i:hooks\.slack\.com/services)/\w+/\w+/\w+"
     r"|gl[a-z]{2,12}-[\w.-]{20,}|GR1348941[\w-]{20,}"
     r"|AIza[\w-]{30,}|(?:A3T[A-Z0-9]|ABIA|ACCA|AKIA|ASIA)[0-9A-Z]{16}"
@@ -70,7 +70,7 @@ SHAPES = re.compile(
     r"|(?:AC|SK)[0-9a-z]{32}\b|\d{8,10}:[\w-]{35}|[MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27}|[0-9a-z]{32}-us\d{1,2}\b"
     r")"
     r"|(?<=://)[^\s/:@]*:[^\s/@]+(?=@)"
-    rf"|(?<=://)[^\s/:@]{{{SHORTEST},}}(?=@)"  # a token in the place of a user's name
+    rf"|(?<=://)[^\s/:@]{{{SHORTEST},}}(?=@)"  # a token in place of a user name
     rf"|(?i:(?<=bearer )[\w.~+/=-]{{{SHORTEST},}})",
     re.DOTALL,
 )
@@ -87,7 +87,7 @@ _remembered: set[str] = set()
 
 
 def redact(text: str) -> str:
-    """The text with MARK in place of each secret in it."""
+    """The text with each secret in it replaced by MARK."""
     known = tuple(sorted(_remembered.union(_in_environment()), key=len, reverse=True))
     if known:
         text = _any_of(known).sub(MARK, text)
@@ -96,8 +96,8 @@ def redact(text: str) -> str:
 
 
 def redacted(value: Any) -> Any:
-    """The same for nested mappings and lists, before they are written: a writer may break lines. What stands under a
-    secret's name is hidden whatever its type."""
+    """The same for nested mappings and lists. Call it before they are written, because a writer may break lines inside a
+    secret. A value whose name says that it is secret is hidden whatever its type."""
     if isinstance(value, dict):
         return {
             redact(name) if isinstance(name, str) else name: MARK
@@ -111,7 +111,7 @@ def redacted(value: Any) -> Any:
 
 
 def remember(value: Any) -> None:
-    """Take what nested mappings, lists and dataclasses hold under names of secrets as secrets of this process."""
+    """Register the secret values in nested mappings, lists and dataclasses, so that `redact` hides them anywhere."""
     if dataclasses.is_dataclass(value):
         value = vars(value)
     if isinstance(value, dict):
@@ -125,14 +125,14 @@ def remember(value: Any) -> None:
 
 
 def guard_output() -> None:
-    """From now on this process prints no secret that it knows, wherever the text comes from."""
+    """Redact everything that this process prints from now on."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not isinstance(stream.write, _GuardedWrite):
             stream.write = _GuardedWrite(stream.write)
 
 
 class _GuardedWrite:
-    """In the place of a stream's `write`, which print, logging, warnings, rich and the excepthook all call."""
+    """Replaces a stream's `write`, which print, logging, warnings, rich and the excepthook all call."""
 
     def __init__(self, write):
         self.write = write
@@ -144,7 +144,7 @@ class _GuardedWrite:
 
 @functools.cache
 def is_secret_option(name: str) -> bool:
-    """Whether a recipe's option of this name holds a secret: judge_key does, noise_key and eos_token do not."""
+    """Whether a recipe option with this name holds a secret: judge_key does, noise_key and eos_token do not."""
     *before, last = _words(name)
     if name == "PWD" or (before and before[0] in SWITCHES):  # PWD is the shell's working directory
         return False
@@ -161,7 +161,7 @@ def is_secret_option(name: str) -> bool:
 
 @functools.cache
 def is_secret_variable(name: str) -> bool:
-    """The same of a variable in the environment, where `key`, `token` and `pass` mean secrets far more often."""
+    """The same for an environment variable, where `key`, `token` and `pass` mean a secret far more often."""
     *before, last = _words(name)
     if is_secret_option(name) or any(word in name.lower() for word in ANYWHERE):
         return True
@@ -169,14 +169,14 @@ def is_secret_variable(name: str) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    """Lower-case words of a name in any spelling, at least one, without numbers at the end: apiKey2 -> api, key."""
+    """The lower-case words of a name in any spelling, without trailing numbers: apiKey2 -> api, key. Never empty."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z0-9]+", " ", name)
     words = re.sub(r"[\s\d]+$", "", spaced).lower().split()
     return words or [""]
 
 
 def _parts(value: Any) -> Iterator[str]:
-    """The texts and numbers, long enough, that a secret of any type consists of."""
+    """The texts and numbers that a secret of any type consists of; short ones are left out."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
@@ -187,7 +187,7 @@ def _parts(value: Any) -> Iterator[str]:
 
 
 def _without_values(text: str) -> Iterator[str]:
-    """The text in pieces, with what stands after a secret's name hidden. What stands after another is read on."""
+    """The text in pieces, with the value after each secret's name hidden. Values after other names are searched too."""
     done = at = 0
     while found := NAMED.search(text, at):
         at = found.end()
@@ -201,7 +201,7 @@ def _without_values(text: str) -> Iterator[str]:
 
 
 def _names_secret(found: re.Match) -> bool:
-    """Whether a NAMED in running text is a secret's; not in prose: "unexpected token: ..."."""
+    """Whether a match of NAMED names a secret. Prose does not: "unexpected token: ..."."""
     name, sign = found.groups()
     if (
         name in ("token", "pass")
@@ -213,7 +213,7 @@ def _names_secret(found: re.Match) -> bool:
 
 
 def _without_credentials(found: re.Match) -> str:
-    """A word after `Basic` is hidden if it is base64 of `user:password`."""
+    """Hide a word after `Basic` if it is base64 of `user:password`."""
     try:
         return MARK if b":" in base64.b64decode(found[0] + "=" * (-len(found[0]) % 4)) else found[0]
     except binascii.Error:
@@ -230,6 +230,6 @@ def _in_environment() -> Iterator[str]:
 
 @functools.lru_cache(maxsize=8)
 def _any_of(secrets: tuple[str, ...]) -> re.Pattern:
-    """Also as Python, JSON and URLs spell them. Longest first: one may begin with another."""
+    """A pattern of the secrets, also as Python, JSON and URLs spell them. Longest first: one may start with another."""
     forms = {form for one in secrets for form in (one, repr(one)[1:-1], json.dumps(one)[1:-1], urllib.parse.quote(one))}
     return re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))))

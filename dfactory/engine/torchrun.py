@@ -1,8 +1,8 @@
-"""torchrun for runs that are preempted: `python -m dfactory.engine.torchrun`, with the words of torchrun.
+"""torchrun for runs that are preempted: `python -m dfactory.engine.torchrun`, with torchrun's arguments.
 
-torchrun itself passes SIGTERM on and kills who has not ended half a minute later, dies of SIGUSR1 and leaves its workers
-behind, and ends with 1 whatever they ended with. This one tells the workers, waits as long as saving takes, and ends with
-their status: 75 where a rank was preempted, or else that of the first one that failed.
+torchrun itself forwards SIGTERM and kills the workers that have not ended 30 seconds later. SIGUSR1 kills it and leaves
+its workers running. Its exit status is 1 whatever theirs was. This launcher forwards the signal, waits as long as saving
+takes, and exits with the workers' status: 75 if a rank was preempted, else that of the first one that failed.
 """
 
 import os
@@ -14,23 +14,23 @@ import psutil
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from dfactory.engine.preemption import EXIT_PREEMPTED, SIGNALS, TOLD
+from dfactory.engine.preemption import EXIT_PREEMPTED, FORWARDED, SIGNALS
 
-AGAIN_S = 1.0  # between two words to the workers: one that is still starting does not hear the first
+REPEAT_S = 1.0  # between two signals to the workers: one that is still starting misses the first
 
 
 class Agent:
-    """This process, which starts one worker a rank and waits for them."""
+    """This process: it starts one worker per rank and waits for them."""
 
     def __init__(self):
-        self.told = threading.Event()
-        signal.signal(TOLD, signal.SIG_IGN)  # also in workers, until they listen
+        self.preempted = threading.Event()
+        signal.signal(FORWARDED, signal.SIG_IGN)  # workers inherit this until they install their own handler
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
-        threading.Thread(target=self._tell_workers, daemon=True).start()
+        threading.Thread(target=self._forward, daemon=True).start()
 
-    def run(self, words: list[str]) -> int:
-        arguments = torchrun.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *words])
+    def run(self, argv: list[str]) -> int:
+        arguments = torchrun.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *argv])
         try:
             torchrun.run(arguments)
         except ChildFailedError as failure:
@@ -40,32 +40,32 @@ class Agent:
 
     def _on_signal(self, number: int, frame) -> None:
         workers = psutil.Process().children()
-        if not self.told.is_set():
-            self.told.set()
-        elif not any(_has_saved(worker.pid) for worker in workers):  # else it is over: srun ends us after another node
+        if not self.preempted.is_set():
+            self.preempted.set()
+        elif not any(_has_saved(worker.pid) for worker in workers):  # else ignore it: srun signals us when a node ends
             for worker in workers:
                 worker.kill()
             os._exit(128 + number)
 
-    def _tell_workers(self) -> None:
-        self.told.wait()
+    def _forward(self) -> None:
+        self.preempted.wait()
         while True:
             for worker in psutil.Process().children():
-                worker.send_signal(TOLD)  # psutil asks whether it is still the same process
-            threading.Event().wait(AGAIN_S)
+                worker.send_signal(FORWARDED)  # psutil checks that the pid is still the same process
+            threading.Event().wait(REPEAT_S)
 
 
 def _has_saved(pid: int) -> bool:
-    """Whether a child has ended with 75; torchrun is still to learn that, so the child stays as it is."""
+    """Whether a child has ended with 75. The child is not reaped, because torchrun still has to read its status."""
     ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     return ended is not None and ended.si_code == os.CLD_EXITED and ended.si_status == EXIT_PREEMPTED
 
 
 def exit_status(codes: list[int]) -> int:
-    """Of workers that ended with `codes`, negative for a signal.
+    """The exit status for workers that ended with `codes`; a negative code is a signal.
 
-    A rank ends with 75 only when all have saved; torchrun then ends those that are still leaving. And when one rank fails,
-    torchrun ends the others: a status of its own tells more than the signal.
+    A rank exits with 75 only when all have saved; torchrun then ends those that are still exiting. When one rank fails,
+    torchrun ends the others too, so a worker's own status says more than a signal.
 
     >>> exit_status([-15, 75]), exit_status([-15, 2]), exit_status([-9]), exit_status([-9, -15])
     (75, 2, 137, 137)

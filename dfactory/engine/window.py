@@ -1,13 +1,13 @@
-"""The only division: from sums over micro-batches and ranks to the loss of an optimiser window.
+"""The only division: from sums over micro-batches and ranks to the loss of a global batch.
 
-With S_ra the sum of rank r and micro-batch a, and Z_ra its count, the loss of the window is
+With S_ra the sum of rank r and micro-batch a, and Z_ra its count, the loss of the global batch is
 
     L = sum_ra S_ra / Z,    Z = sum_ra Z_ra
 
-so Z is summed over the whole window and all ranks before the first backward, and each micro-batch contributes
-S_ra / Z. Several loss terms, each with its own S and Z, add up with their weights. However the same documents are cut
-into ranks and micro-batches, L and its gradient stay what they are. DeepSpeed averages gradients over ranks, which would
-divide once more: `micro_loss` multiplies by their number.
+so Z is summed over all micro-batches and ranks before the first backward, and each micro-batch contributes S_ra / Z.
+Several loss terms, each with its own S and Z, add up with their weights. L and its gradient do not depend on how the
+documents are split into ranks and micro-batches. DeepSpeed averages gradients over ranks, which would divide once more:
+`micro_loss` multiplies by the number of ranks.
 """
 
 import math
@@ -21,20 +21,20 @@ from dfactory.types import Count, LossTerms, Mean, Objective, TokenScores, ViewB
 
 
 class Source(Protocol):
-    """Where windows come from. A source may wrap another one and add to its batches what has to be asked of a model."""
+    """Where global batches come from. A source may wrap another one and add columns that a model computes."""
 
     def next_window(self) -> list[ViewBatch] | None:
-        """This rank's micro-batches of the next optimiser step, as many on every rank; None when the run is over."""
+        """This rank's micro-batches of the next global batch, the same number on every rank; None at the end of the run."""
 
     @property
     def epoch(self) -> float: ...
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What the source itself has to tell about its last window; logged beside the loss."""
+        """The source's own metrics of its last global batch; logged with the loss."""
 
     def check(self, metrics: dict[str, float]) -> None:
-        """Raise an error if what training found on the last window cannot be, by what the source knows of it."""
+        """Raise an error if the metrics of the last global batch contradict what the source knows about it."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -42,7 +42,7 @@ class Source(Protocol):
 
 
 class MappedSource(Source):
-    """Another source's windows with every batch changed. It has no state of its own."""
+    """Another source whose micro-batches are changed by a function. It has no state of its own."""
 
     def __init__(self, source: Source, change: Callable[[ViewBatch], ViewBatch]):
         self.source, self.change = source, change
@@ -70,7 +70,7 @@ class MappedSource(Source):
 
 
 Measure = Callable[[ViewBatch, TokenScores], dict[str, Mean]]
-"""What an evaluation asks of a micro-batch."""
+"""What an evaluation measures on a micro-batch."""
 
 LEVEL = re.compile(r"(.+)_t\d\.\d\d")  # the name of a metric at one mask ratio
 
@@ -78,10 +78,10 @@ LEVEL = re.compile(r"(.+)_t\d\.\d\d")  # the name of a metric at one mask ratio
 def window_counts(
     objective: Objective, micro_batches: list[ViewBatch], scores: list[TokenScores | None], all_reduce
 ) -> dict[str, float]:
-    """Z of every loss term. `all_reduce` sums a float64 tensor over the ranks in place. A term that nothing counts towards
-    is divided by 1; any other count, below 1 too, is what the term is divided by.
+    """Z of every loss term. `all_reduce` sums a float64 tensor over the ranks in place.
 
-    An infinite count is NaN: a loss divided by it would look like a finite 0.
+    A count of 0 becomes 1; any other count, also one below 1, is used as it is. An infinite count becomes NaN, because a
+    loss divided by it would look like a finite 0.
     """
     shares = [objective.counts(batch, ahead) for batch, ahead in zip(micro_batches, scores, strict=True)]
     names = sorted(shares[0])
@@ -92,16 +92,16 @@ def window_counts(
 
 
 def micro_loss(terms: LossTerms, counts: dict[str, float], world_size: int) -> torch.Tensor:
-    """What a rank has to backpropagate for one micro-batch, so that averaging over ranks gives the window's gradient."""
+    """The loss to backpropagate for one micro-batch. Averaged over ranks it gives the global batch's gradient."""
     parts = (terms.weights.get(name, 1.0) * mean.total / counts[name] for name, mean in terms.loss.items())
     return sum(parts) * world_size
 
 
 def spread_nonfinite(loss: torch.Tensor) -> torch.Tensor:
-    """The same loss, whose gradient is NaN where the loss is NaN or infinite; a finite one keeps every bit.
+    """The same loss, with a NaN gradient if the loss is NaN or infinite; a finite loss keeps every bit.
 
     A loss of +inf can have a finite gradient. With this the norm of the gradient, which all ranks learn before weights
-    change, tells of either, and nobody has to ask the device for the loss in the middle of a step.
+    change, shows either case, and the host need not read the loss from the device in the middle of a step.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
@@ -120,7 +120,7 @@ class MeanTracker:
             self.counts[name] = self.counts.get(name, 0.0) + count
 
     def reduce(self, all_reduce) -> dict[str, float]:
-        """Sum over the ranks, then total / count by name. Every rank has to have met the same names; what none counted
+        """Sum over the ranks, then total / count by name. Every rank must have the same names; a name with a count of 0
         is left out."""
         names = sorted(self.totals)
         totals = torch.stack([self.totals[name].cpu() for name in names])
@@ -131,8 +131,8 @@ class MeanTracker:
 
 
 def means_by_t(levels: list[float]) -> Measure:
-    """The loss of the targets at each of the mask ratios `levels`, and of the real ones (without the fill) the negative
-    log-likelihood and hit rate. `mean_over_levels` makes one number of each."""
+    """A measure by mask ratio: for each of `levels` the loss of the targets, and the negative log-likelihood and accuracy
+    of the real ones (without the fill). `mean_over_levels` averages them over the levels."""
 
     def measure(batch: ViewBatch, scores: TokenScores) -> dict[str, Mean]:
         nll_N, means = -scores.logprob_N, {}
@@ -148,8 +148,8 @@ def means_by_t(levels: list[float]) -> Measure:
 
 
 def mean_over_levels(means: dict[str, float]) -> dict[str, float]:
-    """The same numbers, and for each that is there by mask ratio (`loss_t0.30`) the mean over the ratios (`loss`). Every
-    ratio counts the same, although a view at a high one has more targets."""
+    """The same numbers, and for each metric by mask ratio (`loss_t0.30`) its mean over the ratios (`loss`). Every ratio
+    counts the same, although a view at a high ratio has more targets."""
     by_name: dict[str, list[float]] = {}
     for name, value in means.items():
         if level := LEVEL.fullmatch(name):
