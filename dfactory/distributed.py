@@ -24,7 +24,9 @@ def start() -> tuple[int, int]:
         _at_start = psutil.Process().memory_info().rss
         if "MASTER_ADDR" not in os.environ:  # no launcher; a parent process like this one may have left its RANK
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())  # else it listens on the address of the host's name
+            os.environ.setdefault(
+                "GLOO_SOCKET_IFNAME", _loopback()
+            )  # else it listens on the address of the host's name
             dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # needs no port
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's old names
         import deepspeed

@@ -1,11 +1,11 @@
-"""Training checkpoints: the model directory, DeepSpeed's engine state beside it, and the run's own state.
+"""Training checkpoints: the model directory, DeepSpeed's engine state in it, and the run's own state.
 
-A checkpoint is written into a hidden partial directory. Its manifest comes last, and every file is read once more and
-compared with it; then the directory is synced, renamed, named by LATEST, and old ones are removed. Each rank reads a share
-of the files. A resumed run takes the newest checkpoint that equals its manifest.
+A checkpoint is written into a hidden partial directory. The manifest is written last, and every file is read again and
+compared with it. Then the directory is synced and renamed, LATEST is updated, and old checkpoints are removed. Each rank
+reads a share of the files. A resumed run takes the newest checkpoint that matches its manifest.
 
-Resuming on as many ranks as before restores DeepSpeed's shards as they are; on another number they go through its universal
-format.
+Resuming on the same number of ranks restores DeepSpeed's shards as they are. On another number they are converted to
+DeepSpeed's universal format first.
 """
 
 import contextlib
@@ -44,16 +44,16 @@ from dfactory.recipe import Recipe
 from dfactory.runs.folder import CONFIG, RECIPE, STATE, RunFolder, recipe_text, replace_text, writing
 from dfactory.types import TrainState
 
-ENGINE = "engine"  # the folder of what only a resumed run reads
+ENGINE = "engine"  # the folder that only a resumed run reads
 SHARDS, UNIVERSAL = "shards", "universal"  # DeepSpeed's tags
-CONVERTED = ".converted"  # the folder of shards in the universal format, in output_dir while they are read
+CONVERTED = ".converted"  # in output_dir while a run resumes: shards in the universal format
 
 
 def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | None) -> Path:
-    """Write checkpoint-N of the step in `state`; every rank has to call this. Returns its path.
+    """Write checkpoint-N of the step in `state`; every rank must call this. Returns its path.
 
-    Raises CheckpointError where the disk is full, or does not give back what was written; older checkpoints are then as
-    they were.
+    Raises CheckpointError if the disk is full, or if a file does not read back as it was written. Older checkpoints are
+    then untouched.
     """
     partial = folder.path / f".checkpoint-{state.step}.partial"
     with writing(partial):
@@ -68,7 +68,7 @@ def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | Non
             _write_state(trainer, state, partial)
         _write_manifest(partial)
         if problems := find_problems(partial):
-            raise CheckpointError(f"{partial} is not what was written, check the disk: {'; '.join(problems)}")
+            raise CheckpointError(f"{partial} does not read back as written, check the disk: {'; '.join(problems)}")
         if trainer.rank == 0:
             faults.at("checkpoint.verified")
             folder.publish(partial, state.step)
@@ -107,7 +107,7 @@ def _write_state(trainer: Trainer, state: TrainState, partial: Path) -> None:
 
 
 def _write_manifest(partial: Path) -> None:
-    """Each rank hashes its share of the files, the first one writes the sums down."""
+    """Each rank hashes its share of the files; the first rank writes the manifest."""
     names = distributed.on_first_rank(lambda: list_files(partial))
     parts = distributed.gather(hash_files(partial, _share(names)))
     if dist.get_rank() == 0:
@@ -118,13 +118,15 @@ def _write_manifest(partial: Path) -> None:
 
 
 def _share(names: list[str]) -> list[str]:
-    """Of files by their size: every rank gets some of each size."""
+    """This rank's share of files that are sorted by size, so that every rank gets some of each size."""
     return names[dist.get_rank() :: dist.get_world_size()]
 
 
 def find_problems(checkpoint: Path) -> list[str]:
-    """How a checkpoint differs from its manifest and from what has to be there, the same on all ranks, which have to call
-    this together."""
+    """What is wrong with a checkpoint: files that differ from the manifest, or that a run needs and it does not list.
+
+    All ranks must call this together and get the same answer.
+    """
 
     def read() -> tuple[Manifest, list[str]]:
         manifest = read_manifest(checkpoint)
@@ -143,7 +145,7 @@ def find_problems(checkpoint: Path) -> list[str]:
 
 
 def problems_without_reading(checkpoint: Path) -> list[str]:
-    """The same on one rank, but for what only reading all files would tell."""
+    """The same on one rank, without the checks that read whole files."""
     try:
         manifest = read_manifest(checkpoint)
         problems = size_problems(checkpoint, manifest) or list_problems(checkpoint, manifest)
@@ -153,7 +155,7 @@ def problems_without_reading(checkpoint: Path) -> list[str]:
 
 
 def _state_problems(checkpoint: Path, manifest: Manifest) -> list[str]:
-    """What of the run's state the manifest does not list. Raises CheckpointError where what it lists is none."""
+    """Parts of the run's state that the manifest does not list. Raises CheckpointError if a listed one is invalid."""
     if STATE not in manifest:
         return [f"the manifest lists no {STATE}"]
     shape = _read_shape(checkpoint)
@@ -163,14 +165,14 @@ def _state_problems(checkpoint: Path, manifest: Manifest) -> list[str]:
 
 
 def find_resume(folder: RunFolder, wanted: Any, overwrite: bool) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint that `resume_from_checkpoint` may mean, None to start anew; and a warning for each
-    newer one that is damaged. All ranks call this together. Raises CheckpointError if there is no whole one."""
+    """The newest whole checkpoint that `resume_from_checkpoint` allows, or None for a fresh start; and a warning for each
+    newer one that is damaged. All ranks call this together. Raises CheckpointError if none is whole."""
     candidates = distributed.on_first_rank(lambda: folder.resume_candidates(wanted, overwrite))
     return folder.first_whole(candidates, find_problems)
 
 
 class Shape(NamedTuple):
-    """How a checkpoint was cut into shards."""
+    """How a checkpoint is split into shards."""
 
     world_size: int
     zero_stage: int
@@ -178,13 +180,13 @@ class Shape(NamedTuple):
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    """Raises CheckpointError where there is none."""
+    """The run's state in a checkpoint. Raises CheckpointError if it is missing or invalid."""
     raw = _read_raw(checkpoint)
     fields = {field.name: field.default for field in dataclasses.fields(TrainState)}
     numbers = {name: raw.get(name, default) for name, default in fields.items() if name != "source"}
     _require_counts(checkpoint, numbers)
     if not isinstance(raw.get("source"), dict):
-        raise CheckpointError(f"{checkpoint / STATE} holds no cursor of its records")
+        raise CheckpointError(f"{checkpoint / STATE} has no data cursor (source)")
     return TrainState(**numbers, source=raw["source"])
 
 
@@ -201,7 +203,7 @@ def _read_raw(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as problem:
         raise CheckpointError(f"{checkpoint / STATE} cannot be read: {problem}") from problem
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{checkpoint / STATE} holds no object")
+        raise CheckpointError(f"{checkpoint / STATE} is not a JSON object")
     return raw
 
 
@@ -213,31 +215,31 @@ def _require_counts(checkpoint: Path, numbers: dict[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Resumed:
-    """A checkpoint that a run goes on from."""
+    """A checkpoint from which a run continues."""
 
     path: Path
     state: TrainState
-    recipe: str  # that it was trained by, "" where nothing tells
-    changes: list[Change]  # what the run's recipe has otherwise
+    recipe: str  # the recipe that it was trained by; "" if it is unknown
+    changes: list[Change]  # keys that differ in the run's recipe
 
     @property
     def other_recipe(self) -> str | None:
-        """The recipe up to here, where the run goes on by another."""
+        """The recipe up to this checkpoint, if the run continues with another one."""
         return self.recipe if self.changes else None
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """Which keys have changed."""
         if not self.recipe:
-            return "which keys have changed since is not known: it holds no recipe"
+            return "changed keys are unknown: it holds no recipe"
         return f"changed since: {'; '.join(map(str, self.changes)) or 'no key'}"
 
     def __str__(self) -> str:
-        return f"resumed from {self.path}; {self.told}"
+        return f"resumed from {self.path}; {self.summary}"
 
     @contextlib.contextmanager
     def naming_changes(self) -> Iterator[None]:
-        """Where the cursor does not fit the records, changed keys may be why."""
+        """A context that adds the changed keys to a CheckpointError, because they may be why the cursor does not fit."""
         try:
             yield
         except CheckpointError as problem:
@@ -247,7 +249,10 @@ class Resumed:
 
 
 def resume_from(path: Path, recipe: Recipe) -> Resumed:
-    """Raises ConfigError where the recipe changes a key that has to stay, or asks for fewer steps than are done."""
+    """The checkpoint to continue from, with the keys that changed since.
+
+    Raises ConfigError if the recipe changes a key that must not change, or asks for fewer steps than are done.
+    """
     state = read_state(path)
     if recipe.max_steps is not None and recipe.max_steps < state.step:
         raise ConfigError(
@@ -272,30 +277,32 @@ def _keys(text: str, file: Path | None = None) -> dict[str, Any]:
 
 
 def needs_universal(checkpoint: Path, recipe_stage: int, world_size: int, expert_parallel_size: int) -> bool:
-    """Whether this many ranks cannot read the shards as they lie. Raises CheckpointError where nothing reads them."""
+    """Whether the shards have to be converted for this number of ranks. Raises CheckpointError if that is impossible."""
     shape = _read_shape(checkpoint)
     if shape.zero_stage != recipe_stage:
         raise CheckpointError(
-            f"{checkpoint} was written with ZeRO {shape.zero_stage}, the recipe has {recipe_stage}: resume with the former"
+            f"{checkpoint} was written with ZeRO {shape.zero_stage}, the recipe has {recipe_stage}: resume with "
+            f"ZeRO {shape.zero_stage}"
         )
     if shape.expert_parallel_size != expert_parallel_size:
         raise CheckpointError(
             f"{checkpoint} was written with expert_parallel_size {shape.expert_parallel_size}, the recipe has "
-            f"{expert_parallel_size}: resume with the former, or start anew from its weights by model_name_or_path"
+            f"{expert_parallel_size}: resume with {shape.expert_parallel_size}, or start a new run from its weights with "
+            "model_name_or_path"
         )
     if expert_parallel_size > 1 and shape.world_size != world_size:
         raise CheckpointError(
             f"{checkpoint} was written on {shape.world_size} ranks, there are {world_size} now, and with "
-            f"expert_parallel_size {expert_parallel_size} their number has to stay: resume on as many, or start anew "
-            "from its weights by model_name_or_path"
+            f"expert_parallel_size {expert_parallel_size} their number must stay the same: resume on "
+            f"{shape.world_size} ranks, or start a new run from its weights with model_name_or_path"
         )
     return recipe_stage > 0 and shape.world_size != world_size
 
 
 def _make_universal(checkpoint: Path, target: Path) -> None:
-    """Convert DeepSpeed's shards into a folder of this run: the checkpoint may be another's, or on a disk that is only read.
-    Raises CheckpointError with the converter's last words."""
-    shutil.rmtree(target.parent, ignore_errors=True)  # of a run that was killed meanwhile
+    """Convert DeepSpeed's shards into a folder of this run, because the checkpoint may belong to another run or lie on a
+    read-only disk. Raises CheckpointError with the converter's last line of output."""
+    shutil.rmtree(target.parent, ignore_errors=True)  # left by a run that was killed while it converted
     command = [sys.executable, "-m", "dfactory.engine.shards", "--inject_missing_state"]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     command += ["--input_folder", str(checkpoint / ENGINE / SHARDS), "--output_folder", str(target)]
@@ -307,9 +314,9 @@ def _make_universal(checkpoint: Path, target: Path) -> None:
 
 
 def load(trainer: Trainer, checkpoint: Path, *, universal: bool) -> None:
-    """Restore weights, the optimiser's moments and counters into a fresh Trainer; every rank has to call this.
+    """Restore weights, the optimiser's moments and counters into a fresh Trainer; every rank must call this.
 
-    DeepSpeed brings the hyperparameters of the checkpoint along: those of the recipe take their place.
+    DeepSpeed also loads the checkpoint's hyperparameters; those of the recipe replace them.
     """
     shards = checkpoint / ENGINE / SHARDS
     if universal:
@@ -338,14 +345,14 @@ def _reading(checkpoint: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as problem:
         raise CheckpointError(
-            f"{problem.filename} of {checkpoint} is gone: does another run write to that folder and remove old checkpoints "
+            f"{problem.filename} of {checkpoint} is gone: is another run writing there and removing old checkpoints "
             "(save_total_limit)? Resume from a newer one"
         ) from problem
 
 
 def _part_step_counters(trainer: Trainer) -> None:
-    """DeepSpeed 0.19's universal loader gives all parameters under ZeRO-3 one shared step counter, which then runs too
-    fast."""
+    """Give every parameter its own step counter. DeepSpeed 0.19's universal loader shares one between all parameters under
+    ZeRO-3, so that it advances once for each of them."""
     for state in trainer.engine.basic_optimizer.state.values():
         if hasattr(state.get("step"), "clone"):
             state["step"] = state["step"].clone()

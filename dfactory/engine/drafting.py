@@ -6,13 +6,13 @@ from dfactory.engine.window import MappedSource, Source
 from dfactory.types import TokenScores, ViewBatch
 
 Rewrite = Callable[[ViewBatch, TokenScores], ViewBatch]
-"""A batch and what the model says of it -> the batch with drafts in it."""
+"""A batch and the model's scores of it -> the batch with drafts in its views."""
 
 
 class DraftSource(MappedSource):
-    """Each window of `source`, rewritten once for each of `rewrites`, every time by fresh scores without gradient.
+    """Each batch of `source`, rewritten once by each of `rewrites`, every time with fresh scores without gradient.
 
-    The drafts are those of the model as it is when the window is taken; a cursor has nothing to remember of them.
+    The drafts come from the model as it is when the batch is taken, so the cursor holds nothing about them.
     """
 
     def __init__(self, source: Source, score: Callable[[ViewBatch], TokenScores], rewrites: Sequence[Rewrite]):

@@ -1,10 +1,10 @@
-"""The model that a policy is compared with, and the source that puts its scores beside every batch.
+"""The model that a policy is compared with, and the source that adds its scores to every batch.
 
     source --> ReferenceSource --> batch with the column `reference_elbo_D` --> objective
-                    ^ asks a Reference for the ELBO of each document, on the very views that the policy gets
+                    ^ asks a Reference for the ELBO of each document, on the same views that the policy gets
 
-The reference is the model that a run starts from: as a frozen copy, as the policy with its LoRA adapters switched off, or as
-the scores that it gave before training (stored.py).
+The reference is the model that a run starts from: a frozen copy, the policy with its LoRA adapters switched off, or the
+scores that the model gave before training (stored.py).
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from dfactory.recipe import Recipe
 from dfactory.types import TokenScores, ViewBatch
 
 Score = Callable[[ViewBatch], TokenScores]
-"""What a model says of a batch, which it moves to where it is, without gradient. All ranks call it together."""
+"""A batch on any device -> a model's scores without gradient. All ranks call it together."""
 
 Reference = Callable[[ViewBatch, int], torch.Tensor]
-"""(batch, checksum of the records that it is from) -> ELBO of each document, [D] float32. All ranks call it together."""
+"""(batch, checksum of its records) -> ELBO of each document, [D] float32. All ranks call it together."""
 
 
 class ReferenceSource(MappedSource):
-    """Another source's windows, with what the reference says of them."""
+    """Another source's batches with the reference's ELBO as a column."""
 
     def __init__(self, source: Source, reference: Reference):
         data = source.state_dict()["data"]
@@ -35,12 +35,12 @@ class ReferenceSource(MappedSource):
 
 
 def elbo_by(score: Score) -> Reference:
-    """The reference that asks a model."""
+    """A reference that scores with a model."""
     return lambda batch, _: elbo(batch, score(batch).logprob_N.to(batch.elbo_weight_N.device))
 
 
 def adapter_off(trainer: Trainer) -> Score:
-    """The policy in training without its LoRA adapters."""
+    """Scores of the policy in training with its LoRA adapters off."""
 
     def score(batch: ViewBatch) -> TokenScores:
         with trainer.policy.model.disable_adapter():
@@ -50,7 +50,7 @@ def adapter_off(trainer: Trainer) -> Score:
 
 
 def frozen_copy(recipe: Recipe, policy: Policy) -> Score:
-    """A second model that is never trained. Under ZeRO-3 its weights are sharded like the policy's, below it is whole."""
+    """Scores of a second model that is never trained. Under ZeRO-3 it is sharded like the policy, otherwise whole."""
     model = policy.eval().requires_grad_(False)
     if zero_stage(recipe) < 3:
         model.to(distributed.device())
@@ -58,7 +58,7 @@ def frozen_copy(recipe: Recipe, policy: Policy) -> Score:
         gather_moe_blocks_whole(policy)
         config = deepspeed_config(recipe)
         config.pop("optimizer")
-        config["zero_optimization"].pop("offload_optimizer", None)  # there is none
+        config["zero_optimization"].pop("offload_optimizer", None)  # there is no optimiser
         model = start_engine(policy, config)
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
-"""DeepSpeed's shards are read as data: by torch's weights-only unpickler, which runs nothing, and knows besides tensors and
-plain values the few classes that such shards hold.
+"""Reads DeepSpeed's shards as data, with torch's weights-only unpickler. It runs no code, and accepts tensors, plain values
+and the few classes that such shards hold.
 
-DeepSpeed 0.19 says weights_only=False in every torch.load of its own; torch lets the environment overrule that. Its
-converter to the universal format runs the same way: `python -m dfactory.engine.shards` with the converter's own words.
+DeepSpeed 0.19 passes weights_only=False in every torch.load; an environment variable of torch overrides that. Its
+converter to the universal format runs the same way: `python -m dfactory.engine.shards` with the converter's arguments.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from dfactory.errors import CheckpointError
 
-CLASSES = [LossScaler, ZeroStageEnum, fragment_address]  # plain holders of numbers
+CLASSES = [LossScaler, ZeroStageEnum, fragment_address]  # they only hold numbers
 _PRECISION = re.compile(r"^(?:bf16|fp16)_")
 FORCED, FORBIDDEN = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 def absent_shards(names: Iterable[str], world_size: int, zero_stage: int) -> list[str]:
-    """What of a checkpoint's shards is not among these files: the model's state, with ZeRO-3 one of each rank, and with
-    ZeRO the optimiser's of each rank."""
+    """Shards that a checkpoint needs and these files lack: the model's state (with ZeRO-3 one per rank), and with ZeRO the
+    optimiser's state of each rank."""
     there = {_PRECISION.sub("", name.rpartition("/")[2]) for name in names}
     wanted = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(world_size) if zero_stage > 0]
     wanted += [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(world_size) if zero_stage == 3]
@@ -37,7 +37,8 @@ def absent_shards(names: Iterable[str], world_size: int, zero_stage: int) -> lis
 
 @contextlib.contextmanager
 def read_as_data(checkpoint: Path) -> Iterator[None]:
-    """Within it torch.load runs no code, whatever its caller says. Raises CheckpointError for a file that would need to."""
+    """A context in which torch.load runs no code, whatever its caller passes. Raises CheckpointError for a file that would
+    need to."""
     before = {name: os.environ.pop(name, None) for name in (FORCED, FORBIDDEN)}
     os.environ[FORCED] = "1"
     try:
@@ -45,8 +46,9 @@ def read_as_data(checkpoint: Path) -> Iterator[None]:
             yield
     except pickle.UnpicklingError as problem:
         raise CheckpointError(
-            f"{checkpoint} holds a shard that is no plain data, and nothing of it was run: {_cause(problem)}. DeepSpeed "
-            "does not write such: resume from a checkpoint of your own, or start anew from its weights by model_name_or_path"
+            f"{checkpoint} holds a shard that is not plain data; none of its code was run: {_cause(problem)}. DeepSpeed "
+            "does not write such shards: resume from your own checkpoint, or start a new run from its weights with "
+            "model_name_or_path"
         ) from problem
     finally:
         del os.environ[FORCED]
@@ -54,7 +56,7 @@ def read_as_data(checkpoint: Path) -> Iterator[None]:
 
 
 def _cause(problem: pickle.UnpicklingError) -> str:
-    """The line of torch's message that names what was found."""
+    """The line of torch's message that names the offending class."""
     lines = [line.strip() for line in str(problem).splitlines()]
     return next((line.rstrip(".") for line in lines if "GLOBAL" in line), lines[0])
 

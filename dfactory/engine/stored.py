@@ -2,10 +2,10 @@
 
 `reference.safetensors` holds for each set of records (named by its checksum) the pairs' document ids and visits, sorted,
 the ELBOs of chosen and rejected, and a digest of what was scored: tokens, fill, views, targets and weights of the pair.
-Its header says what they were computed from: the weights and config.json by SHA-256, the special ids, the noise, the seed.
-A file from anything else is refused, because a reference that is not the initial model is a silent fault. The header is
-compared at the start and names the key; the digests are compared whenever a score is looked up, so that no key that
-changes what is scored can be forgotten.
+Its header says what the scores were computed from: weights and config.json by SHA-256, special ids, noise, seed. A file
+with another origin is refused, because a reference that is not the initial model would be a silent fault. The header is
+compared at the start, and the error names the key. The digests are compared at every lookup, so that they cover keys that
+the header leaves out.
 """
 
 import concurrent.futures
@@ -43,7 +43,7 @@ KEY = np.dtype([("document_id", np.int64), ("visit", np.int64)])
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
-    """Of one set of records: the ELBOs of both sides of a pair, each time that the run visits it."""
+    """The scores of one set of records: the ELBOs of both sides of a pair, for each visit. U counts pairs and visits."""
 
     key_U: np.ndarray  # KEY, ascending
     elbo_U2: np.ndarray  # float32: chosen, rejected
@@ -55,7 +55,7 @@ class Scores:
         return cls(key_U[order_U], elbo_U2[order_U], content_U[order_U])
 
     def find(self, key_U: np.ndarray, file: Path) -> np.ndarray:
-        """Where each key stands. Raises CheckpointError for one that is not there."""
+        """The index of each key. Raises CheckpointError if one is missing."""
         index_U = np.minimum(np.searchsorted(self.key_U, key_U), len(self.key_U) - 1)
         missing_U = self.key_U[index_U] != key_U
         if missing_U.any():
@@ -68,7 +68,7 @@ class Scores:
 
 
 class StoredReference:
-    """A Reference that looks up."""
+    """A Reference that looks its scores up."""
 
     def __init__(self, file: Path, scores: dict[int, Scores]):
         self.file, self.scores = file, scores
@@ -86,7 +86,7 @@ class StoredReference:
         return torch.from_numpy(scores.elbo_U2[index_U]).flatten()
 
     def check(self, source: RecordSource, num_windows: int) -> None:
-        """Raise CheckpointError unless everything is there that a source will ask for."""
+        """Raise CheckpointError unless every score that a source will need is there."""
         data = source.state_dict()["data"]
         if data not in self.scores:
             raise CheckpointError(
@@ -96,16 +96,16 @@ class StoredReference:
         self.scores[data].find(np.array(list(source.visits(num_windows)), KEY), self.file)
 
 
-Sources = list[tuple[RecordSource, int]]  # unused sources, and how many windows of each will be asked for
+Sources = list[tuple[RecordSource, int]]  # unused sources, and how many global batches of each a run takes
 
 
 def stored_reference(
     recipe: Recipe, special: SpecialIds, sources: Sources, model: Reference, resuming: bool
 ) -> StoredReference:
-    """Read the file, or let `model`, the policy before its first step, compute it; all ranks call this together.
+    """The reference from its file, or computed by `model`, the policy before its first step; all ranks call this together.
 
-    A file is read where `reference_path` names one, or where a resumed run has left one. Raises CheckpointError if it
-    was computed from another model, noise or data, or for fewer visits.
+    The file is read if `reference_path` names one, or if a resumed run has one. Raises CheckpointError if it was computed
+    from another model, noise or data, or for fewer visits.
     """
     file = Path(recipe.reference_path or Path(recipe.output_dir) / FILE)
     origin = distributed.on_first_rank(lambda: origin_of(recipe, special))
@@ -121,7 +121,7 @@ def stored_reference(
 
 
 def origin_of(recipe: Recipe, special: SpecialIds) -> dict[str, Any]:
-    """What the scores depend on, beside the records. What it lacks of what shapes documents and views, `content_of` has."""
+    """What the scores depend on, apart from the records. `content_of` covers what else shapes documents and views."""
     noise = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(NoiseKeys)}
     return {
         "model": _sha256(_model_files(resolve_model_dir(recipe.model_name_or_path), recipe.init_weights)),
@@ -135,7 +135,7 @@ def origin_of(recipe: Recipe, special: SpecialIds) -> dict[str, Any]:
 
 
 def _model_files(model_dir: Path, init_weights: str) -> list[Path]:
-    """config.json and the weights; of LoRA adapters also their own."""
+    """config.json and the weight files; for LoRA adapters their own files and those of their base."""
     if is_adapters(model_dir):
         own = [model_dir / ADAPTER_CONFIG, *sorted(model_dir.glob("adapter_model*.safetensors"))]
         return own + _model_files(adapter_base(model_dir), init_weights)
@@ -144,7 +144,7 @@ def _model_files(model_dir: Path, init_weights: str) -> list[Path]:
 
 
 def _sha256(files: list[Path]) -> str:
-    """Of the digests of the files, which are read side by side: hashing leaves Python's lock."""
+    """A digest of the files' digests. Files are read in parallel, because hashing releases the interpreter lock."""
 
     def digest(path: Path) -> bytes:
         with path.open("rb") as file:
@@ -160,7 +160,8 @@ def _keys(batch: ViewBatch) -> np.ndarray:
 
 
 def content_of(batch: ViewBatch) -> np.ndarray:
-    """A digest of all that is scored of each pair, int64: it does not depend on what else is in the batch."""
+    """A digest of everything that is scored in each pair, int64. It does not depend on the rest of the batch."""
+    # Documents 2i and 2i + 1 are the sides of pair i; a shared prefix has the number D + that of its first document.
     document_S, count = batch.document_RS.flatten(), len(batch.document_id_D)
     is_trunk_S = document_S >= count
     pair_S = torch.where(document_S == PADDING, PADDING, (document_S - count * is_trunk_S) // 2)
@@ -180,7 +181,7 @@ def content_of(batch: ViewBatch) -> np.ndarray:
 
 
 def _compute(source: RecordSource, num_windows: int, model: Reference) -> Scores:
-    """The scores of the first windows of all ranks."""
+    """The scores of the first global batches, gathered over all ranks."""
     data, parts = source.state_dict()["data"], []
     silent = dist.get_rank() != 0
     for _ in track(range(num_windows), "reference scores", disable=silent):
@@ -202,7 +203,7 @@ def _write(file: Path, scores: dict[int, Scores], origin: dict[str, Any]) -> Non
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         faults.at(f"{FILE}.written", partial)
-    _read(partial, origin)  # refuses a file that was cut short, before it takes the name
+    _read(partial, origin)  # refuses a truncated file before it gets the final name
     partial.replace(file)
     faults.at(f"{FILE}.renamed")
 

@@ -1,7 +1,7 @@
 """One optimiser step on DeepSpeed: forward to scores, objective to sums, one division, backward, step.
 
-DeepSpeed owns sharding, precision, clipping, the optimiser and its schedule. What is computed is not its business: it
-gets a scalar a micro-batch, already divided by the window's counts (see window.py).
+DeepSpeed owns sharding, precision, clipping, the optimiser and its schedule. It does not know what is computed: it gets a
+scalar per micro-batch, already divided by the counts of the global batch (see window.py).
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from dfactory.types import Mean, TokenScores, ViewBatch
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's DeepSpeed file with what the recipe itself decides. Raises ConfigError where the two disagree."""
+    """The recipe's DeepSpeed file merged with the recipe's own keys. Raises ConfigError where the two disagree."""
     config: dict[str, Any] = {}
     if recipe.deepspeed is not None:
         file = Path(recipe.deepspeed)
@@ -64,7 +64,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
             f"zero_optimization.compute_grad_norm false in {recipe.deepspeed}: "
             "steps with a NaN would be applied; leave it out"
         )
-    if not offloaded:  # torch's: DeepSpeed's own is compiled on the spot, which needs CUDA's compiler
+    if not offloaded:  # torch's AdamW: DeepSpeed's own is compiled at the start, which needs the CUDA compiler
         optimizer |= {"torch_adam": True, "fused": True}
     elif not torch.cuda.is_available():
         optimizer["torch_adam"] = True
@@ -72,7 +72,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": recipe.per_device_train_batch_size,
         "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
         "gradient_clipping": recipe.max_grad_norm,
-        "bf16": {"enabled": recipe.dtype == "bfloat16", "check_grad_overflow": True},  # a NaN must not be applied
+        "bf16": {"enabled": recipe.dtype == "bfloat16", "check_grad_overflow": True},  # skip steps with a NaN
         "optimizer": {"type": "AdamW", "params": optimizer},
     }
     if recipe.expert_parallel_size > 1 or "expert_parallel" in config:
@@ -140,8 +140,8 @@ class Trainer:
         )
         if recipe.expert_parallel_size > 1:
             expert_parallel.finish_layers(policy, moe_blocks)
-        self.watch: Measure = lambda batch, scores: {}  # what else to log of a micro-batch
-        self.losses: list[torch.Tensor] = []  # of the last window, each micro-batch's part of it
+        self.watch: Measure = lambda batch, scores: {}  # further metrics of a micro-batch
+        self.losses: list[torch.Tensor] = []  # each micro-batch's part of the last global batch's loss
 
     @property
     def zero_stage(self) -> int:
@@ -153,7 +153,8 @@ class Trainer:
 
     @contextlib.contextmanager
     def own_hyperparameters(self) -> Iterator[None]:
-        """Whatever DeepSpeed loads within, learning rates, decay, betas, eps and clipping are the recipe's afterwards."""
+        """A context in which DeepSpeed may load a checkpoint. On exit learning rates, decay, betas, eps and clipping are
+        those of the recipe again."""
         optimizer = self.engine.basic_optimizer
         own = [{name: v for name, v in group.items() if name != "params"} for group in optimizer.param_groups]
         yield
@@ -163,13 +164,13 @@ class Trainer:
             self.engine.optimizer.clip_grad = self.recipe.max_grad_norm
 
     def go_to(self, step: int) -> None:
-        """Set the learning rate to that of the step after `step` finished ones: it depends on the number alone."""
+        """Set the learning rate to that of the step after `step` finished ones. It depends on the step's number alone."""
         schedule = self.engine.lr_scheduler
-        schedule.last_epoch, schedule._step_count = step - 1, step + 2  # more than one: else torch warns
+        schedule.last_epoch, schedule._step_count = step - 1, step + 2  # torch warns if the count is 1
         schedule.step()
 
     def train_window(self, micro_batches: list[ViewBatch], objective: Objective) -> dict[str, float]:
-        """One optimiser step over this rank's share of a window -> the window's means over all ranks."""
+        """One optimiser step over this rank's share of a global batch -> the metrics of the whole batch."""
         started = time.perf_counter()
         learning_rate = self.learning_rate
         moved = [batch.to(self.device) for batch in micro_batches]
@@ -179,7 +180,7 @@ class Trainer:
         counts = window_counts(objective, moved, ahead, distributed.all_reduce_sum)
         means, self.losses = MeanTracker(), []
         for number, (batch, scores) in enumerate(zip(moved, ahead, strict=True), start=1):
-            self.engine.set_gradient_accumulation_boundary(number == len(moved))  # windows may differ in length
+            self.engine.set_gradient_accumulation_boundary(number == len(moved))  # global batches may differ in length
             if scores is None or not scores.logprob_N.requires_grad:
                 scores = self.engine(batch)
             terms = objective(batch, scores)
@@ -187,7 +188,7 @@ class Trainer:
             self.engine.backward(spread_nonfinite(loss), scale_wrt_gas=False)
             grad_norm = self._plain_grad_norm()
             self._step(grad_norm)
-            share = len(micro_batches) * self.world_size  # the loss is divided already: its counts add up to 1
+            share = len(micro_batches) * self.world_size  # the loss is already divided: its counts add up to 1
             self.losses.append(loss.detach() / self.world_size)
             means.add(
                 {**terms.loss, **terms.metrics, **self.watch(batch, scores), "loss": Mean(self.losses[-1], 1 / share)}
@@ -209,7 +210,7 @@ class Trainer:
         }
 
     def _scores_ahead(self, micro_batches: list[ViewBatch], objective: Objective) -> list[TokenScores | None]:
-        """What the counts need: nothing, the scores of the only micro-batch, or those of all without gradient."""
+        """The scores that the counts need: none, those of the only micro-batch, or those of all without gradient."""
         if not objective.counts_need_scores:
             return [None] * len(micro_batches)
         if len(micro_batches) == 1:
@@ -218,20 +219,20 @@ class Trainer:
 
     @torch.no_grad()
     def score(self, batch: ViewBatch) -> TokenScores:
-        """What the model in training says now, without gradient and dropout. All ranks have to call this together."""
+        """The current model's scores, without gradient and dropout. All ranks must call this together."""
         self.engine.eval()
         scores = self.engine(batch.to(self.device))
         self.engine.train()
         return scores
 
     def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
-        """A context in which these parameters are whole on this rank; under ZeRO-3 all ranks have to enter it."""
+        """A context in which these parameters are whole on this rank; under ZeRO-3 all ranks must enter it."""
         return deepspeed.zero.GatheredParameters(parameters) if self.zero_stage == 3 else contextlib.nullcontext()
 
     def weights(self) -> Iterator[dict[str, torch.Tensor]]:
-        """What training changes, by its names in `policy.model`, a layer at a time: of LoRA the adapters only.
+        """The trained tensors, by their names in `policy.model`, one layer at a time; with LoRA the adapters only.
 
-        All ranks have to run through it together. A yielded tensor holds until the next one is asked for.
+        All ranks must iterate over it together. A yielded tensor is valid until the next one is requested.
         """
         trainable = {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
         groups = [list(trainable.items())] if self.recipe.use_peft else layer_groups(self.policy.model)
@@ -240,10 +241,10 @@ class Trainer:
                 yield {name: tensor.detach() for name, tensor in group}
 
     def _step(self, plain_grad_norm: torch.Tensor | float) -> None:
-        """DeepSpeed's step, which changes nothing where the gradient's norm over all ranks is not finite.
+        """DeepSpeed's step. It changes no weight if the gradient's norm over all ranks is not finite.
 
-        Sharded optimisers see to that themselves. Without ZeRO torch's fused AdamW does, on the device, by the flag that
-        GradScaler gives it. The schedule goes on in any case: a step's learning rate depends on its number alone.
+        Sharded optimisers skip such a step themselves. Without ZeRO torch's fused AdamW skips it on the device, by the flag
+        that GradScaler sets. The schedule always advances: a step's learning rate depends on its number alone.
         """
         if not self.engine.is_gradient_accumulation_boundary():
             return self.engine.step()
@@ -254,13 +255,14 @@ class Trainer:
             self.engine.lr_scheduler.step()
 
     def _plain_grad_norm(self) -> torch.Tensor | float:
-        """DeepSpeed tells the norm of sharded gradients only; plain ones are averaged over the ranks by now."""
+        """The norm of the gradient without ZeRO. DeepSpeed reports it for sharded gradients only; at this point plain ones
+        are already averaged over the ranks."""
         if self.zero_stage > 0 or not self.engine.is_gradient_accumulation_boundary():
             return 0.0
         return torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
 
     def evaluate(self, source: Source, measure: Measure) -> dict[str, float]:
-        """Means over all micro-batches of a finite source, over all ranks; over mask ratios where they are apart."""
+        """Means over all micro-batches of a finite source and all ranks; metrics by mask ratio are averaged too."""
         means = MeanTracker()
         while (window := source.next_window()) is not None:
             for batch in window:
@@ -270,7 +272,7 @@ class Trainer:
 
 
 def gather_moe_blocks_whole(policy: Policy) -> list[str]:
-    """Tell ZeRO-3 to gather MoE blocks as a whole, because routing picks their children. Returns their names."""
+    """Make ZeRO-3 gather MoE blocks as a whole, because routing decides which of their children run. Returns their names."""
     blocks = {n: m for n, m in policy.named_modules() if type(m).__name__ in policy.family.moe_blocks}
     if blocks:
         set_z3_leaf_modules(policy, sorted({type(block) for block in blocks.values()}, key=str))
@@ -278,29 +280,32 @@ def gather_moe_blocks_whole(policy: Policy) -> list[str]:
 
 
 def start_engine(policy: Policy, config: dict[str, Any], **options) -> deepspeed.DeepSpeedEngine:
-    """deepspeed.initialize, for a policy whose buffers go along: of a model that was read into ZeRO-3 shards it moves the
-    parameters alone, and a router's correction would stay behind on the CPU."""
+    """deepspeed.initialize, with the policy's buffers moved to the engine's device.
+
+    For a model that was read into ZeRO-3 shards DeepSpeed moves only the parameters, so that the routers' correction, a
+    buffer, would stay on the CPU.
+    """
     engine, *_ = deepspeed.initialize(model=policy, config=config, **options)
-    engine.config = redacted(engine.config)  # it goes into every checkpoint; trackers have been given theirs
+    engine.config = redacted(engine.config)  # DeepSpeed writes it into every checkpoint
     for buffer in policy.buffers():
         buffer.data = buffer.data.to(engine.device)
     if engine.zero_optimization_stage() == 0 and engine.dp_world_size == 1:
-        engine.enable_backward_allreduce = False  # it would copy all gradients into a buffer and back, to add up one
+        engine.enable_backward_allreduce = False  # with one rank it would only copy all gradients to a buffer and back
     return engine
 
 
 def learning_rate_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, num_steps: int):
     """Warmup from 0, then transformers' cosine, linear or constant. The last step of cosine and linear has lr_min.
 
-    An lr_min of 0 would waste that step, so there 0 is what a step beyond the end would have, as in transformers. A warmup
-    that takes the whole run leaves transformers nothing to divide the decay by: it gets one step more.
+    An lr_min of 0 would waste that step, so 0 is reached one step after the end, as in transformers. If the warmup takes the
+    whole run, the schedule gets one step more, because transformers would divide the decay by zero steps.
     """
     name, options = {
         "cosine": ("cosine_with_min_lr", {"min_lr": recipe.lr_min}),
         "linear": ("polynomial", {"lr_end": recipe.lr_min, "power": 1.0}),
         "constant": ("constant_with_warmup", {}),
     }[recipe.lr_scheduler_type]
-    if recipe.lr_min == recipe.learning_rate:  # nothing to decay, which transformers refuses or divides by
+    if recipe.lr_min == recipe.learning_rate:  # no decay: transformers refuses it or divides by zero
         name, options = "constant_with_warmup", {}
     warmup = recipe.warmup_of(num_steps)
     end = max(num_steps - (recipe.lr_min > 0), warmup + 1)
@@ -310,7 +315,7 @@ def learning_rate_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, num
 def keep_zero3_config(recipe: Recipe) -> HfDeepSpeedConfig | None:
     """While the returned object lives, transformers loads checkpoints straight into ZeRO-3 shards.
 
-    Only for checkpoints: random weights are drawn whole, so that every stage starts from the same ones.
+    Only for checkpoints: random weights are drawn whole, so that every ZeRO stage starts from the same ones.
     """
     sharded = zero_stage(recipe) == 3 and recipe.init_weights == "pretrained"
     return HfDeepSpeedConfig(deepspeed_config(recipe)) if sharded else None
@@ -321,11 +326,12 @@ def zero_stage(recipe: Recipe) -> int:
 
 
 def _parameter_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms and other vectors do not. A ZeRO-3 shard knows its whole shape as `ds_shape`."""
+    """Parameters in two groups: matrices decay; norms and other vectors do not. A ZeRO-3 shard has its whole shape in
+    `ds_shape`."""
     trainable = [p for p in policy.parameters() if p.requires_grad]
     matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
     vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    groups = [  # DeepSpeed asks for names where it splits off the experts
+    groups = [  # DeepSpeed needs names where it splits off the experts
         {"params": matrices, "weight_decay": weight_decay, "name": "matrices"},
         {"params": vectors, "weight_decay": 0.0, "name": "vectors"},
     ]

@@ -1,8 +1,8 @@
 """A NaN or Inf in a loss or a gradient: all ranks agree on it, no weight changes, and the run stops or counts.
 
-The norm of the whole gradient is known to all ranks before weights change, and a loss that is not finite makes it NaN
-(window.spread_nonfinite). So the decision needs no word of its own: an optimiser does not apply such a step (Trainer._step),
-and here, at the end of the step, where the host reads the norm anyway, every rank comes to the same conclusion.
+All ranks know the norm of the whole gradient before weights change, and a loss that is not finite makes it NaN
+(window.spread_nonfinite). So no extra message between ranks is needed: the optimiser skips such a step (Trainer._step),
+and at the end of the step, where the host reads the norm anyway, every rank draws the same conclusion here.
 """
 
 import json
@@ -18,7 +18,7 @@ from dfactory.types import TrainState, ViewBatch
 
 
 class NonFiniteGuard:
-    """Used on all ranks. Up to `allowed` steps of a run may be left out; one more ends it."""
+    """Counts skipped steps, on all ranks. A run may skip up to `allowed` steps; one more ends it."""
 
     def __init__(self, folder: RunFolder, allowed: int, rank: int, world_size: int):
         self.folder, self.allowed, self.rank, self.world_size = folder, allowed, rank, world_size
@@ -26,11 +26,11 @@ class NonFiniteGuard:
     def check(
         self, state: TrainState, window: list[ViewBatch], losses: list[torch.Tensor], grad_norm: float
     ) -> dict[str, int]:
-        """What to log of the step that was just finished. `losses` are those of the window's micro-batches on this rank.
+        """What to log for the step that was just finished. `losses` are those of this rank's micro-batches.
 
-        Every step that was left out leaves a dump in the run folder, written by the ranks whose loss was not finite; by
-        all of them if every loss was, because a gradient that was added up over ranks does not tell where it came from.
-        Raises NonFiniteError on all ranks at the first step beyond what is allowed.
+        Every skipped step leaves a dump in the run folder, written by the ranks whose loss was not finite. If every loss was
+        finite all ranks write one, because a gradient that was summed over ranks does not show where it came from. Raises
+        NonFiniteError on all ranks at the first step beyond what is allowed.
         """
         if not math.isfinite(grad_norm):
             state.skipped_steps += 1
@@ -38,7 +38,7 @@ class NonFiniteGuard:
             ranks = distributed.ranks_with(not all(map(math.isfinite, values)))
             if self.rank in ranks or not ranks:
                 self._dump(state.step, window, values, grad_norm)
-            distributed.any_rank(False)  # a rank that ends may take the others with it: not before all have written
+            distributed.any_rank(False)  # a barrier: a rank that ends may end the others before they have written
             if state.skipped_steps > self.allowed:
                 raise NonFiniteError(self._message(state, ranks))
         return {"skipped_steps": state.skipped_steps}
@@ -63,9 +63,9 @@ class NonFiniteGuard:
         what = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "the gradient, with every loss finite,"
         return (
             f"step {state.step}: {what} is NaN or infinite; the weights are those of step {state.step - 1}, and "
-            f"{state.skipped_steps} steps were left out, skip_nonfinite allows {self.allowed}. "
+            f"{state.skipped_steps} steps were skipped, skip_nonfinite allows {self.allowed}. "
             f"{self.folder.nonfinite} names the documents, t and losses: look at these records, lower learning_rate, and "
-            "resume from the last checkpoint, or set skip_nonfinite to go on without such steps"
+            "resume from the last checkpoint, or raise skip_nonfinite to skip such steps"
         )
 
 

@@ -60,7 +60,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_read(recipe_file, tmp_path):
     checkpoint = save(trainer, RunFolder(tmp_path / "other"), TrainState(), None)
     manifest = read_manifest(checkpoint)
     next((checkpoint / "engine/shards").glob("*optim_states.pt")).unlink()
-    with pytest.raises(CheckpointError, match=r"checkpoint-0 is gone: does another run write"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-0 is gone: is another run writing"):
         load(trainer, checkpoint, universal=False)
     (problem,) = hash_problems(checkpoint, manifest)
     assert problem.endswith("optim_states.pt is missing")

@@ -31,7 +31,7 @@ def tell_output(page: Page, recipe: Recipe, model: Model | None, steps: int | No
         page.warn(warning)
     whole = folder.checkpoints()
     if resumed is not None:
-        page.line("resumes", str(resumed), resume_from(resumed, recipe).told)
+        page.line("resumes", str(resumed), resume_from(resumed, recipe).summary)
     elif whole:
         page.warn(
             f"{folder.path} holds {len(whole)} checkpoint(s) up to {whole[-1].name}, and overwrite_output_dir is true: "
