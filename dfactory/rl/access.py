@@ -1,4 +1,4 @@
-"""Who may connect to a local Ray cluster. No Ray here: its native part reads the environment once, when it is imported."""
+"""Restricts who may connect to a local Ray cluster. It does not import Ray, which reads the environment at its import."""
 
 import os
 import secrets
@@ -6,10 +6,10 @@ import sys
 
 
 def lock_local_cluster() -> None:
-    """Let only processes that inherit this one's token connect to the cluster that it is about to start.
+    """Set a token, so that only processes that inherit it can connect to the cluster that this process will start.
 
-    Ray 2.60 opens its ports on all interfaces, whatever address it is given. Does nothing where an existing cluster will
-    be joined (RAY_ADDRESS), where the caller has chosen an authentication, or has imported Ray already.
+    Ray 2.60 opens its ports on all interfaces, whatever address it is given. Does nothing if the run joins an existing
+    cluster (RAY_ADDRESS), if the caller has chosen an authentication, or if Ray is already imported.
     """
     if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_AUTH_MODE") or "ray" in sys.modules:
         return

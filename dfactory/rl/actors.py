@@ -1,11 +1,11 @@
 """The two kinds of Ray actors that hold a model: one that decodes, and one that is a DeepSpeed rank.
 
-A rollout that waits for its step may find newer weights there, and the ratio then needs what the policy that decoded
-says of its views. For `trace` the decoder has recorded it. For ELBO views, which it never saw, the rollout actor scores
-its rollouts right after it has decoded them, under the same weights: nobody keeps old weights, so the learner needs no
-memory for them and skips the pass that it makes for fresh rollouts. The price is a forward over the views of every
-group, those without a signal included: 1.06 seconds beside 1.75 of decoding for 192 rollouts of the quickstart's recipe
-with ELBO views.
+When a step trains on a rollout, the weights may be newer than those that decoded it. The ratio then needs the decoding
+policy's log-probabilities of the rollout's views. For `trace` the decoder has recorded them. ELBO views do not exist during
+decoding, so the rollout actor scores them right after it has decoded, under the same weights. No process keeps old
+weights: the learner needs no memory for them, and skips the pass that it makes for fresh rollouts. The price is a forward
+over the views of every group, those without a signal included: 1.06 seconds beside 1.75 of decoding for 192 rollouts of
+the quickstart's recipe with ELBO views.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from dfactory.vocabulary import recipe_vocabulary
 
 
 class RolloutActor:
-    """Holds a policy and answers prompts. One call at a time, so weights never change within a rollout."""
+    """Holds a policy and decodes prompts. It runs one call at a time, so weights never change within a rollout."""
 
     def __init__(self, recipe: Recipe, folder: str):
         os.chdir(folder)  # relative paths in a recipe are those of the driver
@@ -64,7 +64,7 @@ class RolloutActor:
         self.version = -1
 
     def set_weights(self, weights: WeightSet) -> float:
-        """Take a version of the weights; the seconds that it took."""
+        """Load a version of the weights. Returns the seconds that it took."""
         started = time.perf_counter()
         load_weights(self.policy.model, weights, self.timeout_s)
         self.version = weights.version
@@ -94,14 +94,14 @@ class RolloutActor:
 
     @torch.no_grad()
     def _old_logprobs(self, rollouts: list[ScoredRollout]) -> list[np.ndarray]:
-        """What the weights that decoded them say of the views that learners will train on."""
+        """Log-probabilities, under the weights that decoded, of the views that learners will train on."""
         batches = self.rows.build(rollouts)
         return by_rollout(batches, [self.policy.score(batch).logprob_N for batch in batches], len(rollouts))
 
     @torch.no_grad()
     def decoder_gap(self, scored: ScoredRollout) -> float | None:
-        """How far the decoder's distribution lies from the one that is trained: the mean of |p / recorded p - 1| over the
-        tokens of a rollout, which is the mass of suppressed tokens and rounding. None where steps cannot be rebuilt."""
+        """How far the decoder's distribution is from the trained one: the mean of |p / recorded p - 1| over the tokens of a
+        rollout. It comes from suppressed tokens and rounding. None if the steps cannot be rebuilt."""
         rollout = scored.rollout
         if rollout.edits or self.rules.mask_token_id in rollout.token_ids:
             return None
@@ -116,24 +116,25 @@ class RolloutActor:
 
 
 class LearnerActor:
-    """One DeepSpeed rank. It runs the training loop that it is given; the loop does not know that Ray is there."""
+    """One DeepSpeed rank. It runs the training loop that it is given; the loop does not know about Ray."""
 
     def __init__(self, rank: int, world_size: int, folder: str):
         os.chdir(folder)  # as above
-        # Ray shows an actor its own GPU only (CUDA_VISIBLE_DEVICES), so that is number 0 in every learner.
+        # An actor sees only its own GPU (CUDA_VISIBLE_DEVICES), which is number 0 in every learner.
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
         self.rank = rank
 
     def address(self) -> tuple[str, int]:
-        """Where the ranks can meet, asked of rank 0: its node's address and a port that is free there."""
+        """The rendezvous of the ranks; call it on rank 0. Its node's address and a free port."""
         host = ray.util.get_node_ip_address()
         with socket.socket() as probe:
             probe.bind((host, 0))
             return host, probe.getsockname()[1]
 
     def run(self, recipe: Recipe, learn: Callable, address: tuple[str, int], client) -> int:
+        """Train to the end; `client` reaches the controller. Returns the exit status."""
         remember(recipe)
-        if int(os.environ["WORLD_SIZE"]) > 1:  # alone it needs no port, and opens none
+        if int(os.environ["WORLD_SIZE"]) > 1:  # a single rank opens no port
             os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
         with beating(lambda: client.beat(self.rank)):
             return learn(recipe, client)

@@ -1,16 +1,16 @@
-"""Group-relative advantages: how much better a rollout did than the others of its prompt.
+"""Group-relative advantages: how much better a rollout is than the others for the same prompt.
 
-With the rewards r_1 .. r_n of the rollouts of one prompt that have one:
+r_1 .. r_n are the rewards of the rollouts of one prompt, without those that have none:
 
     mean            A_i = r_i - mean(r)                                       GRPO, DeepSeekMath, arXiv:2402.03300
     leave_one_out   A_i = r_i - mean(r without r_i) = n / (n - 1) (r_i - mean(r))       RLOO, arXiv:2402.14740
 
-and with scale "group" A_i / max(std(r), MIN_STD), std with n - 1 in its denominator (as TRL, which adds 1e-4 instead of
-clamping); with scale "none" undivided (Dr. GRPO, arXiv:2503.20783: the division favours prompts that are almost always
-or almost never solved).
+With scale "group" the advantage is A_i / max(std(r), MIN_STD), std with n - 1 in its denominator (as in TRL, which adds
+1e-4 instead of clamping). With scale "none" it is not divided (Dr. GRPO, arXiv:2503.20783: the division favours prompts
+that are almost always or almost never solved).
 
-A rollout without a reward takes no part: advantage 0, weight 0. A group whose rewards are all equal, or that has fewer
-than two of them, has no signal: its advantages are 0, and the caller drops or resamples it.
+A rollout without a reward has advantage 0 and weight 0. A group whose rewards are all equal, or with fewer than two
+rewards, has no signal: its advantages are 0, and the caller drops or resamples it.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-MIN_STD = 1e-4  # rewards that differ by less than this are noise of the reward function, not to be blown up
+MIN_STD = 1e-4  # rewards that differ by less are noise of the reward function, which must not be amplified
 EQUAL = 1e-8  # rewards this close are equal: sums of the same weighted scores may differ in their last bits
 
 
@@ -37,7 +37,7 @@ def group_advantages(
     [0.5, -0.5, -0.5, 0.5]
     """
     if baseline not in ("mean", "leave_one_out") or scale not in ("group", "none"):
-        raise ValueError(f"advantage_baseline {baseline!r}, scale_rewards {scale!r}: see RLKeys for what there is")
+        raise ValueError(f"advantage_baseline {baseline!r}, scale_rewards {scale!r}: see RLKeys for the choices")
     scored_G = np.array([reward is not None for reward in reward_G])
     reward_n = np.array([reward for reward in reward_G if reward is not None], float)
     if not np.isfinite(reward_n).all():

@@ -1,7 +1,7 @@
-"""Start or join a Ray cluster, place the processes, run the learners to their end, and leave nothing behind.
+"""Start or join a Ray cluster, place the processes, run the learners to their end, and clean up.
 
-Inside of a Ray job, or with RAY_ADDRESS set, the existing cluster is joined. Otherwise a local one is started, without a
-dashboard; access.py locks it.
+Inside a Ray job, or with RAY_ADDRESS set, the run joins the existing cluster. Otherwise it starts a local one without a
+dashboard; access.py restricts who may connect to it.
 """
 
 import contextlib
@@ -30,25 +30,25 @@ from dfactory.rl.weights import put_weights
 
 SOCKET_PATH = 107  # bytes that the kernel allows
 LONGEST_SOCKET = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
-GRACE_S = 10.0  # for the others to end when one has failed
+GRACE_S = 10.0  # for the other learners to end when one has failed
 
 Learn = Callable[[Recipe, "ControllerClient"], int]
-"""The training loop on one rank, whose rollouts come from the client. Returns the exit status."""
+"""The training loop on one rank; its batches come from the controller's client. Returns the exit status."""
 
-WORKERS = {"worker_process_setup_hook": "dfactory.redaction.guard_output"}  # their output lands in Ray's logs
-# Ray keeps a record of the last 100,000 calls, 3 kB each; those of a run of weeks, and its signs of life, are no news.
+WORKERS = {"worker_process_setup_hook": "dfactory.redaction.guard_output"}  # their output goes to Ray's logs
+# Ray records the last 100,000 calls, 3 kB each. A long run makes many calls of no interest, such as heartbeats.
 NO_RECORD = {"enable_task_events": False}
 
 
 def run(recipe: Recipe, learn: Learn) -> int:
-    """Run a recipe of stage rl: the exit status of its learners, or an error that names what failed."""
+    """Run a recipe of stage rl. Returns the exit status of its learners, or raises an error that names what failed."""
     with _cluster(recipe.cluster_timeout_s), _placed(recipe) as group:
         return _run_learners(recipe, learn, _start_controller(recipe, group), group)
 
 
 @contextlib.contextmanager
 def _cluster(timeout_s: float):
-    """A connection to Ray; what was connected or started here ends here."""
+    """A connection to Ray. On exit the connection is closed, and a cluster that was started here ends."""
     if ray.is_initialized():
         yield
         return
@@ -72,25 +72,25 @@ def _cluster(timeout_s: float):
 
 
 def _await_head(address: str, timeout_s: float) -> None:
-    """Wait until a gRPC server answers at host:port. Raises RolloutError; Ray itself would try for a quarter of an hour."""
+    """Wait until a gRPC server answers at host:port. Raises RolloutError; Ray itself would keep trying for 15 minutes."""
     if ":" not in (place := address.removeprefix("ray://")):
-        return  # "auto": Ray looks for a cluster on this machine, and says at once if there is none
+        return  # "auto": Ray looks for a cluster on this machine, and fails at once if there is none
     with grpc.insecure_channel(place) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout_s)
         except grpc.FutureTimeoutError:
             raise RolloutError(
                 f"RAY_ADDRESS {address} did not answer within cluster_timeout_s {timeout_s:g} s: start Ray's head there, "
-                "correct the address, or unset RAY_ADDRESS and a cluster is started on this machine"
+                "correct the address, or unset RAY_ADDRESS to start a cluster on this machine"
             ) from None
 
 
 def _short_folder() -> str | None:
-    """Where a local cluster keeps its sockets: Ray's choice (null), or /tmp where their paths would be too long there."""
+    """Where a local cluster keeps its sockets: None for Ray's default, or /tmp/ray if the paths would be too long there."""
     folder = get_default_ray_temp_dir()
     if len(os.path.abspath(folder)) + LONGEST_SOCKET <= SOCKET_PATH:
         return None
-    print(f"Ray's sockets would have paths of more than {SOCKET_PATH} bytes in {folder}: it gets /tmp/ray", flush=True)
+    print(f"socket paths in {folder} would be longer than {SOCKET_PATH} bytes: Ray uses /tmp/ray instead", flush=True)
     return "/tmp/ray"
 
 
@@ -104,12 +104,12 @@ def _placed(recipe: Recipe):
 
 
 def _bundle() -> dict[str, float]:
-    """What one process with a model asks for: a GPU where the cluster has any, else a core."""
+    """The resources of one process with a model: a core, and a GPU if the cluster has any."""
     return {"CPU": 1.0, "GPU": 1.0} if ray.cluster_resources().get("GPU") else {"CPU": 1.0}
 
 
 def _place(recipe: Recipe) -> PlacementGroup:
-    """A bundle for every learner, then one for every rollout actor. Raises RolloutError with demand and supply."""
+    """One bundle for each learner, then one for each rollout actor. Raises RolloutError with demand and supply."""
     count = recipe.num_learners + recipe.num_rollout_workers
     group = placement_group([_bundle()] * count, strategy="PACK")
     try:
@@ -141,7 +141,7 @@ def _options(group: PlacementGroup, index: int, threads: int) -> dict:
 
 
 def _threads(recipe: Recipe) -> int:
-    """Threads of a process with a model: the node's cores shared out."""
+    """Threads of a process with a model: the node's cores, divided by the processes."""
     processes = recipe.num_learners + recipe.num_rollout_workers
     return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, (os.cpu_count() or 1) // processes)
 
@@ -153,7 +153,7 @@ def _start_controller(recipe: Recipe, group: PlacementGroup):
         options = _options(group, first + index, threads) | NO_RECORD
         return ray.remote(RolloutActor).options(**options).remote(recipe, folder)
 
-    # Beside the driver, whose rewards and datasets it reads. Without a word Ray puts an actor of no cores anywhere.
+    # On the driver's node, whose rewards and datasets it reads. By default Ray puts an actor without cores anywhere.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here} | NO_RECORD
     return ray.remote(Controller).options(**options).remote(recipe, make_rollout_actor, folder)
@@ -194,7 +194,7 @@ def _wait(waiting: dict, processes: dict[int, Process], watch: Watch, recipe: Re
         while waiting:
             done, _ = ray.wait(list(waiting), num_returns=1, timeout=1.0)
             while signals:
-                _send(signals.pop(), processes[0])  # one rank that knows is enough: see distributed.any_rank
+                _send(signals.pop(), processes[0])  # one rank is enough: see distributed.any_rank
             for reference in done:
                 try:
                     statuses.append(ray.get(reference))
@@ -212,7 +212,8 @@ def _wait(waiting: dict, processes: dict[int, Process], watch: Watch, recipe: Re
 
 @contextlib.contextmanager
 def _preemption_signals():
-    """The list of those that came, which engine.preemption would answer in a run without Ray. A second one ends us."""
+    """A list that collects the signals which engine.preemption handles in a run without Ray. A second one ends this
+    process."""
     came: list[int] = []
 
     def remember(number, frame) -> None:
@@ -228,7 +229,7 @@ def _preemption_signals():
 
 
 def _send(number: int, process: Process):
-    """A signal to a process on any node; the reference is ready when it was sent."""
+    """Send a signal to a process on any node. Returns a reference that is ready when the signal was sent."""
 
     def send() -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -239,7 +240,7 @@ def _send(number: int, process: Process):
 
 
 def _kill(processes: list[Process]) -> None:
-    """End processes that may have been stopped: they do not hear Ray, and would outlive a Ray that ends now."""
+    """Kill processes that may be stopped: they do not react to Ray, and would outlive it."""
     sent = [_send(signal.SIGKILL, process) for process in processes]
     ray.wait(sent, num_returns=len(sent), timeout=GRACE_S)
 
@@ -247,10 +248,10 @@ def _kill(processes: list[Process]) -> None:
 def _failure(
     problem: RayError, reference, waiting: dict, processes: dict[int, Process], recipe: Recipe
 ) -> DFactoryError:
-    """The error to raise for a learner that ended with `problem`, the last checkpoint named.
+    """The error to raise for a learner that ended with `problem`; it names the last checkpoint.
 
-    Where one rank is lost the others fail soon, in the middle of a collective operation: they get a moment to be heard,
-    and the one that was lost is named.
+    When one rank is lost the others soon fail in a collective operation. Their errors are collected for a moment, so that
+    the error names the rank that was lost.
     """
     problems = {waiting.pop(reference): problem}
     others, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=GRACE_S) if waiting else ([], [])
@@ -263,17 +264,17 @@ def _failure(
     problem, name = problems[rank], f"learner rank {rank}"
     if not isinstance(problem, RayTaskError):
         process = str(processes[rank])  # Ray names it in some of its errors only
-        told = f"{name} ({process}) was lost: {why(problem).removeprefix(f'{process}: ')}"
-        if "its owner has died" in told:  # that is this process, which is there
-            told = f"the raylet of the driver's node has ended, and all that was started from here with it ({told})"
-        return RolloutError(f"{told}; {_last_checkpoint(recipe)}")
+        message = f"{name} ({process}) was lost: {why(problem).removeprefix(f'{process}: ')}"
+        if "its owner has died" in message:  # the owner is this process, which is alive
+            message = f"the raylet of the driver's node has ended, and with it all processes of this run ({message})"
+        return RolloutError(f"{message}; {_last_checkpoint(recipe)}")
     kind = type(problem.cause) if isinstance(problem.cause, DFactoryError) else RolloutError
-    told = problem.cause if isinstance(problem.cause, DFactoryError) else f"failed: {problem}"
-    return kind(f"{name}: {told}; {_last_checkpoint(recipe)}")
+    message = problem.cause if isinstance(problem.cause, DFactoryError) else f"failed: {problem}"
+    return kind(f"{name}: {message}; {_last_checkpoint(recipe)}")
 
 
 def _blame(problem: RayError) -> int:
-    """Orders the problems of several ranks: what is lost first, then what says itself what is wrong."""
+    """A sort key for the problems of several ranks: lost processes first, then expected errors, then all others."""
     if not isinstance(problem, RayTaskError):
         return 0
     return 1 if isinstance(problem.cause, DFactoryError) else 2
@@ -284,12 +285,12 @@ def _last_checkpoint(recipe: Recipe) -> str:
     if not latest.is_file():
         return "no checkpoint had been saved"
     return (
-        f"the last checkpoint is {latest.parent / latest.read_text().strip()}: go on with resume_from_checkpoint=true"
+        f"the last checkpoint is {latest.parent / latest.read_text().strip()}: resume with resume_from_checkpoint=true"
     )
 
 
 class ControllerClient:
-    """The controller as a learner sees it: plain calls that wait, and name what they waited for."""
+    """A learner's client of the controller: plain calls that block; an error names what they waited for."""
 
     def __init__(self, controller, recipe: Recipe):
         self.controller = controller
@@ -297,7 +298,7 @@ class ControllerClient:
         self.timeout_s = attempts * (recipe.rollout_timeout_s + recipe.reward_timeout_s) * 4 + recipe.cluster_timeout_s
 
     def beat(self, rank: int) -> None:
-        """A learner's sign of life; nobody waits for it."""
+        """Send a learner's heartbeat without waiting for it."""
         self.controller.beat.remote(rank)
 
     def publish(self, version: int, groups: Iterable[dict[str, torch.Tensor]]) -> dict[str, float]:

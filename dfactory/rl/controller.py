@@ -1,18 +1,19 @@
-"""The controller: which groups are decoded when, by whom and with which weights, and what becomes of a group that fails.
+"""The controller decides which groups are decoded when, by which actor and with which weights, and handles failures.
 
 Groups of G rollouts are numbered in the order of the prompts. A step trains on the next `prompts_per_step` groups with a
-signal, `num_iterations` times, which makes as many versions of the weights. A group may be submitted when the version that
-will first train on it is at most `max_staleness` ahead of the weights that there are:
+signal, `num_iterations` times, and each time makes a new version of the weights. A group may be submitted when the version
+that will first train on it is at most `max_staleness` ahead of the newest published weights:
 
     next version to be trained on new rollouts
         + num_iterations * (groups outstanding // prompts_per_step)  <=  version of the weights + max_staleness
 
-With max_staleness below num_iterations that is synchronous training: nothing is decoded until the new weights are there.
-Groups are consumed in the order of their numbers, so in that mode a run, and its resumption, decode exactly the same.
+With max_staleness below num_iterations training is synchronous: no group is decoded until the new weights are published.
+Groups are consumed in the order of their numbers, so in that mode a run and its resumption decode exactly the same.
 
-A group is answered once: its number is the key. A rollout actor that dies, or does not answer in time, is killed and
-replaced, and its groups go back to the front of the queue; what the old one might still say is never heard. One that
-cannot be replaced, because its node is gone, is tried again as long as another one works; it holds no groups meanwhile.
+Each group is decoded once: its number is the key. A rollout actor that dies, or does not answer in time, is killed and
+replaced, and its groups go back to the front of the queue; late results of the old actor are dropped. If an actor cannot
+be replaced, because its node is gone, the controller keeps trying as long as another actor works; the missing one holds
+no groups.
 """
 
 import asyncio
@@ -37,7 +38,7 @@ from dfactory.rl.rollouts import DecodedGroup, GroupCall, RolloutBatch
 from dfactory.rl.scoring import ScoredGroup, Scorer
 from dfactory.rl.weights import WeightSet
 
-LONGEST_PAUSE_S = 30.0  # between two tries to start a rollout actor
+LONGEST_PAUSE_S = 30.0  # between two attempts to start a rollout actor
 
 
 class Controller:
@@ -55,8 +56,8 @@ class Controller:
         self.waiting: collections.deque[_Group] = collections.deque()  # submitted, not with a worker
         self.groups: collections.deque[_Group] = collections.deque()  # submitted, not consumed, by number
         self.weights: WeightSet | None = None
-        self.new_weights = asyncio.Event()  # another one for every version
-        # the version that takes the next rollouts; None until a learner has said where the run stands
+        self.new_weights = asyncio.Event()  # a new event for every version
+        # the version that takes the next rollouts; None until a learner has sent the run's position
         self.next_version: int | None = None
         self.next_group = 0
         self.batches: dict[int, asyncio.Future] = {}
@@ -68,21 +69,21 @@ class Controller:
         return this_process()
 
     async def beat(self, rank: int) -> None:
-        """A learner's sign of life."""
+        """Record a learner's heartbeat."""
         self.pulse.beat(rank)
 
     async def silence(self) -> dict[int, float]:
         return self.pulse.silence()
 
     async def publish(self, weights: WeightSet) -> None:
-        """Make these the weights of all decoding that begins from now on."""
+        """Use these weights for all decoding that starts from now on."""
         self.weights = weights
         self.new_weights.set()
         self.new_weights = asyncio.Event()
         self._submit()
 
     async def next_batch(self, version: int, next_group: int) -> RolloutBatch:
-        """The rollouts of the step that makes version + 1. All ranks ask; they get one answer."""
+        """The rollouts of the step that makes version + 1. All ranks call this and get the same batch."""
         if version not in self.batches:
             for done in [other for other in self.batches if other < version]:
                 del self.batches[done]
@@ -97,10 +98,10 @@ class Controller:
     async def _collect(self, version: int, next_group: int) -> RolloutBatch:
         started = time.perf_counter()
         if self.next_version is None:
-            self.next_group = next_group  # a resumed run goes on where its checkpoint stood
+            self.next_group = next_group  # a resumed run continues at its checkpoint's position
         self.next_version = version
         while self.weights is None or self.weights.version + self.recipe.max_staleness < version:
-            await self.new_weights.wait()  # another rank may ask before rank 0 has published
+            await self.new_weights.wait()  # another rank may call before rank 0 has published
         self._submit()
         used: list[ScoredGroup] = []
         seen: list[ScoredGroup] = []
@@ -140,11 +141,11 @@ class Controller:
             worker.wake()
 
     def _version_of(self, ahead: int) -> int:
-        """The version that will first train on a group with so many groups before it that are not handed out."""
+        """The version that will first train on a group with `ahead` unconsumed groups before it."""
         return self.next_version + self.recipe.num_iterations * (ahead // self.recipe.prompts_per_step)
 
     async def _finished(self, group: "_Group") -> ScoredGroup:
-        """The group, decoded and scored. The reward pool answers every call in bounded time, hanging rewards included."""
+        """The group, decoded and scored. The reward pool returns in bounded time, also if a reward hangs."""
         recipe = self.recipe
         limit = recipe.max_rollout_attempts * (recipe.cluster_timeout_s + 3 * recipe.rollout_timeout_s)
         try:
@@ -157,8 +158,8 @@ class Controller:
         return await group.done
 
     def _refuse_barren(self, seen: list[ScoredGroup]) -> None:
-        """Raises RolloutError when as many groups in a row as max_steps_without_signal steps take have had no signal; also
-        in a step that has some groups already, which would else wait for the others for ever."""
+        """Raise RolloutError after max_steps_without_signal steps' worth of groups in a row without a signal. This also ends
+        a step that already has some groups and would wait for the others forever."""
         limit = self.recipe.max_steps_without_signal * self.recipe.prompts_per_step
         barren = list(itertools.takewhile(lambda group: not group.has_signal, reversed(seen)))
         if len(barren) < limit:
@@ -166,20 +167,20 @@ class Controller:
         rewards = [reward for group in barren for reward in group.rewards if reward is not None]
         self.scorer.write_samples(self.next_version + 1, barren)
         count = self.recipe.num_generations
-        equal = f"all {count} rewards of every group were equal (mean {statistics.fmean(rewards or [0.0]):.3f})"
+        equal = f"in every group all {count} rewards were equal (mean {statistics.fmean(rewards or [0.0]):.3f})"
         raise RolloutError(
-            f"no group of {len(barren)} had a signal: {equal if rewards else 'no rollout got a reward'}; reward outcomes "
+            f"none of {len(barren)} groups had a signal: {equal if rewards else 'no rollout got a reward'}; reward outcomes "
             f"{self.scorer.outcomes()}{self.scorer.complaints()}; check the reward on the completions in "
             f"{self.scorer.samples_path}, or raise decode.temperature or num_generations"
         )
 
     def take(self, most: int) -> list["_Group"]:
-        """Waiting groups for a free worker, the oldest first: an even share for each worker."""
+        """Waiting groups for a free worker, oldest first: its even share of the queue."""
         share = max(1, -(-len(self.waiting) // len(self.workers)))
         return [self.waiting.popleft() for _ in range(min(most, share, len(self.waiting)))]
 
-    def give_back(self, groups: list["_Group"], reason: str) -> None:
-        """Groups whose worker failed go first again, unless they were tried too often."""
+    def requeue(self, groups: list["_Group"], reason: str) -> None:
+        """Put groups whose worker failed back at the front of the queue; one that has failed too often ends the run."""
         for group in reversed(groups):
             group.attempts += 1
             if group.attempts >= self.recipe.max_rollout_attempts:
@@ -195,38 +196,38 @@ class Controller:
             worker.wake()
 
     def fail(self, problem: BaseException) -> None:
-        """End the run: whoever waits for a group hears of the problem."""
+        """End the run: every pending group raises the problem."""
         self.problem = problem
         self.waiting.clear()
         for group in self.groups:
             group.fail(problem)
 
     def check_workers(self) -> None:
-        """Ends the run when no worker could start its actor, each as often as a group may be tried."""
+        """End the run if every worker has failed max_rollout_attempts times in a row to start its actor."""
         tries = self.recipe.max_rollout_attempts
         if all(worker.failed_starts >= tries for worker in self.workers):
             reasons = "; ".join(worker.state for worker in self.workers)
-            self.fail(RolloutError(f"no rollout actor could be started again, in {tries} tries each: {reasons}"))
+            self.fail(RolloutError(f"no rollout actor could be restarted, with {tries} attempts each: {reasons}"))
 
     async def score(self, group: "_Group", decoded: DecodedGroup) -> None:
-        """Reward and advantages of a decoded group. An exception ends the run: rewards count their own failures."""
+        """Compute rewards and advantages of a decoded group. An exception ends the run; a failing reward is only counted."""
         try:
             outcome = await self.scorer.score(decoded)
             advantages = group_advantages(
                 outcome.rewards, baseline=self.recipe.advantage_baseline, scale=self.recipe.scale_rewards
             )
             group.finish(outcome.with_advantages(advantages))
-        except Exception as problem:  # handed to whoever waits for the group
+        except Exception as problem:  # raised where the group is awaited
             group.fail(problem)
 
 
 class _Group:
-    """A group from its submission to its consumption."""
+    """A group between its submission and its consumption."""
 
     def __init__(self, call: GroupCall):
         self.call = call
         self.attempts = 0
-        self.scoring: asyncio.Future | None = None  # held, or the loop might drop it
+        self.scoring: asyncio.Future | None = None  # a reference, else the event loop might drop the task
         self.decoded: asyncio.Future = asyncio.get_running_loop().create_future()
         self.done: asyncio.Future = asyncio.get_running_loop().create_future()
 
@@ -245,7 +246,7 @@ class _Group:
 
 
 class RolloutWorker:
-    """Feeds one rollout actor, and replaces it when it fails. `state` is what it does, for messages."""
+    """Sends groups to one rollout actor, and replaces it when it fails. `state` describes it in messages."""
 
     def __init__(self, controller: Controller, index: int, make_actor: Callable[[int], Any]):
         self.controller, self.index, self.make_actor = controller, index, make_actor
@@ -270,25 +271,26 @@ class RolloutWorker:
                     await self._decode(groups)
 
     async def _ready(self) -> bool:
-        """Whether the actor is there and has the newest weights. If not it was tried, and there was a pause."""
+        """Whether the actor runs and has the newest weights. Starts it and sends them; after a failure it waits and returns
+        False."""
         recipe = self.controller.recipe
         try:
             if self.actor is None:
-                self._tell("is being started")
+                self._set_state("is starting")
                 self.actor, self.version = self.make_actor(self.index), -1
                 self.process = await asyncio.wait_for(self.actor.process.remote(), recipe.cluster_timeout_s)
             while (weights := self.controller.weights).version != self.version:
-                self._tell(f"takes weights of version {weights.version}")
+                self._set_state(f"is loading weights of version {weights.version}")
                 await asyncio.wait_for(self.actor.set_weights.remote(weights), recipe.rollout_timeout_s)
                 self.version = weights.version
         except (RayError, TimeoutError) as problem:
             if isinstance(problem, RayTaskError) and not isinstance(problem.cause, TimeoutError):
                 version = self.controller.weights.version
-                self._tell(f"could not take the weights of version {version} from Ray's store: {why(problem)}")
+                self._set_state(f"could not read the weights of version {version} from Ray's store: {why(problem)}")
                 self.controller.fail(RolloutError(self.state))
                 return False
             self.failed_starts += 1
-            self._replace("could not take the weights" if self.process else "did not start", problem)
+            self._replace("could not load the weights" if self.process else "did not start", problem)
             self.controller.check_workers()
             await asyncio.sleep(min(2.0**self.failed_starts, LONGEST_PAUSE_S))
             return False
@@ -297,35 +299,35 @@ class RolloutWorker:
 
     async def _decode(self, groups: list[_Group]) -> None:
         recipe = self.controller.recipe
-        self._tell(f"decodes {len(groups)} groups")
+        self._set_state(f"is decoding {len(groups)} groups")
         try:
             calls = [group.call for group in groups]
             decoded = await asyncio.wait_for(self.actor.generate.remote(calls), recipe.rollout_timeout_s)
         except (RayError, TimeoutError) as problem:
-            if isinstance(problem, RayTaskError):  # the code raised: it would again
-                self._tell(f"raised an error: {problem}")
+            if isinstance(problem, RayTaskError):  # the code raised and would raise again
+                self._set_state(f"raised an error: {problem}")
                 for group in groups:
                     group.fail(RolloutError(self.state))
             else:
                 self._replace("failed while it decoded", problem)
-                self.controller.give_back(groups, self.state)
+                self.controller.requeue(groups, self.state)
         else:
-            self._tell("waits for groups")
+            self._set_state("is waiting for groups")
             for group, result in zip(groups, decoded, strict=True):
                 group.end_decoding()
                 group.scoring = asyncio.ensure_future(self.controller.score(group, result))
 
     def _replace(self, what: str, problem: BaseException) -> None:
-        self._tell(f"{what}: {why(problem)}")
+        self._set_state(f"{what}: {why(problem)}")
         print(f"{self.state}; restarting it", flush=True)
         ray.kill(self.actor)
         self.actor = self.process = None
         self.controller.restarts += 1
 
-    def _tell(self, what: str) -> None:
+    def _set_state(self, what: str) -> None:
         self.state = f"rollout actor {self.index}{f' ({self.process})' if self.process else ''} {what}"
 
     def _ended(self, task: asyncio.Task) -> None:
-        """It serves until the controller is killed; anything else is a bug, and nobody shall wait for it."""
+        """A worker serves until the controller is killed. If its task ends with an error, that is a bug: end the run."""
         if not task.cancelled() and (problem := task.exception()) is not None:
             self.controller.fail(problem)

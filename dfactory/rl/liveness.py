@@ -1,7 +1,7 @@
-"""Who is still there. Ray reports a process that ended, or whose node did; one that was stopped, or hangs, it does not.
+"""Detects processes that stopped or hang. Ray reports only a process that ended, or whose node did.
 
-Every learner sends the controller signs of life from a thread of its own: a long step does not hold them up, a stopped
-process does. The driver asks the controller about them once a second, and so learns of a stopped controller too.
+Every learner sends the controller heartbeats from a separate thread: a long step does not delay them, a stopped process
+does. The driver asks the controller about them once a second, and so notices a stopped controller too.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayT
 from dfactory.errors import RolloutError
 
 BEAT_S = 2.0
-TURN_S = 2.0  # the most that counts of one turn of the driver's loop: it may have been stopped itself
+TURN_S = 2.0  # the most that one turn of the driver's loop counts for: the driver itself may have been stopped
 
 
 class Process(NamedTuple):
@@ -31,19 +31,19 @@ class Process(NamedTuple):
 
 
 def this_process() -> Process:
-    """Of the Ray process that calls."""
+    """The calling Ray process."""
     return Process(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), os.getpid())
 
 
 def why(problem: BaseException) -> str:
-    """What happened to a process or an object, in a line: what Ray says without its guesses; TimeoutError is a hang."""
+    """One line on what happened to a process or an object: Ray's message without its guesses. A TimeoutError is a hang."""
     if isinstance(problem, RayActorError) and not problem.actor_init_failed:
         text = str(problem)
         found = dict(re.findall(r"^\t(pid|ip): (\S+)$", text, re.MULTILINE))
         where = f"pid {found['pid']} on {found['ip']}: " if found.keys() == {"pid", "ip"} else ""
         lines = [line.strip() for line in text.splitlines() if not re.match(r"\t\w+: ", line)]
-        told = " ".join(lines[1:] or lines)
-        return where + re.split(r" Worker exit detail: | Some common causes | There are some potential ", told)[0]
+        message = " ".join(lines[1:] or lines)
+        return where + re.split(r" Worker exit detail: | Some common causes | There are some potential ", message)[0]
     if isinstance(problem, RayTaskError):
         problem = problem.cause
     if isinstance(problem, ObjectLostError):
@@ -55,7 +55,7 @@ def why(problem: BaseException) -> str:
 
 @contextlib.contextmanager
 def beating(beat: Callable[[], object]) -> Iterator[None]:
-    """Call `beat` from a thread every BEAT_S."""
+    """Call `beat` every BEAT_S from a thread."""
     ended = threading.Event()
 
     def run() -> None:
@@ -63,7 +63,7 @@ def beating(beat: Callable[[], object]) -> Iterator[None]:
             beat()
             ended.wait(BEAT_S)
 
-    thread = threading.Thread(target=run, name="signs of life", daemon=True)
+    thread = threading.Thread(target=run, name="heartbeat", daemon=True)
     thread.start()
     try:
         yield
@@ -73,34 +73,34 @@ def beating(beat: Callable[[], object]) -> Iterator[None]:
 
 
 class Pulse:
-    """The controller's side: when it last heard of whom."""
+    """The controller's side: the time of each learner's last heartbeat."""
 
     def __init__(self, num_learners: int):
         self.num_learners = num_learners
-        self._heard: dict[int, float] = {}
+        self._last: dict[int, float] = {}
 
     def beat(self, rank: int) -> None:
-        self._heard[rank] = time.monotonic()
+        self._last[rank] = time.monotonic()
 
     def silence(self) -> dict[int, float]:
-        """Seconds since the last sign of life of each learner, or since this was asked first."""
+        """Seconds since the last heartbeat of each learner, or since the first call if it has sent none."""
         now = time.monotonic()
-        return {rank: now - self._heard.setdefault(rank, now) for rank in range(self.num_learners)}
+        return {rank: now - self._last.setdefault(rank, now) for rank in range(self.num_learners)}
 
 
 class Watch:
-    """The driver's side. `look` is called once a turn of its loop and never waits."""
+    """The driver's side. Its loop calls `look` once a turn; `look` never waits."""
 
     def __init__(self, controller, learners: Mapping[int, Process], limit_s: float):
         self.controller, self.learners, self.limit_s = controller, learners, limit_s
-        self._process: Process | None = None  # of the controller; before it is known, it may be reading its prompts
+        self._process: Process | None = None  # the controller's; None while it may still be reading its prompts
         self._asked = controller.process.remote()
         self._waited = 0.0
         self._late: set[int] = set()
 
     def look(self, passed: float, running: set[int]) -> None:
-        """`passed`: seconds since the last look; `running`: ranks that have not ended. Raises RolloutError with the name
-        of who is silent."""
+        """Check the heartbeats. `passed`: seconds since the last look; `running`: ranks that have not ended. Raises
+        RolloutError that names a silent process."""
         if not ray.wait([self._asked], timeout=0)[0]:
             self._waited += min(passed, TURN_S)
             if self._process is not None and self._waited > self.limit_s:
@@ -122,7 +122,8 @@ class Watch:
         return [self._process] if self._process is not None else []
 
     def _judge(self, silence: dict[int, float], running: set[int]) -> None:
-        """Late twice in a row, because a controller that was stopped for a while answers before it has read its letters."""
+        """Raise RolloutError for a learner that is late twice in a row. Once is not enough: a controller that was stopped
+        for a while answers before it has processed the heartbeats in its queue."""
         late = {rank for rank in running if silence[rank] > self.limit_s}
         if certain := sorted(late & self._late):
             rank = certain[0]
@@ -132,6 +133,6 @@ class Watch:
 
 def _silent(seconds: float) -> str:
     return (
-        f"has given no sign of life for {seconds:.0f} s: is the process stopped, its machine frozen or out of memory? "
-        "heartbeat_timeout_s is how long one may be silent"
+        f"has sent no heartbeat for {seconds:.0f} s: is the process stopped, its machine frozen or out of memory? "
+        "heartbeat_timeout_s is the limit"
     )

@@ -1,4 +1,4 @@
-"""What a step's rollouts tell, under the names of TRL's GRPO trainer where it has one."""
+"""Metrics of a step's rollouts, with the names of TRL's GRPO trainer where it has them."""
 
 import statistics
 
@@ -7,7 +7,7 @@ from dfactory.types import FinishReason
 
 
 def batch_metrics(groups: list[ScoredGroup], version: int) -> dict[str, float]:
-    """Means over all groups that the step met, those without a signal included."""
+    """Means over all groups that the step collected, those without a signal included."""
     rollouts = [rollout for group in groups for rollout in group.decoded.rollouts]
     rewards = [reward for group in groups for reward in group.rewards if reward is not None]
     scored = [[reward for reward in group.rewards if reward is not None] for group in groups]

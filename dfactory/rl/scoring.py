@@ -1,4 +1,4 @@
-"""From decoded groups to rewards: the reward pool seen from the controller, and the table of sample completions."""
+"""Scores decoded groups: the controller's side of the reward pool, and the file of sample completions."""
 
 import asyncio
 import dataclasses
@@ -22,7 +22,7 @@ SAMPLE_GROUPS = 2  # of a step that are written down whole
 
 @dataclasses.dataclass(frozen=True)
 class ScoredGroup:
-    """A decoded group with its rewards, and after `with_advantages` with those."""
+    """A decoded group with its rewards, and after `with_advantages` with its advantages."""
 
     decoded: DecodedGroup
     texts: list[str]
@@ -46,7 +46,7 @@ class ScoredGroup:
         return dataclasses.replace(self, advantages=advantages)
 
     def rollouts(self) -> list[ScoredRollout]:
-        """Those that have a reward."""
+        """The rollouts that have a reward."""
         old = self.decoded.old_logprobs or [None] * len(self.decoded.rollouts)
         advantages = self.advantages.advantage_G.tolist()
         return [
@@ -59,8 +59,8 @@ class ScoredGroup:
 
 
 def check_rewards(recipe: Recipe) -> None:
-    """Read the prompts, load the recipe's rewards in a process of their own, and let them look at every row. Raises
-    DataError or ConfigError."""
+    """Read the prompts, load the recipe's rewards in a separate process, and let them check every record. Raises DataError
+    or ConfigError."""
     rows = [(row.origin, row.fields) for row in PromptStream(recipe).rows]
     RewardPool(_specs(recipe), workers=1, rows=rows).close()
 
@@ -70,7 +70,7 @@ def _specs(recipe: Recipe) -> list[RewardSpec]:
 
 
 class Scorer:
-    """Scores groups in the processes of a RewardPool, without holding up the controller."""
+    """Scores groups in the processes of a RewardPool, without blocking the controller."""
 
     def __init__(self, recipe: Recipe, prompts: PromptStream):
         self.prompts = prompts
@@ -98,16 +98,16 @@ class Scorer:
         return ScoredGroup(decoded, texts, result, loop.time() - started)
 
     def outcomes(self) -> dict[str, int]:
-        """How often each function ended how, in rollouts: `exact_match/ok`, `exact_match/timeout`."""
+        """Rollouts by reward function and outcome: `exact_match/ok`, `exact_match/timeout`."""
         return dict(self._outcomes)
 
     def complaints(self) -> str:
-        """The commonest messages of rewards that failed, in brackets; empty if none did."""
+        """The most common messages of failed rewards, in brackets; empty if none failed."""
         common = [f"{message} ({count} times)" for message, count in self._failures.most_common(3)]
         return f" ({'; '.join(common)})" if common else ""
 
     def _remember(self, failures: Counter[str], group: int) -> None:
-        """Count failures, and tell each kind of them once."""
+        """Count failures, and print each kind once."""
         for message, count in failures.items():
             if message not in self._failures and len(self._failures) < KINDS_OF_FAILURE:
                 print(f"group {group} ({self.prompts.origin(group)}): {message}", flush=True)
@@ -116,8 +116,8 @@ class Scorer:
                 self._failures[message] += count
 
     def write_groups(self, step: int, seen: list[ScoredGroup], used: list[ScoredGroup]) -> None:
-        """Append a line: the groups that a step met, with the version that decoded each, and those that it trains on. A
-        resumed run drops the lines of the steps that it repeats (runs/folder.py)."""
+        """Append a line with the groups that a step collected, the version that decoded each, and those that it trains on.
+        A resumed run drops the lines of the steps that it repeats (runs/folder.py)."""
         line = {
             "step": step,
             "groups": [group.number for group in seen],
@@ -129,7 +129,7 @@ class Scorer:
             file.write(json.dumps(line) + "\n")
 
     def write_samples(self, step: int, groups: list[ScoredGroup]) -> None:
-        """Append the first groups of a step to the run's table of completions."""
+        """Append the first groups of a step to the run's file of completions."""
         self.samples_path.parent.mkdir(parents=True, exist_ok=True)
         with self.samples_path.open("a", encoding="utf-8") as file:
             before = file.tell()

@@ -1,9 +1,9 @@
-"""Weights from the learner to the rollout actors, through Ray's object store and never through the disk.
+"""Transfers weights from the learner to the rollout actors through Ray's object store, never through the disk.
 
-The learner puts each bucket of tensors once; every rollout actor gets it, on one node without a copy. Under ZeRO-3 a
-layer is gathered, copied and put before the next one, so the whole model is never in one place. LoRA sends its adapters
-only. A set of buckets carries the policy version that it belongs to; an actor takes a set between two decoding calls, so a
-rollout is made by one version.
+The learner puts each bucket of tensors once, and every rollout actor gets it; on the same node without a copy. Under ZeRO-3
+a layer is gathered, copied and put before the next one, so the whole model is never in one place. With LoRA only the
+adapters are sent. A set of buckets carries its policy version, and an actor loads a set between two decoding calls, so
+that each rollout comes from one version.
 """
 
 import time
@@ -20,7 +20,7 @@ BUCKET_BYTES = 256 * 2**20
 
 
 class WeightSet(NamedTuple):
-    """One version of the weights as objects in the store. Small: it travels in messages."""
+    """References to one version of the weights in the object store. Small enough to send in messages."""
 
     version: int
     buckets: list[ray.ObjectRef]  # each {name: (dtype name, array of bytes, shape)}
@@ -29,7 +29,7 @@ class WeightSet(NamedTuple):
 
 
 def put_weights(version: int, groups: Iterable[dict[str, torch.Tensor]]) -> WeightSet:
-    """Put groups of named tensors as they come; neighbours share a bucket of up to BUCKET_BYTES."""
+    """Put groups of named tensors as they come; a bucket is put as soon as it holds BUCKET_BYTES."""
     started, buckets, total = time.perf_counter(), [], 0
     bucket: dict[str, tuple[str, np.ndarray, tuple[int, ...]]] = {}
     for group in groups:
@@ -46,13 +46,13 @@ def put_weights(version: int, groups: Iterable[dict[str, torch.Tensor]]) -> Weig
 
 
 def pack_tensor(tensor: torch.Tensor) -> tuple[str, np.ndarray, tuple[int, ...]]:
-    """Bytes, because numpy has no bfloat16; arrays are what Ray hands on without a copy."""
+    """A tensor as (dtype, array of bytes, shape). Bytes because numpy has no bfloat16; Ray passes arrays without a copy."""
     flat = tensor.detach().to("cpu").contiguous().flatten()
     return str(tensor.dtype).removeprefix("torch."), flat.view(torch.uint8).numpy(), tuple(tensor.shape)
 
 
 def load_weights(module: nn.Module, weights: WeightSet, timeout_s: float) -> None:
-    """Write a set into a module's tensors by name. Raises KeyError for a name that it does not have."""
+    """Copy a set into a module's tensors by name. Raises KeyError for a name that the module does not have."""
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for bucket in weights.buckets:
         for name, (dtype, array, shape) in ray.get(bucket, timeout=timeout_s).items():

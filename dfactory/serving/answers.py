@@ -1,7 +1,7 @@
-"""One answer while it comes: from what the decoder says after a forward to text that will not change any more.
+"""One answer while it is decoded: from the decoder's progress to text that will not change any more.
 
-Text leaves block by block, when a block is finished. Held back are the bytes of a character that is not complete, and
-whatever could be the beginning of a stop text.
+Text is released block by block, when a block is finished. Held back are the bytes of an incomplete character, and text
+that could be the start of a stop text.
 """
 
 import asyncio
@@ -11,21 +11,21 @@ from dfactory.decoding import Progress
 from dfactory.types import FinishReason, Rollout
 from dfactory.vocabulary import Vocabulary
 
-STOP = "stop"  # the finish reason where a stop text came
-INCOMPLETE = "\ufffd"  # what a tokenizer makes of the bytes of half a character
+STOP = "stop"  # the finish reason after a stop text
+INCOMPLETE = "\ufffd"  # how a tokenizer decodes the bytes of an incomplete character
 
 
 class News(NamedTuple):
-    """What an answer has gained since the last time."""
+    """What an answer has gained since the last News."""
 
     forwards: int
-    added_ids: list[int]  # of blocks that are finished now
-    rollout: Rollout | None  # when the answer is
+    added_ids: list[int]  # of newly finished blocks
+    rollout: Rollout | None  # of a complete answer
 
 
-class Hearer:
-    """From the decoder's thread to the event loop: what is new of each answer. Forwards that finish no block are left out,
-    and without `by_block` all but the last, so that a client who reads slowly piles up no more than its answer."""
+class ProgressQueue:
+    """Carries the progress of each answer from the decoder's thread to the event loop. Forwards that finish no block are
+    left out, and without `by_block` all but the last, so that the queue of a slow client never exceeds its answer."""
 
     def __init__(self, answers: int, *, by_block: bool):
         self.by_block = by_block
@@ -33,8 +33,8 @@ class Hearer:
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[tuple[int, News | None]] = asyncio.Queue()
 
-    def hear(self, index: int, progress: Progress | None) -> None:
-        """Called from any thread; None where no answer will come."""
+    def report(self, index: int, progress: Progress | None) -> None:
+        """Queue what is new of an answer; None means that it will not be completed. Call it from any thread."""
         if progress is None:
             self._put(index, None)
         elif progress.rollout is not None or (self.by_block and progress.settled > self.settled[index]):
@@ -51,7 +51,7 @@ class Hearer:
 
 
 class Answer:
-    """`text` is all that has left; `finish_reason` is None until the answer is complete."""
+    """`text` is what has been released so far; `finish_reason` is None until the answer is complete."""
 
     def __init__(self, vocabulary: Vocabulary, stop: tuple[str, ...], prompt_tokens: int):
         self.vocabulary, self.stop, self.prompt_tokens = vocabulary, stop, prompt_tokens
@@ -60,8 +60,8 @@ class Answer:
         self.forwards = 0
         self.finish_reason: str | None = None
 
-    def hear(self, news: News) -> str:
-        """The text that this adds. Takes a time that grows with the answer."""
+    def add(self, news: News) -> str:
+        """Add progress. Returns the text that it releases. The time grows with the answer."""
         self.forwards, rollout = news.forwards, news.rollout
         self.token_ids = rollout.output_ids if rollout else self.token_ids + news.added_ids
         if self.vocabulary.tokenizer is None:
@@ -82,17 +82,17 @@ class Answer:
         return added
 
     def _doubtful(self, text: str) -> int:
-        """Length of the longest end of `text` with which a stop text begins."""
+        """Length of the longest suffix of `text` that is a prefix of a stop text."""
         return max((overlap(text, stop) for stop in self.stop), default=0)
 
     @property
     def openai_reason(self) -> str | None:
-        """OpenAI knows `stop`, for EOS too, and `length`."""
+        """The reason as OpenAI names it: `stop`, for EOS too, or `length`."""
         return STOP if self.finish_reason == FinishReason.EOS else self.finish_reason
 
 
 def usage(answers: list[Answer], prompts: int) -> dict[str, float]:
-    """OpenAI's counts, of which each prompt is counted once, and the forwards besides."""
+    """OpenAI's counts, in which each prompt counts once, and the number of forwards."""
     step = len(answers) // prompts
     prompt_tokens = sum(answer.prompt_tokens for answer in answers[::step])
     tokens = sum(len(answer.token_ids) for answer in answers)
@@ -107,6 +107,6 @@ def usage(answers: list[Answer], prompts: int) -> dict[str, float]:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins but does not end."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((length for length in lengths if text.endswith(stop[:length])), 0)

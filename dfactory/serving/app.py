@@ -1,9 +1,9 @@
-"""The HTTP side: routes, who may ask, and streaming as server-sent events.
+"""The HTTP side: routes, access, and streaming as server-sent events.
 
     POST /generate   POST /v1/completions   POST /v1/chat/completions   GET /v1/models   GET /health   GET /metrics
 
-A request that ends early, because its client hangs up or its time is over, gives its slots back. What takes a time that
-grows with a request or its answers runs in a thread, so that the event loop is always there for /health and signals.
+A request that ends early, because its client hangs up or its time limit is reached, frees its slots. Work whose time grows
+with a request or its answers runs in a thread, so that the event loop stays free for /health and signals.
 """
 
 import asyncio
@@ -18,20 +18,20 @@ from typing import Any
 
 from aiohttp import web
 
-from dfactory.serving.answers import STOP, Answer, Hearer, News
+from dfactory.serving.answers import STOP, Answer, News, ProgressQueue
 from dfactory.serving.bodies import Bodies
 from dfactory.serving.connections import Connections
 from dfactory.serving.engine import Engine, Job, Stopped
 from dfactory.serving.metrics import Metrics
 from dfactory.serving.reading import Readers, Refused
-from dfactory.serving.refusals import EngineFailed, OutOfTime, event_of, refusal, told
+from dfactory.serving.refusals import EngineFailed, OutOfTime, error_responses, event_of, refusal
 from dfactory.serving.requests import Generation, Read, Reader
 from dfactory.serving.shapes import ChatCompletion, Completion, Native, Shape
 
 OPEN_TO_ALL = ("/health",)
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d{0,5})?", re.IGNORECASE)
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
-READ_WITHIN_S = 30.0  # JSON, template, tokenizer; those of the requests before included
+READ_WITHIN_S = 30.0  # for JSON, template and tokenizer, with the time in the queue before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Service:
     readers: Readers = dataclasses.field(default_factory=Readers)
 
     def app(self) -> web.Application:
-        app = web.Application(middlewares=[self._measured, told, self._allowed])
+        app = web.Application(middlewares=[self._measured, error_responses, self._allowed])
         name = self.reader.name
         app.router.add_post("/generate", self._answers(Reader.native, Native))
         app.router.add_post("/v1/completions", self._answers(Reader.completions, functools.partial(Completion, name)))
@@ -71,8 +71,8 @@ class Service:
 
     @web.middleware
     async def _allowed(self, request: web.Request, handler) -> web.StreamResponse:
-        """Who has the token; without one, only what addresses this machine by its own name, so that a web page whose
-        name was made to point here (DNS rebinding) is turned away."""
+        """Accept requests with the token. Without a token, accept only those that address this machine by its own name,
+        which refuses a web page whose name was made to resolve to it (DNS rebinding)."""
         names = _names(request)
         if None in names:
             return refusal(400, f"Host {_host(request)} is not one name and a port", "invalid_request")
@@ -123,20 +123,20 @@ class Service:
             raise OutOfTime(f"no answer within {self.request_timeout:g} s") from problem
 
     async def _additions(self, generation: Generation, answers: list[Answer]) -> AsyncIterator[tuple[int, str]]:
-        """(which answer, the text that it gains), until all are complete. Raises QueueFull, Stopped, EngineFailed."""
-        hearer = Hearer(len(answers), by_block=generation.stream or bool(generation.stop))
+        """(index of an answer, the text that it gains), until all are complete. Raises QueueFull, Stopped, EngineFailed."""
+        queue = ProgressQueue(len(answers), by_block=generation.stream or bool(generation.stop))
         jobs = [
-            Job(prompt, generation.rules, noise_id, functools.partial(hearer.hear, index))
+            Job(prompt, generation.rules, noise_id, functools.partial(queue.report, index))
             for index, (prompt, noise_id) in enumerate(zip(generation.prompts, generation.noise_ids, strict=True))
         ]
         self.engine.submit(jobs)
         try:
             left = set(range(len(jobs)))
             while left:
-                index, news = await hearer.next()
+                index, news = await queue.next()
                 if index not in left:
-                    continue  # what was decoded behind a stop text
-                added = await asyncio.to_thread(answers[index].hear, self._checked(news))
+                    continue  # decoded after a stop text
+                added = await asyncio.to_thread(answers[index].add, self._checked(news))
                 if answers[index].finish_reason is not None:
                     left.discard(index)
                     if answers[index].finish_reason == STOP:
@@ -156,7 +156,7 @@ class Service:
     async def _stream(
         self, request: web.Request, generation: Generation, answers: list[Answer], shape: Shape, ends: float
     ) -> web.StreamResponse:
-        """Refusals that come before the first text have a status of their own; later ones are an event."""
+        """Stream the answers. An error before the first text has its own HTTP status; a later one is an event."""
         additions = self._additions(generation, answers)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         try:
@@ -187,7 +187,7 @@ class Service:
     async def _model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
         if name != self.reader.name:
-            message = f"model {name[:80]} is not here: this server has {self.reader.name}"
+            message = f"there is no model {name[:80]}: this server has {self.reader.name}"
             raise Refused(404, message, "model_not_found")
         return web.json_response(self._about())
 
@@ -209,8 +209,8 @@ async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
 
 
 def _names(request: web.Request) -> set[str | None]:
-    """The names by which a request addresses this server, in its Host headers and, with aiohttp's `host`, in its target.
-    None is among them where one is not a plain name."""
+    """The names by which a request addresses this server: its Host headers, and its target through aiohttp's `host`. None
+    stands for one that is not a plain name."""
     hosts = request.headers.getall("Host", [])
     found = [HOST.fullmatch(host) for host in (*hosts, request.host)] if hosts else []
     return {host and host[1].lower() for host in found} | ({None} if len(hosts) > 1 else set())
@@ -221,6 +221,6 @@ def _host(request: web.Request) -> str:
 
 
 def _route(request: web.Request) -> str:
-    """The path as it was registered: what clients make up may not become a label."""
+    """The path as it was registered, because paths that clients invent must not become labels."""
     resource = request.match_info.route.resource
     return resource.canonical if resource is not None else "unknown"

@@ -1,4 +1,4 @@
-"""Receives bodies: bounded one by one and together, within the time that a client has."""
+"""Receives request bodies: each one and all together bounded in size, and each within the client's time limit."""
 
 import asyncio
 import contextlib
@@ -9,20 +9,20 @@ from aiohttp import web
 from dfactory.errors import DFactoryError
 from dfactory.serving.bounds import LARGEST_BODY
 
-SMALL = 2**16  # bytes of a body that are always taken
-MOST_BYTES = 64 * 2**20  # of all bodies that are being received or wait to be read, beyond the small ones
+SMALL = 2**16  # the first bytes of a body, which are always accepted
+MOST_BYTES = 64 * 2**20  # of all bodies that are being received or wait to be parsed, beyond SMALL of each
 
 
 class SlowClient(DFactoryError):
-    """A body that did not come within the time that a client has."""
+    """A body that did not arrive within the client's time limit."""
 
 
 class TooManyBytes(DFactoryError):
-    """Bodies fill the memory that is meant for them."""
+    """The bodies in memory have reached MOST_BYTES."""
 
 
 class Bodies:
-    """The bodies that are here."""
+    """The bodies in memory."""
 
     def __init__(self, client_timeout: float):
         self.client_timeout = client_timeout
@@ -30,8 +30,8 @@ class Bodies:
 
     @contextlib.asynccontextmanager
     async def received(self, request: web.Request) -> AsyncIterator[bytes]:
-        """The body of a request, which counts until the end of the context. Raises HTTPRequestEntityTooLarge, SlowClient
-        or TooManyBytes."""
+        """The body of a request; it counts towards MOST_BYTES until the end of the context. Raises
+        HTTPRequestEntityTooLarge, SlowClient or TooManyBytes."""
         announced = request.content_length or 0
         if announced > LARGEST_BODY:
             raise web.HTTPRequestEntityTooLarge(LARGEST_BODY, announced)
@@ -44,7 +44,7 @@ class Bodies:
         except TimeoutError as problem:
             if not clock.expired():
                 raise
-            raise SlowClient(f"the body did not come within {self.client_timeout:g} s") from problem
+            raise SlowClient(f"the body did not arrive within {self.client_timeout:g} s") from problem
         finally:
             body.close()
 

@@ -1,8 +1,8 @@
-"""How long a client may keep a connection waiting, and how many there may be. aiohttp waits as long as a client likes.
+"""Limits how long a client may keep a connection waiting, and how many there are. aiohttp itself has no such limits.
 
-A connection waits for its client from its start, and from the end of an answer, until a request is there, body and all. In
-that time it may be closed: when the client takes too long, or for a newer one where there are as many as may be. While an
-answer is written, the client has to take it at SLOWEST at least.
+A connection waits for its client from its start, and after each answer, until a request with its body has arrived. During
+that time it may be closed: if the client takes too long, or to make room for a newer connection. While an answer is
+written, the client must read at least SLOWEST bytes a second.
 """
 
 import asyncio
@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 from aiohttp import web
 
 MOST_CONNECTIONS = 1024
-FILES_BESIDE = 128  # that the process has open otherwise
+FILES_BESIDE = 128  # other files that the process has open
 SLOWEST = 1024  # bytes a second
 IDLE_S = 75.0  # between two requests
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class Connections:
-    """All that are open. `protocols(server)` is what asyncio makes their protocols with."""
+    """All open connections. `protocols(server)` is the protocol factory for asyncio."""
 
     def __init__(self, client_timeout: float):
         self.client_timeout = client_timeout
@@ -32,14 +32,14 @@ class Connections:
         return lambda: Connection(self, server())
 
     def has_all(self, request: web.Request) -> None:
-        """The request is there, body and all: from now on the client waits for us."""
-        if (connection := self.open.get(request.protocol)) is not None:  # else it is lost already
+        """Mark the request as complete: from now on the client waits for the server."""
+        if (connection := self.open.get(request.protocol)) is not None:  # else it is already closed
             connection.has_all()
 
     @contextlib.contextmanager
     def answering(self, request: web.Request) -> Iterator[None]:
-        """From the end of a request's headers, after which its body has a clock of its own; at the end of the context the
-        answer is written, or about to be, and we wait for the next request."""
+        """A context from the end of a request's headers, whose body has its own time limit, to the answer. On exit the
+        answer is written or about to be, and the connection waits for the next request."""
         if (connection := self.open.get(request.protocol)) is not None:
             connection.has_head()
         try:
@@ -49,7 +49,8 @@ class Connections:
                 connection.has_answered()
 
     def make_room(self) -> bool:
-        """Close the connection that has kept us waiting longest, if there is no room otherwise. Whether there is."""
+        """If there are too many connections, close the one that has kept the server waiting longest. Returns whether there
+        is room."""
         if len(self.open) < self.most:
             return True
         waiting = [connection for connection in self.open.values() if connection.is_idle]
@@ -59,13 +60,13 @@ class Connections:
         return True
 
     def close_waiting(self) -> None:
-        """Those that wait for their client, when the server ends; what is being written goes on."""
+        """Close idle connections when the server ends; answers that are being written continue."""
         for connection in list(self.open.values()):
             if connection.is_idle:
                 connection.transport.close()
 
     async def all_closed(self, timeout_s: float) -> None:
-        """Wait until what is written has left, but no longer; then cut what is left."""
+        """Wait until all answers are sent, at most `timeout_s`; then abort the remaining connections."""
         ends = asyncio.get_running_loop().time() + timeout_s
         while self.open and asyncio.get_running_loop().time() < ends:
             await asyncio.sleep(0.02)
@@ -74,14 +75,14 @@ class Connections:
 
 
 class Connection(asyncio.Protocol):
-    """aiohttp's protocol, with a clock."""
+    """aiohttp's protocol with a time limit."""
 
     def __init__(self, connections: Connections, inner: web.RequestHandler):
         self.connections, self.inner = connections, inner
         self.loop = asyncio.get_running_loop()
         self.waits_since: float | None = self.loop.time()
-        self.said_something = False  # since it waits
-        self.unsent = 0  # when the clock was set
+        self.said_something = False  # whether the client has sent anything since the connection waits
+        self.unsent = 0  # bytes in the buffer when the clock was set
         self._clock: asyncio.TimerHandle | None = None
 
     # --- from asyncio -----------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """It waits for its client, and its last answer has left."""
+        """Whether it waits for its client and its last answer is sent."""
         return self.waits_since is not None and not self.transport.get_write_buffer_size()
 
     # --- from the handlers ------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""Denoising as people watch it: after each forward, what every token of the response is.
+"""Denoising for display: the state of every token of the response after each forward.
 
-Each state has a style and a mark of its own, so that a terminal without colours says the same:
+Each state has its own style and mark, so that a terminal without colours shows the same:
 
-    The cat ~sat~ on ⟨the mat⟩███     committed, one edited, two drafted, three masks of which the model has no idea yet
+    The cat ~sat~ on ⟨the mat⟩███     committed, one edited, two drafted, three masks without a likely draft
 """
 
 import enum
@@ -16,12 +16,12 @@ from dfactory.decoding import Progress
 from dfactory.vocabulary import Vocabulary
 
 LOG_SHOWN_FROM = math.log(0.1)  # log-probability of a draft that is worth showing
-MASK, END = "█", "·"  # a mask; the end of the answer and of its turn, and what fills its last block
+MASK, END = "█", "·"  # a mask; the end of the answer and of its turn, and the fill of its last block
 
 
 class State(enum.StrEnum):
     MASKED = "masked"
-    DRAFTED = "drafted"  # still a mask, but the model says what it would put there
+    DRAFTED = "drafted"  # still a mask, shown as the token that the model would put there
     COMMITTED = "committed"
     FRESH = "fresh"  # committed by this forward
     EDITED = "edited"  # another token than the one that had been committed
@@ -45,12 +45,12 @@ class Run(NamedTuple):
 
     @property
     def marked(self) -> str:
-        before, behind = MARKS.get(self.state, ("", ""))
-        return f"{before}{self.text}{behind}"
+        before, after = MARKS.get(self.state, ("", ""))
+        return f"{before}{self.text}{after}"
 
 
 class Frame(NamedTuple):
-    """What there is to see after a forward."""
+    """The response after a forward, as it is displayed."""
 
     forwards: int
     tokens: int  # that are committed
@@ -67,7 +67,7 @@ class Frame(NamedTuple):
 
 
 class Denoising:
-    """One response. Give it what the decoder says, in order."""
+    """The frames of one response, from the decoder's progress in order."""
 
     def __init__(self, vocabulary: Vocabulary, block_size: int):
         self.vocabulary, self.block_size = vocabulary, block_size
@@ -79,7 +79,7 @@ class Denoising:
         states = [self._state(index, progress) for index in range(len(progress.token_ids))]
         shown = list(zip(states, progress.draft_ids, strict=True))
         if progress.rollout is None and progress.settled == len(progress.token_ids):
-            shown += [(State.MASKED, mask)] * self.block_size  # the block that comes next
+            shown += [(State.MASKED, mask)] * self.block_size  # the next block
         self.before = progress.token_ids
         runs = [
             Run(state, self._text(state, [token for _, token in run]))
@@ -107,7 +107,7 @@ class Denoising:
 
 
 def shown_text(vocabulary: Vocabulary, token_ids: list[int]) -> str:
-    """Tokens as they can be shown: ends as a sign, nothing that moves a terminal's cursor but the end of a line."""
+    """Printable text of tokens: special tokens as END, and no control characters but line ends."""
     if vocabulary.tokenizer is None:
         return "".join(f"{token} " for token in token_ids)
     ends, parts = {*vocabulary.tokenizer.all_special_ids, vocabulary.special.eos}, []
@@ -118,7 +118,7 @@ def shown_text(vocabulary: Vocabulary, token_ids: list[int]) -> str:
 
 
 def printable(text: str) -> str:
-    """Without control characters: what a model writes is shown, never obeyed."""
+    """The text without control characters, so that a model's output cannot control the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "�" for c in text)
 
 

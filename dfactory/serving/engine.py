@@ -1,7 +1,7 @@
-"""Continuous batching: a thread that decodes whatever is in its slots and takes the next job as soon as one is free.
+"""Continuous batching: a thread decodes the jobs in its slots and takes the next job as soon as a slot is free.
 
-Jobs wait in a bounded queue. What each hears is what the decoder says after every forward; its answer is the one that it
-would get alone (see decoding/decoder.py). Nobody but the thread touches the decoder.
+Jobs wait in a bounded queue. Each gets the decoder's progress after every forward, and the same answer as if it were
+decoded alone (see decoding/decoder.py). Only this thread uses the decoder.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from dfactory.decoding import BlockDecoder, DecodeRules, Progress
 from dfactory.decoding.decoder import Decodable
 from dfactory.errors import DFactoryError
 
-MEMORY = 0.9  # of the mean of seconds a job, by which the next one counts
+MEMORY = 0.9  # weight of the past in the running mean of seconds per job
 
 
 class QueueFull(DFactoryError):
-    """More jobs than may wait. `retry_after`: seconds after which some will be done, a guess."""
+    """The queue has no room for more jobs. `retry_after`: an estimate of the seconds until it has."""
 
     def __init__(self, waiting: int, retry_after: int):
         super().__init__(f"{waiting} requests are waiting already: try again in {retry_after} s")
@@ -28,17 +28,17 @@ class QueueFull(DFactoryError):
 
 
 class Stopped(DFactoryError):
-    """The engine takes no more jobs: it is being shut down, or has failed."""
+    """The engine accepts no more jobs: it is shutting down, or has failed."""
 
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """One prompt to answer. `hear` is called from the engine's thread, with None where the engine fails."""
+    """One prompt to answer. `on_progress` is called from the engine's thread, with None if the engine fails."""
 
     prompt_ids: list[int]
     rules: DecodeRules
     noise_id: int
-    hear: Callable[[Progress | None], None]
+    on_progress: Callable[[Progress | None], None]
     number: int = -1
     started: float = 0.0
 
@@ -51,7 +51,7 @@ class Counts:
     answers: int = 0
     tokens: int = 0  # up to and including EOS
     answer_forwards: int = 0  # denoising passes, summed over answers
-    given_up: int = 0  # jobs that were taken away before their answer
+    given_up: int = 0  # jobs cancelled before their answer was complete
 
 
 class Engine:
@@ -77,14 +77,14 @@ class Engine:
         self.closed = False
         self.failed = False
         self._numbers = itertools.count()
-        self._seconds = 0.0  # a job takes, as a running mean
+        self._seconds = 0.0  # running mean per job
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def submit(self, jobs: list[Job]) -> None:
-        """All of them or none. Raises QueueFull or Stopped."""
+        """Queue all of the jobs or none. Raises QueueFull or Stopped."""
         with self.changed:
             if self.closed or self.failed:
                 raise Stopped(
@@ -98,7 +98,7 @@ class Engine:
             self.changed.notify_all()
 
     def cancel(self, jobs: list[Job]) -> None:
-        """Give up those that are not done yet; their slots are free before the next forward."""
+        """Cancel the jobs that are not done; their slots are free before the next forward."""
         numbers = {job.number for job in jobs}
         with self.changed:
             kept = [job for job in self.waiting if job.number not in numbers]
@@ -108,26 +108,26 @@ class Engine:
             self.changed.notify_all()
 
     def close(self) -> None:
-        """Take no more jobs; those that are here will be finished."""
+        """Accept no more jobs; running and waiting ones are finished."""
         with self.changed:
             self.closed = True
             self.changed.notify_all()
 
     def give_up_all(self) -> None:
-        """After `close`: nobody who is here gets an answer any more."""
+        """After `close`: cancel all jobs and report None to each."""
         with self.changed:
             left = [*self.running.values(), *self.waiting]
         self.cancel(left)
         for job in left:
-            job.hear(None)
+            job.on_progress(None)
 
     @property
     def most(self) -> int:
-        """Jobs that there can be at once."""
+        """The most jobs that can be running and waiting at once."""
         return self.max_queue + self.slots
 
     def join(self, timeout_s: float | None = None) -> bool:
-        """Wait for the thread after `close`. Whether it has ended."""
+        """Wait for the thread after `close`. Returns whether it has ended."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -137,16 +137,16 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
-                self._hear(self.decoder.step())
-        finally:  # whatever ended it rises out of the thread; nobody may wait for an answer that will not come
+                self._report(self.decoder.step())
+        finally:  # an exception leaves the thread; no client may keep waiting for an answer that will not come
             with self.changed:
                 self.failed = not self.closed or bool(self.waiting or self.running)
                 left = [*self.running.values(), *self.waiting]
             for job in left:
-                job.hear(None)
+                job.on_progress(None)
 
     def _wait_for_work(self) -> bool:
-        """Take jobs into free slots. False: closed, and all is done."""
+        """Move jobs into free slots, waiting for one if there is none. Returns False when closed and all jobs are done."""
         with self.changed:
             self._drop_unwanted()
             while not (self.waiting or self.running):
@@ -168,15 +168,15 @@ class Engine:
             self.counts.given_up += 1
         self.unwanted.clear()
 
-    def _hear(self, heard: list[Progress]) -> None:
-        self.counts.forwards += bool(heard)
-        for progress in heard:
+    def _report(self, steps: list[Progress]) -> None:
+        self.counts.forwards += bool(steps)
+        for progress in steps:
             with self.changed:
                 job = self.running[progress.prompt]
                 if progress.rollout is not None:
                     del self.running[job.number]
                     self._count(job, progress)
-            job.hear(progress)
+            job.on_progress(progress)
 
     def _count(self, job: Job, progress: Progress) -> None:
         self.counts.answers += 1

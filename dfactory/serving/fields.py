@@ -1,7 +1,7 @@
-"""The fields of a body: which each endpoint knows, and what OpenAI's clients send besides.
+"""The fields of a body: which ones each endpoint knows, and which further ones OpenAI's clients send.
 
-Three kinds of OpenAI's fields are not implemented. IGNORED ones cannot change an answer. NEUTRAL ones may, but some of their
-values ask for nothing. All others are unknown and refused by name, as is a NEUTRAL field with any other value.
+OpenAI's fields that are not implemented are of three kinds. IGNORED ones cannot change an answer. NEUTRAL ones can, but
+have values that request nothing. All others are unknown and refused by name, as is a NEUTRAL field with any other value.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ NO_LIKELIHOOD = (
     "a block-diffusion model has no left-to-right probability of each token, only a bound of the whole response's: use "
     "`dfactory eval --elbo-pairs`, or `dfactory eval --lm-eval`, which scores by that bound"
 )
-NEUTRAL: dict[str, tuple[tuple, str]] = {  # values that ask for nothing, and why there are no others
+NEUTRAL: dict[str, tuple[tuple, str]] = {  # values that request nothing, and why others are not supported
     "logprobs": ((False,), NO_LIKELIHOOD),
     "top_logprobs": ((0,), NO_LIKELIHOOD),
     "echo": ((False,), NO_LIKELIHOOD),
@@ -58,17 +58,17 @@ NEUTRAL: dict[str, tuple[tuple, str]] = {  # values that ask for nothing, and wh
     "tool_choice": (("auto", "none"), "tools are shown to the model, calls come back as text"),
     "functions": (([],), "give tools"),
     "function_call": (("auto", "none"), "give tools"),
-    "web_search_options": ((), "this server reaches nothing else"),
+    "web_search_options": ((), "this server has no network access"),
     "moderation": ((), "nothing is moderated"),
 }
 STREAM_OPTIONS = ("include_usage", "include_obfuscation")
-UNSAID = ("annotations", "audio", "function_call", "refusal", "tool_calls")  # of a message, where they hold nothing
+UNSAID = ("annotations", "audio", "function_call", "refusal", "tool_calls")  # of a message; left out when empty
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template")
-GREEDY_BELOW = 0.01  # a temperature: next to 0 the distribution is the argmax, but its confidence says nothing any more
+GREEDY_BELOW = 0.01  # a temperature: near 0 the distribution is the argmax, and its confidence carries no information
 
 
 def known_fields(body: dict[str, Any], own: tuple[str, ...], openai: bool) -> dict[str, Any]:
-    """The body without nulls and what asks for nothing. Raises DataError for fields that are unknown or not supported."""
+    """The body without nulls, ignored and neutral fields. Raises DataError for unknown or unsupported fields."""
     body = {name: value for name, value in body.items() if value is not None}
     for name in body:
         if name not in own and name not in DECODE_FIELDS and not (openai and (name in IGNORED or name in NEUTRAL)):
@@ -85,7 +85,7 @@ def known_fields(body: dict[str, Any], own: tuple[str, ...], openai: bool) -> di
 
 
 def as_decode_keys(body: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's temperatures next to 0 and seeds below 0, as the decoder has them."""
+    """The body with temperatures near 0 and negative seeds mapped to values that the decoder takes."""
     changed = dict(body)
     if type(body.get("temperature")) in (int, float) and 0 < body["temperature"] < GREEDY_BELOW:
         changed["temperature"] = 0.0
@@ -105,8 +105,8 @@ def wants_usage(options: dict[str, Any]) -> bool:
 
 
 def messages_of(value: Any) -> list[dict[str, Any]]:
-    """A conversation as OpenAI's clients send it back and forth: an earlier answer may be empty, `developer` is the system,
-    and what a message leaves empty is left out. Raises BadRow."""
+    """A conversation as OpenAI's clients send it: an earlier answer may be empty, `developer` becomes `system`, and empty
+    optional fields are dropped. Raises BadRow."""
     turns = [_message(turn) for turn in value] if isinstance(value, list) else value
     messages = check_messages(turns, may_be_empty=True)
     if messages[-1]["role"] == "assistant":
@@ -122,13 +122,13 @@ def _message(turn: Any) -> Any:
 
 
 def template_variables(value: Any, encoder: ChatEncoder) -> dict[str, Any]:
-    """`chat_template_kwargs` that the template reads. One that it does not read may only ask for nothing."""
+    """The `chat_template_kwargs` that the template reads. One that it does not read may only be false or null."""
     if not isinstance(value, dict):
         raise DataError(f"chat_template_kwargs is {show(value)}: it must be an object")
     taken = {}
     for name, inner in value.items():
         if name in RESERVED or name in encoder.tokenizer.special_tokens_map or not name.isidentifier():
-            raise DataError(f"chat_template_kwargs.{name[:80]}: the server sets it, or it is no name")
+            raise DataError(f"chat_template_kwargs.{name[:80]}: the server sets it, or it is not a name: leave it out")
         if type(inner) not in (str, bool, int, float, type(None)):
             raise DataError(
                 f"chat_template_kwargs.{name[:80]} is {show(inner)}: it must be text, a number or a boolean"

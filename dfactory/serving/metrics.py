@@ -1,4 +1,4 @@
-"""What /metrics says, in Prometheus' text format."""
+"""The metrics of GET /metrics, in Prometheus' text format."""
 
 import asyncio
 import contextlib
@@ -24,12 +24,12 @@ class Metrics:
         self.registry.register(_EngineCounts(engine))
         self.requests = Counter("dfactory_requests", "HTTP requests", ["route", "status"], registry=self.registry)
         self.seconds = Histogram(
-            "dfactory_request_seconds", "of an HTTP request", ["route"], buckets=SECONDS, registry=self.registry
+            "dfactory_request_seconds", "seconds of an HTTP request", ["route"], buckets=SECONDS, registry=self.registry
         )
 
     @contextlib.contextmanager
     def request(self, route: str) -> Iterator[SimpleNamespace]:
-        """Count one request under the `status` that is set meanwhile; 500 where its handler raises."""
+        """Count one request under the `status` that the caller sets on the result; 500 if its handler raises."""
         result, started = SimpleNamespace(status=500), time.perf_counter()
         try:
             yield result
@@ -45,20 +45,22 @@ class Metrics:
 
 
 class _EngineCounts:
-    """Reads the engine when it is asked."""
+    """Reads the engine's counts at every scrape."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
 
     def collect(self):
         counts, engine = self.engine.counts, self.engine
-        yield CounterMetricFamily("dfactory_forwards", "of the whole batch", value=counts.forwards)
-        yield CounterMetricFamily("dfactory_answers", "that were completed", value=counts.answers)
-        yield CounterMetricFamily("dfactory_answer_tokens", "of completed answers, EOS included", value=counts.tokens)
+        yield CounterMetricFamily("dfactory_forwards", "forwards of the whole batch", value=counts.forwards)
+        yield CounterMetricFamily("dfactory_answers", "completed answers", value=counts.answers)
+        yield CounterMetricFamily(
+            "dfactory_answer_tokens", "tokens of completed answers, EOS included", value=counts.tokens
+        )
         yield CounterMetricFamily(
             "dfactory_answer_forwards", "denoising passes, summed over completed answers", value=counts.answer_forwards
         )
-        yield CounterMetricFamily("dfactory_given_up", "answers that nobody wanted any more", value=counts.given_up)
+        yield CounterMetricFamily("dfactory_given_up", "answers cancelled before their end", value=counts.given_up)
         yield GaugeMetricFamily("dfactory_slots", "answers that can be decoded together", value=engine.slots)
-        yield GaugeMetricFamily("dfactory_slots_busy", "that hold an answer", value=len(engine.running))
-        yield GaugeMetricFamily("dfactory_waiting", "requests for an answer in the queue", value=len(engine.waiting))
+        yield GaugeMetricFamily("dfactory_slots_busy", "slots that hold an answer", value=len(engine.running))
+        yield GaugeMetricFamily("dfactory_waiting", "answers in the queue", value=len(engine.waiting))

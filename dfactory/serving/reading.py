@@ -1,7 +1,7 @@
-"""Reads requests outside of the event loop: JSON, template and tokenizer take a time that grows with what they are given.
+"""Reads requests outside the event loop, because the time of JSON, template and tokenizer grows with their input.
 
-One at a time, because Python runs one thread at a time; the smallest body first, so that long prompts hold up long prompts
-only. A thread cannot be stopped: one that is late is left alone and the next one begins.
+One at a time, because Python runs one thread at a time; the smallest body first, so that long prompts delay only long
+prompts. A thread cannot be stopped: a late one is abandoned and the next one starts.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ Outcome = Generation | Exception
 
 
 class Refused(Exception):
-    """A request that is wrong, with what its client is told."""
+    """An invalid request, with the response for its client."""
 
     def __init__(self, status: int, message: str, code: str):
         super().__init__(message)
@@ -27,15 +27,15 @@ class Refused(Exception):
 
 
 class TooSlow(DFactoryError):
-    """A request that was not read in time: others stood before it, or it is as long as may be."""
+    """A request that was not read in time, because others were before it or because it is very long."""
 
 
 class ReadingFailed(Exception):
-    """The thread ended by an exception that nobody expects. Its traceback is in the log."""
+    """The thread ended with an unexpected exception. Its traceback is in the log."""
 
 
 class Readers:
-    """Whose turn it is to be read."""
+    """Decides which request is read next."""
 
     def __init__(self):
         self._waiting: list[tuple[int, int, asyncio.Future]] = []
@@ -43,12 +43,14 @@ class Readers:
         self._busy = False
 
     async def read(self, raw: bytes, read: Callable[[bytes], Generation], timeout_s: float) -> Generation:
-        """What `read` makes of a body. Raises Refused, ReadingFailed, and TooSlow after `timeout_s`."""
+        """The result of `read` for a body. Raises Refused, ReadingFailed, and TooSlow after `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s), self._turn(len(raw)):
                 outcome = await _in_thread(raw, read)
         except TimeoutError as problem:
-            raise TooSlow(f"the request was not read within {timeout_s:g} s: send a shorter one, or later") from problem
+            raise TooSlow(
+                f"the request was not read within {timeout_s:g} s: send a shorter one, or try again later"
+            ) from problem
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -75,7 +77,7 @@ class Readers:
 
 
 def _in_thread(raw: bytes, read: Callable[[bytes], Generation]) -> "asyncio.Future[Outcome]":
-    """In a daemon thread: a server that ends does not wait for it."""
+    """Run `read` in a daemon thread, so that a server that ends does not wait for it."""
     loop = asyncio.get_running_loop()
     result = loop.create_future()
 

@@ -1,4 +1,4 @@
-"""What a client is told when something goes wrong, in OpenAI's shape; for every endpoint."""
+"""Error responses in OpenAI's shape, for every endpoint."""
 
 from aiohttp import web
 
@@ -12,7 +12,7 @@ LATER = {"Retry-After": "5"}
 
 
 class EngineFailed(Exception):
-    """The engine's thread ended under a request."""
+    """The engine's thread ended before a request was answered."""
 
 
 class OutOfTime(DFactoryError):
@@ -23,8 +23,8 @@ EXPECTED = (Refused, QueueFull, Stopped, TooSlow, TooManyBytes, SlowClient, OutO
 
 
 @web.middleware
-async def told(request: web.Request, handler) -> web.StreamResponse:
-    """Failures that are expected as refusals. Any other is a bug: aiohttp logs it and says 500."""
+async def error_responses(request: web.Request, handler) -> web.StreamResponse:
+    """Turn expected failures into error responses. Any other is a bug: aiohttp logs it and answers 500."""
     try:
         return await handler(request)
     except EXPECTED as problem:
@@ -59,9 +59,12 @@ def refusal_of(problem: Exception) -> web.Response:
 
 
 def event_of(problem: Exception) -> dict:
-    """The same inside a stream, whose status has left already."""
-    known = {OutOfTime: ("time is over", "timeout"), Stopped: ("the server is shutting down", "shutting_down")}
-    message, code = known.get(type(problem), ("decoder has failed", "decoder_failed"))
+    """The same as an event in a stream, whose status has already been sent."""
+    known = {
+        OutOfTime: ("the time limit is reached", "timeout"),
+        Stopped: ("the server is shutting down", "shutting_down"),
+    }
+    message, code = known.get(type(problem), ("the decoder has failed; see the server's log", "decoder_failed"))
     return error(message, "server_error", code)
 
 
@@ -71,6 +74,6 @@ def refusal(status: int, message: str, code: str, headers: dict[str, str] | None
 
 
 def closing(response: web.Response) -> web.Response:
-    """The rest of the request is not waited for."""
+    """The response, after which the connection closes without reading the rest of the request."""
     response.force_close()
     return response

@@ -100,7 +100,7 @@ class Reader:
         check_fields(body)
         body = known_fields(body, own, openai)
         if body.get("model", self.name) != self.name:
-            raise UnknownModel(f"model {str(body['model'])[:80]} is not here: this server has {self.name}")
+            raise UnknownModel(f"there is no model {str(body['model'])[:80]}: this server has {self.name}")
         return as_decode_keys(body) if openai else body
 
     def _generation(self, body: dict[str, Any], entries: list[Any], encode: Encode) -> Generation:

@@ -1,4 +1,4 @@
-"""From a loaded model to a listening server, and back: SIGTERM lets it finish what it has, then ends it with status 0."""
+"""Runs the server for a loaded model. On SIGTERM it finishes its running requests and ends with status 0."""
 
 import asyncio
 import gc
@@ -29,14 +29,14 @@ from dfactory.vocabulary import Vocabulary
 TOKEN_VARIABLE = "DFACTORY_SERVE_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SHORTEST_TOKEN = 16
-CLEANUP_S = 5.0  # for what is being written when all answers are there
-LINGERING_S = 2.0  # for the rest of a request that is refused already
+CLEANUP_S = 5.0  # to finish writing when all answers are decoded
+LINGERING_S = 2.0  # to read the rest of a request that is already refused
 BACKLOG = 1024  # connections that wait to be accepted
-LONGEST = 4096  # tokens of prompt and answer, where nothing else is said
+LONGEST = 4096  # tokens of prompt and answer, by default
 
 
 class Options(NamedTuple):
-    """What `dfactory serve` is told, apart from the model and how to decode."""
+    """The options of `dfactory serve`, apart from the model and the decode keys."""
 
     host: str = "127.0.0.1"
     port: int = 8080
@@ -50,7 +50,8 @@ class Options(NamedTuple):
 
 
 def read_token(host: str, token_file: str | None) -> str | None:
-    """The token that clients have to show. Raises ConfigError where an address that others reach has none."""
+    """The token that clients must send, or None. Raises ConfigError if other machines can reach the address and there is no
+    token."""
     if token_file is not None:
         if not Path(token_file).is_file():
             raise ConfigError(f"--token-file {token_file} does not exist: write a token into it, and nothing else")
@@ -65,7 +66,7 @@ def read_token(host: str, token_file: str | None) -> str | None:
         return None
     if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         raise ConfigError(
-            f"{origin}: a token has at least {SHORTEST_TOKEN} printable ASCII characters and no space; such as that of "
+            f"{origin}: a token has at least {SHORTEST_TOKEN} printable ASCII characters and no space; make one with "
             "`openssl rand -hex 32`"
         )
     return token
@@ -74,13 +75,14 @@ def read_token(host: str, token_file: str | None) -> str | None:
 def serve(
     policy: Policy, vocabulary: Vocabulary, keys: DecodeKeys, rules: DecodeRules, options: Options, console: Console
 ) -> int:
-    """Serve until SIGTERM or SIGINT. 0, or 1 where the decoder failed. `keys` with the block size are those of `rules`."""
+    """Serve until SIGTERM or SIGINT. Returns 0, or 1 if the decoder failed. `rules` were made from `keys`, block size
+    included."""
     token = read_token(options.host, options.token_file)
     most = policy.config.max_position_embeddings
     longest = options.max_length or min(most, LONGEST)
     if not rules.block_size <= longest <= most:
         raise ConfigError(
-            f"--max-length {longest}: it must be a block, {rules.block_size}, to {most} as the model has it"
+            f"--max-length {longest}: it must be from {rules.block_size}, one block, to {most}, the model's limit"
         )
     capacity = longest // rules.block_size * rules.block_size
     engine = Engine(
@@ -105,7 +107,7 @@ async def _serve(service: Service, options: Options, console: Console) -> int:
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
-    gc.freeze()  # what is here stays: a collection looks at what requests make, or it would stop all threads for seconds
+    gc.freeze()  # collections skip what exists now; else each one would stop all threads for seconds
     engine = service.engine
     runner = web.AppRunner(
         service.app(),
@@ -132,7 +134,7 @@ async def _serve(service: Service, options: Options, console: Console) -> int:
 
 
 class _Bugs(logging.Filter):
-    """What a client sends that is no HTTP does not fill the log with tracebacks."""
+    """Keeps tracebacks of malformed HTTP requests out of the log."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
@@ -163,7 +165,7 @@ def _announce(service: Service, address: tuple[str, int], console: Console) -> N
 
 
 async def _until_stopped(service: Service, stop: asyncio.Event, options: Options, console: Console) -> None:
-    """Until a signal or the engine's end; after a signal those that are here have `drain_timeout` to be finished."""
+    """Wait for a signal or the engine's end. After a signal running requests have `drain_timeout` to finish."""
     engine = service.engine
     failed = asyncio.create_task(asyncio.to_thread(engine.join))
     stopped = asyncio.create_task(stop.wait())

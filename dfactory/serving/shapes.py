@@ -1,4 +1,4 @@
-"""Answers as JSON: the shapes that clients of each endpoint expect, whole and in chunks."""
+"""Answers as JSON in the shape of each endpoint, whole and in chunks."""
 
 import dataclasses
 import secrets
@@ -16,7 +16,7 @@ class Shape(Protocol):
     def whole(self, answers: list[Answer]) -> dict[str, Any]: ...
 
     def chunks(self, index: int, answer: Answer, added: str) -> Iterator[dict[str, Any]]:
-        """What a stream says when an answer gains text or ends."""
+        """The chunks of a stream when an answer gains text or ends."""
 
     def last(self, answers: list[Answer]) -> dict[str, Any] | None:
         """A chunk after all others, or None."""
@@ -52,7 +52,7 @@ class Native:
 
 @dataclasses.dataclass
 class OpenAI:
-    """What is common to both of OpenAI's shapes."""
+    """The common part of both OpenAI shapes."""
 
     model: str
     generation: Generation
@@ -79,7 +79,7 @@ class OpenAI:
         raise NotImplementedError
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        """Where the counts are wanted, every chunk but the last says that it has none."""
+        """A chunk. If the client asked for usage, all chunks but the last have `usage: null`."""
         no_usage = {"usage": None} if self.generation.include_usage else {}
         return self.head | {"object": self.chunk_kind, "choices": [choice]} | no_usage
 
@@ -102,7 +102,7 @@ class Completion(OpenAI):
 
 @dataclasses.dataclass
 class ChatCompletion(OpenAI):
-    """A stream says the role of an answer once, then its text, then why it ends: clients add up whatever comes."""
+    """A stream sends the role of an answer once, then its text, then why it ends, because clients concatenate chunks."""
 
     prefix: str = "chatcmpl"
     kind: str = "chat.completion"
@@ -130,5 +130,5 @@ def _delta(index: int, delta: dict[str, Any], reason: str | None) -> dict[str, A
 
 
 def error(message: str, kind: str, code: str) -> dict[str, Any]:
-    """OpenAI's shape, which its clients turn into exceptions; for every endpoint."""
+    """An error in OpenAI's shape, which its clients turn into exceptions."""
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}

@@ -11,12 +11,12 @@ from tests.rl import fault_nodes
 from tests.rl.fault_nodes import HOSTS, Nodes
 
 BLAME = {  # what the output of a run that was ended by a fault has to say
-    "learner": r"^learner rank \d \(pid \d+ on [\d.]+\) (was lost|has given no sign of life)",
+    "learner": r"^learner rank \d \(pid \d+ on [\d.]+\) (was lost|has sent no heartbeat)",
     "learner's node": r"^learner rank \d \(pid \d+ on [\d.]+\) was lost|raylet of the driver's node",
-    "controller": r"the controller (was lost|\(pid \d+ on [\d.]+\) has given no sign of life)",
+    "controller": r"the controller (was lost|\(pid \d+ on [\d.]+\) has sent no heartbeat)",
     "head": r"raylet|GCS|gcs",
-    "weights": r"could not take the weights of version \d+ from Ray's store: the object \w+ was lost",
-    "reward": r"no group of \d+ had a signal.*poisoned",
+    "weights": r"could not read the weights of version \d+ from Ray's store: the object \w+ was lost",
+    "reward": r"none of \d+ groups had a signal.*poisoned",
     "rollout": r"rollout actor \d",
     "reward worker": r"a process with the rewards ordered (did not start|took longer)",
 }

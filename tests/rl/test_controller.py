@@ -181,7 +181,9 @@ def test_asynchronous_rollouts_are_at_most_max_staleness_versions_old(start):
 
 def test_rewards_that_never_differ_stop_the_run_with_what_to_look_at(start):
     controller = start(reward="never", max_steps_without_signal=2)
-    with pytest.raises(ray.exceptions.RayTaskError, match=r"no group of 6 had a signal.*completions\.jsonl") as caught:
+    with pytest.raises(
+        ray.exceptions.RayTaskError, match=r"none of 6 groups had a signal.*completions\.jsonl"
+    ) as caught:
         steps(controller, 1)
     assert isinstance(caught.value.cause, RolloutError)
 
@@ -189,7 +191,7 @@ def test_rewards_that_never_differ_stop_the_run_with_what_to_look_at(start):
 def test_rewards_that_fail_from_a_group_on_stop_the_run_within_the_step_and_are_quoted(start):
     """The step has groups with a signal already, and would wait for the last one for ever."""
     controller = start(reward="at_first", max_steps_without_signal=2)
-    with pytest.raises(ray.exceptions.RayTaskError, match=r"no group of 6 had a signal.*the judge has gone"):
+    with pytest.raises(ray.exceptions.RayTaskError, match=r"none of 6 groups had a signal.*the judge has gone"):
         steps(controller, 1)
 
 

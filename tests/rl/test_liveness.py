@@ -67,5 +67,5 @@ def test_a_learner_is_lost_when_it_is_late_twice_in_a_row():
     watch._judge({0: 1.0, 1: 61.0}, {0, 1})  # a controller that was stopped itself has not read its letters yet
     watch._judge({0: 1.0, 1: 1.0}, {0, 1})
     watch._judge({0: 61.0, 1: 99.0}, {0})  # rank 1 has ended
-    with pytest.raises(RolloutError, match=r"learner rank 0 \(pid 11 on 10.0.0.1\) has given no sign of life for 62 s"):
+    with pytest.raises(RolloutError, match=r"learner rank 0 \(pid 11 on 10.0.0.1\) has sent no heartbeat for 62 s"):
         watch._judge({0: 62.0, 1: 99.0}, {0})

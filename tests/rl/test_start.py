@@ -106,4 +106,4 @@ def test_an_answer_that_is_a_number(tmp_path):
     ]
     done = run("-m", "dfactory.cli", "train", RECIPE, *keys)
     assert done.returncode == 1
-    assert "all 2 rewards of every group were equal (mean 0.000); reward outcomes {'exact_match/ok': 2}" in done.stderr
+    assert "in every group all 2 rewards were equal (mean 0.000); reward outcomes {'exact_match/ok': 2}" in done.stderr

@@ -11,7 +11,7 @@ import pytest
 from dfactory.cli import main
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import ConfigError, DataError
-from dfactory.serving.answers import Answer, Hearer, News, overlap
+from dfactory.serving.answers import Answer, News, ProgressQueue, overlap
 from dfactory.serving.requests import Reader
 from dfactory.types import FinishReason
 from tests.serving.conftest import KEYS, MODEL
@@ -44,7 +44,7 @@ def reader(answerer) -> Reader:
         ({"max_new_tokens": True}, "max_new_tokens in the request: it must be int, is bool"),
         ({"max_new_tokens": 0}, "max_new_tokens 0 in the request: it must be at least 1"),
         ({"max_new_tokens": 101}, "the server takes 100 together: lower max_new_tokens to"),
-        ({"prompt": "word " * 200}, "the server takes 100 with the answer"),
+        ({"prompt": "word " * 200}, "the server takes 100 tokens for prompt and answer"),
         ({"threshold": 2}, "threshold 2 in the request: it must be at most 1"),
         ({"temperature": 1e-30}, "temperature 1e-30: it must be 0, or 0.01 to 100"),
         ({"temperature": 1e999}, "not a JSON value|temperature inf"),
@@ -54,7 +54,7 @@ def reader(answerer) -> Reader:
         ({"stop": [""]}, "stop must be text"),
         ({"stop": 5}, "stop must be text"),
         ({"stream": "yes"}, "stream is str: it must be bool"),
-        ({"model": "other"}, "model other is not here"),
+        ({"model": "other"}, "there is no model other"),
     ],
     ids=str,
 )
@@ -128,15 +128,15 @@ def news(added: list[int], whole: list[int] | None = None) -> News:
 def test_text_leaves_when_it_is_sure():
     answer = Answer(Letters(), ("cd", "xyz"), 1)
     steps = [news([0, 1]), news([2]), news([4, 9])]
-    assert [answer.hear(step) for step in steps] == ["ab", "", "ce"]
-    assert answer.hear(news([], [0, 1, 2, 4, 9, 23])) == "\ufffdx"
+    assert [answer.add(step) for step in steps] == ["ab", "", "ce"]
+    assert answer.add(news([], [0, 1, 2, 4, 9, 23])) == "\ufffdx"
     assert answer.finish_reason == "length"
 
 
 def test_a_stop_text_ends_an_answer_where_it_begins():
     answer = Answer(Letters(), ("cd", "d"), 1)
-    assert answer.hear(news([0, 1, 2])) == "ab"
-    assert answer.hear(news([3, 4])) == ""
+    assert answer.add(news([0, 1, 2])) == "ab"
+    assert answer.add(news([3, 4])) == ""
     assert (answer.text, answer.finish_reason) == ("ab", "stop")
 
 
@@ -147,18 +147,18 @@ def test_what_a_stop_text_begins_with_is_held_back_whatever_their_lengths():
 
 
 def test_news_leave_out_what_finishes_no_block():
-    """Of four forwards two finish a block of two; a request that wants whole answers hears the last one only."""
+    """Of four forwards two finish a block of two; a request that wants whole answers gets only the last one."""
 
-    async def hear(by_block: bool) -> list[News]:
-        hearer = Hearer(1, by_block=by_block)
+    async def collect(by_block: bool) -> list[News]:
+        queue = ProgressQueue(1, by_block=by_block)
         for ids, settled in (([5], 0), ([5, 6], 2), ([5, 6, 7], 2), ([5, 6, 7, 8], 4)):
             rollout = SimpleNamespace(output_ids=ids) if settled == 4 else None
-            hearer.hear(0, SimpleNamespace(forwards=len(ids), token_ids=ids, settled=settled, rollout=rollout))
-        return [(await hearer.next())[1] for _ in range(1 + by_block)]
+            queue.report(0, SimpleNamespace(forwards=len(ids), token_ids=ids, settled=settled, rollout=rollout))
+        return [(await queue.next())[1] for _ in range(1 + by_block)]
 
-    blocks = asyncio.run(hear(by_block=True))
+    blocks = asyncio.run(collect(by_block=True))
     assert [(part.forwards, part.added_ids) for part in blocks] == [(2, [5, 6]), (4, [7, 8])]
-    (last,) = asyncio.run(hear(by_block=False))
+    (last,) = asyncio.run(collect(by_block=False))
     assert (last.forwards, last.rollout.output_ids) == (4, [5, 6, 7, 8])
 
 
@@ -170,7 +170,7 @@ def test_news_leave_out_what_finishes_no_block():
     [
         (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in: set DFACTORY_SERVE_TOKEN or --token-file"),
         (["--token-file", "nowhere"], "--token-file nowhere does not exist"),
-        (["--max-length", "4"], "--max-length 4: it must be a block, 8, to 2048"),
+        (["--max-length", "4"], "--max-length 4: it must be from 8, one block, to 2048"),
         (["--max-length", "9999"], "--max-length 9999"),
         (["decode.treshold=1"], "did you mean threshold?"),
     ],

@@ -120,7 +120,7 @@ def test_answers_that_are_decoded_together_are_those_of_each_alone(server, answe
 
 
 def test_openai_client_hears_errors(client):
-    with pytest.raises(openai.NotFoundError, match="model other is not here: this server has small"):
+    with pytest.raises(openai.NotFoundError, match="there is no model other: this server has small"):
         client.completions.create(model="other", prompt="x")
     with pytest.raises(openai.BadRequestError, match="logprobs 1 is not supported: a block-diffusion model"):
         client.completions.create(model="small", prompt="x", logprobs=1)
