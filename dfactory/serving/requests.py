@@ -130,7 +130,9 @@ class Reader:
         block = self.keys.block_size
         room = self.longest // block * block - prompt_length  # a slot holds whole blocks
         if room < 1:
-            raise DataError(f"the prompt has {prompt_length} tokens, the server takes {self.longest} with the answer")
+            raise DataError(
+                f"the prompt has {prompt_length} tokens, the server takes {self.longest} tokens for prompt and answer"
+            )
         given = "max_new_tokens" in values
         keys = decode_keys_over(self.keys, {"seed": secrets.randbits(32)} | values, "the request")
         if given and keys.max_new_tokens > room:
