@@ -1,5 +1,5 @@
-"""Pictures of metrics over the steps. Runs of one stage share axes; each stage has its own, because their losses and
-steps do not compare. A new metric is a line in FIGURES.
+"""Pictures of metrics over the steps. Runs of one stage share axes; each stage has its own, because losses of different
+stages are not comparable. A new metric is a line in FIGURES.
 """
 
 import math
@@ -15,8 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 from dfactory.commands.reporting.runs import Run
 
-COLOURS = ("#1f5fa8", "#c4531a", "#2e7d4f", "#8a3ea3", "#8c6d1f", "#4d4d4d")  # a run each
-LINES = ("-", "--", "-.")  # a run each, so that equal curves are both seen
+COLOURS = ("#1f5fa8", "#c4531a", "#2e7d4f", "#8a3ea3", "#8c6d1f", "#4d4d4d")  # one per run
+LINES = ("-", "--", "-.")  # one per run, so that two equal curves are both visible
 EVAL_BY_T = re.compile(r"eval/loss_t(\d+\.\d+)")
 SMOOTH_SHARE = 20  # the smoothed line averages over about 1/20 of the points
 
@@ -27,7 +27,7 @@ class Panel(NamedTuple):
     title: str
     metric: str
     held_out: str | None = None
-    log: bool = False  # where the values span more than a factor of 20
+    log: bool = False  # a log axis if the values span more than a factor of 20
     from_zero: bool = False
     exact: bool = False  # never smoothed
 
@@ -51,7 +51,7 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
     ),
     "rollouts": (
         Panel("seconds waited for rollouts", "seconds/rollout_wait", from_zero=True),
-        Panel("policy versions behind", "staleness", from_zero=True, exact=True),
+        Panel("age of rollouts in policy versions", "staleness", from_zero=True, exact=True),
     ),
     "confidence": (Panel("entropy of correct predictions", "confidence", from_zero=True),),
     "optimiser": (
@@ -63,7 +63,7 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
 
 
 def drawings() -> dict[str, Callable[[list[Run]], Figure | None]]:
-    """File name -> what draws it (None: no run has the numbers), in the order of the page."""
+    """File name -> drawing function, in the order of the page. It returns None if no run has the numbers."""
     every = {name: lambda runs, panels=panels: draw_panels(runs, panels) for name, panels in FIGURES.items()}
     return {"loss": every.pop("loss"), "loss_by_t": draw_by_t, **every}
 
@@ -90,7 +90,7 @@ def draw_panels(runs: list[Run], panels: tuple[Panel, ...]) -> Figure | None:
 
 
 def new_figure(cells: int) -> tuple[Figure, list[Axes]]:
-    """A figure with so many axes, two in a row."""
+    """A figure with `cells` axes, two in a row."""
     columns = min(2, cells)
     rows = math.ceil(cells / columns)
     figure = Figure(figsize=(8 if columns == 1 else 10.4, 0.4 + 3.2 * rows), dpi=130, layout="constrained")
@@ -125,7 +125,7 @@ def _label(run: Run, text: str, several: bool) -> str:
 
 
 def draw_by_t(runs: list[Run]) -> Figure | None:
-    """Held-out loss at each mask ratio t: dark is little noise. One pair of axes a run."""
+    """Held-out loss at each mask ratio t, darker for less noise. One plot per run."""
     names = sorted({name for run in runs for row in run.rows for name in row if EVAL_BY_T.fullmatch(name)})
     shown = [run for run in runs if any(len(run.curve(name)[0]) for name in names)]
     if not shown:
@@ -150,10 +150,10 @@ def _finish(axes: Axes, panel: Panel) -> None:
     values = np.concatenate([line.get_ydata() for line in axes.lines])
     if panel.log and (values > 0).all() and values.max() > 20 * values.min():
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")  # matplotlib's own powers of ten are formulae, which are off
+        axes.yaxis.set_major_formatter("{x:g}")  # matplotlib writes powers of ten as formulas, which are switched off
     elif panel.from_zero:
         top = values.max() or 1
-        axes.set_ylim(-0.02 * top, 1.08 * top)  # a line of zeros is seen too
+        axes.set_ylim(-0.02 * top, 1.08 * top)  # so that a line of zeros is visible
         axes.ticklabel_format(axis="y", scilimits=(-3, 6))
     labels = [label for line in axes.lines if not (label := str(line.get_label())).startswith("_")]
     if len(labels) > 1 or any("held out" in label for label in labels):
@@ -169,7 +169,7 @@ def titled(axes: Axes, title: str, xlabel: str) -> None:
 
 
 def smooth(values: np.ndarray) -> np.ndarray | None:
-    """Centred moving mean whose window shrinks at the ends; None where there is too little to smooth."""
+    """Centred moving mean whose window shrinks at the ends; None if there are too few values."""
     half = len(values) // (2 * SMOOTH_SHARE)
     if half == 0:
         return None

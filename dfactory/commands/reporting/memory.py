@@ -1,4 +1,4 @@
-"""The memory that `dfactory check` forecasts for a rank, beside what the run measured."""
+"""The memory that `dfactory check` forecasts for a rank, next to what the run measured."""
 
 import tempfile
 from pathlib import Path
@@ -14,13 +14,13 @@ from dfactory.planning.memory import forecast, setup_of
 from dfactory.recipe import load_recipe
 
 METRICS = {
-    "peak_memory": "GPU: most bytes that were allocated",
-    "peak_rss": "CPU: growth of the process since its start, records in it",
+    "peak_memory": "GPU: peak of allocated bytes",
+    "peak_rss": "CPU: growth of the process since its start, its records included",
 }
 
 
 def draw_memory(runs: list[Run]) -> Figure | None:
-    """A pair of bars a run that measured its memory. The forecast is missing where the model it began with is gone."""
+    """A pair of bars for each run that measured its memory. Without the initial model there is no forecast bar."""
     bars = []
     for run in runs:
         for metric in METRICS:
@@ -43,13 +43,13 @@ def draw_memory(runs: list[Run]) -> Figure | None:
     titled(axes, "memory of the first rank: forecast and measured", "GB")
     axes.set_ylabel("")
     axes.legend(fontsize=8, frameon=False, loc="best")
-    told = dict.fromkeys(METRICS[metric] for _, metric, *_ in bars)
-    figure.supxlabel("measured on a " + "; ".join(told), fontsize=8, color="#555555")
+    explained = dict.fromkeys(METRICS[metric] for _, metric, *_ in bars)
+    figure.supxlabel("measured on a " + "; ".join(explained), fontsize=8, color="#555555")
     return figure
 
 
 def forecast_of(run: Run) -> float | None:
-    """Bytes, of the run's own recipe and ranks; host memory counts where nothing else than the host was there."""
+    """Forecast bytes for the run's recipe and ranks; host memory is added if the run had no GPU."""
     ranks = run.curve("ranks")[1]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
@@ -60,7 +60,7 @@ def forecast_of(run: Run) -> float | None:
                 resolve_model_dir(recipe.model_name_or_path),
                 setup_of(recipe, deepspeed_config(recipe), int(ranks[-1]) if len(ranks) else 1),
             )
-        except DFactoryError:  # moved, or of a machine that is not this one
+        except DFactoryError:  # the model was moved, or is on another machine
             return None
     on_host = len(run.curve("peak_rss")[1]) > 0
     return memory.device_bytes + memory.host_bytes * on_host

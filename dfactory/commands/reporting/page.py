@@ -1,4 +1,4 @@
-"""The page: one HTML file that stands alone, pictures and completions inside."""
+"""The report page: one self-contained HTML file with the pictures and completions."""
 
 import base64
 import html
@@ -22,21 +22,21 @@ th:first-child, td:first-child { text-align: left; } img { max-width: 100%; } di
 table.text th, table.text td { text-align: left; vertical-align: top; white-space: pre-wrap; font-size: 13px; }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px; }
 """
-POLICY = (  # a second wall after the escaping: a browser runs and fetches nothing
+POLICY = (  # besides the escaping: the browser runs no script and fetches nothing
     """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">"""
 )
 CAPTIONS = {
-    "loss": "Thin: each step; thick: mean over 1/20 of the steps; diamonds: held out. Of RL, the training loss stays near 0 "
-    "(its gradient counts, look at the rewards) and the held-out one is a likelihood: they do not compare.",
+    "loss": "Thin: each step; thick: mean over 1/20 of the steps; diamonds: held out. In RL the training loss stays near 0 "
+    "(look at the rewards), and the held-out loss is a likelihood: they are not comparable.",
     "loss_by_t": "A model that learns lowers all of them; the loss at high t is that of the first forwards of decoding.",
     "tradeoff": "From `dfactory eval --thresholds`. Up and to the right is better.",
-    "memory": "The forecast is that of `dfactory check`: a ceiling of what training itself asks for. On a CPU the measured "
-    "number is that of the whole process: what libraries and records grow by counts too.",
-    "rewards": "Groups whose rewards are all equal teach nothing; few different answers are the sign of a collapse.",
+    "memory": "The forecast is that of `dfactory check`: an upper bound of what training itself needs. On a CPU the measured "
+    "number is of the whole process, libraries and records included.",
+    "rewards": "Groups whose rewards are all equal teach nothing; few different answers are a sign of collapse.",
 }
 HELD_OUT_NUMBERS = {
     "held-out loss": "eval/loss",
-    "held-out hit rate": "eval/hit_rate",
+    "held-out accuracy": "eval/hit_rate",
     "tokens per forward": "eval/tokens_per_forward",
     "exact match": "eval/exact_match",
     "chosen above rejected": "eval/rewards/accuracies",
@@ -44,10 +44,10 @@ HELD_OUT_NUMBERS = {
 
 
 def final_numbers(run: Run) -> dict[str, str]:
-    """The last line of a run, as a person reads it."""
+    """A run's final numbers as text, by title."""
     steps, _ = run.curve("loss")
     numbers = {"stage": run.stage, "steps": f"{int(max(run.rows[-1]['step'], *steps, 0)):,}"}
-    for title, metric in (("training loss", "loss"), ("training hit rate", "hit_rate"), ("reward", "reward")):
+    for title, metric in (("training loss", "loss"), ("training accuracy", "hit_rate"), ("reward", "reward")):
         if len(values := run.curve(metric)[1]):
             numbers[title] = f"{values[-math.ceil(len(values) / TAIL_SHARE) :].mean():.4f}"
     for title, metric in HELD_OUT_NUMBERS.items():
@@ -70,7 +70,7 @@ def page(runs: list[Run], pictures: list[Path]) -> str:
     )
     for picture in pictures:
         png = picture.read_bytes()
-        width = min(int.from_bytes(png[16:20]) / FULL_WIDTH, 1)  # letters of all pictures have one size
+        width = min(int.from_bytes(png[16:20]) / FULL_WIDTH, 1)  # so that letters have the same size in all pictures
         name, data = picture.stem.replace("_", " "), base64.b64encode(png).decode()
         caption = f"<p>{html.escape(CAPTIONS[picture.stem])}</p>" if picture.stem in CAPTIONS else ""
         parts.append(
@@ -79,7 +79,7 @@ def page(runs: list[Run], pictures: list[Path]) -> str:
     parts += [_completions(run.label, rows) for run in runs if (rows := run.completions())]
     for run in runs:
         parts.append(f"<h2>recipe of {html.escape(run.label)}, resolved</h2><pre>{html.escape(run.config)}</pre>")
-    return "\n".join([*parts, "</html>\n"]).encode(errors="replace").decode()  # half characters have no bytes
+    return "\n".join([*parts, "</html>\n"]).encode(errors="replace").decode()  # lone surrogates cannot be encoded
 
 
 def _table(runs: list[Run]) -> str:
@@ -91,7 +91,7 @@ def _table(runs: list[Run]) -> str:
 
 
 def _completions(label: str, rows: list[dict[str, Any]]) -> str:
-    """One rollout of each of the first groups, and of the last: what the model says at the start and at the end."""
+    """One rollout of each of the first and last groups: what the model writes at the start and at the end of the run."""
     groups: dict[tuple[int, int], dict[str, Any]] = {}
     for row in rows:
         groups.setdefault((row["step"], row["group"]), row)

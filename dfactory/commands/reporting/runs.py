@@ -1,4 +1,4 @@
-"""What run folders say about themselves: metrics, recipe, threshold sweeps, completions."""
+"""Reads run folders: metrics, recipe, threshold sweeps, completions."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 
 class Run(NamedTuple):
-    """A run folder that was read."""
+    """The contents of a run folder."""
 
     label: str
     path: Path
@@ -59,7 +59,7 @@ def labels(run_dirs: list[Path]) -> list[str]:
 
 
 def read_objects(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; a last line that is still being written is left out. Raises DataError for others."""
+    """The objects of a JSONL file, without an unfinished last line. Raises DataError for other bad lines."""
     lines = file.read_text().splitlines()
     objects = []
     for number, line in enumerate(lines, start=1):

@@ -1,4 +1,4 @@
-"""Accuracy against tokens per forward over the decoder's threshold: where parallel decoding begins to cost answers."""
+"""Exact match against tokens per forward over the decoder's threshold: where parallel decoding starts to cost answers."""
 
 from matplotlib.figure import Figure
 
@@ -7,7 +7,7 @@ from dfactory.commands.reporting.runs import Run
 
 
 def draw_tradeoff(runs: list[Run]) -> Figure | None:
-    """A line a sweep (before and after CAP, say), a point a threshold; up and to the right is better."""
+    """One line per sweep (before and after CAP, say), one point per threshold; up and to the right is better."""
     sweeps = {name: rows for run in runs for name, rows in run.sweeps().items() if rows}
     if not sweeps:
         return None
@@ -16,7 +16,7 @@ def draw_tradeoff(runs: list[Run]) -> Figure | None:
         colour = COLOURS[index % len(COLOURS)]
         points = [row["tokens_per_forward"] for row in rows], [row["exact_match"] for row in rows]
         axes.plot(*points, LINES[index % len(LINES)], color=colour, marker="o", markersize=5, linewidth=1.6, label=name)
-        left = index % 2  # so that two sweeps, before and after, do not write over each other
+        left = index % 2  # so that the labels of two sweeps do not overlap
         look = {"ha": "right", "va": "top"} if left else {"ha": "left", "va": "bottom"}
         for row, x, y in zip(rows, *points, strict=True):
             offset = (-5, -5) if left else (5, 5)
