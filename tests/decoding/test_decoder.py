@@ -33,23 +33,21 @@ def make_rules(**keys) -> DecodeRules:
 
 
 def settings_of(rules: DecodeRules) -> Settings:
+    names = {"threshold", "min_commit", "steps", "step_schedule"}
     return Settings(
         block_size=rules.block_size,
         max_new_tokens=rules.max_new_tokens,
         mask_token_id=rules.mask_token_id,
         eos_token_id=rules.eos_token_id,
-        threshold=rules.rule.threshold,
-        min_commit=rules.rule.min_commit,
         editing_threshold=rules.editing and rules.editing.threshold,
         max_post_steps=rules.editing.max_post_steps if rules.editing else 16,
         temperature=rules.distribution.temperature,
         top_k=rules.distribution.top_k,
         top_p=rules.distribution.top_p,
         acceptance=rules.acceptance.by,
-        steps=rules.rule.steps,
-        step_schedule=rules.rule.step_schedule,
         eos_penalty=rules.acceptance.eos_penalty,
         suppressed_ids=rules.distribution.suppressed_ids,
+        **{name: value for name, value in vars(rules.rule).items() if name in names},
     )
 
 
@@ -58,7 +56,7 @@ def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(0, 150, (length,), generator=generator).tolist() for length in lengths]
 
 
-def equals_uncached(policy, prompts, rules, drafts=None):
+def equals_uncached(policy, prompts, rules, drafts=None, choose=None):
     """Decode the prompts together; the obvious loop, one by one, has to say the same. Returns the rollouts."""
     rollouts = decode(policy, prompts, rules, drafts=drafts)
     for index, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True)):
@@ -66,7 +64,7 @@ def equals_uncached(policy, prompts, rules, drafts=None):
         def noise(step, index=index):
             return uniform_numbers(rules.seed, index, step, rules.block_size)
 
-        expected = uncached(policy, prompt, settings_of(rules), noise, drafts[index] if drafts else ())
+        expected = uncached(policy, prompt, settings_of(rules), noise, drafts[index] if drafts else (), choose)
         assert rollout.prompt_ids == prompt
         assert rollout.token_ids == expected.token_ids
         assert rollout.output_ids == expected.output_ids

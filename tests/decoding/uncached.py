@@ -109,9 +109,15 @@ def judged(p_V: torch.Tensor, token: int, s: Settings, factor: float) -> float:
 
 @torch.inference_mode()
 def uncached(
-    policy, prompt: list[int], s: Settings, uniform: Callable[[int], list[float]] | None = None, draft: list[int] = ()
+    policy,
+    prompt: list[int],
+    s: Settings,
+    uniform: Callable[[int], list[float]] | None = None,
+    draft: list[int] = (),
+    choose: Callable[[dict[int, torch.Tensor]], list[int]] | None = None,
 ) -> Outcome:
-    """`uniform(step)` gives the block_size numbers in [0, 1) that the draws of that forward use; `draft` stands first."""
+    """`uniform(step)` gives the block_size numbers in [0, 1) that the draws of that forward use; `draft` stands first.
+    `choose` is another rule than the threshold: the distribution at each masked position -> the positions to commit."""
     n, B, mask, eos = len(prompt), s.block_size, s.mask_token_id, s.eos_token_id
     blocks = math.ceil((n + s.max_new_tokens) / B)
     x = torch.tensor(prompt + [mask] * (blocks * B - n))
@@ -139,9 +145,9 @@ def uncached(
 
             logits = block_causal_logits(policy, x[: (block + 1) * B], B)
             numbers = uniform(forwards) if uniform else [0.0] * B
-            token, top, confidence, written, logprob = {}, {}, {}, {}, {}
+            token, top, confidence, written, logprob, p_of = {}, {}, {}, {}, {}, {}
             for i in places:
-                p_V = processed(logits[i], s)
+                p_V = p_of[i] = processed(logits[i], s)
                 token[i] = draw(p_V, numbers[i - block * B], s)
                 logprob[i] = math.log(p_V[token[i]])
                 top[i] = int(p_V.argmax()) if s.acceptance == "top" else token[i]
@@ -151,6 +157,8 @@ def uncached(
             commit = [i for i in masked if confidence[i] > s.threshold]
             if len(commit) < count:
                 commit = sorted(masked, key=lambda i: -confidence[i])[:count]
+            if choose is not None:
+                commit = choose({i: p_of[i] for i in masked})
             change = []
             if s.editing_threshold is not None:
                 visible = [i for i in places if i not in masked]
