@@ -24,13 +24,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dfactory.algorithms.elbo import elbo
 from dfactory.config.data import DatasetKeys
 from dfactory.data.chat import ChatEncoder, special_ids
 from dfactory.data.examples import load_examples
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy, read_tokenizer, resolve_model_dir, trained_block_size
 from dfactory.noise import RandomMask
-from dfactory.objectives.elbo import elbo
 from dfactory.packing import PackedDocument, align, collate
 from dfactory.types import AlignedDocument
 

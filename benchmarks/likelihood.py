@@ -31,7 +31,7 @@ from benchmarks.workload import (
     write_model,
     write_records,
 )
-from dfactory.objectives.elbo import elbo
+from dfactory.algorithms.elbo import elbo
 from dfactory.types import ViewBatch
 from tests.reference import one_view_nll
 

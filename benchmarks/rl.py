@@ -28,15 +28,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.workload import BLOCK, LEARNING_RATE, Obvious, Ours, sft_recipe, special_ids, text_ids, write_model
+from dfactory.algorithms.policy_gradient import PolicyGradient
+from dfactory.algorithms.rollouts import RolloutViews, rollout_views
 from dfactory.decoding import DecodeRules, decode
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.models.registry import load_policy
 from dfactory.noise import RandomMask
-from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.rl.rollouts import RolloutBatch, ScoredRollout
 from dfactory.rl.rows import rollout_document
 from dfactory.rl.source import RolloutSource
-from dfactory.rl.views import RolloutViews, rollout_views
 from dfactory.types import Rollout
 from tests.decoding.uncached import Settings, uncached
 from tests.reference import one_view_nll

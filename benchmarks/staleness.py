@@ -32,6 +32,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dfactory.algorithms import Data
 from dfactory.recipe import Recipe, load_recipe
 from dfactory.rl.actors import RolloutActor
 from dfactory.rl.controller import Controller
@@ -112,7 +113,7 @@ def train(recipe_file: str, folder: Path, overrides: list[str]) -> None:
     if finished.is_file():
         return
     recipe = load_recipe(RECIPES / recipe_file, [f"output_dir={folder}", "overwrite_output_dir=true", *overrides])
-    client = LocalClient(recipe) if recipe.stage == "rl" else None
+    client = LocalClient(recipe) if recipe.algorithm.data is Data.PROMPTS else None
     if status := learn(recipe, client):
         raise SystemExit(status)
     if client is not None:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from dfactory import distributed
+from dfactory.algorithms.sft import SFT
 from dfactory.assembly import make_source, make_views, read_inputs
 from dfactory.config.data import DatasetKeys
 from dfactory.data.source import RecordSource
@@ -29,7 +30,6 @@ from dfactory.engine.trainer import Trainer
 from dfactory.models.registry import load_policy
 from dfactory.models.saving import save_policy
 from dfactory.models.tiny import write_tiny_config
-from dfactory.objectives.sft import SFT
 from dfactory.packing import align
 from dfactory.recipe import Recipe
 from dfactory.types import Example, ViewBatch

@@ -9,7 +9,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from dfactory.config.objective import PAIRED_STAGES
+from dfactory.algorithms import Data
+from dfactory.algorithms.rollouts import rollout_views
 from dfactory.data.chat import SpecialIds
 from dfactory.data.examples import DocumentRules, Examples, load_examples
 from dfactory.data.source import MakeViews, RecordSource
@@ -27,13 +28,8 @@ from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy
 from dfactory.models.saving import carried_files
 from dfactory.noise import Drafts, EditTargets, GridMask, MaskEmbeddingNoise, RandomMask, TraceViews
-from dfactory.objectives.cap import CAP
-from dfactory.objectives.dpo import DPO
-from dfactory.objectives.policy_gradient import PolicyGradient
-from dfactory.objectives.sft import SFT
 from dfactory.recipe import Recipe
 from dfactory.rl.source import RATIO_TOLERANCE, RolloutClient, RolloutSource
-from dfactory.rl.views import rollout_views
 from dfactory.runs.probe import DecodingProbe, first_questions
 from dfactory.types import Objective
 from dfactory.vocabulary import Vocabulary, recipe_vocabulary
@@ -57,7 +53,7 @@ def read_inputs(recipe: Recipe, streaming: bool = False) -> Inputs:
     DataError; no weights are touched."""
     vocabulary = recipe_vocabulary(recipe)
     held_out = _load(recipe, vocabulary, recipe.eval_datasets) if recipe.eval_datasets else None
-    if recipe.stage == "rl":
+    if recipe.algorithm.data is Data.PROMPTS:
         return Inputs(vocabulary, None, held_out)
     if streaming:
         return Inputs(vocabulary, stream_examples(recipe, vocabulary), held_out)
@@ -162,7 +158,7 @@ def make_eval_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int)
     for pairs those of training, because what is measured then is the objective itself."""
     levels = tuple(recipe.eval_noise_levels)
     views, num_views = GridMask(inputs.special.mask, recipe.seed, levels), len(levels)
-    if recipe.stage in PAIRED_STAGES:
+    if make_objective(recipe, inputs).measure is not None:
         views, num_views = make_views(recipe, inputs), recipe.views_per_document
     return RecordSource(
         inputs.held_out,
@@ -204,41 +200,22 @@ def make_rollout_source(recipe: Recipe, inputs: Inputs, client: RolloutClient, t
         world_size=trainer.world_size,
         micro_batch_rows=recipe.per_device_train_batch_size,
         num_iterations=recipe.num_iterations,
-        traces=recipe.policy_loss == "trace",
+        traces=recipe.algorithm.recorded,
         old_policy=recipe.old_policy,
-        importance_cap=recipe.importance_cap,
+        importance_cap=recipe.algorithm.importance_cap(recipe),
+        compares=recipe.algorithm.needs(recipe).old_logprob,
         train_after_eos=recipe.train_after_eos,
         ratio_tolerance=RATIO_TOLERANCE[recipe.dtype],
     )
 
 
 def make_objective(recipe: Recipe, inputs: Inputs) -> Objective:
-    editing_mask = inputs.special.mask if recipe.edits else None
-    makers = {
-        "sft": lambda: SFT(recipe.loss_weight, editing_mask),
-        "cpt": lambda: SFT(recipe.loss_weight, editing_mask),
-        "rl": lambda: PolicyGradient(
-            level="sequence" if recipe.policy_loss == "ebpo" else "token",
-            normaliser=recipe.ratio_normalisation,
-            epsilon=recipe.epsilon,
-            epsilon_high=recipe.highest_epsilon,
-            clip=recipe.ratio_clip,
-            aggregation=recipe.loss_aggregation,
-            max_new_tokens=recipe.decode.max_new_tokens,
-            kl_coef=recipe.kl_coef,
-            kl_estimator=recipe.kl_estimator,
-        ),
-        "cap": lambda: CAP(recipe.loss_weight, recipe.confidence_beta, editing_mask),
-        "dpo": lambda: DPO(
-            recipe.beta, recipe.loss_type, recipe.label_smoothing, recipe.length_normalize, recipe.sft_loss_coef
-        ),
-    }
-    return makers[recipe.stage]()
+    return recipe.algorithm.objective(recipe, inputs.special.mask if recipe.edits else None)
 
 
 def make_measure(recipe: Recipe, objective: Objective) -> Measure:
     """What an evaluation reports of each micro-batch."""
-    return objective.measure if recipe.stage in PAIRED_STAGES else means_by_t(recipe.eval_noise_levels)
+    return objective.measure or means_by_t(recipe.eval_noise_levels)
 
 
 def make_probe(recipe: Recipe, inputs: Inputs) -> DecodingProbe | None:
@@ -256,7 +233,7 @@ def make_reference(
     """What puts the scores of the initial model beside a source's batches, where the objective compares with it. To be
     called before a checkpoint is loaded: the trainer's policy is the initial model until then. `cursor` is where a resumed
     run goes on, for so many windows."""
-    if recipe.stage not in PAIRED_STAGES:
+    if recipe.algorithm.data is Data.PROMPTS or not recipe.algorithm.needs(recipe).reference:
         return lambda source: source
     reference = elbo_by(initial_score(recipe, trainer))
     if recipe.reference_kind == "precomputed":
@@ -312,7 +289,7 @@ def make_policy(recipe: Recipe) -> Policy:
     """The model to be trained."""
     policy = load_initial(recipe)
     carried_files(policy.source_dir)  # or the first checkpoint would tell that one of them cannot be copied
-    policy.entropy_temperature = recipe.entropy_temperature
+    policy.entropy_temperature = recipe.algorithm.needs(recipe).entropy_temperature or 1.0
     if recipe.use_peft:
         add_adapters(policy, **recipe.lora_options, seed=recipe.seed)
     return policy

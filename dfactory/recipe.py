@@ -8,11 +8,20 @@ import itertools
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from dfactory.algorithms.base import (
+    ALGORITHMS,
+    Algorithm,
+    Data,
+    choices_of,
+    default_of,
+    refuse_other_selections,
+    selected,
+)
 from dfactory.config.data import DataKeys
 from dfactory.config.earlier import Alias, translate
 from dfactory.config.editing import EditingKeys
@@ -21,10 +30,9 @@ from dfactory.config.load import COMMAND_LINE, NOT_YAML, known_keys, merge_layer
 from dfactory.config.merge import small_is_good
 from dfactory.config.model import ModelKeys
 from dfactory.config.noise import NoiseKeys
-from dfactory.config.objective import PAIRED_STAGES, PLAIN_STAGES, ObjectiveKeys
-from dfactory.config.rl import RLKeys
+from dfactory.config.owners import combine, refuse_foreign
 from dfactory.config.training import TrainingKeys
-from dfactory.decoding.keys import DecodeKeys, decode_problem, refuse_foreign_keys, trace_problem
+from dfactory.decoding.keys import DecodeKeys, decode_problem, refuse_foreign_keys
 from dfactory.errors import ConfigError
 from dfactory.redaction import remember
 
@@ -32,8 +40,27 @@ UNSET = object()
 PATH_KEYS = ("deepspeed", "chat_template_path", "reference_path")  # paths that a recipe states relative to itself
 
 
+STAGES, POLICY_LOSSES = choices_of("stage"), choices_of("policy_loss")
+AlgorithmKeys = combine("AlgorithmKeys", ALGORITHMS, __name__)
+
+
+_CORE = [TrainingKeys, EditingKeys, NoiseKeys, DataKeys, ModelKeys]
+if _TAKEN := {f.name for f in fields(AlgorithmKeys)} & {f.name for group in _CORE for f in fields(group)}:
+    raise ConfigError(f"an algorithm declares {', '.join(_TAKEN)}, which every recipe has: give its key another name")
+
+
 @dataclass
-class Recipe(TrainingKeys, RLKeys, ObjectiveKeys, EditingKeys, NoiseKeys, DataKeys, ModelKeys):
+class SelectingKeys:
+    stage: str = key(default_of("stage"), "what is optimised; docs/algorithms.md", choices=tuple(STAGES))
+    policy_loss: str = key(
+        default_of("policy_loss"),
+        "stage rl: what stands for a rollout's likelihood, and what is made of it",
+        choices=tuple(POLICY_LOSSES),
+    )
+
+
+@dataclass
+class Recipe(TrainingKeys, AlgorithmKeys, SelectingKeys, EditingKeys, NoiseKeys, DataKeys, ModelKeys):
     decode: DecodeKeys = key(DecodeKeys, "how prompts are decoded during training")
 
     @property
@@ -71,29 +98,27 @@ class Recipe(TrainingKeys, RLKeys, ObjectiveKeys, EditingKeys, NoiseKeys, DataKe
         return small_is_good(self.metric_for_best_model or "")
 
     @property
+    def algorithm(self) -> Algorithm:
+        """What `stage`, and in reinforcement learning `policy_loss`, select."""
+        return selected(self)
+
+    @property
     def documents_per_record(self) -> int:
-        return 2 if self.stage in PAIRED_STAGES else 1
+        return self.algorithm.data.documents_per_record
 
     @property
     def reference_kind(self) -> str | None:
         """What gives the scores of the initial model that the objective compares with: a frozen `copy`, the policy with its
         `adapter` off, or `precomputed` ones; None where it compares with nothing."""
-        if self.stage in PAIRED_STAGES:
-            return self.reference or ("adapter" if self.use_peft else "copy")
-        if self.stage == "rl" and self.kl_coef:
-            return "adapter" if self.use_peft else "copy"
-        return None
+        if not self.algorithm.needs(self).reference:
+            return None
+        return self.reference or ("adapter" if self.use_peft else "copy")
 
     @property
     def frozen_models(self) -> tuple[str, ...]:
         """The models that a learner holds beside the one in training: assembly loads these and no others, and the memory
         forecast has a line of this name for each."""
         return ("reference",) if self.reference_kind == "copy" else ()
-
-    @property
-    def highest_epsilon(self) -> float:
-        """What `epsilon_high` null stands for."""
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
     def decodes_ahead(self) -> bool:
@@ -104,8 +129,9 @@ class Recipe(TrainingKeys, RLKeys, ObjectiveKeys, EditingKeys, NoiseKeys, DataKe
     def actors_score(self) -> bool:
         """Whether rollout actors say how likely the views of their rollouts are. A trace is recorded as it is decoded, but
         at another temperature that is not what the learner's ratio compares."""
-        recorded = self.policy_loss == "trace" and self.decode.temperature == 1
-        return self.decodes_ahead and self.old_policy == "decoder" and not recorded
+        if not self.algorithm.needs(self).old_logprob or self.old_policy != "decoder":
+            return False
+        return self.decodes_ahead and not (self.algorithm.recorded and self.decode.temperature == 1)
 
     @property
     def longest_record(self) -> int:
@@ -145,6 +171,8 @@ def read_recipe(path: str | Path, overrides: list[str] = (), ranks: int | None =
     recipe = merge_layers(Recipe, layers)
     remember(recipe)
     origins = _origins(layers)
+    refuse_other_selections(recipe, origins)
+    refuse_foreign(recipe, origins, ALGORITHMS, recipe.algorithm)
     refuse_foreign_keys(recipe.decode, origins, "decode.")
     _check_recipe(recipe, f"{path} and the command line" if overrides else str(path))
     return Loaded(recipe, origins, aliases)
@@ -202,7 +230,7 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
             f"mask_count exact draws from no mask to all, noise_range_low is {low:g} and noise_range_high {high:g}: "
             "set them to 0 and 1",
         )
-    elif weighing := _elbo_weights_of(recipe):
+    elif weighing := recipe.algorithm.dividing_key(recipe):
         rule(low > 0, f"noise_range_low 0 with {weighing} divides by zero: raise it to 0.001")
         twin_is_finite = not recipe.complementary or high < 1
         rule(
@@ -221,7 +249,7 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
         f"overlong split with stage {recipe.stage}: pairs have prompts and cannot be split; use truncate",
     )
     if recipe.row_length is not None:
-        rollouts = recipe.stage == "rl"  # they are cut between views
+        rollouts = recipe.algorithm.data is Data.PROMPTS  # they are cut between views
         need = 2 * recipe.max_length if rollouts else recipe.longest_record
         held = "a rollout of max_length with one view" if rollouts else "a record of max_length with its views"
         rule(
@@ -232,8 +260,8 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
         not (recipe.use_peft and recipe.init_weights == "random"),
         "init_weights random with use_peft: the base that the adapters belong to would be lost; train it first",
     )
-    _check_preferences(recipe, rule)
-    _check_rl(recipe, rule)
+    for problem in recipe.algorithm.problems(recipe):
+        rule(False, problem)
     _check_editing(recipe, rule)
     _check_traces(recipe, rule)
     problem = decode_problem(recipe.decode, recipe.decode.block_size or recipe.block_size)
@@ -258,13 +286,9 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
     rule(set(recipe.report_to) <= {"wandb"}, f"report_to {recipe.report_to}: only wandb is known")
 
 
-def _elbo_weights_of(recipe: Recipe) -> str | None:
-    """The keys, if any, because of which targets weigh 1/t."""
-    if recipe.stage == "rl":
-        return "policy_loss ebpo" if recipe.policy_loss == "ebpo" else None
-    if recipe.stage in PAIRED_STAGES:
-        return f"stage {recipe.stage}"
-    return "loss_weight elbo" if recipe.loss_weight == "elbo" else None
+def _plain_stages() -> str:
+    """Those that train on records as they are."""
+    return ", ".join(name for name, algorithm in STAGES.items() if algorithm.data is Data.RECORDS)
 
 
 def _check_block_sizes(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
@@ -296,8 +320,8 @@ def _check_block_sizes(recipe: Recipe, rule: Callable[[bool, str], None]) -> Non
         f"{shown} begins its last block size at step {steps[-1]}, but max_steps is {recipe.max_steps}: begin it earlier",
     )
     rule(
-        recipe.stage in PLAIN_STAGES,
-        f"{shown} with stage {recipe.stage}: only {', '.join(PLAIN_STAGES)} change their block size; set it to null",
+        recipe.algorithm.data is Data.RECORDS,
+        f"{shown} with stage {recipe.stage}: only {_plain_stages()} change their block size; set it to null",
     )
     rule(
         recipe.view_source != "trace",
@@ -312,8 +336,8 @@ def _check_embedding_noise(recipe: Recipe, rule: Callable[[bool, str], None]) ->
         f"mask_embedding_noise {std:g} with mask_embedding_noise_steps {steps}: give both, or neither",
     )
     rule(
-        std == 0 or recipe.stage in PLAIN_STAGES,
-        f"mask_embedding_noise with stage {recipe.stage}: only {', '.join(PLAIN_STAGES)} have it; set it to 0",
+        std == 0 or recipe.algorithm.data is Data.RECORDS,
+        f"mask_embedding_noise with stage {recipe.stage}: only {_plain_stages()} have it; set it to 0",
     )
     rule(
         std == 0 or not recipe.edits,
@@ -322,49 +346,11 @@ def _check_embedding_noise(recipe: Recipe, rule: Callable[[bool, str], None]) ->
     )
 
 
-def _check_preferences(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
-    """Rules between the keys of preference optimisation."""
-    smoothing, loss = recipe.label_smoothing, recipe.loss_type
-    rule(recipe.stage != "dpo" or recipe.beta > 0, "beta 0 with stage dpo: the loss would not depend on the policy")
-    rule(
-        smoothing == 0 or loss in ("sigmoid", "robust"),
-        f"label_smoothing {smoothing:g} with loss_type {loss} has no meaning: set it to 0, or use sigmoid or robust",
-    )
-    rule(
-        smoothing < 0.5 or loss != "robust",
-        "label_smoothing 0.5 with loss_type robust divides by zero: lower it",
-    )
-    rule(
-        recipe.reference != "adapter" or recipe.use_peft,
-        "reference adapter without use_peft: there is no adapter to switch off; set use_peft, or reference to copy",
-    )
-    rule(
-        recipe.stage not in PAIRED_STAGES or not recipe.frozen_models or recipe.expert_parallel_size == 1,
-        f"expert_parallel_size {recipe.expert_parallel_size} with reference copy is not supported: set reference "
-        "to precomputed",
-    )
-    rule(
-        recipe.reference_path is None or recipe.reference == "precomputed",
-        f"reference_path {recipe.reference_path} is read with reference precomputed only: set that, or leave it out",
-    )
-
-
 def _check_editing(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
     """Rules between the keys of token editing."""
     rule(
         recipe.edit_source == "uniform" or recipe.edit_share > 0,
         f"edit_source {recipe.edit_source} with edit_share 0 replaces nothing: raise edit_share",
-    )
-    if not recipe.edits:
-        return
-    editing = f"edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns}"
-    rule(
-        recipe.loss_weight == "uniform",
-        f"loss_weight {recipe.loss_weight} with {editing}: 1/t has a meaning for masked targets only; use uniform",
-    )
-    rule(
-        recipe.stage not in PAIRED_STAGES,
-        f"stage {recipe.stage} with {editing}: its likelihoods are sums over masked targets; set edit_share 0, num_turns 1",
     )
 
 
@@ -389,49 +375,3 @@ def _check_traces(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
         recipe.block_size_schedule is None,
         "block_size_schedule with view_source trace: a trace has the block size that it was decoded with; set it to null",
     )
-
-
-def _check_rl(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
-    """Rules between the keys of reinforcement learning."""
-    if recipe.stage != "rl":
-        return
-    rule(bool(recipe.reward_funcs), "reward_funcs is empty with stage rl: name at least one, such as exact_match")
-    rule(recipe.max_steps is not None, "max_steps null with stage rl: rollouts never end; say how many steps")
-    rule(
-        recipe.decode.temperature > 0,
-        "decode.temperature 0 with stage rl: all rollouts of a prompt would be the same; use 1.0",
-    )
-    rule(
-        recipe.decode.acceptance == "top",
-        f"decode.acceptance {recipe.decode.acceptance} with stage rl starves rare tokens and biases the ratio; use top",
-    )
-    if recipe.policy_loss == "trace" and (unlikely := trace_problem(recipe.decode)):
-        given, why = unlikely
-        rule(False, f"{given} with policy_loss trace: {why}; set it otherwise, or use ebpo")
-    rule(
-        recipe.decode.top_p is None and recipe.decode.top_k is None,
-        "decode.temperature, top_k or top_p other than 1.0, null, null with stage rl: the learner's likelihood is that of "
-        "the unprocessed distribution, and no weight brings back tokens that cannot come out",
-    )
-    rule(
-        recipe.decode.temperature == 1 or (recipe.policy_loss == "trace" and recipe.importance_cap is not None),
-        f"decode.temperature {recipe.decode.temperature:g} with stage rl, policy_loss {recipe.policy_loss} and "
-        f"importance_cap {recipe.importance_cap}: the learner's likelihood is that of temperature 1.0; only policy_loss "
-        "trace with an importance_cap weighs the difference",
-    )
-    rule(recipe.decode.block_size in (None, recipe.block_size), "decode.block_size with stage rl: it is block_size")
-    rule(
-        recipe.decode.max_new_tokens < recipe.max_length,
-        f"decode.max_new_tokens {recipe.decode.max_new_tokens} leaves no room for a prompt in max_length "
-        f"{recipe.max_length}",
-    )
-    rule(
-        recipe.expert_parallel_size == 1,
-        f"expert_parallel_size {recipe.expert_parallel_size} with stage rl is not supported: its tensors have other names",
-    )
-    rule(
-        recipe.view_source == "mask",
-        f"view_source {recipe.view_source} with stage rl: say policy_loss trace to train on the decoder's own steps, and "
-        "leave view_source at mask",
-    )
-    rule(not recipe.edits, "edit_share or num_turns with stage rl: rollouts are trained on as they were decoded")

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterator
 
 from dfactory import distributed
+from dfactory.algorithms import Data
 from dfactory.assembly import (
     make_eval_source,
     make_measure,
@@ -41,7 +42,7 @@ from dfactory.types import TrainState, ViewBatch
 
 def train(recipe: Recipe) -> int:
     """Run a recipe to its end. Returns the exit status: 0 done, 75 preempted after a saved checkpoint."""
-    if recipe.stage == "rl":
+    if recipe.algorithm.data is Data.PROMPTS:
         read_inputs(recipe)  # a bad row is told before anything is started
         check_rewards(recipe)
         lock_local_cluster()  # before Ray is imported

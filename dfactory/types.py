@@ -10,6 +10,7 @@ B block size, G rollouts of a prompt.
 
 import dataclasses
 import enum
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -268,6 +269,9 @@ class Objective(Protocol):
 
     spans_micro_batches: bool = False
     """Whether a loss term joins scores of several micro-batches; the engine then replays the window in two passes."""
+
+    measure: "Callable[[ViewBatch, TokenScores], dict[str, Mean]] | None" = None
+    """What an evaluation reports of a micro-batch; None: the losses of the targets, at each mask ratio of a grid."""
 
     def counts(self, batch: ViewBatch, scores: TokenScores | None) -> dict[str, Count]:
         """The denominators' shares of a micro-batch. `scores` is None where they are not needed."""

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dfactory.algorithms.policy_gradient import PolicyGradient
+from dfactory.algorithms.sft import SFT
 from dfactory.decoding import decode
 from dfactory.models.registry import load_policy
 from dfactory.noise import RandomMask
-from dfactory.objectives.policy_gradient import PolicyGradient
-from dfactory.objectives.sft import SFT
 from dfactory.vocabulary import read_vocabulary
 from examples import minimal_grpo, minimal_sft
 

@@ -7,6 +7,7 @@ the builders are train.py's own.
 
 import time
 
+from dfactory.algorithms import Data
 from dfactory.commands.checking.data import tell_data, tell_example
 from dfactory.commands.checking.keys import tell_keys
 from dfactory.commands.checking.memory import tell_memory
@@ -40,7 +41,7 @@ def check(loaded: Loaded, gpus: int | None, imports_s: float = 0.0) -> int:
         if recipe.init_weights == "pretrained":
             page.section("weights", tell_weights, model)
         special = page.section("tokens", tell_tokens, recipe, model)
-        if recipe.stage == "rl":
+        if recipe.algorithm.data is Data.PROMPTS:
             page.section("rollouts", tell_rollouts, recipe)
         began = time.monotonic()
         inputs = page.section("data", tell_data, recipe) if special is not None else None

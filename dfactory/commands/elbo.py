@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from dfactory.algorithms.elbo import elbo_by_view
 from dfactory.commands.generate import Answerer, write_outputs
 from dfactory.config.data import DatasetKeys
 from dfactory.console import plain_console
@@ -27,7 +28,6 @@ from dfactory.data.examples import Examples, load_examples
 from dfactory.data.source import MakeViews, RecordSource
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.noise import RandomMask
-from dfactory.objectives.elbo import elbo_by_view
 from dfactory.types import AlignedDocument, View
 
 ROW_LENGTH = 8192  # positions that are scored together, unless one record takes more

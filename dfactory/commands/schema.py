@@ -8,15 +8,17 @@ from typing import Any
 from omegaconf import MISSING
 from rich.table import Table
 
+from dfactory.algorithms import ALGORITHMS
 from dfactory.config.data import DatasetKeys
 from dfactory.config.earlier import Alias
 from dfactory.config.earlier_keys import CONVERTED, IMPLIED, LEFT_OUT, ONLY, RENAMED
 from dfactory.config.load import known_keys
 from dfactory.config.merge import MergeKeys
+from dfactory.config.owners import either, owners_of
 from dfactory.config.resume import resume_table
 from dfactory.console import plain_console
 from dfactory.decoding.rules.base import RULES
-from dfactory.recipe import Recipe
+from dfactory.recipe import AlgorithmKeys, Recipe
 from dfactory.redaction import redact
 
 SECTIONS = {
@@ -37,7 +39,7 @@ def schema(markdown: bool) -> int:
             if dataclasses.is_dataclass(field.type):
                 continue  # a group: its keys follow
             console.print(f"  {name}: {_type(field.type)} = {_default(field)}")
-            console.print(f"      {_meaning(field)}")
+            console.print(f"      {_meaning(field, _owner(name))}")
     return 0
 
 
@@ -56,7 +58,7 @@ def key_page() -> str:
         lines += [f"## {title[0].upper()}{title[1:]}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
         for name, field in known_keys(keys, prefix).items():
             if not dataclasses.is_dataclass(field.type):
-                cells = (f"`{name}`", _type(field.type), f"`{_default(field)}`", _meaning(field))
+                cells = (f"`{name}`", _type(field.type), f"`{_default(field)}`", _meaning(field, _owner(name)))
                 lines.append(_row(cells))
         lines.append("")
     return "\n".join(lines).rstrip()
@@ -68,7 +70,7 @@ def earlier() -> int:
 
 
 def resuming() -> int:
-    print(resume_table())
+    print(resume_table([field.name for field in dataclasses.fields(AlgorithmKeys)]))
     return 0
 
 
@@ -143,9 +145,15 @@ def _default(field: dataclasses.Field) -> str:
     return _yaml(value)
 
 
-def _meaning(field: dataclasses.Field) -> str:
+def _owner(name: str) -> str:
+    """Which algorithms a key belongs to; empty for one that all have."""
+    owners = owners_of(name, ALGORITHMS)
+    return either(owners, ALGORITHMS)
+
+
+def _meaning(field: dataclasses.Field, owner: str = "") -> str:
     rules = field.metadata
-    parts = [rules["help"]]
+    parts = [f"{owner}: {rules['help']}" if owner else rules["help"]]
     if rules["choices"]:
         parts.append(f"one of {', '.join(rules['choices'])}")
     bounds = [f"{sign} {rules[side]:g}" for side, sign in (("low", ">="), ("high", "<=")) if rules[side] is not None]

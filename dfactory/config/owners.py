@@ -22,6 +22,10 @@ class Owner(Protocol):
     def selector(self) -> str:
         """The key and value that select the entry, such as `decode.rule threshold`."""
 
+    @property
+    def family(self) -> str:
+        """The same for all entries with which it shares a parent; the selector again where there is no such thing."""
+
 
 def combine(name: str, entries: Iterable[Owner], module: str) -> type:
     """A dataclass with the keys of all entries, in the order in which they are declared. Raises ConfigError for a key that
@@ -70,7 +74,7 @@ def refuse_foreign(
             continue
         if owners := owners_of(field.name, entries):
             raise ConfigError(
-                f"{dotted} in {origins[dotted]} belongs to {_either(owners)}, and this is {selected.selector}: leave it out"
+                f"{dotted} in {origins[dotted]} belongs to {either(owners, entries)}, and this is {selected.selector}: leave it out"
             )
 
 
@@ -78,6 +82,17 @@ def default_of(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _either(owners: list[Owner]) -> str:
-    names = [owner.selector for owner in owners]
+def either(owners: Iterable[Owner], entries: Iterable[Owner]) -> str:
+    """Their selectors in words, `stage cap, cpt or sft`, or the name of a family that is there as a whole: `stage rl`."""
+    owners, values = list(owners), {}
+    whole = {entry.family for entry in entries} - {entry.family for entry in entries if entry not in owners}
+    for owner in owners:
+        key, value = (owner.family if owner.family in whole else owner.selector).split(" ", 1)
+        names = values.setdefault(key, [])
+        if value not in names:
+            names.append(value)
+    return " or ".join(f"{key} {_or(names)}" for key, names in values.items())
+
+
+def _or(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

@@ -1,9 +1,10 @@
 """What a resumed run does with a key of its recipe that has changed since the checkpoint: one table.
 
-Every key of a recipe is in exactly one of the four parts, which a test holds; recipes/README.md shows the table.
+Every key of a recipe is in exactly one of the four parts, or an algorithm's, which a test holds; recipes/README.md shows the
+table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from dfactory.errors import ConfigError
@@ -57,18 +58,12 @@ APPLIED_BY_TOPIC = {
     "rows, noise, editing": """row_length packing block_size block_size_schedule noise_range_low noise_range_high
     noise_level after_answer num_views complementary mask_embedding_noise mask_embedding_noise_steps stratified mask_count
     trace_stride edit_share edit_source keep_share num_turns draft_share draft_threshold""",
-    "objectives": """loss_weight beta loss_type label_smoothing length_normalize sft_loss_coef confidence_beta
-    entropy_temperature""",
-    "rewards, rollouts, their processes": """reward_funcs reward_weights num_generations scale_rewards
-    advantage_baseline reward_workers reward_timeout_s reward_worker_memory_mb allow_code_execution policy_loss
-    trace_steps ratio_normalisation epsilon epsilon_high ratio_clip loss_aggregation train_after_eos old_policy
-    importance_cap kl_coef kl_estimator num_iterations prompts_per_step zero_signal max_steps_without_signal
-    max_staleness num_learners num_rollout_workers rollout_timeout_s max_rollout_attempts heartbeat_timeout_s
-    cluster_timeout_s""",
+    "what is optimised, where the stage stays": "policy_loss",
     "decoding": "decode.*",
 }
 APPLIED = frozenset(name for names in APPLIED_BY_TOPIC.values() for name in names.split())
-"""Keys that apply from the next step on, as if the run had had them from there."""
+"""Keys that apply from the next step on, as if the run had had them from there. So do those of algorithms (algorithms/) that
+are in no other part."""
 
 
 class Change(NamedTuple):
@@ -99,10 +94,12 @@ def refuse_kept(changes: list[Change], checkpoint: Any) -> None:
         )
 
 
-def resume_table() -> str:
-    """The table of recipes/README.md."""
+def resume_table(of_algorithms: Collection[str]) -> str:
+    """The table of recipes/README.md. `of_algorithms`: the keys of all algorithms."""
+    applied = [name for name in of_algorithms if name not in KEPT.keys() | LIMITED.keys()]
     rows = [(sorted(THIS_START), "not compared: they are about the start itself")]
     rows += [(names.split(), f"{topic}: applied from the next step on") for topic, names in APPLIED_BY_TOPIC.items()]
+    rows.append((applied, "keys of algorithms: applied from the next step on"))
     rows += [([name], f"applied, {limit}") for name, limit in LIMITED.items()]
     rows += [([name], f"refused: {broken}") for name, broken in KEPT.items()]
     lines = [f"| {', '.join(f'`{name}`' for name in names)} | {what} |" for names, what in rows]

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 
 from dfactory import distributed
+from dfactory.algorithms.elbo import elbo
 from dfactory.engine.trainer import Trainer, deepspeed_config, gather_moe_blocks_whole, start_engine, zero_stage
 from dfactory.engine.window import MappedSource, Source
 from dfactory.models.policy import Policy
-from dfactory.objectives.elbo import elbo
 from dfactory.recipe import Recipe
 from dfactory.types import TokenScores, ViewBatch
 

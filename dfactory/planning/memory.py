@@ -162,7 +162,7 @@ def setup_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Setu
         lora_r=recipe.lora_r if recipe.use_peft else None,
         lora_target_modules=tuple(recipe.lora_target_modules),
         frozen_models=recipe.frozen_models,
-        trains_entropy=recipe.stage == "cap",
+        trains_entropy=recipe.algorithm.needs(recipe).entropy_temperature is not None,
         reduce_bucket=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
         prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET)),
     )

@@ -18,6 +18,8 @@ import numpy as np
 import ray
 import torch
 
+from dfactory.algorithms.rollouts import rollout_views
+from dfactory.algorithms.trace import all_steps
 from dfactory.decoding import decode
 from dfactory.models.adapters import add_adapters
 from dfactory.models.registry import load_policy, resolve_model_dir
@@ -28,7 +30,6 @@ from dfactory.rl.liveness import Process, beating, this_process
 from dfactory.rl.rollouts import DecodedGroup, GroupCall, ScoredRollout
 from dfactory.rl.rows import RolloutRows, by_rollout
 from dfactory.rl.source import recorded
-from dfactory.rl.views import rollout_views
 from dfactory.rl.weights import WeightSet, load_weights
 from dfactory.vocabulary import recipe_vocabulary
 
@@ -58,8 +59,7 @@ class RolloutActor:
         masks = RandomMask(self.rules.mask_token_id, recipe.seed, **recipe.mask_options)
         layout = (recipe.block_size, recipe.row_length or recipe.longest_record)
         self.rows = RolloutRows(rollout_views(recipe, masks), *layout, train_after_eos=recipe.train_after_eos)
-        trace = dataclasses.replace(recipe, policy_loss="trace", trace_steps=None)
-        self.trace_rows = RolloutRows(rollout_views(trace, masks), *layout)
+        self.trace_rows = RolloutRows(all_steps(self.rules.mask_token_id), *layout)
         self.timeout_s = recipe.rollout_timeout_s
         self.version = -1
 

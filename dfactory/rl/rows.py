@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from dfactory.algorithms.rollouts import RolloutViews
 from dfactory.noise import response_blocks
 from dfactory.packing import PackedDocument, collate, pack_rows, share
 from dfactory.rl.rollouts import ScoredRollout
-from dfactory.rl.views import RolloutViews
 from dfactory.types import AlignedDocument, View, ViewBatch
 
 

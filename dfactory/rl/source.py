@@ -30,10 +30,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from dfactory.algorithms.rollouts import RolloutViews
 from dfactory.errors import RolloutError
 from dfactory.rl.rollouts import RolloutBatch, ScoredRollout
 from dfactory.rl.rows import RolloutRows, at_targets, rollout_of
-from dfactory.rl.views import RolloutViews
 from dfactory.types import TokenScores, ViewBatch
 
 Score = Callable[[ViewBatch], TokenScores]
@@ -84,6 +84,7 @@ class RolloutSource:
         old_policy: str = "decoder",
         importance_cap: float | None = None,
         train_after_eos: bool = True,
+        compares: bool = True,
         ratio_tolerance: float = RATIO_TOLERANCE["float32"],
     ):
         self.client, self.weights = client, weights
@@ -91,6 +92,7 @@ class RolloutSource:
         self.rows = RolloutRows(make_views, block_size, row_length, world_size, micro_batch_rows, train_after_eos)
         self.rank = rank
         self.traces, self.old_policy, self.importance_cap = traces, old_policy, importance_cap
+        self.compares = compares  # with old log-probabilities
         self.num_iterations, self.ratio_tolerance = num_iterations, ratio_tolerance
         self.version = 0  # policy versions made so far: optimiser steps
         self.next_group = 0
@@ -142,20 +144,27 @@ class RolloutSource:
     def _with_scores(self, batches: list[ViewBatch], rollouts: Sequence[ScoredRollout]) -> list[ViewBatch]:
         """The batches with the columns `old_logprob_N`, `fresh_N` (whether the learner has just computed it), and what else
         the recipe asks for. All ranks skip the learner's pass alike, because scoring is collective."""
-        fresh = torch.tensor([not self._is_stale(scored) for scored in rollouts], dtype=torch.bool)
         scored = []
+        fresh = torch.tensor([not self._is_stale(scored) for scored in rollouts], dtype=torch.bool)
         for batch in batches:
-            fresh_N = fresh[rollout_of(batch)]
-            old_N = self.score(batch).logprob_N.cpu() if fresh.any() else torch.zeros(batch.num_targets)
-            if not fresh.all():
-                old_N = torch.where(fresh_N, old_N, self._decoders(batch, rollouts))
-            columns = {"old_logprob_N": old_N, "fresh_N": fresh_N}
-            if self.traces and self.importance_cap is not None:
-                columns["importance_N"] = (old_N - recorded(batch, rollouts)).exp().clamp(max=self.importance_cap)
+            columns = self._old_columns(batch, rollouts, fresh) if self.compares else {}
             if self.reference is not None:
                 columns["reference_logprob_N"] = self.reference(batch).logprob_N.cpu()
             scored.append(batch.with_columns(**columns))
         return scored
+
+    def _old_columns(
+        self, batch: ViewBatch, rollouts: Sequence[ScoredRollout], fresh: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """What a ratio compares with. `fresh`: of each rollout whether the newest weights made it, bool."""
+        fresh_N = fresh[rollout_of(batch)]
+        old_N = self.score(batch).logprob_N.cpu() if fresh.any() else torch.zeros(batch.num_targets)
+        if not fresh.all():
+            old_N = torch.where(fresh_N, old_N, self._decoders(batch, rollouts))
+        columns = {"old_logprob_N": old_N, "fresh_N": fresh_N}
+        if self.traces and self.importance_cap is not None:
+            columns["importance_N"] = (old_N - recorded(batch, rollouts)).exp().clamp(max=self.importance_cap)
+        return columns
 
     def _is_stale(self, scored: ScoredRollout) -> bool:
         """Whether steps lie between the policy that decoded a rollout and the learner's, and the ratio is to count them."""

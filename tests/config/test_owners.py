@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from dfactory.config.keys import key
-from dfactory.config.owners import combine, refuse_foreign
+from dfactory.config.owners import combine, either, refuse_foreign
 from dfactory.errors import ConfigError
 
 
@@ -28,6 +28,8 @@ class ThirdKeys:
 class Entry:
     name: str
     Keys: type
+
+    family: str = "rule all"
 
     @property
     def selector(self):
@@ -54,6 +56,13 @@ def test_a_foreign_key_is_refused_by_the_name_of_its_owner():
     with pytest.raises(ConfigError, match=r"d\.alone in the command line belongs to rule one, and this is rule two"):
         refuse_foreign(keys, given, ENTRIES, ENTRIES[1], "d.")
     refuse_foreign(keys, given, ENTRIES, ENTRIES[0], "d.")
+
+
+def test_a_family_that_is_there_as_a_whole_has_one_name():
+    others = [*ENTRIES, Entry("three", ThirdKeys, "kind of its own")]
+    assert either(ENTRIES, others) == "rule all"
+    assert either([ENTRIES[0], others[2]], others) == "rule one or kind of its own"
+    assert either(ENTRIES[:1], ENTRIES) == "rule one"
 
 
 def test_a_foreign_key_at_its_default_is_let_pass():

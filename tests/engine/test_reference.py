@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from dfactory import faults
+from dfactory.algorithms.elbo import elbo
 from dfactory.assembly import load_initial, make_source, read_inputs
 from dfactory.cli import main
 from dfactory.engine import stored as stored_scores
 from dfactory.engine.reference import ReferenceSource
 from dfactory.errors import CheckpointError, ConfigError
-from dfactory.objectives.elbo import elbo
 from dfactory.recipe import load_recipe
 from tests.engine.conftest import ROOT, read_metrics
 from tests.engine.test_equality import ZERO

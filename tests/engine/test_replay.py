@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from dfactory.algorithms.policy_gradient import PolicyGradient
 from dfactory.engine.replay import join, replay
 from dfactory.engine.window import micro_loss, window_counts
 from dfactory.models.registry import load_policy
 from dfactory.noise import RandomMask
-from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.packing import PackedDocument, align, collate, share
 from dfactory.types import PADDING, Example
 from dfactory.visibility import dense_mask

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from dfactory.algorithms.sft import metrics_by_kind
 from dfactory.noise import Drafts, EditTargets, RandomMask
 from dfactory.noise.edit import other_tokens
-from dfactory.objectives.sft import metrics_by_kind
 from dfactory.packing import PackedDocument, collate
 from dfactory.types import AlignedDocument, TokenScores, View
 

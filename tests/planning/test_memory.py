@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dfactory import assembly
-from dfactory.config.objective import STAGES
+from dfactory.config.owners import key_names
 from dfactory.models import attention
 from dfactory.models.adapters import add_adapters
 from dfactory.models.attention import MaskPlan
@@ -23,7 +23,7 @@ from dfactory.planning.memory import (
     layer_activations,
     setup_of,
 )
-from dfactory.recipe import load_recipe
+from dfactory.recipe import STAGES, load_recipe
 from tests.models.conftest import CONFIGS, GOLDEN_DIR
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -233,9 +233,11 @@ def test_every_model_that_is_loaded_is_counted(stage, keys, tmp_path, monkeypatc
     (tmp_path / "data.jsonl").write_text("")
     (tmp_path / "recipe.yaml").write_text(
         f"model_name_or_path: {GOLDEN_DIR / 'llada2_tiny'}\noutput_dir: out\ndatasets: [{{path: data.jsonl}}]\n"
-        "dtype: float32\nmax_length: 64\nblock_size: 8\nmax_steps: 1\nreward_funcs: [exact_match]\n"
+        "dtype: float32\nmax_length: 64\nblock_size: 8\nmax_steps: 1\n"
         "decode: {temperature: 1.0, acceptance: top, max_new_tokens: 8}\n"
     )
+    own = key_names(STAGES[stage])
+    keys = [key for key in (*keys, "reward_funcs=[exact_match]") if key.split("=")[0] in own | {"use_peft"}]
     recipe = load_recipe(tmp_path / "recipe.yaml", [f"stage={stage}", *keys])
     loaded = []
     read = assembly.load_policy

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from dfactory.algorithms.policy_gradient import PolicyGradient
 from dfactory.errors import RolloutError
-from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.recipe import load_recipe
 from dfactory.train import learn
 from dfactory.types import TokenScores

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from dfactory.algorithms.policy_gradient import PolicyGradient
 from dfactory.engine.replay import join
 from dfactory.noise.mask import RandomMask
-from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.rl.rollouts import RolloutBatch, ScoredRollout
 from dfactory.rl.rows import rollout_document, share_out
 from dfactory.rl.source import RolloutSource

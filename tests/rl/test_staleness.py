@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
+from dfactory.algorithms.policy_gradient import PolicyGradient
+from dfactory.algorithms.rollouts import rollout_views
 from dfactory.engine.replay import join
 from dfactory.noise import RandomMask
-from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.recipe import Recipe, load_recipe
 from dfactory.rl.actors import RolloutActor
 from dfactory.rl.controller import Controller
 from dfactory.rl.rollouts import DecodedGroup, GroupCall, RolloutBatch, ScoredRollout
 from dfactory.rl.rows import RolloutRows, at_targets, by_rollout
 from dfactory.rl.source import RolloutSource
-from dfactory.rl.views import rollout_views
 from dfactory.rl.weights import WeightSet
 from dfactory.types import FinishReason, Rollout, TokenScores, ViewBatch
 from tests.engine.conftest import ROOT
@@ -94,7 +94,7 @@ def cosine_of_a_token(seed: int, version: int, **options) -> float:
         ScoredRollout(n, 0, response([0], (n,), [then_V[n].item()], 2), 0.0, (then_V[n].exp() * a).item(), version)
         for n, a in enumerate(ADVANTAGES)
     ]
-    views = rollout_views(Recipe(policy_loss="trace"), RandomMask(MASK, seed=1, low=0.3, high=0.8))
+    views = rollout_views(Recipe(stage="rl", policy_loss="trace"), RandomMask(MASK, seed=1, low=0.3, high=0.8))
     source = source_of(rollouts, token_logprob, now, views, 2, traces=True, **options)
     found = gradient_of(source, PolicyGradient(**WIDE), token_logprob, now)
     truth = torch.autograd.grad((now.softmax(-1) * ADVANTAGES).sum(), now)[0]
@@ -133,7 +133,7 @@ def test_the_weight_is_truncated():
 
 def _window(importance_cap: float | None, recorded: list[float]) -> list[ViewBatch]:
     rollouts = [ScoredRollout(n, 0, response([0], (n,), [recorded[n]], 2), 0.0, 1.0, FRESH) for n in range(VOCABULARY)]
-    views = rollout_views(Recipe(policy_loss="trace"), RandomMask(MASK, seed=1, low=0.3, high=0.8))
+    views = rollout_views(Recipe(stage="rl", policy_loss="trace"), RandomMask(MASK, seed=1, low=0.3, high=0.8))
     table = torch.tensor([0.2, 0.3, 0.5]).log()
     source = source_of(rollouts, token_logprob, table, views, 2, traces=True, importance_cap=importance_cap)
     source.version = 1

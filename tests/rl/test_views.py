@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 import torch
 
+from dfactory.algorithms.policy_gradient import PolicyGradient
+from dfactory.algorithms.rollouts import rollout_views
 from dfactory.decoding import DecodeRules, decode
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.models.registry import load_policy
 from dfactory.models.tiny import write_tiny_config
 from dfactory.noise import RandomMask
-from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.packing import PackedDocument, collate
 from dfactory.recipe import Recipe
 from dfactory.rl.rollouts import ScoredRollout
 from dfactory.rl.rows import rollout_document
-from dfactory.rl.views import rollout_views
 from dfactory.types import AlignedDocument, TokenScores, ViewBatch
 from tests import enumerated
 from tests.decoding.conftest import sharpen
@@ -24,7 +24,7 @@ DRAWS = 2000
 
 def rows_of(documents: list[AlignedDocument], policy_loss: str, masks: RandomMask, **keys) -> ViewBatch:
     """One row with a rollout a document, of advantage 1 each, and old log-probabilities of 0."""
-    make = rollout_views(Recipe(policy_loss=policy_loss, **keys), masks)
+    make = rollout_views(Recipe(stage="rl", policy_loss=policy_loss, **keys), masks)
     packed = [PackedDocument(*make(document, 0)) for document in documents]
     batch = collate([packed], documents[0].block_size)
     number_D = torch.arange(len(documents))
@@ -102,7 +102,7 @@ def test_the_likelihood_of_a_trace_is_what_the_decoder_recorded(tmp_path):
 def test_diffu_grpo_masks_the_whole_response_and_a_part_of_the_prompt():
     trainable = np.arange(48) >= 30
     documents = [AlignedDocument(number, np.arange(48, dtype=np.int32), trainable, 8) for number in range(200)]
-    make = rollout_views(Recipe(policy_loss="diffu_grpo"), RandomMask(MASK, seed=1, low=0.3, high=0.8))
+    make = rollout_views(Recipe(stage="rl", policy_loss="diffu_grpo"), RandomMask(MASK, seed=1, low=0.3, high=0.8))
     hidden = []
     for document in documents:
         shown, (view,) = make(document, 0)

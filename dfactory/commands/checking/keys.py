@@ -6,8 +6,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from dfactory.algorithms import ALGORITHMS
 from dfactory.commands.checking.page import Page
 from dfactory.config.load import COMMAND_LINE, known_keys
+from dfactory.config.owners import owners_of
 from dfactory.recipe import Loaded, Recipe
 from dfactory.redaction import redacted
 
@@ -21,7 +23,7 @@ def tell_keys(page: Page, loaded: Loaded) -> None:
     given.add_column(no_wrap=True)
     given.add_column(overflow="fold")
     for name, field in known_keys(Recipe).items():
-        if dataclasses.is_dataclass(field.type):
+        if dataclasses.is_dataclass(field.type) or not applies(loaded.recipe, name):
             continue
         text = _text(redacted(_value(loaded.recipe, name)))
         if name not in loaded.origins:
@@ -33,6 +35,12 @@ def tell_keys(page: Page, loaded: Loaded) -> None:
         given.add_row(name, Text.assemble(text, (f"  ({origin})", "dim")))
     page.line("given", given)
     page.line("default", Text(", ".join(defaults), "dim"))
+
+
+def applies(recipe: Recipe, name: str) -> bool:
+    """Whether a key is one of the recipe's algorithm, or of all."""
+    owners = owners_of(name, ALGORITHMS)
+    return not owners or recipe.algorithm in owners
 
 
 def _value(recipe: Recipe, dotted: str) -> Any:

@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from dfactory.algorithms import Data
 from dfactory.commands.checking.model import Model
 from dfactory.commands.checking.page import Page, in_bytes
-from dfactory.config.objective import PAIRED_STAGES
 from dfactory.engine.checkpoint import problems_without_reading, resume_from
 from dfactory.engine.trainer import deepspeed_config
 from dfactory.errors import ConfigError
@@ -63,10 +63,10 @@ def _files(recipe: Recipe) -> Table:
     }
     if recipe.eval_datasets and recipe.eval_decode_prompts:
         files["previews.jsonl"] = "held-out prompts as they were answered, at each evaluation"
-    if recipe.stage == "rl":
+    if recipe.algorithm.data is Data.PROMPTS:
         files["completions.jsonl"] = "rollouts with their rewards"
         files["groups.jsonl"] = "which prompts each step met"
-    if recipe.stage in PAIRED_STAGES and recipe.reference == "precomputed" and recipe.reference_path is None:
+    if recipe.reference_kind == "precomputed" and recipe.reference_path is None:
         files["reference.safetensors"] = "the reference's scores"
     if "wandb" in recipe.report_to:
         files["wandb-id"] = "the tracker's name for the run, the same after each resume"

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from omegaconf import OmegaConf
 
+from dfactory.algorithms import Data
+from dfactory.algorithms.base import choices_of
 from dfactory.assembly import Inputs, make_source
 from dfactory.commands.checking.page import Page, right_aligned
-from dfactory.config.objective import PAIRED_STAGES, PLAIN_STAGES
 from dfactory.data.source import RecordSource
 from dfactory.recipe import Recipe
 
@@ -152,12 +153,13 @@ def _warn_of_rate(page: Page, recipe: Recipe) -> None:
     kind = "LoRA" if recipe.use_peft else "random weights" if fresh else "fine-tuning all weights"
     if not low <= rate <= high:
         page.warn(f"learning_rate {rate:g} is unusual for {kind}: {low:g} to {high:g} is common")
-    if recipe.stage not in PAIRED_STAGES or recipe.model_name_or_path == "tiny":
+    if recipe.algorithm.data is not Data.PAIRS or recipe.model_name_or_path == "tiny":
         return
+    plain = {stage for stage, algorithm in choices_of("stage").items() if algorithm.data is Data.RECORDS}
     path = Path(recipe.model_name_or_path)
     for file in (path / "config.yaml", path.parent / "config.yaml"):  # a run folder, or a checkpoint in one
         before = OmegaConf.load(file) if file.is_file() else {}
-        if before.get("stage") in PLAIN_STAGES and rate > before["learning_rate"]:
+        if before.get("stage") in plain and rate > before["learning_rate"]:
             page.warn(
                 f"learning_rate {rate:g} of stage {recipe.stage} is above the {before['learning_rate']:g} of the run that "
                 "it starts from: preferences are usually learnt at its final rate or below"

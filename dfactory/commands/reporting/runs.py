@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from dfactory.algorithms.base import default_of
 from dfactory.errors import DataError
 from dfactory.redaction import redact
 from dfactory.runs.folder import RunFolder
@@ -27,7 +28,7 @@ class Run(NamedTuple):
 
     @property
     def stage(self) -> str:
-        return (yaml.safe_load(self.config) or {}).get("stage", "sft")
+        return (yaml.safe_load(self.config) or {}).get("stage", default_of("stage"))
 
     def curve(self, metric: str) -> Curve:
         points = [(row["step"], row[metric]) for row in self.rows if metric in row]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from dfactory.algorithms.sft import SFT
 from dfactory.noise import RandomMask
-from dfactory.objectives.sft import SFT
 from dfactory.packing import PackedDocument, align, collate
 from dfactory.runs.sanity import watch_eos
 from dfactory.types import Example, TokenScores, ViewBatch

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
+from dfactory.algorithms.policy_gradient import PolicyGradient
 from dfactory.engine.window import micro_loss, window_counts
-from dfactory.objectives.policy_gradient import PolicyGradient
 from dfactory.types import TokenScores, ViewBatch
-from tests.objectives.test_dpo import pairs, scores
+from tests.algorithms.test_dpo import pairs, scores
 
 RATIOS = [1.1, 1.5, 0.9, 0.5]  # of the four targets, the first two of the rollout of advantage 2
 OLD = [-1.0, -2.0, -3.0, -0.5]

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from dfactory.algorithms.dpo import DPO
+from dfactory.algorithms.elbo import elbo
 from dfactory.engine.window import micro_loss
 from dfactory.errors import ConfigError
 from dfactory.models.registry import load_policy
 from dfactory.noise import RandomMask
-from dfactory.objectives.dpo import DPO
-from dfactory.objectives.elbo import elbo
 from dfactory.packing import PackedDocument, collate
 from dfactory.recipe import load_recipe
 from dfactory.types import AlignedDocument, TokenScores, ViewBatch

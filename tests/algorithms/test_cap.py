@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from dfactory.algorithms.cap import CAP
+from dfactory.algorithms.sft import SFT
 from dfactory.models.head import VocabularyHead
-from dfactory.objectives.cap import CAP
-from dfactory.objectives.sft import SFT
-from tests.objectives.test_sft import SCORES, batch
+from tests.algorithms.test_sft import SCORES, batch
 
 HITS = SCORES._replace(
     entropy_N=torch.tensor([0.5, 0.25, 1.0, 2.0], requires_grad=True), hit_N=torch.tensor([True, False, False, True])

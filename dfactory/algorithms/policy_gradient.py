@@ -23,10 +23,14 @@ weight of each token (see rl/source.py), and `fresh_N`, where the ratio has to b
 """
 
 import dataclasses
+from typing import Any, Optional
 
 import torch
 
-from dfactory.objectives.sft import token_metrics
+from dfactory.algorithms.base import Needs
+from dfactory.algorithms.metrics import token_metrics
+from dfactory.algorithms.rollouts import RolloutAlgorithm, RolloutKeys
+from dfactory.config.keys import key
 from dfactory.types import Count, LossTerms, Mean, Objective, TokenScores, ViewBatch
 
 
@@ -145,3 +149,79 @@ class PolicyGradient(Objective):
         d_N = batch.columns["reference_logprob_N"] - scores.logprob_N
         kl_N = d_N.square() / 2 if self.kl_estimator == "k2" else d_N.exp() - d_N - 1
         return (batch.elbo_weight_N * kl_N).sum()
+
+
+@dataclasses.dataclass
+class ClippedKeys(RolloutKeys):
+    epsilon: float = key(0.2, "the ratio is clipped below at 1 - epsilon", low=0.0)
+    epsilon_high: Optional[float] = key(None, "and above at 1 + epsilon_high; null: epsilon", low=0.0)
+    ratio_clip: str = key(
+        "ppo",
+        "the smaller of clipped and plain gain (ppo), or clipped ratios as self-normalised constant weights whatever the "
+        "advantage's sign (unconditional)",
+        choices=("ppo", "unconditional"),
+    )
+    kl_coef: float = key(
+        0.0, "weight of the KL term to the reference, which is the model at the start; 0: none", low=0.0
+    )
+    kl_estimator: str = key("k3", "k2 or k3; k3 explodes on ELBO differences", choices=("k2", "k3"))
+    old_policy: str = key(
+        "decoder",
+        "the ratio's denominator: the policy that decoded, or the learner's at the first step on the rollouts, however old "
+        "they are",
+        choices=("decoder", "learner"),
+    )
+
+
+@dataclasses.dataclass
+class TokenLevelKeys(ClippedKeys):
+    loss_aggregation: str = key(
+        "grpo",
+        "mean by response, then over responses (grpo); over tokens (dapo); over a constant (dr_grpo)",
+        choices=("grpo", "dapo", "dr_grpo"),
+    )
+
+
+class ClippedPolicyGradient(RolloutAlgorithm):
+    """The parent of algorithms with a clipped ratio, of a token or of a sequence."""
+
+    Keys = ClippedKeys
+
+    def needs(self, recipe: Any) -> Needs:
+        return Needs(reference=recipe.kl_coef > 0, old_logprob=True)
+
+    def unit(self, recipe: Any) -> dict[str, Any]:
+        """What has a ratio of its own, as the fields of PolicyGradient."""
+        raise NotImplementedError
+
+    def objective(self, recipe: Any, editing_mask_id: int | None) -> PolicyGradient:
+        return PolicyGradient(
+            **self.unit(recipe),
+            epsilon=recipe.epsilon,
+            epsilon_high=highest_epsilon(recipe),
+            clip=recipe.ratio_clip,
+            max_new_tokens=recipe.decode.max_new_tokens,
+            kl_coef=recipe.kl_coef,
+            kl_estimator=recipe.kl_estimator,
+        )
+
+    def notes(self, recipe: Any) -> list[str]:
+        """Where the ratio can differ from 1."""
+        if recipe.num_iterations == 1 and (not recipe.decodes_ahead or recipe.old_policy == "learner"):
+            return [
+                "ratio 1 at every step, because no step lies between: epsilon, epsilon_high and ratio_clip have no effect. "
+                "They have with num_iterations above 1, or with max_staleness and old_policy decoder"
+            ]
+        return [f"ratio clipped to {1 - recipe.epsilon:g} and {1 + highest_epsilon(recipe):g}"]
+
+
+class TokenLevel(ClippedPolicyGradient):
+    Keys = TokenLevelKeys
+
+    def unit(self, recipe: Any) -> dict[str, Any]:
+        return {"level": "token", "aggregation": recipe.loss_aggregation}
+
+
+def highest_epsilon(recipe: Any) -> float:
+    """What `epsilon_high` null stands for."""
+    return recipe.epsilon if recipe.epsilon_high is None else recipe.epsilon_high

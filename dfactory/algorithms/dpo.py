@@ -17,12 +17,16 @@ ELBOs are the column `reference_elbo_D`. A pair counts 1; all counts are known b
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
-from dfactory.objectives.elbo import elbo
-from dfactory.objectives.sft import token_metrics
+from dfactory.algorithms.base import ALGORITHMS
+from dfactory.algorithms.elbo import elbo
+from dfactory.algorithms.metrics import token_metrics
+from dfactory.algorithms.paired import Paired, PairedKeys
+from dfactory.config.keys import key
 from dfactory.types import Count, LossTerms, Mean, Objective, TokenScores, ViewBatch
 
 
@@ -89,3 +93,45 @@ class DPO(Objective):
 def _wins(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """1 where `one` is the larger, 0 where it is the smaller, 1/2 where both are equal."""
     return ((one - other).sign() + 1) / 2
+
+
+@dataclasses.dataclass
+class DPOKeys(PairedKeys):
+    loss_type: str = key(
+        "sigmoid",
+        "the loss of a pair's margin, as in trl; ipo divides ELBOs by the real response tokens",
+        choices=("sigmoid", "robust", "hinge", "ipo"),
+    )
+    label_smoothing: float = key(
+        0.0,
+        "share of pairs that are taken to be labelled the wrong way round (sigmoid, robust)",
+        low=0.0,
+        high=0.5,
+    )
+    length_normalize: bool = key(False, "divide ELBOs by the real response tokens; trl's sigmoid_norm")
+    sft_loss_coef: float = key(0.0, "weight of the chosen answers' negative ELBO per response token", low=0.0)
+
+
+class DirectPreferenceOptimisation(Paired):
+    name = "dpo"
+    summary = "direct preference optimisation with ELBOs in place of log-likelihoods"
+    source = "docs/method.md#dpo"
+    Keys = DPOKeys
+
+    def problems(self, recipe) -> Iterator[str]:
+        yield from super().problems(recipe)
+        smoothing, loss = recipe.label_smoothing, recipe.loss_type
+        if recipe.beta == 0:
+            yield f"beta 0 with {self.selector}: the loss would not depend on the policy"
+        if smoothing > 0 and loss not in ("sigmoid", "robust"):
+            yield (
+                f"label_smoothing {smoothing:g} with loss_type {loss} has no meaning: set it to 0, or use sigmoid or robust"
+            )
+        if smoothing == 0.5 and loss == "robust":
+            yield "label_smoothing 0.5 with loss_type robust divides by zero: lower it"
+
+    def objective(self, recipe, editing_mask_id: int | None) -> DPO:
+        return DPO(recipe.beta, recipe.loss_type, recipe.label_smoothing, recipe.length_normalize, recipe.sft_loss_coef)
+
+
+ALGORITHMS.add(DirectPreferenceOptimisation())

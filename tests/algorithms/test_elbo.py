@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from dfactory.algorithms.elbo import elbo, elbo_by_view
 from dfactory.noise import RandomMask
-from dfactory.objectives.elbo import elbo, elbo_by_view
 from dfactory.packing import PackedDocument, collate
 from dfactory.types import AlignedDocument, ViewBatch
 from tests.enumerated import (
