@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfactory.commands.schema import rule_table
+from dfactory.commands.schema import algorithm_table, rule_table
 from dfactory.decoding.rules.base import COLUMNS, Forward
 from tests import families, tutorial
 
@@ -95,6 +95,10 @@ def test_headings_of_a_page_are_unique():
 def test_the_families_page_has_what_the_families_declare():
     """`python -m tests.families` writes the table."""
     assert families.page(families.PAGE.read_text()) == families.PAGE.read_text()
+
+
+def test_the_page_of_algorithms_has_their_table():
+    assert algorithm_table() in (DOCS / "algorithms.md").read_text(), "`dfactory schema --algorithms` prints it"
 
 
 def test_the_decoding_page_has_the_tables_of_rules_and_columns():

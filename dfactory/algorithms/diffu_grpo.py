@@ -12,7 +12,7 @@ from dfactory.noise import RandomMask
 class OneStepPolicyGradient(TokenLevel):
     name = "diffu_grpo"
     summary = "token ratios on one view with the whole response masked"
-    source = "arXiv:2504.12216"
+    source = "docs/method.md#policy-gradients"
 
     def views(self, recipe: Any, random_mask: RandomMask) -> RolloutViews:
         return all_masked(random_mask.mask_id, recipe.seed)

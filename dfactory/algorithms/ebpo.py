@@ -26,7 +26,7 @@ class EBPOKeys(ClippedKeys):
 class ELBOPolicyGradient(ClippedPolicyGradient):
     name = "ebpo"
     summary = "one ratio a response, from the ELBO views of supervised training"
-    source = "arXiv:2602.08676, arXiv:2512.03759"
+    source = "docs/method.md#policy-gradients"
     Keys = EBPOKeys
 
     def unit(self, recipe: Any) -> dict[str, Any]:

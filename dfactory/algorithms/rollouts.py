@@ -160,7 +160,8 @@ class RolloutAlgorithm(Algorithm):
         if decode.temperature not in (0, 1) and self.importance_cap(recipe) is None:
             yield (
                 f"decode.temperature {decode.temperature:g} with {stage}, {self.selector} and importance_cap "
-                f"{recipe.importance_cap}: the learner's likelihood is that of temperature 1.0; only {_recorded()} with an importance_cap weighs the difference"
+                f"{recipe.importance_cap}: the learner's likelihood is that of temperature 1.0; only {_recorded()} with an "
+                "importance_cap weighs the difference"
             )
 
 

@@ -30,7 +30,7 @@ class TraceKeys(TokenLevelKeys):
 class TracePolicyGradient(TokenLevel):
     name = "trace"
     summary = "token ratios on the decoder's own steps"
-    source = "arXiv:2509.06949, arXiv:2509.23924"
+    source = "docs/method.md#policy-gradients"
     Keys = TraceKeys
     default_of = "policy_loss"
     recorded = True

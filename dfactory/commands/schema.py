@@ -14,7 +14,7 @@ from dfactory.config.earlier import Alias
 from dfactory.config.earlier_keys import CONVERTED, IMPLIED, LEFT_OUT, ONLY, RENAMED
 from dfactory.config.load import known_keys
 from dfactory.config.merge import MergeKeys
-from dfactory.config.owners import either, owners_of
+from dfactory.config.owners import either, key_names, owners_of
 from dfactory.config.resume import resume_table
 from dfactory.console import plain_console
 from dfactory.decoding.rules.base import RULES
@@ -87,6 +87,30 @@ def rule_table() -> str:
         keys = ", ".join(f"`{field.name}`" for field in dataclasses.fields(rule))
         lines.append(_row((f"`{rule.name}`", first, ", ".join(column.name for column in rule.reads), keys)))
     return "\n".join(lines)
+
+
+def algorithms() -> int:
+    print(algorithm_table())
+    return 0
+
+
+def algorithm_table() -> str:
+    """The algorithms with their keys, as a table in Markdown. Keys that all of a family have are named once."""
+    lines = ["| selected by | what it does | learns from | keys of its own | source |", "|---|---|---|---|---|"]
+    for algorithm in sorted(ALGORITHMS, key=lambda algorithm: (algorithm.family, algorithm.name)):
+        selected = ", ".join(f"`{key}: {value}`" for key, value in algorithm.selects.items())
+        family = [other for other in ALGORITHMS if other.family == algorithm.family]
+        shared = set.intersection(*map(key_names, family)) if len(family) > 1 else set()
+        keys = [field.name for field in dataclasses.fields(algorithm.Keys) if field.name not in shared]
+        cells = (selected, algorithm.summary, algorithm.data.value, ", ".join(f"`{key}`" for key in keys))
+        lines.append(_row((*cells, _cited(algorithm.source))))
+    return "\n".join(lines)
+
+
+def _cited(source: str) -> str:
+    """A section of docs/ as a link within it; a paper as it is."""
+    page, _, anchor = source.removeprefix("docs/").partition("#")
+    return f"[{anchor}]({page}#{anchor})" if anchor else source
 
 
 def earlier_table() -> str:

@@ -74,7 +74,8 @@ def refuse_foreign(
             continue
         if owners := owners_of(field.name, entries):
             raise ConfigError(
-                f"{dotted} in {origins[dotted]} belongs to {either(owners, entries)}, and this is {selected.selector}: leave it out"
+                f"{dotted} in {origins[dotted]} belongs to {either(owners, entries)}, and this is {selected.selector}: "
+                "leave it out"
             )
 
 
