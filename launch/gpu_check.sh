@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, on a bare machine with one: tests, training steps, decoding, a run. Writes
-# gpu_check.json and gpu_check.md into runs/gpu_check. It installs nothing from a network: what the machine's own Python lacks
-# it takes from a folder of wheels.
+# All checks that need a GPU, on a bare machine with one: tests, training steps, decoding, a run. Writes gpu_check.json and
+# gpu_check.md to runs/gpu_check. It installs nothing from a network: packages that the machine's Python lacks come from a
+# folder of wheels.
 #
 #     launch/gpu_check.sh [--wheels DIR] [--dry-run] [--out DIR] [--only PART ...]
 #

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the other scripts here: makes .venv in the repository root, installs dFactory with pinned versions and
-# puts it first on PATH. Sets REPO. A second run does nothing as long as neither the versions nor the packaging changed.
+# puts it first on PATH. Sets REPO. A second run does nothing unless the versions or the packaging have changed.
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

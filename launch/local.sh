@@ -4,9 +4,9 @@
 #     launch/local.sh RECIPE [key=value ...]
 #
 # For several machines run it on each, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set; NPROC_PER_NODE overrides
-# the number of processes. Uses .venv in the repository root if it is there, else the python on PATH. Keeps the exit status
-# of `dfactory train`. SIGTERM or SIGUSR1, to this process or to any of those that it starts, makes all of them save and end
-# with 75; a second one ends them at once.
+# the number of processes. Uses .venv in the repository root if it exists, else the python on PATH. Keeps the exit status of
+# `dfactory train`. SIGTERM or SIGUSR1, to this process or to any that it starts, makes all of them save and exit with 75; a
+# second one ends them at once.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 

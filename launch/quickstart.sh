@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# From nothing to a model that has been through every stage, on a laptop: SFT, CAP, DPO and RL of the embedded LLaDA2-MoE by
-# recipes/quickstart/*.yaml, CAP and DPO from SFT's model, RL from DPO's; then what each of them changed, beside what is expected.
+# All stages on a laptop: SFT, CAP, DPO and RL of the embedded LLaDA2-MoE with recipes/quickstart/*.yaml. CAP and DPO start from
+# SFT's model, RL from DPO's. Then a table of the results next to the expected ones.
 #
-#     launch/quickstart.sh [key=value ...]      the keys are those of the recipes, and hold for all four
+#     launch/quickstart.sh [key=value ...]      keys of the recipes; they apply to all four
 #
-# The runs lie in runs/quickstart, runs/quickstart_cap, _dpo and _rl, or in output_dir=DIR, DIR_cap and so on. A second call
-# reuses what is there; an interrupted one goes on.
+# The runs are in runs/quickstart, runs/quickstart_cap, _dpo and _rl, or in output_dir=DIR, DIR_cap and so on. A second call
+# reuses finished runs; an interrupted run continues.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 
@@ -22,7 +22,7 @@ for argument in "$@"; do
 done
 data=recipes/quickstart/data
 
-# Train, unless a finished run by the same recipes and keys is there
+# Train, unless there is a finished run with the same recipes and keys
 train() { # recipe, run, further keys
     local recipe=$1 run=$2 done=$2/quickstart.done resume=()
     shift 2
@@ -37,7 +37,7 @@ train() { # recipe, run, further keys
         dfactory train "$recipe" "$@" "output_dir=$run" ${resume[@]+"${resume[@]}"}
         echo "$wanted" >"$done"
     elif [ "$(cat "$done")" != "$wanted" ]; then
-        echo "$0: $run holds a run by another recipe or other keys: remove it, or give output_dir=DIR" >&2
+        echo "$0: $run holds a run with another recipe or other keys: remove it, or give output_dir=DIR" >&2
         exit 2
     fi
 }

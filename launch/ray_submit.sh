@@ -5,7 +5,7 @@
 #
 # RAY_API_SERVER_ADDRESS, or else RAY_ADDRESS, is the URL of the cluster's dashboard (default http://127.0.0.1:8265). The
 # repository, this folder, the Python environment and output_dir must be visible at the same path on every node. Uses
-# .venv in the repository root if it is there, else the python on PATH. Ctrl-C leaves the job running.
+# .venv in the repository root if it exists, else the python on PATH. Ctrl-C leaves the job running.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 
@@ -22,11 +22,11 @@ python=$(command -v "$python")
 case ${RAY_API_SERVER_ADDRESS:=${RAY_ADDRESS:-http://127.0.0.1:8265}} in
 http://* | https://*) export RAY_API_SERVER_ADDRESS ;;
 *)
-    echo "$0: $RAY_API_SERVER_ADDRESS is no http:// address: set RAY_API_SERVER_ADDRESS to that of the dashboard" >&2
+    echo "$0: $RAY_API_SERVER_ADDRESS is not an http:// address: set RAY_API_SERVER_ADDRESS to the dashboard's URL" >&2
     exit 2
     ;;
 esac
-unset RAY_ADDRESS # of the dashboard, if anything: inside the job Ray sets its own
+unset RAY_ADDRESS # it may name the dashboard; inside the job Ray sets its own
 
 job=dfactory-$(date +%Y%m%d-%H%M%S)-$$
 # Ray's workers do not inherit the driver's PYTHONPATH, so the job's environment sets it for all of them.
@@ -34,7 +34,7 @@ environment=$("$python" -c 'import json, sys; print(json.dumps({"env_vars": {"PY
     "$REPO${PYTHONPATH:+:$PYTHONPATH}")
 
 status=0
-# shellcheck disable=SC2016  # $0 and $@ are those of the job's own shell, which begins in the caller's folder
+# shellcheck disable=SC2016  # $0 and $@ belong to the job's own shell, which starts in the caller's folder
 "$python" -m ray.scripts.scripts job submit --submission-id "$job" --runtime-env-json "$environment" -- \
     bash -c 'cd "$0" && exec "$@"' "$PWD" "$python" -m dfactory.cli train "$@" || status=$?
 

@@ -6,6 +6,6 @@ set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 cd "$REPO"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # else the processes and those that they start fight for the cores
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # else the processes compete for the cores
 [ $# -gt 0 ] || set -- --numprocesses 2 --dist loadfile
 exec python -m pytest "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submit a recipe to Kubernetes by rayjob.yaml beside this script, and wait for its end:
+# Submit a recipe to Kubernetes with the manifest rayjob.yaml, and wait for its end:
 #
 #     launch/k8s/rayjob.sh RECIPE [key=value ...]      paths are those in the pods
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What rayjob.sh and pytorchjob.sh have in common: fill the manifest, create the job, wait for its end. Ends with 0 if the run
-# succeeded and 1 if it failed, was stopped, or is not known any more. Ctrl-C leaves the job running.
+# The common part of rayjob.sh and pytorchjob.sh: fill in the manifest, create the job, wait for its end. Exits with 0 if the run
+# succeeded, and with 1 if it failed, was stopped, or no longer exists. Ctrl-C leaves the job running.
 #
 #     launch/k8s/submit.sh MANIFEST RECIPE [key=value ...]
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
