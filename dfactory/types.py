@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from dfactory.columns import check
+
 NOISE_TABLE_ROWS = 1024  # vectors that the noise on mask embeddings is taken from, in one step
 PADDING = -1  # the document number of a position that holds no token: it sees nothing and is seen by nothing
 
@@ -170,7 +172,7 @@ class ViewBatch:
     )  # int64: those of them that are real, up to and including EOS: what lengths compare by
     num_views_D: torch.Tensor  # int64: K of the document
     columns: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    """What a source adds for its objective, by names that end in the letter of their length: `reference_elbo_D`."""
+    """What sources, noise and the engine add, by name; columns.py lists all of them: `reference_elbo_D`."""
 
     @property
     def place_RS(self) -> Place:
@@ -211,7 +213,16 @@ class ViewBatch:
         return ViewBatch(**moved, columns=columns)
 
     def with_columns(self, **columns: torch.Tensor) -> "ViewBatch":
-        """The same batch with further columns."""
+        """The same batch with further columns. Raises ValueError if dfactory/columns.py does not list one of that name, type
+        and shape."""
+        sizes = {
+            "N": (self.num_targets,),
+            "D": tuple(self.document_id_D.shape),
+            "RS": tuple(self.input_ids_RS.shape),
+            "1": (1,),
+        }
+        for name, column in columns.items():
+            check(name, column, sizes)
         return dataclasses.replace(self, columns={**self.columns, **columns})
 
     def sum_by_document(self, value_N: torch.Tensor) -> torch.Tensor:

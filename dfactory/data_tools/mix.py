@@ -11,9 +11,9 @@ file without a weight has weight 1. Files are .jsonl (their lines can be found a
 import numpy as np
 
 from dfactory.data.fields import BadRow, Fault, show
+from dfactory.data.order import EpochOrder
 from dfactory.data.progress import reading
 from dfactory.data.records import parse_line
-from dfactory.data.source import EpochOrder
 from dfactory.data.streaming import Lines
 from dfactory.data_tools.command import named_numbers, parser_of, say
 from dfactory.data_tools.files import writing

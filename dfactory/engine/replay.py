@@ -77,9 +77,14 @@ def join(window: list[ViewBatch]) -> ViewBatch:
     document_RS, trunk_RS = torch.cat(places, dim=1)[:, None]
     joined = {"document_RS": document_RS, "trunk_RS": trunk_RS, "target_index_N": torch.cat(index_N)}
     for field in dataclasses.fields(ViewBatch):
-        if field.name.endswith("_RS") and field.name not in joined:
-            joined[field.name] = torch.cat([getattr(batch, field.name).flatten() for batch in window])[None]
-        elif field.name.endswith(("_N", "_D")) and field.name not in joined:
-            joined[field.name] = torch.cat([getattr(batch, field.name) for batch in window])
-    columns = {name: torch.cat([batch.columns[name] for batch in window]) for name in window[0].columns}
-    return ViewBatch(**joined, columns=columns)
+        if field.name not in (*joined, "columns"):
+            joined[field.name] = _joined(field.name, [getattr(batch, field.name) for batch in window])
+    columns = {name: _joined(name, [batch.columns[name] for batch in window]) for name in window[0].columns}
+    return ViewBatch(**joined).with_columns(**columns)
+
+
+def _joined(name: str, parts: list[torch.Tensor]) -> torch.Tensor:
+    """Micro-batches' tensors of one name as that of their join; the end of the name says what there is one of."""
+    if name.endswith("_RS"):
+        return torch.cat([part.flatten() for part in parts])[None]  # R rows of S positions -> one row of R * S
+    return parts[0] if name.endswith("_1") else torch.cat(parts)

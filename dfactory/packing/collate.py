@@ -2,11 +2,12 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from dfactory.columns import column_of
 from dfactory.packing.share import PackedDocument
 from dfactory.types import PADDING, ViewBatch
 
@@ -16,15 +17,17 @@ def collate(
     block_size: int,
     *,
     pad_to: int | None = None,
+    columns: Sequence[str] = (),
     device: torch.device | str | None = None,
 ) -> ViewBatch:
     """Write rows as one ViewBatch [R, S]; S is `pad_to`, or else the longest row, at least one block.
 
     Each document stands as `[clean | view 1 | ... | view K]`, its number counting over the whole batch; targets run in
     row order. The clean stream ends before the last block that a view holds; a document of one block has none. What
-    neighbours share stands once, as a trunk before the first of them. A row without documents is all padding. What views
-    add (`columns_P`) comes to be columns of targets.
-    Raises ValueError if a row is longer than `pad_to`, or if some views have a column and others lack it.
+    neighbours share stands once, as a trunk before the first of them. A row without documents is all padding.
+    What views add (`columns_P`) becomes columns of targets, what documents add (`columns`) columns of documents. `columns`
+    names those that the batch has even where no document is in it.
+    Raises ValueError if a row is longer than `pad_to`, or if some views or documents have a column and others lack it.
     """
     lengths = [sum(packed.cost for packed in row) for row in rows]
     width = max([block_size, *lengths]) if pad_to is None else pad_to
@@ -35,7 +38,7 @@ def collate(
         writer.start_row(r)
         for family in _families(row):
             writer.write(family)
-    batch = writer.finish()
+    batch = writer.finish(columns)
     return batch if device is None else batch.to(device)
 
 
@@ -54,8 +57,9 @@ class _Writer:
         self.input_ids, self.position, self.view, self.block = (np.zeros(size, np.int64) for _ in range(4))
         self.document, self.trunk = (np.full(size, PADDING, np.int64) for _ in range(2))
         self.targets: list[tuple[np.ndarray, ...]] = []  # (index, ids, real, t, elbo_weight) a view
-        self.columns: dict[str, list[np.ndarray]] = {}  # what views add, at their targets
+        self.columns_N: dict[str, list[np.ndarray]] = {}  # what views add, at their targets
         self.per_document: list[tuple[int, ...]] = []  # (id, response length, answer length, number of views)
+        self.columns_D: list[Mapping[str, float]] = []  # what documents add
 
     def start_row(self, row: int) -> None:
         self.cursor = row * self.shape[1]
@@ -78,10 +82,11 @@ class _Writer:
             targets = (index, document.view_ids_T[position], real_T[position])
             self.targets.append((*targets, *(column_P[view.target_P] for column_P in noise)))
             for name, column_P in view.columns_P.items():
-                self.columns.setdefault(f"{name}_N", []).append(column_P[view.target_P])
+                self.columns_N.setdefault(f"{name}_N", []).append(column_P[view.target_P])
             write(number, document.block_size, view.position_P, view.input_ids_P)
         lengths = int(document.trainable_T.sum()), int(real_T.sum())
         self.per_document.append((document.document_id, *lengths, len(packed.views)))
+        self.columns_D.append(packed.columns)
 
     def _write_stream(self, document: int, trunk: int, view: int, block_size: int, position_P, input_ids_P) -> None:
         span = slice(self.cursor, self.cursor + len(position_P))
@@ -91,7 +96,7 @@ class _Writer:
         self.block[span] = position_P // block_size
         self.cursor = span.stop
 
-    def finish(self) -> ViewBatch:
+    def finish(self, columns: Sequence[str]) -> ViewBatch:
         def grid(flat: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(flat.reshape(self.shape))
 
@@ -99,12 +104,9 @@ class _Writer:
             parts = [part[column] for part in self.targets]
             return torch.from_numpy(np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype))
 
-        for name, parts in self.columns.items():
-            if len(parts) != len(self.targets):
-                raise ValueError(f"column {name}: {len(parts)} of {len(self.targets)} views have it; give it to all")
         per_document = torch.tensor(self.per_document, dtype=torch.int64).reshape(-1, 4)
         ids, responses, answers, views = per_document.T.contiguous()
-        return ViewBatch(
+        batch = ViewBatch(
             input_ids_RS=grid(self.input_ids),
             position_ids_RS=grid(self.position),
             document_RS=grid(self.document),
@@ -120,5 +122,22 @@ class _Writer:
             response_length_D=responses,
             answer_length_D=answers,
             num_views_D=views,
-            columns={name: torch.from_numpy(np.concatenate(parts)) for name, parts in self.columns.items()},
         )
+        return batch.with_columns(**self._columns(columns))
+
+    def _columns(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The columns that views and documents add, and of those in `names` that nothing adds, empty ones."""
+        named_D = {name for given in self.columns_D for name in given}
+        found = {name: torch.zeros(0, dtype=column_of(name).dtype) for name in names}
+        for name, parts in self.columns_N.items():
+            if len(parts) != len(self.targets):
+                raise ValueError(f"column {name}: {len(parts)} of {len(self.targets)} views have it; give it to all")
+            found[name] = torch.from_numpy(np.concatenate(parts))
+        for name in named_D:
+            given = [columns[name] for columns in self.columns_D if name in columns]
+            if len(given) != len(self.columns_D):
+                raise ValueError(
+                    f"column {name}: {len(given)} of {len(self.columns_D)} documents have it; give it to all"
+                )
+            found[name] = torch.tensor(given, dtype=column_of(name).dtype)
+        return found

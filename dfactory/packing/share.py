@@ -1,9 +1,18 @@
-"""Documents with their views, and the clean stream that documents of one beginning share in a row."""
+"""Documents with their views, and the shared prefix: the clean blocks that documents have in common stand once in a row.
 
-from collections.abc import Sequence
+A clean stream sees itself only, block by block, so equal beginnings are equal computations: the two sides of a preference
+pair, or the rollouts of a prompt, are computed once up to the block in which they part.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
+
 from dfactory.types import AlignedDocument, View, common_length
+
+NO_COLUMNS: Mapping[str, float] = MappingProxyType({})
 
 
 class PackedDocument(NamedTuple):
@@ -12,6 +21,7 @@ class PackedDocument(NamedTuple):
     document: AlignedDocument
     views: Sequence[View]
     shared: int = 0  # positions of its clean stream that it has in common with the document before it, see `share`
+    columns: Mapping[str, float] = NO_COLUMNS  # one number of this document for each of the batch's columns `*_D`
 
     @property
     def clean_length(self) -> int:
@@ -33,10 +43,37 @@ def share(documents: Sequence[PackedDocument]) -> list[PackedDocument]:
     Block size 2, answers in brackets, views of all their blocks: a b c [d e f g h] and a b c [d e i j k] share a b c d.
     """
     first, *others = documents
+    # Only clean blocks can be shared, and the last block that a view holds has no clean copy.
     length = min(packed.clean_length for packed in documents)
     for other in others:
-        # streams of other blocks are other computations
+        # Streams of other block sizes are other computations.
         length *= other.document.block_size == first.document.block_size
         length = min(length, common_length(first.document.embedding_inputs, other.document.embedding_inputs))
     length -= length % first.document.block_size
     return [first._replace(shared=0), *(other._replace(shared=length) for other in others)]
+
+
+def total_cost(documents: Sequence[PackedDocument]) -> int:
+    """Positions that documents take in a row together."""
+    return sum(packed.cost for packed in documents)
+
+
+def costs_by_length(
+    size_E: np.ndarray,
+    clean_E: np.ndarray,
+    response_E: np.ndarray,
+    common_U: np.ndarray,
+    num_views: int,
+    unit_size: int,
+) -> np.ndarray:
+    """What `total_cost(share(...))` of each unit will be, by lengths alone: int64 [U].
+
+    A unit is `unit_size` consecutive documents of E in all: one, or the two sides of a pair. `size_E` is the block size of
+    each document, `clean_E` the blocks of its clean stream, `response_E` those of each of its views, and `common_U` the
+    tokens that the documents of a unit have in common. So a run's rows are known before any token is read.
+    """
+    cost_UM = (size_E * (clean_E + num_views * response_E)).reshape(-1, unit_size)  # M documents a unit
+    clean_UM, size_UM = clean_E.reshape(-1, unit_size), size_E.reshape(-1, unit_size)
+    # Block sizes differ only where a document is shorter than a block: it has no clean stream, and so nothing is shared.
+    shared_U = np.minimum(common_U // size_UM[:, 0], clean_UM.min(axis=1))
+    return cost_UM.sum(axis=1) - (unit_size - 1) * size_UM[:, 0] * shared_U

@@ -4,8 +4,8 @@ import bisect
 
 from dfactory.data.examples import DataReport
 from dfactory.data.fields import BadRow, Fault
+from dfactory.data.order import EpochOrder
 from dfactory.data.prompts import Row, encode_prompt, prompt_of, rows_of
-from dfactory.data.source import EpochOrder
 from dfactory.errors import DataError
 from dfactory.recipe import Recipe
 from dfactory.rl.rollouts import GroupCall

@@ -10,8 +10,9 @@ import torch
 from dfactory.algorithms.policy_gradient import PolicyGradient
 from dfactory.engine.replay import join
 from dfactory.noise.mask import RandomMask
+from dfactory.packing import share_out
 from dfactory.rl.rollouts import RolloutBatch, ScoredRollout
-from dfactory.rl.rows import rollout_document, share_out
+from dfactory.rl.rows import rollout_document
 from dfactory.rl.source import RolloutSource
 from dfactory.types import PADDING, FinishReason, Rollout, TokenScores
 
