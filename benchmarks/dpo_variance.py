@@ -28,8 +28,9 @@ from dfactory.algorithms.elbo import elbo
 from dfactory.config.data import DatasetKeys
 from dfactory.data.chat import ChatEncoder, special_ids
 from dfactory.data.examples import load_examples
+from dfactory.models.hub import resolve
 from dfactory.models.policy import Policy
-from dfactory.models.registry import load_policy, read_tokenizer, resolve_model_dir, trained_block_size
+from dfactory.models.registry import load_policy, read_tokenizer, trained_block_size
 from dfactory.noise import RandomMask
 from dfactory.packing import PackedDocument, align, collate
 from dfactory.types import AlignedDocument
@@ -41,7 +42,7 @@ def read_pairs(
     model: str, data: str, count: int, block_size: int, max_length: int
 ) -> tuple[list[AlignedDocument], int]:
     """The documents of the first pairs, chosen and rejected in turn, and the mask id."""
-    directory = resolve_model_dir(model)
+    directory = resolve(model)
     tokenizer = read_tokenizer(directory)
     special = special_ids(tokenizer)
     examples = load_examples(
@@ -139,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     policy, reference = (load_policy(path, dtype="float32") for path in (options.policy, options.reference))
-    block_size = trained_block_size(resolve_model_dir(options.policy))
+    block_size = trained_block_size(resolve(options.policy))
     documents, mask_id = read_pairs(options.policy, options.data, options.pairs, block_size, options.max_length)
     results = compare(policy, reference, documents, mask_id, options.views, options.replicates)
     table = Table("estimator", "mean margin", "standard error", "variance", "naive / this")

@@ -19,7 +19,8 @@ from typing import NamedTuple
 from benchmarks.costs import Costs, Machine, Row, Step
 from dfactory.commands.checking.memory import FITS
 from dfactory.engine.trainer import deepspeed_config
-from dfactory.models.registry import read_config, resolve_model_dir
+from dfactory.models.hub import resolve
+from dfactory.models.registry import read_config
 from dfactory.planning.memory import MemoryForecast, Setup, count_parameters, forecast_sizes, setup_of
 from dfactory.recipe import load_recipe
 
@@ -50,7 +51,7 @@ class Model(NamedTuple):
     @classmethod
     def named(cls, name: str) -> "Model":
         recipe = load_recipe(RECIPES / f"llada2_{name}" / "sft.yaml")
-        directory = resolve_model_dir(recipe.model_name_or_path)
+        directory = resolve(recipe.model_name_or_path, recipe.model_revision, weights=False)
         setup = setup_of(recipe, deepspeed_config(recipe), {"mini": 8, "flash": 32}[name])  # its header's
         row = Row(length=setup.row_length, block=recipe.block_size, views=recipe.views_per_document)
         counts, config = count_parameters(directory), read_config(directory)

@@ -183,7 +183,7 @@ class Ours:
     """What `dfactory train` runs for a window: DeepSpeed, packed rows, scores of targets only."""
 
     def __init__(self, recipe: Recipe):
-        policy = load_policy(recipe.model_name_or_path, dtype=recipe.dtype)
+        policy = load_policy(recipe.model_name_or_path, revision=recipe.model_revision, dtype=recipe.dtype)
         self.parameters = list(policy.parameters())
         self.trainer, self.objective = Trainer(recipe, policy, STEPS), SFT()
 

@@ -273,6 +273,7 @@ def load_initial(recipe: Recipe) -> Policy:
     zero3 = keep_zero3_config(recipe)  # has to outlive the loading
     policy = load_policy(
         recipe.model_name_or_path,
+        revision=recipe.model_revision,
         dtype=recipe.dtype,
         init_weights=recipe.init_weights,
         seed=recipe.seed,

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from dfactory.config.words import join_options
+from dfactory.config.words import MODEL_HELP, join_options
 from dfactory.errors import ConfigError, DFactoryError
 from dfactory.redaction import guard_output
 
@@ -136,7 +136,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
 
     export = verb("export", _export, "write a checkpoint as a plain model directory; merges adapters and checkpoints")
-    export.add_argument("--model", required=True, help="run folder or checkpoint")
+    export.add_argument("--model", required=True, help=MODEL_HELP)
     export.add_argument("--output", required=True, help="new directory")
     export.add_argument(
         "--merge",
@@ -172,7 +172,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="model directory, run folder, or `tiny`")
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--init-weights", default="pretrained", choices=("pretrained", "random"))
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: the checkpoint's"

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 from dfactory.data.chat import ChatEncoder, SpecialIds, mask_warning, read_chat_template, special_ids
 from dfactory.decoding import DecodeRules
 from dfactory.decoding.keys import DecodeKeys
-from dfactory.models.registry import known_eos_id, known_mask_id, read_config, read_tokenizer, resolve_model_dir
+from dfactory.models.hub import resolve
+from dfactory.models.registry import known_eos_id, known_mask_id, read_config, read_tokenizer
 from dfactory.recipe import Recipe
 
 
@@ -41,6 +42,7 @@ class Vocabulary(NamedTuple):
 def recipe_vocabulary(recipe: Recipe) -> Vocabulary:
     return read_vocabulary(
         recipe.model_name_or_path,
+        recipe.model_revision,
         mask_token_id=recipe.mask_token_id,
         eos_token_id=recipe.eos_token_id,
         chat_template_path=recipe.chat_template_path,
@@ -48,11 +50,16 @@ def recipe_vocabulary(recipe: Recipe) -> Vocabulary:
 
 
 def read_vocabulary(
-    model: str, *, mask_token_id: int | None, eos_token_id: int | None, chat_template_path: str | None = None
+    model: str,
+    revision: str | None = None,
+    *,
+    mask_token_id: int | None,
+    eos_token_id: int | None,
+    chat_template_path: str | None = None,
 ) -> Vocabulary:
-    """Of a model directory, or a name that stands for one. Raises ConfigError where a special id is neither known nor
-    given; reads no weights."""
-    model_dir = resolve_model_dir(model)
+    """Of a model directory, or a name that stands for one; no weights are read or downloaded. Raises ConfigError where a
+    special id is neither known nor given."""
+    model_dir = resolve(model, revision, weights=False)
     size = read_config(model_dir).vocab_size
     tokenizer = read_tokenizer(model_dir)
     template = read_chat_template(chat_template_path)

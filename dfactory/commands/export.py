@@ -23,8 +23,9 @@ from dfactory.console import plain_console
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.models.adapters import Merge, is_adapters, merge_into_base, whole_model_dir
 from dfactory.models.headers import INDEX, WEIGHTS, dtype_name, open_tensors, stored_dtype, weight_files
+from dfactory.models.hub import resolve
 from dfactory.models.policy import Policy
-from dfactory.models.registry import load_policy, resolve_model_dir
+from dfactory.models.registry import load_policy
 from dfactory.models.saving import CHAT_TEMPLATE, GENERATION_CONFIG, carry_files, layer_groups, save_policy
 from dfactory.noise import masked_view
 from dfactory.packing import PackedDocument, collate
@@ -44,7 +45,7 @@ def export(model: str, output: str, dtype: str = "auto") -> int:
     Raises ConfigError if `output` is not free, CheckpointError if the checkpoint cannot be read or a proof fails; then
     nothing is left behind.
     """
-    source = resolve_model_dir(model)
+    source = resolve(model)
     wanted = None if dtype == "auto" else getattr(torch, dtype)
 
     def write(partial: Path) -> list[str]:

@@ -20,8 +20,9 @@ from dfactory.data.jsonlines import json_line
 from dfactory.data.prompts import Row, encode_prompt, read_rows
 from dfactory.decoding import decode
 from dfactory.decoding.keys import DecodeKeys
+from dfactory.models.hub import resolve
 from dfactory.models.policy import Policy
-from dfactory.models.registry import load_policy, resolve_model_dir, trained_block_size
+from dfactory.models.registry import load_policy, trained_block_size
 from dfactory.rl.rewards.exact_match import same_text
 from dfactory.rl.rewards.text import answer_text
 from dfactory.types import Rollout
@@ -34,7 +35,7 @@ class Answerer:
     """A loaded model that answers rows; what `generate` and `eval` share."""
 
     def __init__(self, arguments: argparse.Namespace, keys: DecodeKeys):
-        model_dir = resolve_model_dir(arguments.model)
+        model_dir = resolve(arguments.model)
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.policy: Policy = load_policy(
             model_dir, dtype=arguments.dtype, device=device, init_weights=arguments.init_weights

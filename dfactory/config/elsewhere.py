@@ -58,6 +58,7 @@ COMMON = {
     "grad_accum": "gradient_accumulation_steps",
     "model": "model_name_or_path",
     "model_path": "model_name_or_path",
+    "revision": "model_revision",
     "block_length": "block_size",
     "gen_length": "decode.max_new_tokens",
     "mask_id": "mask_token_id",

@@ -8,7 +8,13 @@ from dfactory.config.keys import REQUIRED, key
 
 @dataclass
 class ModelKeys:
-    model_name_or_path: str = key(REQUIRED, "directory of the checkpoint, or `tiny` for the embedded model")
+    model_name_or_path: str = key(
+        REQUIRED,
+        "directory of the checkpoint, name of a model on the hub (`org/name`), or `tiny` for the embedded model",
+    )
+    model_revision: Optional[str] = key(
+        None, "branch, tag or commit of a model on the hub; null: its newest version, which may change"
+    )
     init_weights: str = key(
         "pretrained",
         "read the weights, or draw them from `seed` by the directory's config.json",

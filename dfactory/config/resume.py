@@ -17,6 +17,7 @@ KEPT = {
     "seed": "noise and the order of the records are drawn from it",
     "streaming": "the cursor counts lines with it, and records without it",
     "model_name_or_path": "the tokenizer, the base of adapters and a reference are read from it",
+    "model_revision": "the tokenizer, the base of adapters and a reference are read from it",
     "init_weights": "the model that the run started from would be another",
     "dtype": "the optimiser's state is stored by it",
     "mask_token_id": "the model has learnt to fill the former id",

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Collection
 
+MODEL_HELP = "model directory, run folder, name on the hub (org/name or org/name@revision), or `tiny`"
+
 
 def join_options(words: list[str], own: Collection[str]) -> list[str]:
     """Turn options that the command itself does not have (`own` names those that it has) into key=value words.

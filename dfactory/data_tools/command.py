@@ -9,6 +9,7 @@ import importlib
 import sys
 from collections.abc import Callable
 
+from dfactory.config.words import MODEL_HELP
 from dfactory.console import plain_console
 from dfactory.errors import ConfigError, DFactoryError
 from dfactory.redaction import guard_output
@@ -55,7 +56,7 @@ def parser_of(verb: str, epilog: str | None = None) -> argparse.ArgumentParser:
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
     """What a tokenizer and its special ids are taken from."""
-    parser.add_argument("--model", required=required, help="model directory, run folder, or `tiny`: its tokenizer")
+    parser.add_argument("--model", required=required, help=f"{MODEL_HELP}: its tokenizer")
     parser.add_argument(
         "--chat-template", metavar="FILE", help="Jinja file used instead of the tokenizer's own template"
     )

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dfactory.commands.generate import Answerer
+from dfactory.config.words import MODEL_HELP
 from dfactory.data.prompts import Row, encode_prompt, prompt_of, read_rows
 from dfactory.data_tools.command import say
 from dfactory.decoding import decode
@@ -29,7 +30,7 @@ class Group(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser, generations: int) -> None:
-    parser.add_argument("--model", required=True, help="model directory, run folder, or `tiny`")
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--init-weights", default="pretrained", choices=("pretrained", "random"))
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: the checkpoint's"

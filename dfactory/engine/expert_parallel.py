@@ -18,8 +18,9 @@ from torch import nn
 
 from dfactory.errors import ConfigError
 from dfactory.models.families.base import FAMILIES
+from dfactory.models.hub import resolve
 from dfactory.models.policy import Policy
-from dfactory.models.registry import read_config, resolve_model_dir
+from dfactory.models.registry import read_config
 from dfactory.models.saving import NamedTensors
 from dfactory.recipe import Recipe
 
@@ -36,7 +37,7 @@ def autoep_section(recipe: Recipe) -> dict[str, Any]:
     size = recipe.expert_parallel_size
     if size == 1:
         return {"enabled": False}
-    config = read_config(resolve_model_dir(recipe.model_name_or_path))
+    config = read_config(resolve(recipe.model_name_or_path, recipe.model_revision, weights=False))
     family = FAMILIES.of(config)
     autoep = family.autoep
     if autoep is None:

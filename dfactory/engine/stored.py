@@ -31,7 +31,7 @@ from dfactory.engine.reference import Reference
 from dfactory.errors import CheckpointError
 from dfactory.models.adapters import ADAPTER_CONFIG, adapter_base, is_adapters
 from dfactory.models.headers import weight_files
-from dfactory.models.registry import resolve_model_dir
+from dfactory.models.hub import resolve
 from dfactory.recipe import Recipe
 from dfactory.runs.folder import writing
 from dfactory.types import PADDING, ViewBatch
@@ -123,8 +123,10 @@ def stored_reference(
 def origin_of(recipe: Recipe, special: SpecialIds) -> dict[str, Any]:
     """What the scores depend on, apart from the records. `content_of` covers what else shapes documents and views."""
     noise = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(NoiseKeys)}
+    weights = recipe.init_weights == "pretrained"
+    model_dir = resolve(recipe.model_name_or_path, recipe.model_revision, weights=weights)
     return {
-        "model": _sha256(_model_files(resolve_model_dir(recipe.model_name_or_path), recipe.init_weights)),
+        "model": _sha256(_model_files(model_dir, recipe.init_weights)),
         "init_weights": recipe.init_weights,
         "dtype": recipe.dtype,
         "mask_token_id": special.mask,

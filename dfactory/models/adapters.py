@@ -16,8 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dfactory.errors import CheckpointError, ConfigError
+from dfactory.hub import is_hub_name
 from dfactory.models.config_keys import POSITIVE, SWITCH, Rule, Rules, only, read_object, refuse_values, shown, size
 from dfactory.models.headers import refuse_large_headers
+from dfactory.models.hub import hub_name, resolve
 from dfactory.models.policy import Policy
 
 ADAPTER_CONFIG = "adapter_config.json"  # peft's mark of a directory that holds adapters only
@@ -52,7 +54,7 @@ def is_adapters(model_dir: Path) -> bool:
 def adapter_base(adapter_dir: Path) -> Path:
     """The model directory that LoRA adapters belong to. Raises CheckpointError if it is gone, or no end to them."""
     whole_model_dir(adapter_dir)
-    return _stated_base(adapter_dir)
+    return _stated_base(adapter_dir, weights=True)
 
 
 def whole_model_dir(model_dir: Path) -> Path:
@@ -60,19 +62,24 @@ def whole_model_dir(model_dir: Path) -> Path:
     as `adapter_base`."""
     base, seen = model_dir, {model_dir.resolve()}
     while is_adapters(base):
-        base = _stated_base(base)
+        base = _stated_base(base, weights=False)
         if base.resolve() in seen:
             raise CheckpointError(f"base_model_name_or_path {base} leads back to {model_dir}: name a whole model there")
         seen.add(base.resolve())
     return base
 
 
-def _stated_base(adapter_dir: Path) -> Path:
+def _stated_base(adapter_dir: Path, weights: bool) -> Path:
+    """A directory, or where a model of the hub is stated its directory in the cache."""
     file = adapter_dir / ADAPTER_CONFIG
-    stated = read_object(file).get("base_model_name_or_path")
+    keys = read_object(file)
+    stated, revision = keys.get("base_model_name_or_path"), keys.get("revision")
     with contextlib.suppress(OSError):  # a name that is too long
         if isinstance(stated, str) and Path(stated).is_dir():
             return Path(stated)
+    if isinstance(stated, str) and is_hub_name(stated):
+        named = f"base_model_name_or_path in {file}:"
+        return resolve(stated, revision if isinstance(revision, str) else None, weights=weights, key=named)
     raise CheckpointError(
         f"base_model_name_or_path {str(stated)[:300]} in {file} is not a directory: adapters are nothing without their "
         "base; put it back, or correct the path there"
@@ -135,7 +142,7 @@ def add_adapters(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         policy.model = get_peft_model(policy.model, config)
-    config.base_model_name_or_path = str(policy.source_dir)
+    config.base_model_name_or_path, config.revision = hub_name(policy.source_dir) or (str(policy.source_dir), None)
     return policy
 
 

@@ -23,32 +23,14 @@ from dfactory.models.adapters import (
 )
 from dfactory.models.config_keys import MOST_ADDED_TOKENS, MOST_TOKENIZER_BYTES, read_object
 from dfactory.models.families.base import FAMILIES, Family, SpecialTokens
-from dfactory.models.headers import Shapes, check_counts, check_shapes, is_plain_name, meta_model, read_shapes
+from dfactory.models.headers import Shapes, check_counts, check_shapes, meta_model, read_shapes
+from dfactory.models.hub import resolve
 from dfactory.models.policy import Policy
 from dfactory.models.saving import GENERATION_CONFIG
-from dfactory.models.tiny import TINY_DIR
 
 attention.register()
 experts.register()
 transformers_logging.disable_progress_bar()
-
-
-def resolve_model_dir(name_or_path: str | Path) -> Path:
-    """`tiny`, a model directory, or a run folder (then its newest checkpoint). Raises CheckpointError."""
-    if str(name_or_path) == "tiny":
-        return TINY_DIR
-    path = Path(name_or_path)
-    if not path.is_dir():
-        raise CheckpointError(
-            f"model_name_or_path {path} is not a directory: give one with config.json and *.safetensors, or `tiny`"
-        )
-    latest = path / "LATEST"
-    if not latest.is_file():
-        return path
-    name = latest.read_text().strip()
-    if not is_plain_name(name):
-        raise CheckpointError(f"{latest} holds {name[:80]!r}: it must name a folder beside it, such as checkpoint-20")
-    return path / name
 
 
 def read_config(model_dir: Path) -> PreTrainedConfig:
@@ -137,6 +119,7 @@ def _recorded(model_dir: Path) -> dict[str, Any]:
 def load_policy(
     name_or_path: str | Path,
     *,
+    revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     init_weights: str = "pretrained",
@@ -144,14 +127,14 @@ def load_policy(
     attn_implementation: str = "auto",
     merged: bool = False,
 ) -> Policy:
-    """Read a Policy, in evaluation mode. A directory with LoRA adapters is read on top of its base model, and with
-    `merged` they become part of its weights.
+    """Read a Policy, in evaluation mode: from a local directory, or a model of the hub at `revision`. A directory with LoRA
+    adapters is read on top of its base model, and with `merged` they become part of its weights.
 
     `dtype` auto is the precision that config.json states, or else bfloat16.
     `init_weights="random"` draws the weights from `seed` by the directory's config.json. Raises CheckpointError that
     names every tensor that is missing, unexpected or of another shape.
     """
-    model_dir = resolve_model_dir(name_or_path)
+    model_dir = resolve(name_or_path, revision, weights=init_weights == "pretrained")
     if is_adapters(model_dir):
         base = adapter_base(model_dir)
         check_adapters(model_dir)

@@ -22,7 +22,7 @@ from dfactory.algorithms.rollouts import rollout_views
 from dfactory.algorithms.trace import all_steps
 from dfactory.decoding import decode
 from dfactory.models.adapters import add_adapters
-from dfactory.models.registry import load_policy, resolve_model_dir
+from dfactory.models.registry import load_policy
 from dfactory.noise import RandomMask
 from dfactory.recipe import Recipe
 from dfactory.redaction import remember
@@ -40,10 +40,10 @@ class RolloutActor:
     def __init__(self, recipe: Recipe, folder: str):
         os.chdir(folder)  # relative paths in a recipe are those of the driver
         remember(recipe)
-        model_dir = resolve_model_dir(recipe.model_name_or_path)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.policy = load_policy(
-            model_dir,
+            recipe.model_name_or_path,
+            revision=recipe.model_revision,
             dtype=recipe.dtype,
             device=device,
             init_weights=recipe.init_weights,

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from dfactory.engine.trainer import deepspeed_config
-from dfactory.models.registry import resolve_model_dir
+from dfactory.models.hub import resolve
 from dfactory.planning.memory import forecast, setup_of
 from dfactory.recipe import load_recipe
 from tests.commands.conftest import ROOT
@@ -49,7 +49,7 @@ def test_the_hardware_table_is_the_forecast(monkeypatch):
     for file, overrides, ranks, device, host in rows:
         recipe = load_recipe(f"recipes/{file}", overrides.split())
         setup = setup_of(recipe, deepspeed_config(recipe), int(ranks))
-        memory = forecast(resolve_model_dir(recipe.model_name_or_path), setup)
+        memory = forecast(resolve(recipe.model_name_or_path, recipe.model_revision, weights=False), setup)
         told = [f"{memory.device_bytes / 1e9:.0f}", f"{memory.host_bytes * min(int(ranks), 8) / 1e9:.0f}"]
         assert [device, host] == told, (file, overrides, ranks)
 

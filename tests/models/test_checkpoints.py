@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dfactory.errors import CheckpointError, ConfigError
-from dfactory.models.registry import load_policy, read_config, resolve_model_dir
+from dfactory.models.hub import resolve
+from dfactory.models.registry import load_policy, read_config
 from dfactory.models.saving import save_policy
 from dfactory.models.tiny import write_tiny_config
 from tests.batches import make_batch, random_document
@@ -374,7 +375,7 @@ def test_code_is_carried_along_and_never_run(write_model, tmp_path):
 def test_a_run_folder_is_its_newest_checkpoint(golden, tmp_path):
     (tmp_path / "LATEST").write_text("checkpoint-4\n")
     shutil.copytree(golden.directory, tmp_path / "checkpoint-4")
-    assert resolve_model_dir(tmp_path) == tmp_path / "checkpoint-4"
+    assert resolve(tmp_path) == tmp_path / "checkpoint-4"
     load_policy(tmp_path)
 
 

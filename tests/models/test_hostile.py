@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from dfactory.errors import CheckpointError
-from dfactory.models.registry import load_policy, read_tokenizer, resolve_model_dir, trained_block_size
+from dfactory.models.hub import resolve
+from dfactory.models.registry import load_policy, read_tokenizer, trained_block_size
 from dfactory.models.saving import save_policy
 from dfactory.models.tiny import TINY_DIR
 from tests.models.conftest import GOLDEN_DIR
@@ -95,7 +96,7 @@ def test_latest_names_a_folder_beside_it_only(name, model, tmp_path):
     (tmp_path / "run/checkpoint-1").mkdir(parents=True)
     (tmp_path / "run/LATEST").write_text(f"{name}\n")
     with pytest.raises(CheckpointError, match="must name a folder beside it"):
-        resolve_model_dir(tmp_path / "run")
+        resolve(tmp_path / "run")
 
 
 def test_a_link_out_of_the_directory_is_not_copied(model, tmp_path):
@@ -129,7 +130,7 @@ def test_the_links_of_the_hubs_cache_are_followed(model, tmp_path):
     "keys, said",
     [
         ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING' in .*adapter_config.json is not supported"),
-        ({"base_model_name_or_path": "org/name"}, "is not a directory"),
+        ({"base_model_name_or_path": "org/na/me"}, "is not a directory"),
         ({"base_model_name_or_path": ["x"]}, "is not a directory"),
     ],
 )

@@ -13,6 +13,7 @@ from dfactory.data.templates import GENERATION_MARKER, PROBE_TURN
 from dfactory.models.adapters import unreached_experts, whole_model_dir
 from dfactory.models.families.base import FAMILIES
 from dfactory.models.headers import weight_files
+from dfactory.models.hub import is_downloaded, resolve
 from dfactory.models.registry import (
     check_tensors,
     known_eos_id,
@@ -20,7 +21,6 @@ from dfactory.models.registry import (
     meta_model,
     read_config,
     read_tokenizer,
-    resolve_model_dir,
     trained_block_size,
 )
 from dfactory.planning.memory import ParameterCounts, count_adapters, count_parameters
@@ -40,7 +40,7 @@ class Model:
 
 
 def tell_model(page: Page, recipe: Recipe) -> Model:
-    path = resolve_model_dir(recipe.model_name_or_path)
+    path = resolve(recipe.model_name_or_path, recipe.model_revision, weights=False)
     config, counts = read_config(path), count_parameters(path)
     adapters = count_adapters(path, recipe.lora_r, tuple(recipe.lora_target_modules)) if recipe.use_peft else None
     model = Model(path, config, counts, counts.total if adapters is None else adapters)
@@ -66,6 +66,9 @@ def tell_model(page: Page, recipe: Recipe) -> Model:
 
 
 def tell_weights(page: Page, model: Model) -> None:
+    if not is_downloaded(whole_model_dir(model.path)):
+        page.line("files", "not downloaded yet: the run does it when it starts")
+        return
     files = weight_files(whole_model_dir(model.path))
     check_tensors(model.path, model.config)
     size = sum(file.stat().st_size for file in files)

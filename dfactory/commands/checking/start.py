@@ -15,6 +15,7 @@ from dfactory.commands.checking.page import Page, in_bytes
 from dfactory.commands.checking.steps import Phase
 from dfactory.models.adapters import whole_model_dir
 from dfactory.models.headers import weight_files
+from dfactory.models.hub import is_downloaded
 from dfactory.recipe import Recipe
 
 IMPORTS_S = 8.0  # Python and libraries on an idle CPU core, where they had been imported before and could not be timed
@@ -33,7 +34,8 @@ class Timed(NamedTuple):
 
 def tell_start(page: Page, recipe: Recipe, model: Model, timed: Timed, first: Phase) -> None:
     """`first` is what the first rows hold."""
-    files = weight_files(whole_model_dir(model.path)) if recipe.init_weights == "pretrained" else []
+    model_dir = whole_model_dir(model.path)
+    files = weight_files(model_dir) if recipe.init_weights == "pretrained" and is_downloaded(model_dir) else []
     stored = sum(file.stat().st_size for file in files)
     weights_s = stored / DISK_RATE
     work = step_flop(recipe, model, first)

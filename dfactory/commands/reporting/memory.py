@@ -9,7 +9,7 @@ from dfactory.commands.reporting.figures import COLOURS, new_figure, titled
 from dfactory.commands.reporting.runs import Run
 from dfactory.engine.trainer import deepspeed_config
 from dfactory.errors import DFactoryError
-from dfactory.models.registry import resolve_model_dir
+from dfactory.models.hub import resolve
 from dfactory.planning.memory import forecast, setup_of
 from dfactory.recipe import load_recipe
 
@@ -57,7 +57,7 @@ def forecast_of(run: Run) -> float | None:
         try:
             recipe = load_recipe(file)
             memory = forecast(
-                resolve_model_dir(recipe.model_name_or_path),
+                resolve(recipe.model_name_or_path, recipe.model_revision, weights=False),
                 setup_of(recipe, deepspeed_config(recipe), int(ranks[-1]) if len(ranks) else 1),
             )
         except DFactoryError:  # the model was moved, or is on another machine

@@ -1,0 +1,62 @@
+"""Names on the Hugging Face hub: what a name looks like, and what to do when the hub does not give what it stands for."""
+
+import os
+import re
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from dfactory.errors import ConfigError
+
+_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a text can be the name of a repository, `org/name`. A file or folder of that name comes first."""
+    return bool(_NAME.fullmatch(text)) and not os.path.exists(text)
+
+
+def refusal(problem: Exception, what: str, name: str, revision: str | None) -> ConfigError:
+    """The error to raise for what huggingface_hub or datasets raised. `what` is the key that holds the name."""
+    known = f"{what} {name} is not a local path and cannot be read from {constants.ENDPOINT}"
+    causes = _chain(problem)
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return ConfigError(f"{known}: access has to be granted on its page first; then give your token in HF_TOKEN")
+    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        return ConfigError(f"{known}: it has no revision {revision}; correct the revision")
+    if any(isinstance(cause, RepositoryNotFoundError | HFValidationError) for cause in causes):
+        return ConfigError(
+            f"{known}: there is no such repository, or it is private; correct the name, or give your token in HF_TOKEN"
+        )
+    if constants.HF_HUB_OFFLINE or any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+        return ConfigError(
+            f"{known}: HF_HUB_OFFLINE is set, and the cache {constants.HF_HUB_CACHE} does not hold it; unset HF_HUB_OFFLINE "
+            "to download it, set HF_HOME to a cache that holds it, or give a local path instead"
+        )
+    if any(isinstance(cause, EntryNotFoundError | OSError) for cause in causes):
+        return ConfigError(
+            f"{known}: the server does not answer ({_first_line(causes[-1])}), and the cache {constants.HF_HUB_CACHE} does "
+            "not hold it; connect to the network, set HF_ENDPOINT to a mirror, or give a local path instead"
+        )
+    return ConfigError(f"{known}: {_first_line(problem)}")
+
+
+def _chain(problem: BaseException) -> list[BaseException]:
+    """The exception and those that it was raised from."""
+    found = []
+    while problem is not None and problem not in found:
+        found.append(problem)
+        problem = problem.__cause__ or problem.__context__
+    return found
+
+
+def _first_line(problem: BaseException) -> str:
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    return f"{type(problem).__name__}: {lines[0][:200]}" if lines else type(problem).__name__

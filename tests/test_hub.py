@@ -1,0 +1,112 @@
+"""A model by its name on the hub: checked and trained, once with the hub and once without it from the cache.
+
+The hub is a stand-in on 127.0.0.1 (tests/hub.py); huggingface_hub learns of it, and of an empty HF_HOME, in a process of its
+own, because it reads both when it is imported.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dfactory.models.tiny import TINY_DIR
+from tests.hub import commit_of, serving
+
+ROOT = Path(__file__).parents[1]
+MODEL = "acme/tiny-dlm"
+CALL = "import json, sys; from dfactory.cli import main; print([main(words) for words in json.loads(sys.argv[1])])"
+CONVERSATION = {"messages": [{"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "hi"}]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the hub serves."""
+    root = tmp_path_factory.mktemp("hub")
+    shutil.copytree(TINY_DIR, root / "models" / MODEL)
+    (root / "models" / MODEL / "pytorch_model.bin").write_bytes(b"nobody needs this")
+    return root
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """An empty HF_HOME, which the tests of this file fill one after the other."""
+    return tmp_path_factory.mktemp("home")
+
+
+def call(home, *commands, **variables):
+    """([exit status, ...], what was printed, as one line) of dfactory's command lines in one process."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_HOME": str(home), **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", CALL, json.dumps(commands)], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    *told, statuses = done.stdout.strip().splitlines()
+    return json.loads(statuses), " ".join(" ".join([*told, done.stderr]).split())
+
+
+def recipe(tmp_path, *changes):
+    data = tmp_path / "train.jsonl"
+    data.write_text(f"{json.dumps(CONVERSATION)}\n" * 16)
+    file = tmp_path / "recipe.yaml"
+    keys = {
+        "model_name_or_path": MODEL,
+        "dtype": "float32",
+        "datasets": [{"path": str(data)}],
+        "block_size": 8,
+        "max_length": 32,
+        "max_steps": 2,
+        "output_dir": str(tmp_path / "run"),
+    }
+    file.write_text(json.dumps(keys))
+    return [str(file), *changes]
+
+
+@pytest.mark.slow
+def test_a_model_of_the_hub_trains_and_then_trains_from_the_cache(folder, home, tmp_path):
+    words, commit = recipe(tmp_path), commit_of(folder / "models" / MODEL)
+    with serving(folder) as hub:
+        statuses, told = call(home, ["check", *words], ["train", *words], HF_ENDPOINT=hub.endpoint)
+    assert statuses == [0, 0]
+    assert "not downloaded yet" in told
+    asked = [path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path]
+    assert asked.index("model.safetensors") > asked.index("tokenizer.json")
+    assert "pytorch_model.bin" not in asked
+    (snapshot,) = (home / "hub").glob("models--acme--tiny-dlm/snapshots/*")
+    assert snapshot.name == commit
+
+    pinned = [*words, f"model_revision={commit}", "use_peft=true", f"output_dir={tmp_path / 'again'}"]
+    statuses, told = call(home, ["check", *pinned], ["train", *pinned], HF_HUB_OFFLINE="1")
+    assert statuses == [0, 0]
+    assert "not downloaded yet" not in told
+    adapters = json.loads((tmp_path / "again/checkpoint-2/adapter_config.json").read_text())
+    assert (adapters["base_model_name_or_path"], adapters["revision"]) == (MODEL, commit)  # no path of this machine
+
+    (tmp_path / "ask.jsonl").write_text(json.dumps({"prompt": "Say hi"}) + "\n")
+    ask = ["generate", "--input", str(tmp_path / "ask.jsonl"), "--output", str(tmp_path / "answers.jsonl"), "--model"]
+    models = (f"{MODEL}@{commit}", str(tmp_path / "again"))
+    assert call(home, *([*ask, model] for model in models), HF_HUB_OFFLINE="1")[0] == [0, 0]
+
+
+@pytest.mark.slow
+def test_what_the_hub_does_not_give_is_told_with_a_remedy(folder, tmp_path):
+    home, words = tmp_path / "home", recipe(tmp_path)
+    with serving(folder) as hub:
+        wrong = (["model_name_or_path=acme/none"], ["model_revision=v2"])
+        statuses, told = call(home, *(["check", *words, *keys] for keys in wrong), HF_ENDPOINT=hub.endpoint)
+    assert statuses == [2, 2]
+    known = f"is not a local path and cannot be read from {hub.endpoint}: "
+    assert f"model_name_or_path acme/none {known}there is no such repository" in told
+    assert f"model_name_or_path {MODEL} {known}it has no revision v2" in told
+    statuses, told = call(home, ["check", *words], HF_ENDPOINT=hub.endpoint)  # the server is down
+    assert statuses == [2]
+    assert f"model_name_or_path {MODEL} {known}the server does not answer" in told
+    assert "set HF_ENDPOINT to a mirror" in told
+    statuses, told = call(home, ["check", *words], HF_HUB_OFFLINE="1")
+    assert statuses == [2]
+    assert f"{MODEL} is not a local path" in told
+    assert f"HF_HUB_OFFLINE is set, and the cache {home / 'hub'} does not hold it; unset HF_HUB_OFFLINE" in told
