@@ -30,6 +30,7 @@ import torch
 from dfactory.algorithms.base import Needs
 from dfactory.algorithms.metrics import token_metrics
 from dfactory.algorithms.rollouts import RolloutAlgorithm, RolloutKeys
+from dfactory.algorithms.units import by_unit, sum_by_unit
 from dfactory.config.keys import key
 from dfactory.types import Count, LossTerms, Mean, Objective, TokenScores, ViewBatch
 
@@ -98,18 +99,11 @@ class PolicyGradient(Objective):
             metrics["importance_gap"] = Mean((importance_N - 1).abs().sum(), batch.num_targets)
         return metrics
 
-    def _units(self, batch: ViewBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rollout numbers in the batch [U], and for each target which of them is its own [N]."""
-        rollout_U = batch.columns["rollout_D"].unique()
-        return rollout_U, torch.searchsorted(rollout_U, batch.columns["rollout_D"][batch.document_N])
-
     def _log_ratio(self, batch: ViewBatch, scores: TokenScores) -> torch.Tensor:
         delta_N = scores.logprob_N - batch.columns["old_logprob_N"]
         if self.level == "token":
             return delta_N
-        rollout_U, unit_N = self._units(batch)
-        sums_U = torch.zeros(len(rollout_U), device=delta_N.device).index_add(0, unit_N, batch.elbo_weight_N * delta_N)
-        return sums_U / self._by_rollout(batch, self._normaliser_D(batch))
+        return sum_by_unit(batch, batch.elbo_weight_N * delta_N) / by_unit(batch, self._normaliser_D(batch))
 
     def _normaliser_D(self, batch: ViewBatch) -> torch.Tensor:
         if self.normaliser == "sum":
@@ -121,13 +115,7 @@ class PolicyGradient(Objective):
     def _advantage(self, batch: ViewBatch) -> torch.Tensor:
         if self.level == "token":
             return batch.columns["advantage_D"][batch.document_N]
-        return self._by_rollout(batch, batch.columns["advantage_D"])
-
-    def _by_rollout(self, batch: ViewBatch, value_D: torch.Tensor) -> torch.Tensor:
-        """A number that all rows of a rollout share, once a rollout [U]."""
-        rollout_U = batch.columns["rollout_D"].unique()
-        index_D = torch.searchsorted(rollout_U, batch.columns["rollout_D"])
-        return torch.zeros(len(rollout_U), device=value_D.device).index_copy(0, index_D, value_D.float())
+        return by_unit(batch, batch.columns["advantage_D"])
 
     def _unit_weight(self, batch: ViewBatch) -> torch.Tensor | float:
         """What multiplies a unit's gain: for a token the weights of its view and of importance; a sequence's ratio has that

@@ -13,7 +13,7 @@ A rollout without a reward has advantage 0 and weight 0. A group whose rewards a
 rewards, has no signal: its advantages are 0, and the caller drops or resamples it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,14 @@ class GroupAdvantages(NamedTuple):
     advantage_G: np.ndarray  # float64; 0 without a reward
     weight_G: np.ndarray  # float64: 1 with a reward, 0 without
     has_signal: bool  # some two rewards of the group differ
+
+    def weighted(self, weights: Callable[[np.ndarray], np.ndarray]) -> "GroupAdvantages":
+        """With what an algorithm makes of the advantages of the rollouts that have a reward."""
+        if not self.has_signal:
+            return self
+        advantage_G, scored_G = self.advantage_G.copy(), self.weight_G > 0
+        advantage_G[scored_G] = weights(advantage_G[scored_G])
+        return self._replace(advantage_G=advantage_G)
 
 
 def group_advantages(

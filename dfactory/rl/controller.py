@@ -18,6 +18,7 @@ no groups.
 
 import asyncio
 import collections
+import functools
 import itertools
 import os
 import statistics
@@ -216,7 +217,8 @@ class Controller:
             advantages = group_advantages(
                 outcome.rewards, baseline=self.recipe.advantage_baseline, scale=self.recipe.scale_rewards
             )
-            group.finish(outcome.with_advantages(advantages))
+            weighted = advantages.weighted(functools.partial(self.recipe.algorithm.weights, self.recipe))
+            group.finish(outcome.with_advantages(weighted))
         except Exception as problem:  # raised where the group is awaited
             group.fail(problem)
 

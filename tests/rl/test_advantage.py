@@ -65,3 +65,10 @@ def test_what_is_not_a_reward_is_refused():
         group_advantages([1.0, float("nan")])
     with pytest.raises(ValueError, match="'median'"):
         group_advantages([1.0, 0.0], baseline="median")
+
+
+def test_an_algorithm_weighs_the_scored_rollouts_alone():
+    found = group_advantages([1.0, None, 0.0], scale="none").weighted(lambda advantage_G: 10 * advantage_G + 1)
+    assert found.advantage_G.tolist() == [6.0, 0.0, -4.0]
+    without_signal = group_advantages([1.0, 1.0])
+    assert without_signal.weighted(lambda advantage_G: advantage_G + 1) is without_signal
