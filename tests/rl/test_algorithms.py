@@ -10,7 +10,13 @@ from dfactory.algorithms import ALGORITHMS, Data
 
 KEYS = [
     *("model_name_or_path=tiny", "num_generations=4", "prompts_per_step=2", "max_steps=2", "warmup_steps=0"),
-    *("num_iterations=2", "decode.max_new_tokens=16", "decode.threshold=0.5", "eval_datasets=[]", "eval_decode_prompts=0"),
+    *(
+        "num_iterations=2",
+        "decode.max_new_tokens=16",
+        "decode.threshold=0.5",
+        "eval_datasets=[]",
+        "eval_decode_prompts=0",
+    ),
 ]
 REWARD = """
 def capitals(prompts, completions, completion_ids, **columns):
