@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import pkgutil
 import threading
+from types import ModuleType
 from typing import Generic, Protocol, TypeVar
 
 from dfactory.errors import ConfigError
@@ -82,8 +83,14 @@ class Table(Generic[Entry]):
                     f"{self.what} {point.name} of the package {origin} cannot be imported ({point.value}): "
                     f"{type(problem).__name__}: {problem}; mend or uninstall that package"
                 ) from problem
-            if hasattr(loaded, "name"):
-                self.add(loaded)
+            if isinstance(loaded, ModuleType):  # it has added its entries
+                continue
+            if not hasattr(loaded, "name"):
+                raise ConfigError(
+                    f"{self.what} {point.name} ({point.value}) has no name: let the entry point name an entry of the table, "
+                    "or the module that adds it"
+                )
+            self.add(loaded)
 
 
 def _module_of(entry: object) -> str:

@@ -16,9 +16,11 @@ LATE_PACKAGES = {
     "liger_kernel": "an extra, for CUDA only",
     "pyseccomp": "an extra; it fails to import where libseccomp is missing",
     "reasoning_gym": "an extra",
+    "sympy": "comes with math_verify",
     "trl": "an extra",
     "wandb": "an extra",
     "deepspeed": "asks for the accelerator and warns; what trains without it, or only decodes, does without both",
+    "math_verify": "an extra",
     "matplotlib": "0.3 s, for animations alone",
     "peft": "takes seconds, for adapters alone",
     "PIL": "for animations alone",
@@ -30,7 +32,6 @@ LATE_PACKAGES = {
 LATE_FILES = {
     "dfactory/cli.py": "--help answers at once: every verb imports what it needs when it is called",
     "dfactory/train.py": "dfactory.rl.cluster imports Ray, an extra, and only after the local cluster is locked",
-    "dfactory/commands/evaluate.py": "dfactory.rl.rewards.reasoning_gym imports an extra",
     "dfactory/data_tools/command.py": "transformers takes seconds; convert, mix, split and dedup read no tokenizer",
     "dfactory/data_tools/validate.py": "torch and DeepSpeed take seconds; without --recipe rows are checked without them",
 }

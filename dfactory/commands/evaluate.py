@@ -23,6 +23,7 @@ from dfactory.console import plain_console
 from dfactory.data.prompts import Row, read_rows
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import ConfigError, DataError
+from dfactory.rl.rewards.reasoning_gym import score
 from dfactory.rl.rewards.text import answer_text
 
 NORMAL_QUANTILE = 1.96  # two-sided 95 percent
@@ -109,8 +110,6 @@ def task_questions(names: list[str], count: int, seed: int) -> tuple[list[Row], 
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
-
-        from dfactory.rl.rewards.reasoning_gym import score
     except ImportError as problem:
         raise ConfigError(f"--task: {problem}: pip install 'dfactory[rl]'") from problem
     unknown = [name for name in names if name not in DATASETS]

@@ -11,6 +11,7 @@ A function gets what it names, and with **columns everything. Before a run start
 one, raises ValueError for a row of the data that it will not be able to score, and `function.prepare(**options)` refuses
 options that cannot work on this machine.
 
-To add one: a file here with one function of the file's name; its options are keyword-only parameters with a default. Prove
-it with correct, wrong, malformed, hanging and cheating answers. No file here imports torch: reward processes are small.
+To add one: a file here that adds its function to REWARDS (base.py), or such a file in a package of one's own with an entry
+point in the group `dfactory.rewards`. Its options are keyword-only parameters with a default. Prove it with correct, wrong,
+malformed, hanging and cheating answers. No file here imports torch: reward processes are small.
 """

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from dfactory.rl.rewards.base import REWARDS, Reward
 from dfactory.rl.rewards.text import completion_text
 from dfactory.rl.sandbox import Call, Ending, Isolation, Limits, Sandbox
 
@@ -203,3 +204,4 @@ def prepare(*, timeout_s: float = 5.0, memory_mb: int = 512, isolation: str = "a
 
 code_tests.check_row = check_row
 code_tests.prepare = prepare
+REWARDS.add(Reward(code_tests, per_rollout=True, runs_code=True))

@@ -1,5 +1,6 @@
 """The response is the row's `answer`, white space at the ends aside."""
 
+from dfactory.rl.rewards.base import REWARDS, Reward
 from dfactory.rl.rewards.text import answer_text, completion_text
 
 
@@ -18,3 +19,4 @@ def check_row(row: dict) -> None:
 
 
 exact_match.check_row = check_row
+REWARDS.add(Reward(exact_match))

@@ -2,6 +2,7 @@
 
 import re
 
+from dfactory.rl.rewards.base import REWARDS, Reward
 from dfactory.rl.rewards.deadline import within
 from dfactory.rl.rewards.text import completion_text
 
@@ -29,3 +30,4 @@ def check_row(row: dict) -> None:
 
 
 format_regex.check_row = check_row
+REWARDS.add(Reward(format_regex, per_rollout=True))

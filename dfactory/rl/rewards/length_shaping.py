@@ -1,6 +1,6 @@
 """DAPO's soft punishment of overlong responses (arXiv:2503.14476, equation 13), in TRL's implementation."""
 
-from trl.rewards import get_soft_overlong_punishment
+from dfactory.rl.rewards.base import REWARDS, Reward
 
 
 def length_shaping(
@@ -10,6 +10,11 @@ def length_shaping(
 
     max_length 100, cache 20: 80 tokens score 0, 90 score -0.5, 100 and more score -1.
     """
+    from trl.rewards import get_soft_overlong_punishment
+
     if not 0 <= cache <= max_length:
         raise ValueError(f"length_shaping: cache {cache} must lie in 0 .. max_length {max_length}")
     return get_soft_overlong_punishment(max_length, cache)(completion_ids)
+
+
+REWARDS.add(Reward(length_shaping, requires=("trl.rewards",)))

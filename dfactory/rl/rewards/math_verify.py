@@ -4,9 +4,7 @@ math-verify compares the last expression of the response, or all boxed ones as a
 It accepts "6 * 7" for 42; whether a restated problem is an answer is for the prompt and `format_regex` to say.
 """
 
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-from sympy import Eq
-
+from dfactory.rl.rewards.base import REWARDS, Reward
 from dfactory.rl.rewards.deadline import within
 from dfactory.rl.rewards.text import answer_text, completion_text
 
@@ -26,6 +24,8 @@ def math_verify(
     each, and twice that all of it; 9^9^9^9 is wrong after that. The timers are signals: call this from a main thread, as
     reward processes do.
     """
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
     extraction = [
         LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=not require_anchor),
         ExprExtractionConfig(try_extract_without_anchor=not require_anchor),
@@ -53,12 +53,16 @@ def math_verify(
 
 def parse_gold(answer: str, timeout_s: int) -> list:
     """What the row's answer says; LaTeX may stand without its dollar signs. Empty: not mathematics."""
+    from math_verify import parse
+
     found = parse(answer, parsing_timeout=timeout_s)
     return found or (parse(f"${answer}$", parsing_timeout=timeout_s) if "\\" in answer else [])
 
 
 def is_false_equation(expression) -> bool:
     """41 = 42: math-verify reads the right-hand side of an equation only."""
+    from sympy import Eq
+
     return isinstance(expression, Eq) and not expression.free_symbols and expression.lhs != expression.rhs
 
 
@@ -67,3 +71,4 @@ def check_row(row: dict) -> None:
 
 
 math_verify.check_row = check_row
+REWARDS.add(Reward(math_verify, per_rollout=True, requires=("math_verify", "sympy")))

@@ -11,8 +11,7 @@ import ast
 import functools
 import re
 
-from reasoning_gym import get_score_answer_fn
-
+from dfactory.rl.rewards.base import REWARDS, Reward
 from dfactory.rl.rewards.deadline import within
 from dfactory.rl.rewards.text import completion_text
 
@@ -88,6 +87,8 @@ def score(task: str, text: str | None, entry: dict) -> float:
 @functools.cache
 def scorer(task: str):
     """The scorer by name; an unknown name is a ValueError of reasoning-gym."""
+    from reasoning_gym import get_score_answer_fn
+
     return get_score_answer_fn(task)
 
 
@@ -117,3 +118,6 @@ def is_literal_or_no_python(text: str) -> bool:
 def is_arithmetic(text: str) -> bool:
     """Numbers, names, operators, and calls of elementary functions only."""
     return len(text) <= LONGEST_EXPRESSION and bool(EXPRESSION.fullmatch(text)) and not CALL_OF_A_VALUE.search(text)
+
+
+REWARDS.add(Reward(reasoning_gym, per_rollout=True, requires=("reasoning_gym",)))

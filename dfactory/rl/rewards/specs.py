@@ -1,13 +1,14 @@
 """From the recipe's `reward_funcs` to functions: names, weights, options, and the columns that a function needs.
 
     reward_funcs:
-      - exact_match                                        # builtin
+      - exact_match                                        # builtin, or of a package (base.py)
       - trl.rewards.think_format_reward                    # dotted path
       - {name: rewards.py:politeness, weight: 0.2}         # file, relative to the recipe
       - {name: length_shaping, weight: 0.5, max_length: 256, cache: 64}
 
 A mapping may say `per_rollout: true`: call the function for every rollout on its own, where it needs no others of the group.
-`parse_rewards` runs where the recipe is read and imports nothing; `load_reward` runs in the reward processes.
+`parse_rewards` runs where the recipe is read and imports none of the functions that a recipe brings; `load_reward` runs in
+the reward processes.
 """
 
 import difflib
@@ -24,12 +25,8 @@ from typing import Any
 
 from dfactory.errors import ConfigError
 from dfactory.redaction import remember
+from dfactory.rl.rewards.base import REWARDS, Reward
 
-BUILTINS = (
-    *("code_tests", "exact_match", "format_regex", "length_shaping", "math_verify", "reasoning_gym"),
-    "tokens_per_forward",
-)
-MAY_HANG = ("code_tests", "format_regex", "math_verify", "reasoning_gym")  # called per rollout
 PROVIDED = {
     *("prompts", "completions", "completion_ids", "tokens_per_forward", "forwards", "finish_reason"),
     *("log_metric", "log_extra"),
@@ -41,7 +38,7 @@ class RewardSpec:
     """One entry of `reward_funcs`."""
 
     name: str  # in metrics and messages; unique
-    target: str  # builtin, dotted path, or absolute/path.py:function
+    target: str  # name in REWARDS, dotted path, or absolute/path.py:function
     weight: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
     per_rollout: bool = False  # call it for each rollout on its own: in parallel, and a hang costs one rollout
@@ -56,7 +53,7 @@ def parse_rewards(
 ) -> list[RewardSpec]:
     """Check the recipe's entries. `base` is the folder that file names are relative to. Raises ConfigError."""
     if not reward_funcs:
-        raise ConfigError(f"reward_funcs is empty: name at least one, such as {' | '.join(BUILTINS)}")
+        raise ConfigError(f"reward_funcs is empty: name at least one, such as {' | '.join(REWARDS.names)}")
     entries = [{"name": entry} if isinstance(entry, str) else dict(entry) for entry in reward_funcs]
     if reward_weights is not None:
         _refuse_weights(entries, reward_weights)
@@ -64,12 +61,13 @@ def parse_rewards(
     specs: list[RewardSpec] = []
     for entry in entries:
         target = _check_target(entry.pop("name", None), Path(base))
-        if target == "code_tests" and not allow_code_execution:
-            raise ConfigError("reward code_tests runs what the model writes: set allow_code_execution: true")
+        reward = _declared(target)
+        if reward is not None and reward.runs_code and not allow_code_execution:
+            raise ConfigError(f"reward {target} runs what the model writes: set allow_code_execution: true")
         weight = entry.pop("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise ConfigError(f"reward {target}: weight {weight!r} is not a number")
-        per_rollout = bool(entry.pop("per_rollout", target in MAY_HANG))
+        per_rollout = bool(entry.pop("per_rollout", reward is not None and reward.per_rollout))
         remember(entry)
         specs.append(RewardSpec(_unique_name(target, specs), target, float(weight), entry, per_rollout))
     return specs
@@ -138,11 +136,11 @@ def _options_of(function: Callable) -> list[str]:
 def _resolve(target: str) -> Any:
     if ":" in target:
         return _from_file(*target.rsplit(":", 1))
-    builtin = target in BUILTINS
+    reward = _declared(target)
     try:
-        return pkgutil.resolve_name(f"dfactory.rl.rewards.{target}:{target}" if builtin else target)
+        return pkgutil.resolve_name(target) if reward is None else reward.load()
     except (ImportError, AttributeError) as problem:
-        remedy = "pip install 'dfactory[rl]'" if builtin else "a dotted path is package.module.function"
+        remedy = "pip install 'dfactory[rl]'" if reward is not None else "a dotted path is package.module.function"
         raise ConfigError(f"reward {target}: {problem}: {remedy}") from problem
 
 
@@ -172,11 +170,23 @@ def _check_target(name: Any, base: Path) -> str:
         if not file.is_file():
             raise ConfigError(f"reward {name}: {file} does not exist")
         return f"{file}:{function}"
-    if "." not in name and name not in BUILTINS:
-        near = difflib.get_close_matches(name, BUILTINS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"builtin are {', '.join(BUILTINS)}"
+    if "." not in name and name not in REWARDS:
+        near = difflib.get_close_matches(name, REWARDS.names, n=1)
+        hint = f"did you mean {near[0]}?" if near else _listed()
         raise ConfigError(f"reward {name} is not known: {hint}")
     return name
+
+
+def _declared(target: str) -> Reward | None:
+    """The table's entry of that name, None for a dotted path or a file."""
+    return next((reward for reward in REWARDS if reward.name == target), None)
+
+
+def _listed() -> str:
+    """What the table holds, for a message."""
+    builtin = [reward.name for reward in REWARDS if reward.function.__module__.startswith(f"{REWARDS.package}.")]
+    added = [name for name in REWARDS.names if name not in builtin]
+    return f"builtin are {', '.join(builtin)}" + (f"; installed packages add {', '.join(added)}" if added else "")
 
 
 def _refuse_weights(entries: list[dict], weights: Sequence[float]) -> None:

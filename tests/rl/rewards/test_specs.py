@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from dfactory.errors import ConfigError
+from dfactory.rl.rewards.base import REWARDS
 from dfactory.rl.rewards.pool import RewardGroup, RewardPool
-from dfactory.rl.rewards.specs import BUILTINS, RewardSpec, load_reward, parse_rewards, required_columns
+from dfactory.rl.rewards.specs import RewardSpec, load_reward, parse_rewards, required_columns
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_columns_that_a_reward_needs():
 
 
 def test_rewards_do_not_import_torch():
-    specs = parse_rewards(BUILTINS, allow_code_execution=True)
+    specs = parse_rewards(REWARDS.names, allow_code_execution=True)
     code = "import sys\nfrom dfactory.rl.rewards.specs import *\n"
     code += f"for s in {specs!r}: load_reward(s)\nassert not {{'torch', 'ray', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
