@@ -1,11 +1,11 @@
-"""The values that flow through dFactory, in the order in which they come to be.
+"""The values that flow through dFactory, in the order in which they are made.
 
     record -> Example -> View(s) -> ViewBatch -> TokenScores -> LossTerms
                                         prompt -> Rollout
 
-Dimension letters, used as suffixes everywhere: R rows, S row length (clean stream and views), N targets in a batch,
-T document length, P positions held by a view, D documents in a batch, V vocabulary, H hidden, K views of a document,
-B block size, G rollouts of a prompt.
+Dimension letters, used as suffixes everywhere: R packed sequences (rows), S their length (clean streams and views), N
+targets, T document length, P positions held by a view, D documents in a batch, V vocabulary, H hidden, K views of a
+document, B block size, G rollouts of a prompt.
 """
 
 import dataclasses
@@ -19,42 +19,42 @@ import torch
 from dfactory.columns import check
 
 NOISE_TABLE_ROWS = 1024  # vectors that the noise on mask embeddings is taken from, in one step
-PADDING = -1  # the document number of a position that holds no token: it sees nothing and is seen by nothing
+PADDING = -1  # the document number of a position without a token: it sees nothing, and nothing sees it
 
 
 class Place(NamedTuple):
-    """Where tokens stand: integer tensors (or arrays) of one shape, or what broadcasts against another Place."""
+    """The places of tokens: integer tensors (or arrays) of one shape, or of shapes that broadcast."""
 
     document: Any
     view: Any  # 0 = clean stream
     block: Any  # counted from the start of the document
-    trunk: Any  # the document whose clean stream comes before that of this one; a document without a trunk names itself
+    trunk: Any  # the shared prefix: the document whose clean stream comes before this one's; its own number without one
 
     def at(self, index) -> "Place":
-        """The places of a part of the tokens; `index` is whatever the tensors take."""
+        """The places of some of the tokens; `index` may be any index of the tensors."""
         return Place(*(field[index] for field in self))
 
 
 class EmbeddingInputs(NamedTuple):
-    """All that the input embeddings of some tokens are made of: integer arrays or tensors of one shape, one number where all
-    tokens have the same, or None where there is no such input. A policy embeds nothing else.
+    """Everything that determines the input embeddings of some tokens: integer arrays or tensors of one shape, one number if
+    all tokens have the same, or None if there is no such input. A policy embeds nothing else.
 
-    Tokens of the same place may be computed once (what documents of a row share, the cache of a prompt) only where all of it
-    is equal: see `common_length` and `key`. Whatever else comes to enter an embedding is a field here, is asked of
-    everybody who makes one, and is compared from then on.
+    Tokens may be computed once for several documents (a shared prefix, the cache of a prompt) only if all fields are equal:
+    see `common_length` and `key`. A new input of the embedding becomes a field here, so that every place which makes one
+    must give it, and every comparison includes it.
     """
 
     token: Any  # ids
-    noise: Any  # what decides the noise on a mask: the document's name; in a batch a row of the table, -1 without noise
+    noise: Any  # decides the noise on a mask: the document's id, or in a batch a row of the noise table; -1 for none
 
     @property
     def key(self) -> tuple[bytes | int | None, ...]:
-        """Equal for equal inputs, of numpy arrays of one kind."""
+        """A hashable key, equal for equal inputs. For numpy arrays of one dtype."""
         return tuple(field.tobytes() if isinstance(field, np.ndarray) else field for field in self)
 
 
 def common_length(one: EmbeddingInputs, other: EmbeddingInputs) -> int:
-    """How many tokens two sequences have in common from their start, with all that enters their embeddings; numpy."""
+    """How many tokens two sequences have in common from their start, with all their embedding inputs. For numpy arrays."""
     length = min(len(one.token), len(other.token))
     differs = np.zeros(length, bool)
     for fields in zip(one, other, strict=True):
@@ -85,19 +85,19 @@ class Example:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AlignedDocument:
-    """A document filled with EOS to whole blocks: what views are made from.
+    """A document filled with EOS to whole blocks. Views are made from it.
 
-    The loss covers the fill, because a decoder has to produce it. Metrics and lengths count real tokens only, so that they
-    compare across block sizes: the response up to and including the EOS that ends it.
+    The loss covers the fill, because a decoder has to produce it. Metrics and lengths count only real tokens: the
+    response up to and including the EOS that ends it. So they are comparable across block sizes.
     """
 
     document_id: int
     input_ids_T: np.ndarray  # int32
     trainable_T: np.ndarray  # bool, fill included
     block_size: int
-    commit_step_T: np.ndarray | None = None  # int16: when its block's decoding committed a token, from 0; -1: prompt
+    commit_step_T: np.ndarray | None = None  # int16: the step of its block at which a token was committed; -1: prompt
     real_length: int | None = None  # tokens before the fill; None: there is no fill
-    shown_ids_T: np.ndarray | None = None  # int32: the tokens as views have them; None: input_ids_T
+    shown_ids_T: np.ndarray | None = None  # int32: the tokens that views show; None: input_ids_T
     filled_T: np.ndarray | None = (
         None  # bool: where that is fill in place of a following turn, trainable too; None: nowhere
     )
@@ -108,12 +108,12 @@ class AlignedDocument:
 
     @property
     def view_ids_T(self) -> np.ndarray:
-        """The tokens that views show, and that are to be predicted there. The clean stream has `input_ids_T`."""
+        """The tokens that views show and that their targets predict. The clean stream has `input_ids_T`."""
         return self.input_ids_T if self.shown_ids_T is None else self.shown_ids_T
 
     @property
     def embedding_inputs(self) -> EmbeddingInputs:
-        """Of its clean stream."""
+        """The embedding inputs of its clean stream."""
         return EmbeddingInputs(self.input_ids_T, noise=self.document_id)
 
     @property
@@ -134,32 +134,32 @@ class View:
     target_P            1   0       position 2 predicts "sat"
     """
 
-    position_P: np.ndarray  # int32, ascending: the document positions that the view stands for
+    position_P: np.ndarray  # int32, ascending: the document positions that the view covers
     input_ids_P: np.ndarray  # int32: tokens after noise
     target_P: np.ndarray  # bool: positions whose clean token has to be predicted
     t_P: np.ndarray  # float32 in [0, 1]: the mask ratio at which each position was noised; above 0 at targets
     elbo_weight_P: np.ndarray  # float32: -alpha'_t / (1 - alpha_t), that is 1/t; (n + 1) / l for exact counts
     columns_P: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    """What a maker of views adds; `drafted` comes to be the batch's column `drafted_N`, at the targets."""
+    """Extra columns of a view: `drafted` becomes the batch's column `drafted_N`, restricted to the targets."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ViewBatch:
-    """Rows of documents, each `[clean | view 1 | ... | view K]`, with the positions to be scored.
+    """Packed sequences of documents, each `[clean | view 1 | ... | view K]`, with the targets to be scored.
 
     Every objective trains on this. Documents are numbered 0..D-1 over the whole batch, so that sums by document or by
-    (document, view) are one `index_add`. Positions that hold no token have document number -1.
+    (document, view) are one `index_add`. Positions without a token have document number -1.
 
-    Documents that begin alike may share the clean stream of those blocks: a trunk, without targets, before the first of
-    them. It has the number D + that of the first one; `trunk_RS` of their tokens names it.
+    Documents with equal first blocks may share the clean stream of those blocks: a shared prefix, without targets,
+    before the first of them. Its number is D + that of the first document, and `trunk_RS` of their tokens names it.
     """
 
     input_ids_RS: torch.Tensor  # int64
-    position_ids_RS: torch.Tensor  # int64: a view token has the position of the clean token that it stands for
-    document_RS: torch.Tensor  # int64, PADDING where there is no token, from D on in trunks
+    position_ids_RS: torch.Tensor  # int64: a view token has the position of its clean token
+    document_RS: torch.Tensor  # int64, PADDING where there is no token, from D on in shared prefixes
     view_RS: torch.Tensor  # int64, 0 = clean stream
     block_RS: torch.Tensor  # int64, counted from the start of the document
-    trunk_RS: torch.Tensor  # int64: the number of the document's trunk, or its own
+    trunk_RS: torch.Tensor  # int64: the number of the document's shared prefix, or its own
     target_index_N: torch.Tensor  # int64 into the flattened rows, ascending
     target_ids_N: torch.Tensor  # int64: the token to predict there (no shift)
     real_N: torch.Tensor  # bool: whether that token is real, not fill
@@ -194,7 +194,7 @@ class ViewBatch:
 
     @property
     def input_N(self) -> torch.Tensor:
-        """The token that stands at each target after noise: the mask, a wrong token, or the target itself."""
+        """The input token at each target after noise: the mask, a wrong token, or the target itself."""
         return self.input_ids_RS.flatten()[self.target_index_N]
 
     @property
@@ -203,7 +203,7 @@ class ViewBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Row positions that hold a token."""
+        """Positions that hold a token."""
         return int((self.document_RS != PADDING).sum())
 
     def to(self, device) -> "ViewBatch":
@@ -232,9 +232,9 @@ class ViewBatch:
 
 
 class TokenScores(NamedTuple):
-    """What the model says about the targets of a ViewBatch: five numbers a target, never logits.
+    """The model's scores of the targets of a ViewBatch: five numbers per target, never logits.
 
-    A named tuple, because DeepSpeed has to find the tensors in what a module returns.
+    A named tuple, because DeepSpeed must find the tensors in a module's output.
     """
 
     logprob_N: torch.Tensor  # float32, log p(target | view); carries the gradient
@@ -247,7 +247,7 @@ class TokenScores(NamedTuple):
 
 
 Count = torch.Tensor | float
-"""A number, or a scalar that may lie on a device: asking for its value there would make the host wait."""
+"""A number, or a scalar tensor that may be on a device. Reading its value would make the host wait."""
 
 
 class Mean(NamedTuple):
@@ -259,11 +259,11 @@ class Mean(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LossTerms:
-    """What an objective returns for one micro-batch. The engine divides, once, over the window and all ranks.
+    """What an objective returns for one micro-batch. The engine divides once, over the global batch and all ranks.
 
     `loss[name].total` carries the gradient; `loss[name].count` must equal `objective.counts(batch, scores)[name]`, which
-    the engine needs before the first backward of the window. The loss is the sum of the terms, each times its entry in
-    `weights`, or 1; terms are logged without it. `metrics` are means that are only logged.
+    the engine needs before the first backward of the global batch. The loss is the sum of the terms, each times its entry in
+    `weights`, or 1; terms are logged without their weight. `metrics` are means that are only logged.
     """
 
     loss: dict[str, Mean]

@@ -13,9 +13,9 @@ the dense mask, the segment plan on CPUs and the flex_attention mask are all bui
     view      0 0 0 0 | 1 1                            c2       x  x  x  x  .  .
                                                        v2       x  x  .  .  x  x
 
-The clean past of a document may be written once for several that begin alike: as a trunk, a document of its own that is
-clean only. Each of them names the trunk, and its own clean stream begins where the trunk ends. Keys and values in the
-trunk are what each would have computed for itself, so sharing is exact.
+Documents with equal first blocks may share one copy of their clean past: a shared prefix (`trunk`), which is a document
+of its own with a clean stream only. Each of them names the prefix, and its own clean stream starts where the prefix
+ends. Keys and values in the prefix equal those that each document would compute for itself, so sharing is exact.
 """
 
 from dfactory.types import PADDING, Place
@@ -30,7 +30,7 @@ def visible(query: Place, key: Place):
 
 
 def dense_mask(place: Place):
-    """The rule as a boolean mask [..., S, S] (query, key) for places of shape [..., S]. For tests and short rows."""
+    """The rule as a boolean mask [..., S, S] (query, key) for places of shape [..., S]. For tests and short sequences."""
     query = Place(*(field[..., :, None] for field in place))
     key = Place(*(field[..., None, :] for field in place))
     return visible(query, key)

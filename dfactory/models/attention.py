@@ -1,7 +1,7 @@
-"""Attention under the visibility rule, in three forms that compute the same: segments, flex_attention, a dense mask.
+"""Attention under the visibility rule, in three equivalent forms: segments, flex_attention, a dense mask.
 
-A plan is made once for a batch of places and then serves every layer. It travels through transformers' models as the
-keyword `visibility`, to the attention function that is registered here under the name ATTENTION.
+A plan is made once for a batch of places and used by every layer. transformers' models pass it as the keyword
+`visibility` to the attention function that is registered here under the name ATTENTION.
 """
 
 import dataclasses
@@ -18,27 +18,27 @@ from dfactory.errors import ConfigError
 from dfactory.types import PADDING, Place
 from dfactory.visibility import dense_mask, flex_mask_mod, visible
 
-ATTENTION = "dfactory_visibility"  # what a model's config names as its attention implementation
+ATTENTION = "dfactory_visibility"  # the attention implementation in a model's config
 
-CHUNK = 256  # queries that the segment plan hands to one attention call
-DENSE_BELOW = 512  # rows so short that one masked call beats many small ones
-DENSE_LIMIT = 4096  # a dense mask of a longer row is refused
-FLOAT32_ON = {"cpu"}  # devices where torch's backward pass takes several times as long in bfloat16 as in float32
+CHUNK = 256  # queries in one attention call of the segment plan
+DENSE_BELOW = 512  # up to this length one masked call is faster than many small ones
+DENSE_LIMIT = 4096  # a dense mask of a longer sequence is refused
+FLOAT32_ON = {"cpu"}  # devices where torch's backward pass is several times slower in bfloat16 than in float32
 
 
 class AttentionPlan(Protocol):
-    """Who sees whom in one batch, ready to be computed."""
+    """Computes attention with the visibility of one batch."""
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         """query [R, heads, S, d], key and value [R, kv heads, S', d] -> [R, S, heads, d]."""
 
     def at(self, chosen_N: torch.Tensor, shape: tuple[int, int]) -> "AttentionPlan":
-        """The plan for the queries of some positions alone, which ascend through the flattened [R, S] of `shape`: query
+        """The plan for the queries at some positions only, ascending indices into the flattened [R, S] of `shape`: query
         [1, heads, N, d], the same keys and values -> [1, N, heads, d]."""
 
 
 def plan_attention(place_RS: Place, implementation: str = "auto") -> AttentionPlan:
-    """The plan for self-attention among `place_RS`, on the device where the places are.
+    """The plan for self-attention among `place_RS`, on the device of the places.
 
     `auto` is flex_attention on CUDA and segments elsewhere. Raises ConfigError for a dense mask above DENSE_LIMIT.
     """
@@ -51,7 +51,8 @@ def plan_attention(place_RS: Place, implementation: str = "auto") -> AttentionPl
         return SegmentPlan.of(place_RS)
     if length > DENSE_LIMIT:
         raise ConfigError(
-            f"attn_implementation dense with rows of {length}: it is for tests, up to {DENSE_LIMIT}; use segments or flex"
+            f"attn_implementation dense with sequences of {length}: it is for tests, up to {DENSE_LIMIT}; "
+            "use segments or flex"
         )
     return MaskPlan(dense_mask(place_RS))
 
@@ -62,14 +63,14 @@ def _attention(query, key, value, mask, scaling):
 
 
 def _as_computed(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """In the precision in which attention is computed."""
+    """The tensors in the precision in which attention is computed."""
     slow = tensors[0].dtype == torch.bfloat16 and tensors[0].device.type in FLOAT32_ON
     return tuple(tensor.float() for tensor in tensors) if slow else tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskPlan:
-    """A boolean mask [R, S, S']; for short rows and for decoding, where S' counts the cached keys too."""
+    """A boolean mask [R, S, S'], for short sequences and for decoding, where S' includes the cached keys."""
 
     mask_RSS: torch.Tensor
 
@@ -85,7 +86,8 @@ class MaskPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Neighbouring queries of a row, the keys that any of them sees, and the mask among those (None: all see all)."""
+    """Consecutive queries of a packed sequence, the keys that any of them sees, and the mask between them (None: all see
+    all)."""
 
     queries: slice
     keys: torch.Tensor | slice | None  # None: padding
@@ -93,16 +95,17 @@ class Chunk:
 
     @property
     def seen(self) -> torch.Tensor | slice:
-        """The keys that are handed over; padding, which sees none, is given one."""
+        """The keys of the attention call. Padding sees none and gets one, whose result is discarded."""
         return slice(0, 1) if self.keys is None else self.keys
 
 
 @dataclasses.dataclass(frozen=True)
 class SegmentPlan:
-    """Exact attention that computes only what can be seen, up to the grain of a chunk.
+    """Exact attention that computes only visible pairs, with the granularity of a chunk.
 
-    Visibility depends on (document, view, block) only, so a row is cut into segments of equal place, and the rule is
-    asked once per pair of segments. A chunk of segments attends to the union of what they see.
+    Visibility depends on (document, view, block) only. So a packed sequence is split into segments of equal place, and the
+    rule is evaluated once per pair of segments. A chunk is up to CHUNK queries in whole segments; it attends to the union of
+    the keys that its segments see, under a mask.
     """
 
     chunks_by_row: list[list[Chunk]]
@@ -114,8 +117,8 @@ class SegmentPlan:
         return cls([_chunks(rows.at(row), chunk, device) for row in range(rows.document.shape[0])])
 
     def attend(self, query, key, value, scaling):
-        # Rows and queries are taken apart at once, by unbind and split: a gradient that comes back is put together in one
-        # go, where that of every slice by itself would be as large as the whole batch.
+        # unbind and split instead of slices: their gradients are joined in one operation, while the gradient of every
+        # single slice would be a tensor of the size of the whole batch.
         parts = (tensor.unbind() for tensor in _as_computed(query, key, value))
         rows = []
         for chunks, *row in zip(self.chunks_by_row, *parts, strict=True):
@@ -128,7 +131,7 @@ class SegmentPlan:
 
 @dataclasses.dataclass(frozen=True)
 class ChosenSegments:
-    """What is left of the rows' chunks where few queries attend, those of all rows one behind the other."""
+    """The chunks of all packed sequences, restricted to a few queries, which are concatenated over the sequences."""
 
     chunks_by_row: list[list[Chunk]]
     queries_R: list[int]
@@ -137,7 +140,7 @@ class ChosenSegments:
     def of(cls, chunks_by_row: list[list[Chunk]], chosen_N: torch.Tensor, length: int) -> "ChosenSegments":
         chosen = chosen_N.cpu().numpy()
         if (chosen[1:] < chosen[:-1]).any():
-            raise ValueError("positions have to ascend through the flattened rows: sort target_index_N")
+            raise ValueError("target_index_N must ascend through the flattened [R, S]: sort it")
         ends_R = np.searchsorted(chosen, length * np.arange(len(chunks_by_row) + 1))
         rows = [chosen[a:b] % length for a, b in itertools.pairwise(ends_R)]
         chunks = [_chosen(*row, chosen_N.device) for row in zip(chunks_by_row, rows, strict=True)]
@@ -152,7 +155,7 @@ class ChosenSegments:
 
 
 def _chosen(chunks: list[Chunk], query_N: np.ndarray, device: torch.device) -> list[Chunk]:
-    """What is left of a row's chunks for some of its queries, which are numbered anew."""
+    """The chunks of one sequence, restricted to some of its queries, which are renumbered from 0."""
     left = []
     for c in chunks:
         first, last = np.searchsorted(query_N, (c.queries.start, c.queries.stop)).tolist()
@@ -168,14 +171,15 @@ def _attend_row(chunks: list[Chunk], query, key, value, scaling) -> list[torch.T
     queries = query.split([c.queries.stop - c.queries.start for c in chunks], dim=1)
     for c, q, k, v in zip(chunks, queries, _Seen.apply(key, chunks), _Seen.apply(value, chunks), strict=True):
         part = _attention(q[None], k[None], v[None], c.mask, scaling)[0]
-        # Padding sees nothing. Zeros made of a key keep rows of padding alone in the graph, as ZeRO-3 needs.
+        # Padding sees nothing, so its result is zero. It is computed from a key, because ZeRO-3 needs a graph to the
+        # parameters also for sequences that are all padding.
         parts.append(part * 0 if c.keys is None else part)
     return parts
 
 
 class _Seen(torch.autograd.Function):
-    """Keys or values [kv heads, S, d] -> those that each chunk sees. Their gradients are added up in one tensor, where by
-    itself every chunk would make one as long as the row."""
+    """Keys or values [kv heads, S, d] -> those that each chunk sees. Their gradients are summed in one tensor of that
+    shape; autograd by itself would make one for every chunk."""
 
     @staticmethod
     def forward(ctx, key, chunks):
@@ -195,6 +199,8 @@ class _Seen(torch.autograd.Function):
 
 
 def _chunks(place_S: Place, chunk: int, device: torch.device) -> list[Chunk]:
+    """The chunks of one packed sequence: segments are merged while they hold at most `chunk` queries. A single longer
+    segment is a chunk of its own, and padding is never merged with tokens."""
     length = len(place_S.document)
     changes = np.zeros(length, dtype=bool)
     changes[0] = True
@@ -217,17 +223,19 @@ def _chunks(place_S: Place, chunk: int, device: torch.device) -> list[Chunk]:
             chunks.append(Chunk(queries, None, None))
         else:
             here = Place(*(field[first:last, None] for field in segment))
-            sees = visible(here, Place(*(field[None] for field in segment)))
+            sees = visible(here, Place(*(field[None] for field in segment)))  # [segments of the chunk, all segments]
             seen = np.flatnonzero(sees.any(axis=0))
             keys = np.flatnonzero(np.repeat(sees.any(axis=0), sizes))
-            mask = np.repeat(np.repeat(sees[:, seen], sizes[first:last], axis=0), sizes[seen], axis=1)
+            mask = np.repeat(
+                np.repeat(sees[:, seen], sizes[first:last], axis=0), sizes[seen], axis=1
+            )  # [queries, keys]
             chunks.append(Chunk(queries, _as_slice(keys, device), _as_mask(mask, device)))
         first = last
     return chunks
 
 
 def _as_slice(index: np.ndarray, device: torch.device) -> torch.Tensor | slice:
-    """A run of neighbours needs no gather."""
+    """A slice if the indices are consecutive, which needs no gather; else the indices."""
     if index[-1] - index[0] + 1 == len(index):
         return slice(int(index[0]), int(index[-1]) + 1)
     return torch.from_numpy(index).to(device)
@@ -249,7 +257,7 @@ class FlexPlan:
 
         rows, length = place_RS.document.shape
         device = place_RS.document.device
-        # Compiled, the mask is asked tile by tile; eager, torch would first lay out all of [R, S, S].
+        # Compiled, the mask function runs tile by tile; eager, torch would materialise all of [R, S, S] first.
         compiled = device.type == "cuda"
         return cls(
             create_block_mask(
@@ -269,8 +277,9 @@ class FlexPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Scattered:
-    """Some queries by a plan that knows all: they are put where it has them, among zeros. It saves what lies behind
-    attention; where attention itself is cheap, and new shapes are dear."""
+    """A few queries with a plan for all positions: they are scattered into a tensor of zeros at their positions, and
+    the result is gathered from it. This saves nothing in attention itself, but everything after it. It suits
+    flex_attention, where attention is cheap and every new shape is compiled."""
 
     plan: AttentionPlan
     chosen_N: torch.Tensor
@@ -288,7 +297,7 @@ _compiled = None
 
 
 def _compiled_flex_attention():
-    """Compiled on first use, so that a machine without a compiler can still import this."""
+    """flex_attention, compiled on first use, so that this module imports on a machine without a compiler."""
     global _compiled
     if _compiled is None:
         from torch.nn.attention.flex_attention import flex_attention
@@ -298,9 +307,9 @@ def _compiled_flex_attention():
 
 
 def _attention_function(module, query, key, value, attention_mask, scaling, visibility: AttentionPlan = None, **kwargs):
-    """What transformers' attention modules call."""
+    """The attention function that transformers' modules call."""
     if visibility is None:
-        raise TypeError("this model attends by the visibility rule: call it through dfactory's Policy, which plans it")
+        raise TypeError("this model uses the visibility rule: call it through dfactory's Policy, which makes the plan")
     return visibility.attend(query, key, value, scaling), None
 
 

@@ -1,16 +1,16 @@
-"""The vocabulary head that answers with five numbers a target, TokenScores, never with logits.
+"""The vocabulary head. It returns five numbers per target, TokenScores, and never logits.
 
-With a vocabulary of 157,184 the logits of one row outweigh the model, so they are made in tiles of a bounded size, both
-in the forward and, again, in the backward pass; sums over the vocabulary run along, each relative to the largest logit so
-far. Nothing of size [targets, V] outlives its tile. Tiles of one part of the vocabulary come one behind the other, so that
-its weights are read, and their gradient is written, once. The head owns its weight and reads it inside its own forward,
-which is what ZeRO-3 needs to gather it.
+With a vocabulary of 157,184 the logits of one packed sequence need more memory than the model. So they are computed in tiles
+of bounded size, in the forward pass and again in the backward pass. Sums over the vocabulary are updated tile by tile, each
+relative to the largest logit so far. No tensor of size [targets, V] outlives its tile. Tiles of one part of the vocabulary
+are consecutive, so that its weights are read, and their gradient is written, once. The head owns its weight and reads it
+inside its own forward, so that ZeRO-3 gathers it.
 
 With z the logits, p = softmax(z), q = softmax(z / T) and H the entropy of q:
 
     d log p_y / dz = onehot(y) - p          d H / dz = -q * (log q + H) / T
 
-The temperature T concerns the entropy alone (dParallel trains it at 0.5); everything else is said of p.
+The temperature T affects only the entropy (dParallel trains it at 0.5); all other scores use p.
 """
 
 from collections.abc import Iterator
@@ -20,8 +20,11 @@ from torch import nn
 
 from dfactory.types import TokenScores
 
-CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}  # fp32 logits of one tile: a CPU's cache likes little
-WIDTH = 4096  # of a tile at least; where there are more targets than fit in, they are divided too
+CHUNK_BYTES = {
+    "cpu": 8 * 2**20,
+    "cuda": 512 * 2**20,
+}  # fp32 logits of one tile; on a CPU they should fit into the cache
+WIDTH = 4096  # minimum width of a tile; if the targets do not fit beside it, they are split too
 
 
 class VocabularyHead(nn.Linear):
@@ -29,7 +32,7 @@ class VocabularyHead(nn.Linear):
 
     @staticmethod
     def adopt(head: nn.Linear) -> "VocabularyHead":
-        """Give an existing head the second mode; its parameters, names and ties stay."""
+        """Add the second mode to an existing head; its parameters, names and ties stay."""
         head.__class__ = VocabularyHead
         return head
 
@@ -41,7 +44,7 @@ class VocabularyHead(nn.Linear):
 
 
 def _tiles(targets: int, weight_VH: torch.Tensor) -> Iterator[tuple[slice, list[slice]]]:
-    """Parts of the vocabulary, each with the parts of the targets that meet it one after another."""
+    """Parts of the vocabulary, each with the parts of the targets that are computed against it in turn."""
     room = max(1, CHUNK_BYTES[weight_VH.device.type] // 4)
     vocabulary = len(weight_VH)
     width = min(vocabulary, room, max(WIDTH, room // max(1, targets)))
@@ -52,29 +55,33 @@ def _tiles(targets: int, weight_VH: torch.Tensor) -> Iterator[tuple[slice, list[
 
 
 def _place(target_ids_N: torch.Tensor, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which targets lie in a part of the vocabulary, [N, 1], and at which of its columns, [N, 1]; 0 for the others."""
+    """Which targets are in a part of the vocabulary, [N, 1], and in which of its columns, [N, 1]; 0 for the others."""
     inside_N1 = ((target_ids_N >= tile.start) & (target_ids_N < tile.stop))[:, None]
     return inside_N1, torch.where(inside_N1, target_ids_N[:, None] - tile.start, 0)
 
 
 class _Sums:
-    """Of rows of logits that come in tiles: the largest, the sum of exp(z - largest), and with x = (z - largest) / T those
-    of exp(x) and x exp(x)."""
+    """Running sums over rows of logits z that arrive in tiles: the largest logit, the sum of exp(z - largest), and with
+    x = (z - largest) / T the sums of exp(x) and x exp(x).
+
+    When a tile raises the largest logit by d, the sums so far are scaled by exp(-d), and the weighted one is shifted first:
+    sum (x - d/T) exp(x - d/T) = exp(-d/T) (sum x exp(x) - d/T sum exp(x)).
+    """
 
     def __init__(self, hidden_NH: torch.Tensor, temperature: float):
         self.temperature = temperature
         numbers = (hidden_NH.new_zeros(len(hidden_NH), dtype=torch.float32) for _ in range(4))
         self.top_N, self.sum_N, self.tempered_N, self.weighted_N = numbers
-        self.top_N.fill_(-1e30)  # below all logits; an infinity would make a NaN of the first difference
+        self.top_N.fill_(-1e30)  # below all logits; with -inf the first difference would be NaN
         self.argmax_N = torch.zeros(len(hidden_NH), dtype=torch.long, device=hidden_NH.device)
 
     def add(self, part: slice, tile: slice, logits: torch.Tensor) -> None:
-        """Takes the logits, and overwrites them."""
+        """Add the logits [rows of `part`, columns of `tile`]; they are overwritten."""
         here, argmax = logits.max(dim=-1)
         top = self.top_N[part]
         self.argmax_N[part] = torch.where(here > top, argmax + tile.start, self.argmax_N[part])
         new_top = torch.maximum(here, top)
-        fall, below_top = top - new_top, logits.sub_(new_top[:, None])
+        fall, below_top = top - new_top, logits.sub_(new_top[:, None])  # fall = -d
         self.top_N[part] = new_top
         weight = below_top.exp()
         if self.temperature != 1:
@@ -111,7 +118,7 @@ class _Scores(torch.autograd.Function):
         ctx.save_for_backward(hidden_NH, weight_VH, target_ids_N, log_sum_N, shift_N, entropy_N)
         hit_N = sums.argmax_N == target_ids_N
         ctx.mark_non_differentiable(hit_N, sums.argmax_N, argmax_logprob_N)
-        ctx.set_materialize_grads(False)  # an unused entropy is told by None, without a look at the device
+        ctx.set_materialize_grads(False)  # an unused entropy has the gradient None, known without reading the device
         return target_logit_N - log_sum_N, entropy_N, hit_N, sums.argmax_N, argmax_logprob_N
 
     @staticmethod
@@ -120,7 +127,7 @@ class _Scores(torch.autograd.Function):
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         if grad_logprob_N is None:
             grad_logprob_N = torch.zeros_like(grad_entropy_N)
-        # Tiles add up in fp32: sums of rounded bf16 parts would depend on their size.
+        # Tiles are summed in fp32: a sum of rounded bf16 parts would depend on the size of the tiles.
         grad_hidden = torch.zeros_like(hidden_NH, dtype=torch.float32) if needs_hidden else None
         make = torch.empty_like if len(target_ids_N) else torch.zeros_like  # without targets nothing is written
         grad_weight = make(weight_VH) if needs_weight else None
@@ -140,7 +147,8 @@ class _Scores(torch.autograd.Function):
 
 
 def _grad_logits(ctx, tile: slice, part: slice, grad_logprob_N, grad_entropy_N) -> torch.Tensor:
-    """The loss's gradient of a tile's logits, fp32."""
+    """The gradient of the loss with respect to a tile's logits, fp32: the two formulas above, times the upstream
+    gradients."""
     hidden_NH, weight_VH, target_ids_N, log_sum_N, shift_N, entropy_N = ctx.saved_tensors
     log_p = (hidden_NH[part] @ weight_VH[tile].T).float().sub_(log_sum_N[part, None])
     upstream = grad_logprob_N[part, None]

@@ -1,10 +1,10 @@
-"""The last decoder layer, run where its results are read and nowhere else.
+"""The last decoder layer, computed only at the positions whose output is read.
 
-Of most positions the last layer owes the others no more than a key and a value: clean tokens and context are never scored.
-So queries, attention, and everything behind it are computed at the positions that were asked for, exactly as the whole
-layer would compute them. `adopt` gives this to a layer that is put together as in all families here.
+At most positions only keys and values are needed: clean tokens and context are never scored. So queries, attention and
+everything after it are computed at the requested positions only, with the same results as the whole layer. `adopt` adds this
+mode to a layer that has the structure of all families here.
 
-Letters: R rows, S row length, N positions that were asked for, H hidden size, d size of a head.
+Letters: R packed sequences, S their length, N requested positions, H hidden size, d size of a head.
 """
 
 import sys
@@ -25,6 +25,7 @@ class _LastAttention:
     def forward(self, hidden_states, chosen_N=None, visibility: AttentionPlan = None, **kwargs):
         if chosen_N is None:
             return super().forward(hidden_states=hidden_states, visibility=visibility, **kwargs)
+        # Queries at the chosen positions [1, heads, N, d]; keys and values at all positions [R, kv heads, S, d].
         shape = hidden_states.shape[:2]
         cos_RSd, sin_RSd = kwargs["position_embeddings"]
         query = self._heads(self.q_proj, "q_norm", _at(hidden_states, chosen_N))
@@ -39,12 +40,12 @@ class _LastAttention:
     def _heads(self, project: nn.Module, norm: str | None, hidden: torch.Tensor) -> torch.Tensor:
         """[r, s, H] -> [r, heads, s, d]"""
         heads = project(hidden).unflatten(-1, (-1, self.head_dim))
-        if norm in self._modules:  # not every family norms its queries and keys
+        if norm in self._modules:  # not every family normalises queries and keys
             heads = getattr(self, norm)(heads)
         return heads.transpose(1, 2)
 
     def _turned(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """With rotary positions, as the family has them: its function turns queries and keys, here keys that are none."""
+        """Apply the family's rotary embedding. Its function rotates queries and keys together; here the keys are empty."""
         family = sys.modules[self.family.__module__]
         return family.apply_rotary_pos_emb(heads, heads[:, :0], cos, sin)[0]
 
@@ -66,8 +67,8 @@ def _at(tensor_RSX: torch.Tensor, chosen_N: torch.Tensor) -> torch.Tensor:
 
 
 def adopt(layer: nn.Module) -> bool:
-    """Give a model's last layer the second mode, if it is put together as those that are known; modules and names stay.
-    Returns whether it has it."""
+    """Add the second mode to a model's last layer if it has the known structure; modules and names stay. Returns whether it
+    has the mode."""
     known = set(layer._modules) == _LAYER and set(layer.self_attn._modules) - {"q_norm", "k_norm"} == _ATTENTION
     if known:
         modes.give(layer, _LastLayer)

@@ -1,4 +1,4 @@
-"""From tokenised documents to batches: align, share, pack, collate. Records and rollouts take the same way.
+"""From tokenised documents to batches: align, share, pack, collate. Records and rollouts use the same functions.
 
     Example --align--> AlignedDocument --noise/--> PackedDocument --share, pack--> rows --collate--> ViewBatch
 

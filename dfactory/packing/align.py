@@ -8,8 +8,8 @@ from dfactory.types import AlignedDocument, Example
 
 
 def block_of(length, block_size: int, unit: int):
-    """The block size of documents of `length` tokens (a number or an array): `block_size`, or where the document is
-    shorter, the document, rounded up to a multiple of `unit` (if that is the smaller one)."""
+    """The block size for documents of `length` tokens (a number or an array): `block_size`, or for a shorter document its
+    length, rounded up to a multiple of `unit`, whichever is smaller."""
     unit = min(unit, block_size)
     return np.minimum(block_size, -(-length // unit) * unit)
 
@@ -17,8 +17,8 @@ def block_of(length, block_size: int, unit: int):
 def align(
     example: Example, block_size: int, eos_id: int, unit: int | None = None, after_answer: str = "fill"
 ) -> AlignedDocument:
-    """Fill with EOS up to the next multiple of `block_size`. With `unit`, a document shorter than a block becomes one
-    block, filled up to the next multiple of `unit` only.
+    """The document, filled with EOS to the next multiple of `block_size`. With `unit`, a document shorter than a block
+    becomes one block, filled to the next multiple of `unit` only.
 
     The fill is trainable where the last token is: a decoder has to produce it. Block size 4, EOS = 0:
 
@@ -26,15 +26,15 @@ def align(
         trainable  0 0 1 1 1  ->  0 0 1 1 1 1 1 1
         real       0 0 1 1 1  ->  0 0 1 1 1 0 0 0
 
-    `after_answer: fill` does the same inside a record of several turns: in views, what follows an answer in its block is
-    EOS that has to be produced. With `text` views show the record's next turn there, which no decoder sees.
+    `after_answer: fill` does the same inside a record of several turns: in views, an answer is followed in its block by EOS
+    that has to be produced. With `text` views show the record's next turn there, which no decoder sees.
     """
     size = int(block_of(len(example), block_size, unit or block_size))
     fill = -len(example) % size
     input_ids_T = np.concatenate([example.input_ids_T, np.full(fill, eos_id, np.int32)])
     trainable_T = np.concatenate([example.trainable_T, np.full(fill, fill and example.trainable_T[-1], bool)])
     eos_T = trainable_T & (input_ids_T == eos_id)
-    # a trace ends with its block and needs no fill: what its decoder wrote there after EOS is fill
+    # a trace ends at a block's end and needs no fill; the tokens that its decoder wrote after EOS are its fill
     real_length = _after_first(eos_T) if example.commit_step_T is not None else _before_repeats(eos_T)
     document = AlignedDocument(example.document_id, input_ids_T, trainable_T, size, example.commit_step_T, real_length)
     filled_T = _after_answer(trainable_T, size)
@@ -49,20 +49,20 @@ def align(
 
 
 def _after_answer(trainable_T: np.ndarray, block_size: int) -> np.ndarray:
-    """bool: the tokens after the last response token of a block that has one. A block in which another answer begins keeps
-    what stands between the two: that one needs its question."""
+    """bool: the tokens after the last response token of each block that has one. Tokens between two answers in one block are
+    kept, because the second answer needs its question."""
     trainable_BS = trainable_T.reshape(-1, block_size)
     later_BS = np.cumsum(trainable_BS[:, ::-1], axis=1)[:, ::-1]  # response tokens from here to the end of the block
     return ((later_BS == 0) & trainable_BS.any(axis=1, keepdims=True)).ravel()
 
 
 def _after_first(eos_T: np.ndarray) -> int:
-    """The length up to and including the first EOS; the whole one without."""
+    """The length up to and including the first EOS; the whole length if there is none."""
     return int(eos_T.argmax()) + 1 if eos_T.any() else len(eos_T)
 
 
 def _before_repeats(eos_T: np.ndarray) -> int:
-    """The length without the repetitions of EOS at the end, whether `align` or the record put them there. Earlier ones end
-    the earlier turns of a conversation."""
+    """The length without repeated EOS at the end, whether from `align` or from the record. An EOS before that ends an
+    earlier turn of a conversation."""
     before = int(eos_T[::-1].argmin()) if not eos_T.all() else len(eos_T)  # EOS at the end
     return len(eos_T) - max(before - 1, 0)

@@ -1,4 +1,4 @@
-"""Rows of documents -> one ViewBatch: writes `[clean | view 1 | ... | view K]` for each document."""
+"""Packed documents -> one ViewBatch: writes `[clean | view 1 | ... | view K]` for each document."""
 
 import functools
 import itertools
@@ -20,13 +20,13 @@ def collate(
     columns: Sequence[str] = (),
     device: torch.device | str | None = None,
 ) -> ViewBatch:
-    """Write rows as one ViewBatch [R, S]; S is `pad_to`, or else the longest row, at least one block.
+    """One ViewBatch [R, S] of packed sequences (`rows`); S is `pad_to`, or else the longest of them, at least one block.
 
-    Each document stands as `[clean | view 1 | ... | view K]`, its number counting over the whole batch; targets run in
-    row order. The clean stream ends before the last block that a view holds; a document of one block has none. What
-    neighbours share stands once, as a trunk before the first of them. A row without documents is all padding.
-    What views add (`columns_P`) becomes columns of targets, what documents add (`columns`) columns of documents. `columns`
-    names those that the batch has even where no document is in it.
+    Each document is written as `[clean | view 1 | ... | view K]`. Documents are numbered over the whole batch, and targets
+    are in the order of positions. The clean stream ends before the last block that a view holds; a document of one block
+    has none. A shared prefix is written once, before the first of its documents. A row without documents is all padding.
+    Extra columns of views (`columns_P`) become columns of targets, those of documents (`columns`) columns of documents.
+    `columns` names those that the batch must have even without a document.
     Raises ValueError if a row is longer than `pad_to`, or if some views or documents have a column and others lack it.
     """
     lengths = [sum(packed.cost for packed in row) for row in rows]
@@ -43,7 +43,7 @@ def collate(
 
 
 def _families(row: Sequence[PackedDocument]) -> Iterator[Sequence[PackedDocument]]:
-    """Neighbours that share a trunk together, every other document alone."""
+    """Groups of consecutive documents that share a prefix; every other document is a group of its own."""
     starts = [index for index, packed in enumerate(row) if not packed.shared]
     return (row[start:stop] for start, stop in itertools.pairwise([*starts, len(row)]))
 
@@ -56,7 +56,7 @@ class _Writer:
         size = num_rows * width
         self.input_ids, self.position, self.view, self.block = (np.zeros(size, np.int64) for _ in range(4))
         self.document, self.trunk = (np.full(size, PADDING, np.int64) for _ in range(2))
-        self.targets: list[tuple[np.ndarray, ...]] = []  # (index, ids, real, t, elbo_weight) a view
+        self.targets: list[tuple[np.ndarray, ...]] = []  # (index, ids, real, t, elbo_weight) of each view
         self.columns_N: dict[str, list[np.ndarray]] = {}  # what views add, at their targets
         self.per_document: list[tuple[int, ...]] = []  # (id, response length, answer length, number of views)
         self.columns_D: list[Mapping[str, float]] = []  # what documents add
@@ -65,7 +65,7 @@ class _Writer:
         self.cursor = row * self.shape[1]
 
     def write(self, family: Sequence[PackedDocument]) -> None:
-        """The clean stream that the documents share, if they do, and then each of them."""
+        """Write the shared prefix of a group, if it has one, and then each of its documents."""
         first, number, shared = family[0].document, len(self.per_document), family[-1].shared
         trunk = number + (self.num_documents if shared else 0)
         self._write_stream(trunk, trunk, 0, first.block_size, np.arange(shared), first.input_ids_T[:shared])

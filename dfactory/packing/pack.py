@@ -1,8 +1,8 @@
-"""Costs -> rows: greedy best-fit packing of a stream with bounded look-ahead.
+"""Packs documents into sequences of bounded length (rows): greedy best fit over a stream, with bounded look-ahead.
 
-Packing looks at costs only, never at tokens, so that the number of rows of a run can be computed beforehand. It keeps a
-buffer of up to LOOKAHEAD documents: a row starts with the oldest one, so that none waits forever, and then takes the
-largest that still fits.
+Packing depends on costs only, never on tokens, so the number of packed sequences of a run can be computed in advance. It
+keeps a buffer of up to LOOKAHEAD documents. A packed sequence starts with the oldest document, so that none waits forever,
+and then takes the largest that still fits.
 """
 
 import bisect
@@ -13,7 +13,7 @@ LOOKAHEAD = 256
 
 
 class Packer:
-    """Greedy best-fit packing of a stream with bounded look-ahead. `waiting` (oldest first) and costs are all its state."""
+    """Greedy best-fit packing of a stream with bounded look-ahead. Its whole state is `waiting` (oldest first) and costs."""
 
     def __init__(self, row_length: int, packing: bool = True, lookahead: int = LOOKAHEAD):
         self.row_length = row_length
@@ -32,7 +32,7 @@ class Packer:
         return len(self._by_arrival) >= self.lookahead
 
     def add(self, cost: int, document: Any) -> None:
-        """Take one document of `cost` positions into the buffer. Raises ValueError if no row can hold it."""
+        """Add one document of `cost` positions to the buffer. Raises ValueError if no row can hold it."""
         if cost > self.row_length:
             raise ValueError(f"a document of {cost} positions does not fit a row of {self.row_length}")
         self._by_arrival[self._arrivals] = (cost, document)

@@ -1,7 +1,7 @@
-"""Documents with their views, and the shared prefix: the clean blocks that documents have in common stand once in a row.
+"""Documents with their views, and their shared prefix: the clean blocks that documents have in common are packed once.
 
-A clean stream sees itself only, block by block, so equal beginnings are equal computations: the two sides of a preference
-pair, or the rollouts of a prompt, are computed once up to the block in which they part.
+A clean stream sees only itself, block by block, so equal first blocks are equal computations. The two sides of a
+preference pair, or the rollouts of a prompt, are computed once up to the first block in which they differ.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,29 +16,29 @@ NO_COLUMNS: Mapping[str, float] = MappingProxyType({})
 
 
 class PackedDocument(NamedTuple):
-    """One document of a row with its views."""
+    """One document of a packed sequence with its views."""
 
     document: AlignedDocument
     views: Sequence[View]
-    shared: int = 0  # positions of its clean stream that it has in common with the document before it, see `share`
+    shared: int = 0  # length of the prefix that it shares with the document before it, see `share`
     columns: Mapping[str, float] = NO_COLUMNS  # one number of this document for each of the batch's columns `*_D`
 
     @property
     def clean_length(self) -> int:
-        """Positions of its clean stream: up to the last block that a view holds, whose clean copy nobody would see."""
+        """Length of its clean stream: up to the last block that a view holds, because no token sees that block's clean
+        copy."""
         viewed = [int(view.position_P[-1]) for view in self.views if len(view.position_P)]
         return max(viewed, default=0) // self.document.block_size * self.document.block_size
 
     @property
     def cost(self) -> int:
-        """Positions that it takes in a row."""
+        """Positions that it takes in a packed sequence."""
         return self.clean_length - self.shared + sum(len(view.position_P) for view in self.views)
 
 
 def share(documents: Sequence[PackedDocument]) -> list[PackedDocument]:
-    """The same documents, to stand side by side in a row, where they share the clean stream of the whole blocks in which
-    all of them begin alike, in all that enters an embedding: the first one pays for it. What one of them pays alone is
-    `share` of it alone.
+    """The same documents with their shared prefix: the whole blocks at the start that are equal in all of them, in all
+    embedding inputs. They must be packed next to each other; the first one's cost includes the prefix.
 
     Block size 2, answers in brackets, views of all their blocks: a b c [d e f g h] and a b c [d e i j k] share a b c d.
     """

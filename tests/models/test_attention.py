@@ -140,5 +140,5 @@ def test_how_a_plan_is_chosen():
     assert isinstance(plan_attention(long), SegmentPlan)
     assert isinstance(plan_attention(long, "dense"), MaskPlan)
     assert isinstance(plan_attention(rows_of_every_kind(4100), "segments"), SegmentPlan)
-    with pytest.raises(ConfigError, match=r"attn_implementation dense with rows of 4100.*use segments or flex"):
+    with pytest.raises(ConfigError, match=r"attn_implementation dense with sequences of 4100.*use segments or flex"):
         plan_attention(rows_of_every_kind(4100), "dense")

@@ -57,7 +57,7 @@ def test_the_whole_layer_read_at_the_chosen_positions(policy, implementation, mo
 def test_positions_in_disorder_are_refused(policy):
     batch = rows(policy)
     plan = plan_attention(batch.place_RS)
-    with pytest.raises(ValueError, match="positions have to ascend through the flattened rows: sort target_index_N"):
+    with pytest.raises(ValueError, match="target_index_N must ascend through the flattened"):
         policy.hidden_at(batch.target_index_N.flip(0), batch.embedding_inputs, batch.position_ids_RS, plan)
 
 
