@@ -170,9 +170,10 @@ def _default(field: dataclasses.Field) -> str:
 
 
 def _owner(name: str) -> str:
-    """Which algorithms a key belongs to; empty for one that all have."""
-    owners = owners_of(name, ALGORITHMS)
-    return either(owners, ALGORITHMS)
+    """Which algorithms, or decoding rules, a key belongs to; empty for one that all have."""
+    group, _, bare = name.rpartition(".")
+    entries = RULES if group == "decode" else ALGORITHMS
+    return either(owners_of(bare, entries), entries)
 
 
 def _meaning(field: dataclasses.Field, owner: str = "") -> str:

@@ -14,7 +14,7 @@ from dfactory.commands.report import write_report
 from dfactory.commands.reporting.figures import drawings, smooth
 from dfactory.commands.reporting.memory import forecast_of
 from dfactory.commands.reporting.page import final_numbers
-from dfactory.commands.reporting.runs import read_run
+from dfactory.commands.reporting.runs import read_run, sweep_file
 from dfactory.commands.reporting.tradeoff import draw_tradeoff
 from dfactory.errors import DataError
 from dfactory.planning.memory import count_parameters
@@ -161,6 +161,22 @@ def test_a_pipeline_of_stages(tmp_path):
     lines = [line for axes in draw_tradeoff([read_run(run, run.name) for run in runs]).axes for line in axes.lines]
     assert [line.get_label() for line in lines] == ["sft", "cap after"]
     assert list(lines[0].get_xdata()) == [4.0, 3.0]
+
+
+def test_sweeps_over_other_keys_are_drawn_beside_thresholds(tmp_path):
+    run = write_run(tmp_path / "run", [{"step": 1, "loss": 2.0}])
+    sweep(run, "thresholds.jsonl", [(0.9, 0.7, 3.0)])
+    rows = [{"swept": "entropy_bound", "entropy_bound": b, "exact_match": 0.6, "tokens_per_forward": b} for b in (2, 1)]
+    (run / sweep_file("entropy_bound")).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [
+        {"swept": "acceptance", "acceptance": by, "exact_match": 0.5, "tokens_per_forward": 1}
+        for by in ("top", "sampled")
+    ]
+    (run / sweep_file("acceptance")).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (axes,) = draw_tradeoff([read_run(run, "run")]).axes
+    assert [line.get_label() for line in axes.lines] == ["run acceptance", "run entropy_bound", "run"]
+    assert [text.get_text() for text in axes.texts] == ["top", "sampled", "1", "2", "0.9"]
+    assert "acceptance and entropy_bound and threshold" in axes.get_title(loc="left")
 
 
 def test_completions_are_shown(tmp_path):

@@ -10,6 +10,7 @@ from dfactory.algorithms import ALGORITHMS
 from dfactory.commands.checking.page import Page
 from dfactory.config.load import COMMAND_LINE, known_keys
 from dfactory.config.owners import owners_of
+from dfactory.decoding.rules.base import RULES
 from dfactory.recipe import Loaded, Recipe
 from dfactory.redaction import redacted
 
@@ -38,9 +39,13 @@ def tell_keys(page: Page, loaded: Loaded) -> None:
 
 
 def applies(recipe: Recipe, name: str) -> bool:
-    """Whether a key is one of the recipe's algorithm, or of all."""
-    owners = owners_of(name, ALGORITHMS)
-    return not owners or recipe.algorithm in owners
+    """Whether a key is one of the recipe's algorithm or decoding rule, or of all."""
+    group, _, bare = name.rpartition(".")
+    if group == "decode":
+        owners, selected = owners_of(bare, RULES), RULES[recipe.decode.rule]
+    else:
+        owners, selected = owners_of(bare, ALGORITHMS), recipe.algorithm
+    return not owners or selected in owners
 
 
 def _value(recipe: Recipe, dotted: str) -> Any:

@@ -29,7 +29,7 @@ CAPTIONS = {
     "loss": "Thin: each step; thick: mean over 1/20 of the steps; diamonds: held out. In RL the training loss stays near 0 "
     "(look at the rewards), and the held-out loss is a likelihood: they are not comparable.",
     "loss_by_t": "A model that learns lowers all of them; the loss at high t is that of the first forwards of decoding.",
-    "tradeoff": "From `dfactory eval --thresholds`. Up and to the right is better.",
+    "tradeoff": "From `dfactory eval --sweep` or `--thresholds`. Up and to the right is better.",
     "memory": "The forecast is that of `dfactory check`: an upper bound of what training needs. On a CPU the measured "
     "number is of the whole process, libraries and records included.",
     "rewards": "Groups whose rewards are all equal teach nothing; few different answers are a sign of collapse.",

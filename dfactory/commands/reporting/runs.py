@@ -1,4 +1,4 @@
-"""Reads run folders: metrics, recipe, threshold sweeps, completions."""
+"""Reads run folders: metrics, recipe, sweeps of decode keys, completions."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,12 @@ import numpy as np
 import yaml
 
 from dfactory.algorithms.base import default_of
+from dfactory.decoding.rules.base import default_rule
 from dfactory.errors import DataError
 from dfactory.redaction import redact
 from dfactory.runs.folder import RunFolder
 
-THRESHOLDS = "thresholds*.jsonl"  # what `dfactory eval --thresholds` writes into a run folder
+SWEEPS = ("thresholds*.jsonl", "sweep_*.jsonl")  # what `dfactory eval --thresholds` and `--sweep` write
 COMPLETIONS = "completions.jsonl"
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
@@ -36,16 +37,33 @@ class Run(NamedTuple):
         return np.array(steps, float), np.array(values, float)
 
     def sweeps(self) -> dict[str, list[dict[str, Any]]]:
-        """Threshold sweeps by name, each in ascending order of thresholds."""
+        """Sweeps by name, each in the order of the values where these are numbers."""
         found = {}
-        for file in sorted(self.path.glob(THRESHOLDS)):
-            name = f"{self.label} {file.stem.removeprefix('thresholds').strip('_-. ')}".strip()
-            found[name] = sorted(read_objects(file), key=lambda row: row["threshold"])
+        for file in sorted(file for pattern in SWEEPS for file in self.path.glob(pattern)):
+            suffix = file.stem.removeprefix("thresholds").removeprefix("sweep_")
+            rows = read_objects(file)
+            if all(isinstance(swept_value(row), int | float) for row in rows):
+                rows.sort(key=swept_value)
+            found[f"{self.label} {suffix.strip('_-. ')}".strip()] = rows
         return found
 
     def completions(self) -> list[dict[str, Any]]:
         file = self.path / COMPLETIONS
         return read_objects(file) if file.is_file() else []
+
+
+def sweep_file(key: str) -> str:
+    """The name of the file in a run folder that has a sweep over a decode key."""
+    return "thresholds.jsonl" if key == default_rule().dial() else f"sweep_{key}.jsonl"
+
+
+def swept_key(row: dict[str, Any]) -> str:
+    """The decode key that a line of a sweep has a value of; lines of thresholds do not name it."""
+    return row.get("swept", default_rule().dial())
+
+
+def swept_value(row: dict[str, Any]) -> Any:
+    return row[swept_key(row)]
 
 
 def read_run(path: Path, label: str) -> Run:
