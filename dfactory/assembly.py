@@ -25,7 +25,7 @@ from dfactory.errors import ConfigError
 from dfactory.models import fused
 from dfactory.models.adapters import add_adapters, unreached_experts
 from dfactory.models.policy import Policy
-from dfactory.models.registry import load_policy
+from dfactory.models.registry import load_policy, read_family, resolve_model_dir
 from dfactory.models.saving import carried_files
 from dfactory.noise import Drafts, EditTargets, GridMask, MaskEmbeddingNoise, RandomMask, TraceViews
 from dfactory.recipe import Recipe
@@ -51,6 +51,7 @@ class Inputs:
 def read_inputs(recipe: Recipe, streaming: bool = False) -> Inputs:
     """Tokenizer and records of a recipe, those of training only when they are visited if `streaming`. Raises ConfigError or
     DataError; no weights are touched."""
+    check_family(recipe)
     vocabulary = recipe_vocabulary(recipe)
     held_out = _load(recipe, vocabulary, recipe.eval_datasets) if recipe.eval_datasets else None
     if recipe.algorithm.data is Data.PROMPTS:
@@ -58,6 +59,29 @@ def read_inputs(recipe: Recipe, streaming: bool = False) -> Inputs:
     if streaming:
         return Inputs(vocabulary, stream_examples(recipe, vocabulary), held_out)
     return Inputs(vocabulary, _load(recipe, vocabulary, recipe.datasets, trace_block_size_of(recipe)), held_out)
+
+
+def check_family(recipe: Recipe) -> None:
+    """Raise ConfigError for keys that have no meaning with the model's family."""
+    family = read_family(resolve_model_dir(recipe.model_name_or_path))
+    if not family.sees_whole_document:
+        if recipe.block_size is None:
+            raise ConfigError(
+                f"block_size null: a model of the family {family.name} is block-causal; set block_size, such as to "
+                f"{family.block_size}"
+            )
+        return
+    whose = f"the model family {family.name} has full attention"
+    if recipe.block_size is not None:
+        raise ConfigError(
+            f"block_size {recipe.block_size}: {whose}, in which a document has no blocks; set block_size to null"
+        )
+    if recipe.view_source == "trace":
+        raise ConfigError(f"view_source trace: {whose}, and traces are rebuilt block by block; set view_source to mask")
+    if recipe.stage == "rl":
+        raise ConfigError(
+            f"stage rl: {whose}, and rollouts are packed as block-causal documents; train it with sft, cap or dpo"
+        )
 
 
 def stream_examples(recipe: Recipe, vocabulary: Vocabulary) -> StreamedExamples:
@@ -71,7 +95,7 @@ def stream_examples(recipe: Recipe, vocabulary: Vocabulary) -> StreamedExamples:
         document_rules(recipe, vocabulary, trace_block_size_of(recipe)),
         on_bad_row=recipe.on_bad_row,
         max_bad_fraction=recipe.max_bad_fraction,
-        block_size=recipe.block_size,
+        block_size=recipe.aligned_block_size,
         paired=recipe.documents_per_record == 2,
     )
 
@@ -100,7 +124,7 @@ def _load(recipe: Recipe, vocabulary: Vocabulary, datasets, trace_block_size: in
         **vars(document_rules(recipe, vocabulary, trace_block_size)),
         on_bad_row=recipe.on_bad_row,
         max_bad_fraction=recipe.max_bad_fraction,
-        block_size=recipe.block_size,
+        block_size=recipe.aligned_block_size,
         paired=recipe.documents_per_record == 2,
     )
 
@@ -131,7 +155,7 @@ def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> R
         [entry.weight for entry in recipe.datasets],
         make_views(recipe, inputs),
         num_views=recipe.views_per_document,
-        block_size=recipe.block_size,
+        block_size=recipe.aligned_block_size,
         eos_id=inputs.special.eos,
         block_phases=recipe.block_phases,
         add_columns=make_embedding_noise(recipe, inputs.special.mask),
@@ -165,7 +189,7 @@ def make_eval_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int)
         [1.0 for _ in recipe.eval_datasets],
         views,
         num_views=num_views,
-        block_size=recipe.block_size,
+        block_size=recipe.aligned_block_size,
         eos_id=inputs.special.eos,
         row_length=recipe.documents_per_record * recipe.max_length * (1 + num_views),
         packing=recipe.packing,
@@ -222,9 +246,8 @@ def make_probe(recipe: Recipe, inputs: Inputs) -> DecodingProbe | None:
     """What decodes held-out prompts at every evaluation, if the recipe asks for it."""
     if not recipe.eval_decode_prompts:
         return None
-    keys = dataclasses.replace(recipe.decode, block_size=recipe.decode.block_size or recipe.block_size)
     questions = first_questions(inputs.held_out, recipe.eval_decode_prompts)
-    return DecodingProbe(questions, inputs.vocabulary.rules(keys), inputs.vocabulary)
+    return DecodingProbe(questions, inputs.vocabulary.rules(recipe.decode_keys), inputs.vocabulary)
 
 
 def make_reference(

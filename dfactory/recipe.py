@@ -35,6 +35,7 @@ from dfactory.config.training import TrainingKeys
 from dfactory.decoding.keys import DecodeKeys, decode_problem, refuse_foreign_keys
 from dfactory.errors import ConfigError
 from dfactory.redaction import remember
+from dfactory.types import WHOLE
 
 UNSET = object()
 PATH_KEYS = ("deepspeed", "chat_template_path", "reference_path")  # paths that a recipe states relative to itself
@@ -80,7 +81,17 @@ class Recipe(TrainingKeys, AlgorithmKeys, SelectingKeys, EditingKeys, NoiseKeys,
     @property
     def block_phases(self) -> list[tuple[int, int]]:
         """(first step, block size) of each phase of the run; one phase without a schedule."""
-        return [(first, size) for first, size in self.block_size_schedule or [[0, self.block_size]]]
+        return [(first, size) for first, size in self.block_size_schedule or [[0, self.aligned_block_size]]]
+
+    @property
+    def aligned_block_size(self) -> int:
+        """What documents are aligned to."""
+        return WHOLE if self.block_size is None else self.block_size
+
+    @property
+    def decode_keys(self) -> DecodeKeys:
+        """How prompts are decoded, with the block size of training where `decode` states none."""
+        return self.decode.in_blocks_of(self.block_size)
 
     def block_size_at(self, step: int) -> int:
         """The block size of a step, counted from 0."""
@@ -136,7 +147,8 @@ class Recipe(TrainingKeys, AlgorithmKeys, SelectingKeys, EditingKeys, NoiseKeys,
     @property
     def longest_record(self) -> int:
         """Row positions that a record of max_length takes at most, its views included."""
-        return self.documents_per_record * self.max_length * (1 + self.views_per_document)
+        clean = 0 if self.block_size is None else 1
+        return self.documents_per_record * self.max_length * (clean + self.views_per_document)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,9 +250,9 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
             f"noise_range_high 1 with complementary views and {weighing} divides by zero: use 0.999",
         )
     rule(
-        recipe.max_length % recipe.block_size == 0,
+        recipe.block_size is None or recipe.max_length % recipe.block_size == 0,
         f"block_size {recipe.block_size} does not divide max_length {recipe.max_length}: "
-        f"use {recipe.max_length // recipe.block_size * recipe.block_size or recipe.block_size}",
+        f"use {recipe.max_length // recipe.aligned_block_size * recipe.aligned_block_size or recipe.block_size}",
     )
     _check_block_sizes(recipe, rule)
     _check_embedding_noise(recipe, rule)
@@ -264,7 +276,7 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
         rule(False, problem)
     _check_editing(recipe, rule)
     _check_traces(recipe, rule)
-    problem = decode_problem(recipe.decode, recipe.decode.block_size or recipe.block_size)
+    problem = decode_problem(recipe.decode_keys, recipe.decode_keys.block_size)
     rule(problem is None, str(problem))
     rule(bool(recipe.datasets), "datasets is empty: name at least one file")
     rule(all(entry.weight > 0 for entry in recipe.datasets), "datasets.weight 0: leave the file out instead")
@@ -297,6 +309,7 @@ def _check_block_sizes(recipe: Recipe, rule: Callable[[bool, str], None]) -> Non
     if schedule is None:
         return
     shown = f"block_size_schedule {schedule}"
+    rule(recipe.block_size is not None, f"{shown} with block_size null: whole documents have no blocks; set it to null")
     rule(
         bool(schedule) and all(len(entry) == 2 for entry in schedule),
         f"{shown}: give pairs of first step and block size, such as [[0, 1], [200, 4], [400, {recipe.block_size}]]",

@@ -19,6 +19,7 @@ import torch
 from dfactory.columns import check
 
 NOISE_TABLE_ROWS = 1024  # vectors that the noise on mask embeddings is taken from, in one step
+WHOLE = 2**30  # a block size: every document is one block, however long; full attention
 PADDING = -1  # the document number of a position without a token: it sees nothing, and nothing sees it
 
 

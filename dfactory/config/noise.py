@@ -8,7 +8,12 @@ from dfactory.config.keys import key
 
 @dataclass
 class NoiseKeys:
-    block_size: int = key(32, "tokens that are denoised together; with a schedule, its last one", low=1)
+    block_size: Optional[int] = key(
+        32,
+        "tokens that are denoised together; with a schedule, its last one; null: the whole document, for model families with "
+        "full attention, and for them alone",
+        low=1,
+    )
     block_size_schedule: Optional[list[list[int]]] = key(
         None,
         "block sizes over the run, as [first step, block size] pairs: [[0, 1], [200, 4], [400, 32]]; the first begins at "

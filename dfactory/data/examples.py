@@ -25,6 +25,7 @@ from dfactory.data.progress import reading
 from dfactory.data.records import read_records
 from dfactory.data.traces import NO_TRACES, TraceRules
 from dfactory.errors import ConfigError, DataError
+from dfactory.packing import block_of, whole_blocks
 from dfactory.types import EmbeddingInputs, Example, common_length
 
 LINE_BITS, FILE_BITS, PART_BITS = 40, 12, 11  # of a document id, from its low end
@@ -251,7 +252,7 @@ def load_examples(
     Raises DataError for a record of the other kind, for the first bad row (on_bad_row "error"), for too large a share of
     them ("skip"), for an unreadable file, and if nothing is left; ConfigError if blocks do not divide max_length.
     """
-    if max_length % block_size:
+    if max_length != whole_blocks(max_length, block_size):
         raise ConfigError(f"block_size {block_size} does not divide max_length {max_length}: use a multiple of it")
     if len(datasets) > 1 << FILE_BITS:
         raise ConfigError(
@@ -464,7 +465,8 @@ class ExamplesBuilder:
         report.further_parts += document.part > 0
         report.tokens += length
         report.trainable_tokens += int(tokens[1].sum())
-        report.aligned_tokens += length + -length % self.block_size
+        size = int(block_of(length, self.block_size, self.block_size))
+        report.aligned_tokens += length + -length % size
         report.longest = max(report.longest, length)
 
     def _refuse(self, origin: str, bad: BadRow) -> None:

@@ -27,7 +27,10 @@ RuleKeys = combine("RuleKeys", RULES, __name__)
 @dataclass
 class DecoderKeys:
     block_size: Optional[int] = key(
-        None, "tokens denoised together; null: as the model was trained, else 32; in a recipe, its block_size", low=1
+        None,
+        "tokens denoised together; null: as the model was trained, else 32, and with full attention all of max_new_tokens; in a "
+        "recipe, its block_size",
+        low=1,
     )
     max_new_tokens: int = key(512, "longest response, EOS included", low=1)
     rule: str = key(
@@ -85,6 +88,11 @@ if _TAKEN:
 @dataclass
 class DecodeKeys(RuleKeys, DecoderKeys):
     """One flat group; `rule` selects whose keys are valid."""
+
+    def in_blocks_of(self, trained: int | None) -> "DecodeKeys":
+        """The same with a block size: their own, else that of training, else the longest response (full attention, whose
+        canvas is a single block then)."""
+        return dataclasses.replace(self, block_size=self.block_size or trained or self.max_new_tokens)
 
 
 def rule_of(keys: DecodeKeys) -> DecodingRule:

@@ -32,6 +32,15 @@ class Policy(nn.Module):
         self.ends_at_targets = self.family.last_layer_at_targets and last_layer.adopt(self._causal_lm.model.layers[-1])
 
     @property
+    def sees_whole_document(self) -> bool:
+        """Whether attention is full: the decoder needs a canvas then, and no cache."""
+        return self.family.sees_whole_document
+
+    @property
+    def logit_shift(self) -> int:
+        return self.family.logit_shift
+
+    @property
     def has_adapters(self) -> bool:
         """Whether peft has wrapped the model."""
         return hasattr(self.model, "get_base_model")
@@ -59,14 +68,33 @@ class Policy(nn.Module):
     def forward(self, batch: ViewBatch) -> TokenScores:
         """log p, entropy and hit of every target of the batch, in the batch's target order."""
         plan = plan_attention(batch.place_RS, self.attn_implementation)
-        hidden_NH = self.hidden_at(
-            batch.target_index_N,
+        predicting_N = self.predicting(batch.target_index_N, batch.position_ids_RS)
+        # With a shift the first two positions of a document are predicted from the same one: it is computed once.
+        read_M, row_N = (
+            predicting_N.unique_consecutive(return_inverse=True) if self.logit_shift else (predicting_N, None)
+        )
+        hidden_MH = self.hidden_at(
+            read_M,
             batch.embedding_inputs,
             batch.position_ids_RS,
             plan,
             noise_table_TH=self._noise_table(batch),
         )
+        hidden_NH = hidden_MH if row_N is None else hidden_MH.index_select(0, row_N)
         return self._causal_lm.lm_head(hidden_NH, batch.target_ids_N, self.entropy_temperature)
+
+    def predicting(self, index_N: torch.Tensor, position_ids_RS: torch.Tensor) -> torch.Tensor:
+        """Which of the flattened [R, S] positions predict the tokens at `index_N`: these themselves, or with shifted logits
+        their neighbours on the left. A document's first position has none and predicts itself.
+
+        shift 1    position  0 1 2 3 | 0 1 2     of two documents in a row
+                   from      0 0 1 2 | 4 4 5     flattened index
+
+        The neighbour is of the same view, because a view of a family with a shift holds its whole document.
+        """
+        if not self.logit_shift:
+            return index_N
+        return index_N - (position_ids_RS.flatten()[index_N] > 0).long()
 
     def score(self, batch: ViewBatch) -> TokenScores:
         """`forward`, after moving the batch to the model's device."""

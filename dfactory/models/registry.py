@@ -91,7 +91,8 @@ def known_mask_id(model_dir: Path, stated: int | None) -> int | None:
     own; None where that is left to the tokenizer. Raises ConfigError for another than the family's own."""
     known = _special_tokens(model_dir).mask
     if stated is None:
-        return _recorded(model_dir).get("mask_token_id") or known
+        recorded = _recorded(model_dir).get("mask_token_id")
+        return known if recorded is None else recorded
     if known is not None and stated != known:
         raise ConfigError(
             f"mask_token_id {stated}: the mask of the {read_family(model_dir).name} model in {model_dir} is {known}; "

@@ -4,14 +4,19 @@ import dataclasses
 
 import numpy as np
 
-from dfactory.types import AlignedDocument, Example
+from dfactory.types import WHOLE, AlignedDocument, Example
 
 
 def block_of(length, block_size: int, unit: int):
     """The block size for documents of `length` tokens (a number or an array): `block_size`, or for a shorter document its
-    length, rounded up to a multiple of `unit`, whichever is smaller."""
-    unit = min(unit, block_size)
+    length, rounded up to a multiple of `unit`, whichever is smaller. WHOLE rounds nothing up."""
+    unit = 1 if block_size == WHOLE else min(unit, block_size)
     return np.minimum(block_size, -(-length // unit) * unit)
+
+
+def whole_blocks(length: int, block_size: int) -> int:
+    """`length` rounded down to whole blocks."""
+    return length if block_size == WHOLE else length // block_size * block_size
 
 
 def align(
@@ -27,7 +32,8 @@ def align(
         real       0 0 1 1 1  ->  0 0 1 1 1 0 0 0
 
     `after_answer: fill` does the same inside a record of several turns: in views, an answer is followed in its block by EOS
-    that has to be produced. With `text` views show the record's next turn there, which no decoder sees.
+    that has to be produced. With `text` views show the record's next turn there, which no decoder sees. With WHOLE
+    blocks there is no fill of either kind: with full attention a view is the document.
     """
     size = int(block_of(len(example), block_size, unit or block_size))
     fill = -len(example) % size
@@ -38,7 +44,7 @@ def align(
     real_length = _after_first(eos_T) if example.commit_step_T is not None else _before_repeats(eos_T)
     document = AlignedDocument(example.document_id, input_ids_T, trainable_T, size, example.commit_step_T, real_length)
     filled_T = _after_answer(trainable_T, size)
-    if after_answer == "text" or not filled_T.any():
+    if block_size == WHOLE or after_answer == "text" or not filled_T.any():
         return document
     return dataclasses.replace(
         document,

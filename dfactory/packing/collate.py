@@ -9,7 +9,7 @@ import torch
 
 from dfactory.columns import column_of
 from dfactory.packing.share import PackedDocument
-from dfactory.types import PADDING, ViewBatch
+from dfactory.types import PADDING, WHOLE, ViewBatch
 
 
 def collate(
@@ -30,7 +30,7 @@ def collate(
     Raises ValueError if a row is longer than `pad_to`, or if some views or documents have a column and others lack it.
     """
     lengths = [sum(packed.cost for packed in row) for row in rows]
-    width = max([block_size, *lengths]) if pad_to is None else pad_to
+    width = max([1 if block_size == WHOLE else block_size, *lengths]) if pad_to is None else pad_to
     if max(lengths, default=0) > width:
         raise ValueError(f"a row of {max(lengths)} positions is longer than pad_to {width}")
     writer = _Writer(len(rows), width, sum(map(len, rows)))

@@ -96,6 +96,8 @@ def _warn_of_endings(page: Page, recipe: Recipe, inputs: Inputs) -> None:
 
 def _warn_of_blocks(page: Page, recipe: Recipe, report: DataReport) -> None:
     """The block size against the lengths."""
+    if recipe.block_size is None:  # whole documents: no fill, and no cache
+        return
     fill = report.aligned_tokens - report.tokens
     if recipe.block_size_schedule is None and fill > 1.5 * report.trainable_tokens:
         page.warn(
@@ -109,7 +111,8 @@ def _warn_of_blocks(page: Page, recipe: Recipe, report: DataReport) -> None:
 
 
 def _warn_of_lengths(page: Page, recipe: Recipe, report: DataReport) -> None:
-    need = math.ceil(report.longest / recipe.block_size) * recipe.block_size
+    unit = recipe.block_size or 1
+    need = math.ceil(report.longest / unit) * unit
     if recipe.max_length >= 2 * need:
         page.warn(
             f"max_length {recipe.max_length} is {recipe.max_length / need:.1f} times the longest document; "
@@ -137,11 +140,11 @@ def tell_example(page: Page, recipe: Recipe, inputs: Inputs) -> None:
 def _show_example(page: Page, recipe: Recipe, inputs: Inputs, name: str, index: int) -> None:
     example = inputs.train[index]
     decode = preview.decoder_of(inputs.vocabulary.tokenizer)
-    document = align(example, recipe.block_size, inputs.special.eos, after_answer=recipe.after_answer)
+    document = align(example, recipe.aligned_block_size, inputs.special.eos, after_answer=recipe.after_answer)
     ids_T, trainable_T = document.input_ids_T, example.trainable_T
     views = make_source(recipe, inputs, rank=0, world_size=1).make_views(document, 0)
     page.line(name, preview.document_text(example, ids_T, trainable_T, decode))
     view_text = preview.view_text(views[0], document, len(example), inputs.special.mask, decode)
     page.line(f"view 1 of {len(views)}", view_text)
-    block_t = ", ".join(f"{t:.2f}" for t in views[0].t_P[:: recipe.block_size][:RATIOS_SHOWN])
+    block_t = ", ".join(f"{t:.2f}" for t in views[0].t_P[:: recipe.aligned_block_size][:RATIOS_SHOWN])
     page.line("its mask ratio", f"t {block_t}, by block; {int(views[0].target_P.sum())} targets; from {example.origin}")

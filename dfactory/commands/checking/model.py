@@ -60,7 +60,7 @@ def tell_model(page: Page, recipe: Recipe) -> Model:
         page.warn(f"max_length {recipe.max_length} is beyond the model's max_position_embeddings {limit}: lower it")
     recorded = trained_block_size(path)
     trained = recipe.init_weights == "pretrained" and not FAMILIES.of(config).autoregressive
-    if trained and recorded != recipe.block_size:
+    if trained and None not in (recorded, recipe.block_size) and recorded != recipe.block_size:
         page.warn(f"block_size {recipe.block_size}, but the model was trained with {recorded}")
     return model
 

@@ -113,8 +113,11 @@ class Family:
                 f"model family {self.name}: block_size {self.block_size} with {self.attention} attention; None belongs to "
                 "full attention, a number to block-causal"
             )
-        if self.logit_shift not in (0, 1):
-            raise ConfigError(f"model family {self.name}: logit_shift {self.logit_shift}; it must be 0 or 1")
+        if self.logit_shift not in ((0, 1) if full else (0,)):
+            raise ConfigError(
+                f"model family {self.name}: logit_shift {self.logit_shift} with {self.attention} attention; it is 0, or 1 with "
+                "full attention, whose views hold every left neighbour"
+            )
 
     @property
     def sees_whole_document(self) -> bool:
