@@ -337,6 +337,7 @@ class Rollout:
     output_ids: list[int]
     forwards: int  # denoising passes that this response took part in
     finish_reason: FinishReason
+    block_origin: int = 0  # the position from which blocks are counted: on a canvas the end of the prompt
 
     @property
     def tokens_per_forward(self) -> float:
@@ -345,7 +346,7 @@ class Rollout:
     @property
     def step_in_block(self) -> np.ndarray:
         """`commit_step` counted from the first forward of each token's block; int64, as long as `token_ids`."""
-        prompt = len(self.prompt_ids)
+        prompt = len(self.prompt_ids) - self.block_origin
         block = (prompt + np.arange(len(self.token_ids))) // self.block_size - prompt // self.block_size
         return np.array(self.commit_step) - (np.cumsum(self.block_forwards) - self.block_forwards)[block]
 

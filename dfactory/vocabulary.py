@@ -6,7 +6,7 @@ from dfactory.data.chat import ChatEncoder, SpecialIds, mask_warning, read_chat_
 from dfactory.decoding import DecodeRules
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.models.hub import resolve
-from dfactory.models.registry import known_eos_id, known_mask_id, read_config, read_tokenizer
+from dfactory.models.registry import known_eos_id, known_mask_id, read_config, read_family, read_tokenizer
 from dfactory.recipe import Recipe
 
 
@@ -17,6 +17,7 @@ class Vocabulary(NamedTuple):
     special: SpecialIds
     tokenizer: Any
     encoder: ChatEncoder | None
+    sees_whole_document: bool = False  # of the model: answers are decoded on a canvas
 
     @property
     def warnings(self) -> list[str]:
@@ -32,10 +33,14 @@ class Vocabulary(NamedTuple):
         return self.tokenizer.decode(output_ids[:end], skip_special_tokens=True)
 
     def rules(self, keys: DecodeKeys) -> DecodeRules:
-        """How responses are decoded by these keys."""
+        """How responses are decoded by these keys. Without a block size a canvas is one block."""
         special = self.special
         return DecodeRules.of(
-            keys, mask_token_id=special.mask, eos_token_id=special.eos, special_ids=special.suppressed
+            keys.in_blocks_of(None) if self.sees_whole_document else keys,
+            mask_token_id=special.mask,
+            eos_token_id=special.eos,
+            special_ids=special.suppressed,
+            canvas=self.sees_whole_document,
         )
 
 
@@ -66,4 +71,4 @@ def read_vocabulary(
     mask, eos = known_mask_id(model_dir, mask_token_id), known_eos_id(model_dir, eos_token_id, tokenizer)
     special = special_ids(tokenizer, mask, eos, size, template)
     encoder = ChatEncoder(tokenizer, template, special, chat_template_path) if tokenizer is not None else None
-    return Vocabulary(size, special, tokenizer, encoder)
+    return Vocabulary(size, special, tokenizer, encoder, read_family(model_dir).sees_whole_document)

@@ -10,8 +10,8 @@ from dfactory.config.keys import key
 class NoiseKeys:
     block_size: Optional[int] = key(
         32,
-        "tokens that are denoised together; with a schedule, its last one; null: the whole document, for model families with "
-        "full attention, and for them alone",
+        "tokens that are denoised together; with a schedule, its last one; null: the whole document, for model families "
+        "with full attention, and for them alone",
         low=1,
     )
     block_size_schedule: Optional[list[list[int]]] = key(

@@ -12,9 +12,10 @@ _WHERE = {
     "Progress": "decoder",
     "check_prompts": "decoder",
     "decode": "decoder",
+    "make_decoder": "decoder",
 }
 
-__all__ = ["BlockDecoder", "DecodeKeys", "DecodeRules", "Progress", "check_prompts", "decode"]
+__all__ = ["BlockDecoder", "DecodeKeys", "DecodeRules", "Progress", "check_prompts", "decode", "make_decoder"]
 
 
 def __getattr__(name: str):

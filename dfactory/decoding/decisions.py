@@ -98,6 +98,7 @@ class DecodeRules:
     batch_size: int = 32
     seed: int = 0
     cuda_graphs: bool = False
+    canvas: bool = False  # full attention: blocks are counted from the end of the prompt, and later ones are in sight
 
     def decide(self, forward: Forward) -> Decision:
         """What becomes of the blocks, nothing in the decision left out; `forward` comes without the confidence."""
@@ -160,6 +161,7 @@ class DecodeRules:
         mask_token_id: int | None = None,
         eos_token_id: int | None = None,
         special_ids: Collection[int] = (),
+        canvas: bool = False,
     ) -> "DecodeRules":
         """The rules that the `decode` keys state; the tokenizer's ids fill in where the keys hold null.
 
@@ -199,4 +201,5 @@ class DecodeRules:
             batch_size=keys.batch_size,
             seed=keys.seed,
             cuda_graphs=keys.cuda_graphs,
+            canvas=canvas,
         )

@@ -4,8 +4,8 @@ One forward serves all slots (see cache.py for what it runs over). The tokens li
 and gives back four numbers for each open position, in one transfer. Open are the masked positions; with editing, all
 positions of the response. A finished response frees its slot for the next prompt at once.
 
-`BlockDecoder` is the slots: responses join and leave between forwards, each with rules of its own apart from the block
-size. `decode` feeds it a list of prompts, the server what comes in.
+Responses join and leave between forwards, each with rules of its own apart from the block size (slots.py). `decode` feeds
+a decoder a list of prompts, the server what comes in. Models with full attention have a decoder of their own (canvas.py).
 
 What a response draws is a pure function of (rules.seed, its prompt's noise id, its own forward): it depends neither on
 the other prompts of the batch nor on the slot.
@@ -17,15 +17,15 @@ Letters: R responses in slots, B block size, N tokens of a forward or open posit
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from dfactory.decoding.cache import BlockCache, Span, attend_spans
-from dfactory.decoding.deciding import decide
+from dfactory.decoding.canvas import CanvasDecoder
 from dfactory.decoding.decisions import DecodeRules
-from dfactory.decoding.response import Outcome, Response, document_length
+from dfactory.decoding.response import Response, document_length
+from dfactory.decoding.slots import Decodable, Progress, Slots
 from dfactory.decoding.static import StaticForward
 from dfactory.errors import ConfigError, DataError
 from dfactory.types import EmbeddingInputs, Rollout
@@ -33,28 +33,10 @@ from dfactory.types import EmbeddingInputs, Rollout
 CLEAN_TOKENS = 4096  # clean tokens that one forward takes beside the blocks being denoised; bounds a prefill's memory
 
 
-class Decodable(Protocol):
-    """What the decoder needs of a policy."""
-
-    device: torch.device
-    config: object  # with `vocab_size`
-    can_be_recorded: bool  # whether forwards of fixed shape may be replayed as CUDA graphs
-
-    def hidden_at(self, chosen_N, inputs_RS: EmbeddingInputs, position_ids_RS, visibility, cache) -> torch.Tensor: ...
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
-
-
-class Progress(NamedTuple):
-    """What a callback hears after every forward, once for each response that took part."""
-
-    prompt: int  # index into prompt_ids, or what the response was added as
-    forwards: int
-    token_ids: list[int]  # the response to the end of the block that the forward ran over, masks included
-    draft_ids: list[int]  # the same with what the forward proposed in place of the masks that are left
-    draft_logprobs: list[float]  # of these proposals; 0 where there is no mask
-    settled: int  # how many of these tokens stand in finished blocks and stay as they are
-    rollout: Rollout | None  # when this forward finished it
+def make_decoder(policy: Decodable, block_size: int, slots: int, capacity: int, *, cuda_graphs: bool = False) -> Slots:
+    """The decoder for the attention of a model."""
+    decoder = CanvasDecoder if policy.sees_whole_document else BlockDecoder
+    return decoder(policy, block_size, slots, capacity, cuda_graphs=cuda_graphs)
 
 
 def decode(
@@ -80,7 +62,7 @@ def decode(
     noise_ids = range(len(prompt_ids)) if noise_ids is None else noise_ids
     longest = max((document_length(len(prompt), rules) for prompt in prompt_ids), default=0)
     slots = min(rules.batch_size, len(prompt_ids))
-    decoder = BlockDecoder(policy, rules.block_size, slots, longest, cuda_graphs=rules.cuda_graphs)
+    decoder = make_decoder(policy, rules.block_size, slots, longest, cuda_graphs=rules.cuda_graphs)
     waiting = deque(zip(range(len(prompt_ids)), prompt_ids, drafts, noise_ids, strict=True))
     rollouts: list[Rollout | None] = [None] * len(prompt_ids)
     while waiting or decoder.live:
@@ -129,72 +111,34 @@ def _check_drafts(prompt_ids, drafts: Sequence[Sequence[int]], rules: DecodeRule
             raise DataError(f"draft {index} holds ids outside the model's vocabulary of {vocabulary}: wrong tokenizer?")
 
 
-class BlockDecoder:
-    """`slots` responses of up to `capacity` tokens each, prompt included, decoded together; see `document_length`."""
+class BlockDecoder(Slots):
+    """Responses of block-causal models, over a cache of the blocks that are finished."""
 
     def __init__(self, policy: Decodable, block_size: int, slots: int, capacity: int, *, cuda_graphs: bool = False):
-        self.policy, self.block_size, self.capacity = policy, block_size, capacity
+        super().__init__(policy, block_size, slots, capacity)
         self.cache = BlockCache(slots, capacity + block_size)  # the last block is for what stands in, see static.py
         self.static = StaticForward(policy, self.cache, block_size) if cuda_graphs else None
-        self.free = list(reversed(range(slots)))
-        self.live: list[Response] = []
         self._someone_joined = False
 
     def add(
         self, index: int, prompt: Sequence[int], rules: DecodeRules, *, draft: Sequence[int] = (), noise_id: int = 0
     ) -> Rollout | None:
-        """Take a checked prompt into a free slot, under a number that no live response has. Returns the rollout where
-        the draft leaves nothing to do. Raises ConfigError for what this decoder has no room for."""
-        length = document_length(len(prompt), rules)
-        if rules.block_size != self.block_size:
-            raise ConfigError(f"block_size {rules.block_size}: this decoder has blocks of {self.block_size}")
-        if length > self.capacity:
-            raise ConfigError(
-                f"prompt of {len(prompt)} tokens with max_new_tokens {rules.max_new_tokens} takes {length} positions, a "
-                f"slot has {self.capacity}: shorten the prompt or lower max_new_tokens"
-            )
-        response = Response(index, prompt, draft, noise_id, self.free.pop(), rules)
-        if response.is_complete:
-            self.free.append(response.slot)
-            return response.rollout()
-        self.live.append(response)
-        self._someone_joined = True
-        return None
+        finished = super().add(index, prompt, rules, draft=draft, noise_id=noise_id)
+        self._someone_joined |= finished is None
+        return finished
 
-    def remove(self, index: int) -> None:
-        """Give up a live response; its slot is free at once."""
-        response = self._find(index)
-        self.live.remove(response)
-        self.free.append(response.slot)
-
-    def change_rules(self, index: int, rules: DecodeRules) -> None:
-        """Decode on by other rules. What the document was laid out by, block size and max_new_tokens, has to stay."""
-        response = self._find(index)
-        if (rules.block_size, rules.max_new_tokens) != (response.rules.block_size, response.rules.max_new_tokens):
-            raise ConfigError("block_size and max_new_tokens cannot change while a response is being decoded")
-        response.change_rules(rules)
-
-    def _find(self, index: int) -> Response:
-        return next(response for response in self.live if response.index == index)
-
-    @torch.no_grad()  # not inference_mode: a policy in training goes on with what its modules keep (ZeRO-3's parameters)
-    def step(self) -> list[Progress]:
-        """One denoising forward of every live response, after the clean ones that it needs; none for none."""
+    def _prepare(self) -> None:
+        """Compute clean blocks, of new prompts mostly, as far as the next step's forward cannot take them along."""
         if self._someone_joined:
             self._share_prompts()
             self._someone_joined = False
-        self._prefill()
-        return self._step() if self.live else []
+        while not self._fits_a_step():
+            self._forward_clean(self.live, self._most_clean)
 
     @property
     def _most_clean(self) -> int:
         """Clean blocks that one forward may take; every response can always bring its finished block."""
         return max(CLEAN_TOKENS // self.block_size, len(self.live))
-
-    def _prefill(self) -> None:
-        """Compute clean blocks, of new prompts mostly, as far as the next step's forward cannot take them along."""
-        while not self._fits_a_step():
-            self._forward_clean(self.live, self._most_clean)
 
     def _fits_a_step(self) -> bool:
         if self.static is not None:
@@ -229,39 +173,9 @@ class BlockDecoder:
         for response, span in zip(taken, spans, strict=True):
             response.cached = span.stop
 
-    def _step(self) -> list[Progress]:
-        spans = [response.span for response in self.live]
-        open_RB = np.stack([response.open_B for response in self.live])
-        hidden_NH = self._denoise(spans, open_RB)
-        heard = []
-        for response, outcome in decide(self.policy, self.live, hidden_NH, open_RB):
-            here = response.here
-            goes_on = response.apply(outcome)
-            heard.append(self._progress(response, here, outcome, goes_on))
-            if not goes_on:
-                self.live.remove(response)
-                self.free.append(response.slot)
-        return heard
-
-    def _progress(self, response: Response, here: slice, outcome: Outcome, goes_on: bool) -> Progress:
-        """`here`: the block that the forward ran over."""
-        token_T = response.tokens_T[: here.stop]
-        draft_T, draft_logprob_T = token_T.copy(), np.zeros(here.stop)
-        left_B = token_T[here] == response.rules.mask_token_id
-        draft_T[here][left_B] = outcome.token_B[left_B]
-        draft_logprob_T[here][left_B] = outcome.logprob_B[left_B]
-        return Progress(
-            response.index,
-            response.forwards,
-            token_T[response.start :].tolist(),
-            draft_T[response.start :].tolist(),
-            draft_logprob_T[response.start :].tolist(),
-            max(response.here.start if goes_on else here.stop, response.start) - response.start,
-            None if goes_on else response.rollout(),
-        )
-
-    def _denoise(self, spans: list[Span], open_RB: np.ndarray) -> torch.Tensor:
+    def _denoise(self, open_RB: np.ndarray) -> torch.Tensor:
         """Hidden states [N, H] of the open positions, row by row, after a forward over the live responses' spans."""
+        spans = [response.span for response in self.live]
         if self.static is not None:
             return self.static(self.live, spans, open_RB)
         end_R = np.cumsum([span.blocks * self.block_size for span in spans])

@@ -28,8 +28,8 @@ RuleKeys = combine("RuleKeys", RULES, __name__)
 class DecoderKeys:
     block_size: Optional[int] = key(
         None,
-        "tokens denoised together; null: as the model was trained, else 32, and with full attention all of max_new_tokens; in a "
-        "recipe, its block_size",
+        "tokens denoised together; null: as the model was trained, else 32, or with full attention all of max_new_tokens; "
+        "in a recipe, its block_size",
         low=1,
     )
     max_new_tokens: int = key(512, "longest response, EOS included", low=1)

@@ -6,8 +6,9 @@ Formulas: docs/method.md#decoding.
     block       0         1         2         3              10 positions are decoded, 9 are the answer at most
 
 Blocks are counted from the start of the document, so the first one may begin with prompt tokens; those are never masked,
-edited or scored. A response ends behind the first block that holds EOS with no mask before it. It starts from masks, or
-from a draft with masks behind it; a block that has neither masks nor edits to hope for takes no forward.
+edited or scored. On a canvas (canvas.py) they are counted from the end of the prompt. A response ends behind the first
+block that holds EOS with no mask before it. It starts from masks, or from a draft with masks behind it; a block that has
+neither masks nor edits to hope for takes no forward.
 
 Letters: B block size, T document length. Everything lives on the host, in numpy.
 """
@@ -26,7 +27,14 @@ from dfactory.types import GIVEN, NEVER, Edit, EmbeddingInputs, FinishReason, Ro
 
 def document_length(prompt_length: int, rules: DecodeRules) -> int:
     """Tokens of the longest document: prompt and max_new_tokens, rounded up to the block."""
-    return -(-(prompt_length + rules.max_new_tokens) // rules.block_size) * rules.block_size
+    origin = block_origin(prompt_length, rules)
+    blocks = -(-(prompt_length - origin + rules.max_new_tokens) // rules.block_size)
+    return origin + blocks * rules.block_size
+
+
+def block_origin(prompt_length: int, rules: DecodeRules) -> int:
+    """The position from which blocks are counted: the start of the document, or on a canvas the end of the prompt."""
+    return prompt_length if rules.canvas else 0
 
 
 class Outcome(NamedTuple):
@@ -48,6 +56,7 @@ class Response:
     ):
         self.index, self.noise_id, self.slot, self.rules = index, noise_id, slot, rules
         self.start = len(prompt)  # position of the first response token
+        self.origin = block_origin(self.start, rules)
         self.tokens_T = np.full(document_length(self.start, rules), rules.mask_token_id, dtype=np.int64)
         self.tokens_T[: self.start + len(draft)] = [*prompt, *draft]
         self.first_step_T = np.where(self.tokens_T == rules.mask_token_id, NEVER, GIVEN)
@@ -74,7 +83,7 @@ class Response:
         size = self.rules.block_size
         self.block = block
         self.block_forwards.append(0)
-        self.here = slice(block * size, (block + 1) * size)
+        self.here = slice(self.origin + block * size, self.origin + (block + 1) * size)
         self.is_response_B = np.arange(self.here.start, self.here.stop) >= self.start
         self.mask_steps = self.post_steps = 0
         self._forget()
@@ -109,7 +118,7 @@ class Response:
     @property
     def prompt_blocks(self) -> int:
         """Blocks that hold nothing but prompt."""
-        return self.start // self.rules.block_size
+        return (self.start - self.origin) // self.rules.block_size
 
     def embedding_inputs(self, first: int, stop: int) -> EmbeddingInputs:
         """Of the tokens of some of its blocks, as they stand."""
@@ -195,6 +204,7 @@ class Response:
             first_commit_step=self.first_step_T[response].tolist(),
             edits=self.edits,
             block_size=self.rules.block_size,
+            block_origin=self.origin,
             block_forwards=self.block_forwards,
             output_ids=token_ids[: eos + 1] if ended else token_ids[: self.rules.max_new_tokens],
             forwards=self.forwards,

@@ -10,7 +10,7 @@ from dfactory.models import last_layer
 from dfactory.models.attention import AttentionPlan, plan_attention
 from dfactory.models.families.base import FAMILIES, Family
 from dfactory.models.head import VocabularyHead
-from dfactory.types import NOISE_TABLE_ROWS, EmbeddingInputs, TokenScores, ViewBatch
+from dfactory.types import NOISE_TABLE_ROWS, EmbeddingInputs, Place, TokenScores, ViewBatch
 
 
 class Policy(nn.Module):
@@ -67,7 +67,7 @@ class Policy(nn.Module):
 
     def forward(self, batch: ViewBatch) -> TokenScores:
         """log p, entropy and hit of every target of the batch, in the batch's target order."""
-        plan = plan_attention(batch.place_RS, self.attn_implementation)
+        plan = self.plan(batch.place_RS)
         predicting_N = self.predicting(batch.target_index_N, batch.position_ids_RS)
         # With a shift the first two positions of a document are predicted from the same one: it is computed once.
         read_M, row_N = (
@@ -82,6 +82,10 @@ class Policy(nn.Module):
         )
         hidden_NH = hidden_MH if row_N is None else hidden_MH.index_select(0, row_N)
         return self._causal_lm.lm_head(hidden_NH, batch.target_ids_N, self.entropy_temperature)
+
+    def plan(self, place_RS: Place) -> AttentionPlan:
+        """The attention among tokens of these places."""
+        return plan_attention(place_RS, self.attn_implementation)
 
     def predicting(self, index_N: torch.Tensor, position_ids_RS: torch.Tensor) -> torch.Tensor:
         """Which of the flattened [R, S] positions predict the tokens at `index_N`: these themselves, or with shifted logits

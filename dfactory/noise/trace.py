@@ -101,16 +101,16 @@ def state_after(rollout: Rollout, step: int, mask_id: int) -> np.ndarray:
 
 
 def block_of_step(rollout: Rollout, step: int) -> int:
-    """The block, counted from the start of the document, that forward `step` ran on."""
+    """The block, counted from `block_origin`, that forward `step` ran on."""
     if not 0 <= step < rollout.forwards:
         raise IndexError(f"step {step} of a rollout with {rollout.forwards} forwards")
     decoded = int(np.searchsorted(np.cumsum(rollout.block_forwards), step, side="right"))
-    return len(rollout.prompt_ids) // rollout.block_size + decoded
+    return (len(rollout.prompt_ids) - rollout.block_origin) // rollout.block_size + decoded
 
 
 def _state(rollout: Rollout, step: int, time: int, mask_id: int) -> np.ndarray:
     """The response when `time` forwards had run, to the end of the block of forward `step`."""
-    end = (block_of_step(rollout, step) + 1) * rollout.block_size - len(rollout.prompt_ids)
+    end = (block_of_step(rollout, step) + 1) * rollout.block_size + rollout.block_origin - len(rollout.prompt_ids)
     ids = np.array(rollout.token_ids[:end])
     for edit in reversed(rollout.edits):
         if edit.step >= time and edit.index < end:

@@ -120,6 +120,16 @@ class InStep:
     def config(self):
         return self.policy.config
 
+    @property
+    def sees_whole_document(self) -> bool:
+        return self.policy.sees_whole_document
+
+    def plan(self, place_RS):
+        return self.policy.plan(place_RS)
+
+    def predicting(self, index_N, position_ids_RS):
+        return self.policy.predicting(index_N, position_ids_RS)
+
     def hidden_at(self, chosen_N, inputs_RS, position_ids_RS, visibility, cache) -> torch.Tensor:
         return self.policy.hidden_at(chosen_N, inputs_RS, position_ids_RS, visibility, cache)
 

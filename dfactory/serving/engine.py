@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from dfactory.decoding import BlockDecoder, DecodeRules, Progress
+from dfactory.decoding import DecodeRules, Progress, make_decoder
 from dfactory.decoding.decoder import Decodable
 from dfactory.errors import DFactoryError
 
@@ -67,7 +67,7 @@ class Engine:
         *,
         cuda_graphs: bool = False,
     ):
-        self.decoder = BlockDecoder(policy, block_size, slots, capacity, cuda_graphs=cuda_graphs)
+        self.decoder = make_decoder(policy, block_size, slots, capacity, cuda_graphs=cuda_graphs)
         self.slots, self.max_queue = slots, max_queue
         self.counts = Counts()
         self.changed = threading.Condition()

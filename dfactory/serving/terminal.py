@@ -21,9 +21,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from dfactory.decoding import BlockDecoder, DecodeRules, check_prompts
+from dfactory.decoding import DecodeRules, check_prompts, make_decoder
 from dfactory.decoding.keys import DecodeKeys, decode_keys_over
 from dfactory.decoding.response import document_length
+from dfactory.decoding.slots import Slots
 from dfactory.errors import ConfigError, DataError
 from dfactory.models.policy import Policy
 from dfactory.serving.denoising import Denoising, Frame, legend, printable
@@ -127,7 +128,7 @@ class Chat:
             return
         started = time.perf_counter()
         length = document_length(len(prompt), rules)
-        decoder = BlockDecoder(self.policy, rules.block_size, 1, length, cuda_graphs=rules.cuda_graphs)
+        decoder = make_decoder(self.policy, rules.block_size, 1, length, cuda_graphs=rules.cuda_graphs)
         decoder.add(0, prompt, rules, noise_id=len(self.turns))
         frames: list[Frame] = []
         rollout = self._decode(decoder, rules, frames)
@@ -157,7 +158,7 @@ class Chat:
             )
         return prompt
 
-    def _decode(self, decoder: BlockDecoder, rules: DecodeRules, frames: list[Frame]) -> Rollout | None:
+    def _decode(self, decoder: Slots, rules: DecodeRules, frames: list[Frame]) -> Rollout | None:
         """The finished response; None where Ctrl-C ended it. `frames` gets what there was to see."""
         denoising = Denoising(self.vocabulary, rules.block_size)
         with interrupts() as interrupted, self._screen(interrupted) as (show, typed):

@@ -36,7 +36,7 @@ class Follower:
     """A model that wants token `position % 30` everywhere, whatever it sees; a stand-in for a policy and its settings."""
 
     device = torch.device("cpu")
-    can_be_recorded = False
+    can_be_recorded = sees_whole_document = False
     config = SimpleNamespace(vocab_size=40)
     vocabulary = Vocabulary(40, SpecialIds(MASK, EOS, (35, MASK), (36,)), None, None)
 

@@ -115,8 +115,8 @@ class Family:
             )
         if self.logit_shift not in ((0, 1) if full else (0,)):
             raise ConfigError(
-                f"model family {self.name}: logit_shift {self.logit_shift} with {self.attention} attention; it is 0, or 1 with "
-                "full attention, whose views hold every left neighbour"
+                f"model family {self.name}: logit_shift {self.logit_shift} with {self.attention} attention; it is 0, or 1 "
+                "with full attention, whose views hold every left neighbour"
             )
 
     @property
