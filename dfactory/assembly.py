@@ -78,9 +78,10 @@ def check_family(recipe: Recipe) -> None:
         )
     if recipe.view_source == "trace":
         raise ConfigError(f"view_source trace: {whose}, and traces are rebuilt block by block; set view_source to mask")
-    if recipe.stage == "rl":
+    if recipe.algorithm.data is Data.PROMPTS:
         raise ConfigError(
-            f"stage rl: {whose}, and rollouts are packed as block-causal documents; train it with sft, cap or dpo"
+            f"{recipe.algorithm.family}: {whose}, and rollouts are packed as block-causal documents; take an algorithm that "
+            "learns from records or pairs"
         )
 
 

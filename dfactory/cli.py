@@ -166,6 +166,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     form.add_argument("--markdown", action="store_true", help="as the tables of recipes/KEYS.md")
     form.add_argument("--earlier", action="store_true", help="keys of the earlier dFactory and what becomes of each")
     form.add_argument("--algorithms", action="store_true", help="the algorithms, as the table of docs/algorithms.md")
+    form.add_argument("--families", action="store_true", help="the model families, as the table of docs/families.md")
     form.add_argument("--rules", action="store_true", help="the decoding rules, as the table of docs/decoding.md")
     form.add_argument("--resume", action="store_true", help="what a resumed run does with each key that has changed")
     return parser, verbs.choices
@@ -302,6 +303,10 @@ def _export(arguments, overrides) -> int:
 def _schema(arguments, overrides) -> int:
     from dfactory.commands.schema import algorithms, earlier, resuming, rules, schema
 
+    if arguments.families:
+        from dfactory.commands.families import families  # which needs transformers
+
+        return families()
     if arguments.resume:
         return resuming()
     if arguments.rules:

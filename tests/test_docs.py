@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dfactory.commands.families import family_table
 from dfactory.commands.schema import algorithm_table, rule_table
 from dfactory.decoding.rules.base import COLUMNS, Forward
-from tests import families, tutorial
+from tests import tutorial
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -92,9 +93,8 @@ def test_headings_of_a_page_are_unique():
         assert len(headings) == len(set(headings)) == len(anchors(page)), page.name
 
 
-def test_the_families_page_has_what_the_families_declare():
-    """`python -m tests.families` writes the table."""
-    assert families.page(families.PAGE.read_text()) == families.PAGE.read_text()
+def test_the_page_of_families_has_their_table():
+    assert family_table() in (DOCS / "families.md").read_text(), "`dfactory schema --families` prints it"
 
 
 def test_the_page_of_algorithms_has_their_table():
