@@ -24,8 +24,9 @@ from dfactory.engine.window import Measure, Source, means_by_t
 from dfactory.errors import ConfigError
 from dfactory.models import fused
 from dfactory.models.adapters import add_adapters, unreached_experts
+from dfactory.models.hub import resolve
 from dfactory.models.policy import Policy
-from dfactory.models.registry import load_policy, read_family, resolve_model_dir
+from dfactory.models.registry import load_policy, read_family
 from dfactory.models.saving import carried_files
 from dfactory.noise import Drafts, EditTargets, GridMask, MaskEmbeddingNoise, RandomMask, TraceViews
 from dfactory.recipe import Recipe
@@ -63,7 +64,7 @@ def read_inputs(recipe: Recipe, streaming: bool = False) -> Inputs:
 
 def check_family(recipe: Recipe) -> None:
     """Raise ConfigError for keys that have no meaning with the model's family."""
-    family = read_family(resolve_model_dir(recipe.model_name_or_path))
+    family = read_family(resolve(recipe.model_name_or_path, recipe.model_revision, weights=False))
     if not family.sees_whole_document:
         if recipe.block_size is None:
             raise ConfigError(
