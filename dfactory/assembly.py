@@ -104,7 +104,7 @@ def stream_examples(recipe: Recipe, vocabulary: Vocabulary) -> StreamedExamples:
 
 def trace_block_size_of(recipe: Recipe) -> int | None:
     """Of the traces that views are made from, where they are."""
-    return recipe.block_size if recipe.view_source == "trace" else None
+    return recipe.block_size if recipe.views_are_traces else None
 
 
 def document_rules(recipe: Recipe, vocabulary: Vocabulary, trace_block_size: int | None) -> DocumentRules:
@@ -133,7 +133,7 @@ def _load(recipe: Recipe, vocabulary: Vocabulary, datasets, trace_block_size: in
 
 def make_views(recipe: Recipe, inputs: Inputs) -> MakeViews:
     """The views of training: masks, and with token editing wrong tokens as well; or the states of a decoder."""
-    if recipe.view_source == "trace":
+    if recipe.views_are_traces:
         return TraceViews(inputs.special.mask, recipe.seed, recipe.trace_stride, recipe.num_views, recipe.stratified)
     masks = RandomMask(inputs.special.mask, recipe.seed, **recipe.mask_options)
     if not recipe.edits:

@@ -337,7 +337,7 @@ def _check_block_sizes(recipe: Recipe, rule: Callable[[bool, str], None]) -> Non
         f"{shown} with stage {recipe.stage}: only {_plain_stages()} change their block size; set it to null",
     )
     rule(
-        recipe.view_source != "trace",
+        not recipe.views_are_traces,
         f"{shown} with view_source trace: a trace has the block size that it was decoded with; set it to null",
     )
 
@@ -369,7 +369,7 @@ def _check_editing(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
 
 def _check_traces(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
     """Rules between the keys of trace views."""
-    if recipe.view_source != "trace":
+    if not recipe.views_are_traces:
         return
     rule(
         not recipe.complementary,

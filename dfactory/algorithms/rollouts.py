@@ -132,7 +132,7 @@ class RolloutAlgorithm(Algorithm):
                 f"expert_parallel_size {recipe.expert_parallel_size} with {stage} is not supported: its tensors have other "
                 "names"
             )
-        if recipe.view_source != "mask":
+        if recipe.views_are_traces:
             yield (
                 f"view_source {recipe.view_source} with {stage}: say {_recorded()} to train on the decoder's own steps, and "
                 "leave view_source at mask"

@@ -68,3 +68,7 @@ class NoiseKeys:
             "stratified": self.stratified,
             "mask_count": self.mask_count,
         }
+
+    @property
+    def views_are_traces(self) -> bool:
+        return self.view_source == "trace"

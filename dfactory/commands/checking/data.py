@@ -83,7 +83,7 @@ def _warn_of_copies(page: Page, examples: Examples) -> None:
 
 def _warn_of_endings(page: Page, recipe: Recipe, inputs: Inputs) -> None:
     """Tokenised records and texts may come without EOS; a fill behind them teaches it, unless there is none."""
-    if recipe.view_source == "trace" or recipe.overlong != "refuse":
+    if recipe.views_are_traces or recipe.overlong != "refuse":
         return
     seen = min(LOOKED_AT, len(inputs.train))
     open_ended = sum(int(inputs.train[index].input_ids_T[-1]) != inputs.special.eos for index in range(seen))
