@@ -1,0 +1,1 @@
+"""One file for each entry; pyproject.toml names them to dFactory."""
