@@ -16,7 +16,7 @@ slope of log seconds over log size by least squares: 1 is linear, 0 is free. On 
 torchrun) every rank has as large a batch and as many threads, so that 0 would be perfect: the threads of this process,
 divided by the largest number of ranks.
 
-Operations (benchmarks/costs.py, by visible pairs) are told beside the seconds: where they grow faster than positions, so
+Operations (planning/costs.py, by visible pairs) are told beside the seconds: where they grow faster than positions, so
 does a perfect step. A step is called linear in tokens up to L 2048 if its seconds a position differ by at most 15 percent
 there.
 """
@@ -37,7 +37,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.costs import Row, Work, forward_flops, step_flops
 from benchmarks.workload import (
     BLOCK,
     SHAPES,
@@ -52,6 +51,7 @@ from benchmarks.workload import (
 )
 from dfactory import distributed
 from dfactory.models.registry import read_config
+from dfactory.planning.costs import Row, Work, forward_flops, step_flops
 from dfactory.types import PADDING, ViewBatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,7 +89,7 @@ class Cost(NamedTuple):
     seconds: float
     spread: tuple[float, float]
     positions: int  # of rows on all ranks, padding not counted
-    flops: float  # of matrix products, attention by visible pairs, on all ranks; benchmarks/costs.py
+    flops: float  # of matrix products, attention by visible pairs, on all ranks; dfactory/planning/costs.py
     loss: float  # of the last step
 
 

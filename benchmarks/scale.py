@@ -5,7 +5,7 @@
 For each model and number of GPUs all setups are tried that dFactory's recipes can name (ZeRO stage, expert parallelism,
 micro-batch, checkpointing, offload), those whose memory forecast does not fit are left out, and the fastest is
 recommended; a simpler one that is at most 3 percent slower is preferred. Assumptions: `Machine` and `Row` of
-benchmarks/costs.py. Memory: dfactory/planning/memory.py.
+dfactory/planning/costs.py. Memory: dfactory/planning/memory.py.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.costs import Costs, Machine, Row, Step
 from dfactory.commands.checking.memory import FITS
 from dfactory.engine.trainer import deepspeed_config
 from dfactory.models.hub import resolve
 from dfactory.models.registry import read_config
+from dfactory.planning.costs import Costs, Machine, Row, Step
 from dfactory.planning.memory import MemoryForecast, Setup, count_parameters, forecast_sizes, setup_of
 from dfactory.recipe import load_recipe
 

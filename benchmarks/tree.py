@@ -5,7 +5,7 @@
 makes a random LLaDA2-MoE and a group of random responses to one prompt, a masked view each, and packs them into a row
 twice: with a prompt each, and with the prompt's clean stream in common, as training does. Prints the positions of the row,
 the median seconds of a forward with its backward, both measured in turn, how far losses and gradients differ, and how many
-fewer operations there are (by visible pairs, benchmarks/costs.py): what a machine of constant rate would gain.
+fewer operations there are (by visible pairs, dfactory/planning/costs.py): what a machine of constant rate would gain.
 `--generations 2` is a preference pair.
 """
 
@@ -21,12 +21,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.costs import Work, forward_flops, step_flops
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy
 from dfactory.models.tiny import write_tiny_config
 from dfactory.noise import RandomMask
 from dfactory.packing import PackedDocument, collate, share
+from dfactory.planning.costs import Work, forward_flops, step_flops
 from dfactory.types import AlignedDocument, ViewBatch
 from dfactory.visibility import dense_mask
 

@@ -8,10 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from benchmarks import growth, parts, scale
-from benchmarks.costs import Costs, Row, Work, forward_flops, step_flops
 from benchmarks.workload import BLOCK, Records, write_model
 from dfactory.engine.trainer import deepspeed_config
 from dfactory.models.registry import load_policy, read_config
+from dfactory.planning.costs import Costs, Row, Work, forward_flops, step_flops
 from dfactory.planning.memory import count_parameters, setup_of
 from dfactory.recipe import load_recipe
 from dfactory.visibility import dense_mask

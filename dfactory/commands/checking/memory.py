@@ -1,17 +1,14 @@
 """Section `memory`: the forecast for a rank, by number of ranks and ZeRO stage, with its formulas."""
 
-import dataclasses
-
 from rich.table import Table
 from rich.text import Text
 
 from dfactory.commands.checking.model import Model
 from dfactory.commands.checking.page import Page, in_bytes
 from dfactory.engine.trainer import deepspeed_config
+from dfactory.planning.fit import FITS, at_stage, remedy_of
 from dfactory.planning.memory import MemoryForecast, Setup, forecast, setup_of
 from dfactory.recipe import Recipe
-
-FITS = 72e9  # bytes: a GPU of 80 GB less 10 percent
 
 
 def tell_memory(page: Page, recipe: Recipe, model: Model, ranks: tuple[int, ...]) -> None:
@@ -26,7 +23,7 @@ def tell_memory(page: Page, recipe: Recipe, model: Model, ranks: tuple[int, ...]
     forecasts = {}
     for count in ranks:
         setup = setup_of(recipe, deepspeed, count)
-        forecasts[count] = [forecast(model.path, _at_stage(setup, stage)) for stage in range(4)]
+        forecasts[count] = [forecast(model.path, at_stage(setup, stage)) for stage in range(4)]
         table.add_row(f"{count}", *map(_peak, forecasts[count]))
     page.line("GPU of a rank", table)
     page.line("", "> the recipe's <; forecast, not measured; leave 10% for the CUDA context, NCCL and fragments")
@@ -38,43 +35,9 @@ def tell_memory(page: Page, recipe: Recipe, model: Model, ranks: tuple[int, ...]
 
 def _warn_of_size(page: Page, recipe: Recipe, model: Model, setup: Setup) -> None:
     """That it does not fit, and the first change that would make it."""
-    remedies = {
-        "gradient_checkpointing=true": {"gradient_checkpointing": True},
-        "deepspeed=recipes/deepspeed/zero3.json": {"zero_stage": 3},
-        "gradient_checkpointing=true deepspeed=recipes/deepspeed/zero3.json": {
-            "zero_stage": 3,
-            "gradient_checkpointing": True,
-        },
-        "gradient_checkpointing=true deepspeed=recipes/deepspeed/zero3_offload.json": {
-            "zero_stage": 3,
-            "gradient_checkpointing": True,
-            "offload_optimizer": True,
-        },
-        "use_peft=true gradient_checkpointing=true deepspeed=recipes/deepspeed/zero3.json": {
-            "zero_stage": 3,
-            "gradient_checkpointing": True,
-            "lora_r": recipe.lora_r,
-            "lora_target_modules": tuple(recipe.lora_target_modules),
-        },
-    }
-    for words, change in remedies.items():
-        memory = forecast(model.path, dataclasses.replace(setup, **change))
-        if memory.device_bytes < FITS:
-            remedy = f"{words} takes {_peak(memory)}"
-            break
-    else:
-        remedy = "more ranks, or shorter rows"
+    found = remedy_of(model.path, recipe, setup)
+    remedy = "more ranks, or shorter rows" if found is None else f"{found[0]} takes {_peak(found[1])}"
     page.warn(f"the forecast for {setup.world_size} rank(s) is more than a GPU of 80 GB holds: {remedy}")
-
-
-def _at_stage(setup: Setup, stage: int) -> Setup:
-    """The same with another ZeRO stage; offload needs sharding."""
-    return dataclasses.replace(
-        setup,
-        zero_stage=stage,
-        offload_optimizer=setup.offload_optimizer and stage >= 1,
-        offload_param=setup.offload_param and stage == 3,
-    )
 
 
 def _peak(memory: MemoryForecast) -> str:

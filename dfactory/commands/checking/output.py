@@ -1,6 +1,5 @@
 """Section `output`: what is written where, and whether there is room."""
 
-import math
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +13,7 @@ from dfactory.commands.checking.page import Page, in_bytes
 from dfactory.engine.checkpoint import problems_without_reading, resume_from
 from dfactory.engine.trainer import deepspeed_config
 from dfactory.errors import ConfigError
-from dfactory.planning.memory import forecast, setup_of
+from dfactory.planning.start import checkpoints_of
 from dfactory.recipe import Recipe
 from dfactory.runs.folder import RunFolder
 
@@ -78,23 +77,17 @@ def _files(recipe: Recipe) -> Table:
 
 
 def _checkpoint_size(page: Page, recipe: Recipe, model: Model, parent: Path, steps: int | None) -> None:
-    """Trained weights twice, for readers and for the engine, and the optimiser's state; then of all that is kept."""
-    lines = forecast(model.path, setup_of(recipe, deepspeed_config(recipe), 1)).lines
-    optimiser = next(line.bytes for line in lines if line.name == "optimiser")
-    weights = model.trained * {"bfloat16": 2, "float32": 4}[recipe.dtype]
-    total, free = 2 * weights + optimiser, shutil.disk_usage(parent).free
-    saved = math.ceil(steps / recipe.save_steps) if steps and recipe.save_steps else 1
-    limit = max(recipe.save_total_limit or saved, 1 + (recipe.metric_for_best_model is not None))
-    kept = min(saved, limit + 1)  # a new one is written before the oldest goes
+    plan = checkpoints_of(recipe, model.path, deepspeed_config(recipe), model.trained, steps)
+    free = shutil.disk_usage(parent).free
     page.line(
         "size",
-        f"about {in_bytes(total)} each, {in_bytes(weights)} of it weights; {saved:,} are written, at most {kept:,} are "
-        f"there at a time: {in_bytes(kept * total)}; {in_bytes(free)} are free",
+        f"about {in_bytes(plan.each)} each, {in_bytes(plan.weights)} of it weights; {plan.written:,} are written, at most "
+        f"{plan.kept:,} are there at a time: {in_bytes(plan.room)}; {in_bytes(free)} are free",
     )
-    if free < total:
-        page.warn(f"a checkpoint takes about {in_bytes(total)}, but {parent} has {in_bytes(free)} left")
-    elif free < kept * total:
+    if free < plan.each:
+        page.warn(f"a checkpoint takes about {in_bytes(plan.each)}, but {parent} has {in_bytes(free)} left")
+    elif free < plan.room:
         page.warn(
-            f"{kept} checkpoints take about {in_bytes(kept * total)}, but {parent} has {in_bytes(free)} left: "
+            f"{plan.kept} checkpoints take about {in_bytes(plan.room)}, but {parent} has {in_bytes(free)} left: "
             "set save_total_limit"
         )

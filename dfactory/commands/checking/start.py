@@ -2,27 +2,18 @@
 
 Most of a small run's start is Python's imports and the records. This command has just done both, on this machine and as
 busy as it is now, so they are timed; weights and the engine are added.
-
-Work of a step, in multiplications and additions: 2 a weight and token forward, 4 backward; 2 more where activations are
-recomputed; without adapters' frozen weights 2 less. Weights are those that a token passes through, without the embedding,
-the head at targets only; attention scores are not counted. [Kaplan et al., arXiv 2001.08361, 2.1]
 """
 
 from typing import NamedTuple
 
 from dfactory.commands.checking.model import Model
 from dfactory.commands.checking.page import Page, in_bytes
-from dfactory.commands.checking.steps import Phase
 from dfactory.models.adapters import whole_model_dir
 from dfactory.models.headers import weight_files
 from dfactory.models.hub import is_downloaded
+from dfactory.planning.start import CPU_RATE, DISK_RATE, ENGINE_S, GPU_RATE, IMPORTS_S, step_flop
+from dfactory.planning.steps import BlockPhase
 from dfactory.recipe import Recipe
-
-IMPORTS_S = 8.0  # Python and libraries on an idle CPU core, where they had been imported before and could not be timed
-ENGINE_S = 1.0  # model, DeepSpeed and run folder, measured with recipes/quickstart/sft.yaml
-DISK_RATE = 1e9  # bytes a second, assumed
-CPU_RATE = 1.6e10  # FLOP a second and core, in fp32: measured with recipes/quickstart/sft.yaml
-GPU_RATE = 2e14  # FLOP a second, in bfloat16: assumed, half of what an H100 reaches in large matrix products
 
 
 class Timed(NamedTuple):
@@ -32,13 +23,13 @@ class Timed(NamedTuple):
     reading_s: float
 
 
-def tell_start(page: Page, recipe: Recipe, model: Model, timed: Timed, first: Phase) -> None:
+def tell_start(page: Page, recipe: Recipe, model: Model, timed: Timed, first: BlockPhase) -> None:
     """`first` is what the first rows hold."""
     model_dir = whole_model_dir(model.path)
     files = weight_files(model_dir) if recipe.init_weights == "pretrained" and is_downloaded(model_dir) else []
     stored = sum(file.stat().st_size for file in files)
     weights_s = stored / DISK_RATE
-    work = step_flop(recipe, model, first)
+    work = step_flop(recipe, model.config, model.counts, first)
     imports = f"{timed.imports_s:.1f} s (measured now, by this command's own start)"
     if timed.imports_s < IMPORTS_S / 10:
         imports, timed = f"{IMPORTS_S:g} s (on an idle core)", timed._replace(imports_s=IMPORTS_S)
@@ -55,16 +46,6 @@ def tell_start(page: Page, recipe: Recipe, model: Model, timed: Timed, first: Ph
         f"with the quickstart), {in_time(work / GPU_RATE)} on a GPU ({GPU_RATE:.0e}, assumed; the first step compiles "
         "flex_attention as well)",
     )
-
-
-def step_flop(recipe: Recipe, model: Model, rows: Phase) -> float:
-    """Of one rank in one optimiser step."""
-    passes = 2 + (2 if recipe.use_peft else 4) + 2 * recipe.gradient_checkpointing
-    if recipe.reference_kind in ("copy", "adapter"):
-        passes += 2
-    sizes, counts = model.config, model.counts
-    a_row = (counts.active - counts.vocabulary) * rows.tokens + sizes.vocab_size * sizes.hidden_size * rows.targets
-    return passes * a_row * recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
 
 
 def in_time(seconds: float) -> str:

@@ -1,0 +1,58 @@
+"""How much work a step is, and how much room checkpoints take: the arithmetic of `dfactory check`.
+
+Work of a step, in multiplications and additions: 2 a weight and token forward, 4 backward; 2 more where activations are
+recomputed; without adapters' frozen weights 2 less. Weights are those that a token passes through, without the embedding,
+the head at targets only; attention scores are not counted. [Kaplan et al., arXiv 2001.08361, 2.1]
+"""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedConfig
+
+from dfactory.planning.memory import ParameterCounts, forecast, setup_of
+from dfactory.planning.steps import BlockPhase
+from dfactory.recipe import Recipe
+
+IMPORTS_S = 8.0  # Python and libraries on an idle CPU core, where they had been imported before and could not be timed
+ENGINE_S = 1.0  # model, DeepSpeed and run folder, measured with recipes/quickstart/sft.yaml
+DISK_RATE = 1e9  # bytes a second, assumed
+CPU_RATE = 1.6e10  # FLOP a second and core, in fp32: measured with recipes/quickstart/sft.yaml
+GPU_RATE = 2e14  # FLOP a second, in bfloat16: assumed, half of what an H100 reaches in large matrix products
+
+
+def step_flop(recipe: Recipe, config: PreTrainedConfig, counts: ParameterCounts, rows: BlockPhase) -> float:
+    """Of one rank in one optimiser step, on rows like those of `rows`."""
+    passes = 2 + (2 if recipe.use_peft else 4) + 2 * recipe.gradient_checkpointing
+    if recipe.reference_kind in ("copy", "adapter"):
+        passes += 2
+    a_row = (counts.active - counts.vocabulary) * rows.tokens + config.vocab_size * config.hidden_size * rows.targets
+    return passes * a_row * recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+
+
+class Checkpoints(NamedTuple):
+    """What the checkpoints of a run take on disk, in bytes."""
+
+    each: int
+    weights: int  # of each
+    written: int  # over the run
+    kept: int  # at most, at a time
+
+    @property
+    def room(self) -> int:
+        return self.kept * self.each
+
+
+def checkpoints_of(
+    recipe: Recipe, path: Path, deepspeed: dict[str, Any], trained: int, steps: int | None
+) -> Checkpoints:
+    """Trained weights twice, for readers and for the engine, and the optimiser's state; then of all that is kept."""
+    lines = forecast(path, setup_of(recipe, deepspeed, 1)).lines
+    optimiser = next(line.bytes for line in lines if line.name == "optimiser")
+    weights = trained * {"bfloat16": 2, "float32": 4}[recipe.dtype]
+    saved = math.ceil(steps / recipe.save_steps) if steps and recipe.save_steps else 1
+    limit = max(recipe.save_total_limit or saved, 1 + (recipe.metric_for_best_model is not None))
+    return Checkpoints(
+        2 * weights + optimiser, weights, saved, min(saved, limit + 1)
+    )  # a new one comes before one goes
