@@ -45,7 +45,7 @@ def recipe(**keys) -> Recipe:
 def test_steps_and_epochs():
     plain = recipe()
     (phase,) = phases_of(plain, PaperSource)
-    assert (phase.epoch_rows, phase.rows, phase.fill) == (6, 6, 0.5)
+    assert (phase.epoch_rows, phase.rows, phase.fill) == (6, 18, 0.5)
     assert (phase.tokens, phase.targets, phase.documents) == (4, 3, 2)
     found = [
         (p.ranks, p.rows, p.steps, p.epochs, p.steps_an_epoch, p.tokens)
