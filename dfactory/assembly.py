@@ -1,7 +1,15 @@
 """What a recipe is made into: its documents, views, batch source, objective, model and reference.
 
 One maker for each part; `train.py` puts them together. Another objective changes `make_objective`, another origin of
-batches `make_source`.
+batches `make_source`. Sources wrap each other, and each adds to the batches of the one inside it (dfactory/columns.py):
+
+    make_source          RecordSource       records, aligned, packed, with views         visit_D
+    with_drafts            -> DraftSource     the model's own predictions in the views     at the targets of drafted_N
+    make_reference           -> ReferenceSource   the initial model's likelihood           reference_elbo_D
+                               -> Trainer.train_window(global batch, objective)
+
+    make_rollout_source  RolloutSource      rollouts, packed, with views                 rollout_D, advantage_D, old_logprob
+                           -> Trainer.train_window(global batch, objective)
 """
 
 import dataclasses

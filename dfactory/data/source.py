@@ -85,7 +85,7 @@ class RecordSource:
         }
         self.phases = [Phase(n, size, costs[size]) for n, size in block_phases or [(0, block_size)]]
         self._stream = self._new_stream()
-        self._windows = 0
+        self._windows = 0  # that were handed out; add_columns and the schedule of block sizes go by it
         self._begin = self.state_dict()
         self.metrics: dict[str, float] = {}
 
@@ -122,6 +122,7 @@ class RecordSource:
         if not rows[0]:
             return None
         self._windows += 1
+        # Rows are dealt out one by one, so a global batch holds the same rows for every number of ranks.
         mine = rows[self.rank :: self.world_size]
         micro_batches = (mine[i : i + self.micro_batch_rows] for i in range(0, len(mine), self.micro_batch_rows))
         batches = [self._build(batch, block_size) for batch in micro_batches]
@@ -172,6 +173,7 @@ class RecordSource:
         """Row positions that each unit takes: the clean blocks that a view sees, once where both sides of a pair have
         them, and the response blocks of every view."""
         clean_E, response_E = examples.block_counts(block_size)
+        # E documents: a short one is a block of its own size. U units: documents, or pairs.
         size_E = block_of(examples.length_E, block_size, self._final_block_size)
         common_U, unit_size = examples.common_length_U, examples.unit_size
         cost_U = costs_by_length(size_E, clean_E, response_E, common_U, num_views, unit_size)

@@ -39,7 +39,7 @@ def align(
     fill = -len(example) % size
     input_ids_T = np.concatenate([example.input_ids_T, np.full(fill, eos_id, np.int32)])
     trainable_T = np.concatenate([example.trainable_T, np.full(fill, fill and example.trainable_T[-1], bool)])
-    eos_T = trainable_T & (input_ids_T == eos_id)
+    eos_T = trainable_T & (input_ids_T == eos_id)  # in the prompt EOS ends earlier turns
     # a trace ends at a block's end and needs no fill; the tokens that its decoder wrote after EOS are its fill
     real_length = _after_first(eos_T) if example.commit_step_T is not None else _before_repeats(eos_T)
     document = AlignedDocument(example.document_id, input_ids_T, trainable_T, size, example.commit_step_T, real_length)

@@ -49,11 +49,21 @@ def _families(row: Sequence[PackedDocument]) -> Iterator[Sequence[PackedDocument
 
 
 class _Writer:
-    """Fills flat arrays of R * S positions from left to right."""
+    """Fills flat arrays of R * S positions from left to right.
+
+    A pair of two documents (D = 2), a b [c d] and a b [e f] in blocks of 2, each with a view that masks one token; S = 8:
+
+        input_ids   a  b   M  d   e  M   _  _
+        position    0  1   2  3   2  3
+        document    2  2   0  0   1  1  -1 -1     the shared prefix is numbered D + its first document
+        trunk       2  2   2  2   2  2            what the tokens of a document see before their own clean stream
+        view        0  0   1  1   1  1            0: clean; the last block, [c d], needs no clean copy
+        targets     index 2 and 5, ids c and f
+    """
 
     def __init__(self, num_rows: int, width: int, num_documents: int):
         self.shape, self.cursor, self.num_documents = (num_rows, width), 0, num_documents
-        size = num_rows * width
+        size = num_rows * width  # flat, so that a target's index needs no row; `finish` makes [R, S] of it
         self.input_ids, self.position, self.view, self.block = (np.zeros(size, np.int64) for _ in range(4))
         self.document, self.trunk = (np.full(size, PADDING, np.int64) for _ in range(2))
         self.targets: list[tuple[np.ndarray, ...]] = []  # (index, ids, real, t, elbo_weight) of each view
@@ -67,6 +77,7 @@ class _Writer:
     def write(self, family: Sequence[PackedDocument]) -> None:
         """Write the shared prefix of a group, if it has one, and then each of its documents."""
         first, number, shared = family[0].document, len(self.per_document), family[-1].shared
+        # Beyond the numbers of documents, so that sums by document never meet it; a document without one is its own.
         trunk = number + (self.num_documents if shared else 0)
         self._write_stream(trunk, trunk, 0, first.block_size, np.arange(shared), first.input_ids_T[:shared])
         for packed in family:
@@ -77,6 +88,8 @@ class _Writer:
         write = functools.partial(self._write_stream, len(self.per_document), trunk)
         write(0, document.block_size, np.arange(shared, clean), document.input_ids_T[shared:clean])
         for number, view in enumerate(packed.views, start=1):
+            # P positions of a view -> its targets. The ids to predict come from what views show, not from the clean stream:
+            # fill in place of a following turn is to be predicted, and the clean stream has that turn.
             index = self.cursor + np.flatnonzero(view.target_P)
             position, noise = view.position_P[view.target_P], (view.t_P, view.elbo_weight_P)
             targets = (index, document.view_ids_T[position], real_T[position])
@@ -84,6 +97,7 @@ class _Writer:
             for name, column_P in view.columns_P.items():
                 self.columns_N.setdefault(f"{name}_N", []).append(column_P[view.target_P])
             write(number, document.block_size, view.position_P, view.input_ids_P)
+        # Of the whole document, although a row may hold only a part of its views: losses are divided by lengths.
         lengths = int(document.trainable_T.sum()), int(real_T.sum())
         self.per_document.append((document.document_id, *lengths, len(packed.views)))
         self.columns_D.append(packed.columns)

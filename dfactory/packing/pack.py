@@ -50,9 +50,10 @@ class Packer:
         """The documents of the next row, none if the buffer is empty. Fill the buffer up before every call."""
         if not self._by_arrival:
             return []
-        row = [self._take(next(iter(self._by_arrival)))]
+        row = [self._take(next(iter(self._by_arrival)))]  # the oldest: dicts keep the order of arrival
         room = self.row_length - row[0][0]
         while self.packing and (index := bisect.bisect_right(self._by_cost, (room, 0))):
+            # (room, 0) sorts after every (room, -arrival), so index - 1 is the largest that fits, the oldest among equals.
             row.append(self._take(-self._by_cost[index - 1][1]))
             room -= row[-1][0]
         return [document for _, document in row]

@@ -50,6 +50,7 @@ class RowStream:
 
     def next_row(self) -> list[tuple[int, int]]:
         """The next row; empty when the run is over."""
+        # The buffer is filled before every row, so the rows depend on the order alone and not on when they are asked for.
         while not self._packer.full and (visit := self._next_visit()):
             cost = int(self._cost_U[visit[0]])
             if cost:  # none where a streamed record turned out to be bad
@@ -67,7 +68,8 @@ class RowStream:
         return {"epoch": self._epoch, "offset": self._offset, "waiting": waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Only for a new stream."""
+        """Go on from a cursor; only for a new stream. What waits in the packer is part of the cursor: those visits lie
+        before `offset`, but in no row yet."""
         self._epoch, self._offset = state["epoch"], state["offset"]
         for index, visit in state["waiting"]:
             self._packer.add(int(self._cost_U[index]), (index, visit))
@@ -78,7 +80,7 @@ class RowStream:
                 return None
             self._epoch, self._offset = self._epoch + 1, 0
         index_V, visit_V = self._order.visits(self._epoch)
-        if self._fetched <= (self._epoch, self._offset):
+        if self._fetched <= (self._epoch, self._offset):  # streamed records are tokenised many at a time
             self._prefetch(index_V[self._offset : self._offset + AHEAD])
             self._fetched = self._epoch, self._offset + AHEAD
         self._offset += 1
@@ -89,4 +91,6 @@ class RowStream:
         length = len(self._order.visits(epoch)[0])
         if self._max_epochs is None or epoch + 1 <= self._max_epochs:
             return length
-        return math.ceil((self._max_epochs - epoch) * length - 1e-9)
+        return math.ceil(
+            (self._max_epochs - epoch) * length - 1e-9
+        )  # less rounding: 0.1 epochs of 10 are 1 visit, not 2

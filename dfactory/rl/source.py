@@ -157,11 +157,13 @@ class RolloutSource:
         self, batch: ViewBatch, rollouts: Sequence[ScoredRollout], fresh: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """What a ratio compares with. `fresh`: of each rollout whether the newest weights made it, bool."""
-        fresh_N = fresh[rollout_of(batch)]
+        fresh_N = fresh[rollout_of(batch)]  # [rollouts] -> [N]
+        # `fresh.any()` is the same on all ranks, because all have the same rollouts: scoring is collective.
         old_N = self.score(batch).logprob_N.cpu() if fresh.any() else torch.zeros(batch.num_targets)
         if not fresh.all():
             old_N = torch.where(fresh_N, old_N, self._decoders(batch, rollouts))
         columns = {"old_logprob_N": old_N, "fresh_N": fresh_N}
+        # A trace's targets are the decoder's own commits, so its record corrects for the distribution that it drew from.
         if self.traces and self.importance_cap is not None:
             columns["importance_N"] = (old_N - recorded(batch, rollouts)).exp().clamp(max=self.importance_cap)
         return columns
@@ -179,5 +181,6 @@ class RolloutSource:
 
 def recorded(batch: ViewBatch, rollouts: Sequence[ScoredRollout]) -> torch.Tensor:
     """The decoder's own log-probability of each target when it committed it, under the distribution that it drew from."""
+    # A value a token of prompt and response, looked up by position: targets are never in the prompt.
     values = [np.array([0.0] * len(one.rollout.prompt_ids) + one.rollout.commit_logprob) for one in rollouts]
     return at_targets(batch, values, batch.position_ids_RS.flatten()[batch.target_index_N])
