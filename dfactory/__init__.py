@@ -1,5 +1,8 @@
 """dFactory: post-training of block-diffusion language models.
 
+    pipeline = dfactory.Pipeline("runs/mine", threshold=0.9)
+    answers = pipeline.generate(["Once upon a time"])             # list[Answer]; also .chat and .stream
+
     policy = dfactory.load_policy("runs/mine")
     scores = policy.score(batch)                                  # ViewBatch -> TokenScores
     rollouts = dfactory.decode(policy, [prompt_ids], rules)       # list[Rollout]
@@ -11,6 +14,7 @@ imported before it is asked for.
 import importlib
 
 _WHERE = {
+    "Pipeline": "dfactory.inference",
     "load_policy": "dfactory.models.registry",
     "Policy": "dfactory.models.policy",
     "decode": "dfactory.decoding",
@@ -19,7 +23,7 @@ _WHERE = {
     "views": None,
 }
 
-__all__ = ["DecodeRules", "Policy", "decode", "load_policy", "noise", "views"]
+__all__ = ["DecodeRules", "Pipeline", "Policy", "decode", "load_policy", "noise", "views"]
 
 
 def __getattr__(name: str):

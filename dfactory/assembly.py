@@ -257,7 +257,7 @@ def make_probe(recipe: Recipe, inputs: Inputs) -> DecodingProbe | None:
     if not recipe.eval_decode_prompts:
         return None
     questions = first_questions(inputs.held_out, recipe.eval_decode_prompts)
-    return DecodingProbe(questions, inputs.vocabulary.rules(recipe.decode_keys), inputs.vocabulary)
+    return DecodingProbe(questions, inputs.vocabulary, recipe.decode_keys)
 
 
 def make_reference(

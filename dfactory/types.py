@@ -351,6 +351,36 @@ class Rollout:
         return np.array(self.commit_step) - (np.cumsum(self.block_forwards) - self.block_forwards)[block]
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A finished response, for people; `rollout` has the trace that produced it."""
+
+    text: str | None  # up to EOS, without special tokens; None where the model has no tokenizer
+    rollout: Rollout = dataclasses.field(repr=False)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Up to and including EOS."""
+        return self.rollout.output_ids
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Of each of `token_ids` at the forward that wrote it, under the processed distribution."""
+        return self.rollout.commit_logprob[: len(self.token_ids)]
+
+    @property
+    def forwards(self) -> int:
+        return self.rollout.forwards
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.rollout.tokens_per_forward
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.rollout.finish_reason
+
+
 @dataclasses.dataclass
 class TrainState:
     """Where a run stands. Saved with every checkpoint; together with the recipe it determines what comes next."""

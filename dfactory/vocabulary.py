@@ -8,6 +8,9 @@ from dfactory.decoding.keys import DecodeKeys
 from dfactory.models.hub import resolve
 from dfactory.models.registry import known_eos_id, known_mask_id, read_config, read_family, read_tokenizer
 from dfactory.recipe import Recipe
+from dfactory.types import Answer, Rollout
+
+INCOMPLETE = "\ufffd"  # how a tokenizer decodes the bytes of an incomplete character
 
 
 class Vocabulary(NamedTuple):
@@ -31,6 +34,14 @@ class Vocabulary(NamedTuple):
             return None
         end = -1 if output_ids and output_ids[-1] == self.special.eos else None
         return self.tokenizer.decode(output_ids[:end], skip_special_tokens=True)
+
+    def beginning(self, output_ids: list[int]) -> str | None:
+        """The text of a response that goes on: half a character at the end waits for its other bytes."""
+        text = self.text(output_ids)
+        return text if text is None else text.rstrip(INCOMPLETE)
+
+    def answer(self, rollout: Rollout) -> Answer:
+        return Answer(self.text(rollout.output_ids), rollout)
 
     def rules(self, keys: DecodeKeys) -> DecodeRules:
         """How responses are decoded by these keys. Without a block size a canvas is one block."""

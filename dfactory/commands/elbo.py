@@ -21,12 +21,14 @@ from rich.progress import track
 from rich.table import Table
 
 from dfactory.algorithms.elbo import elbo_by_view
-from dfactory.commands.generate import Answerer, write_outputs
+from dfactory.commands.arguments import model_of
+from dfactory.commands.generate import write_outputs
 from dfactory.config.data import DatasetKeys
 from dfactory.console import plain_console
 from dfactory.data.examples import Examples, load_examples
 from dfactory.data.source import MakeViews, RecordSource
 from dfactory.decoding.keys import DecodeKeys
+from dfactory.inference import Pipeline
 from dfactory.noise import RandomMask
 from dfactory.types import AlignedDocument, View
 
@@ -74,35 +76,35 @@ class Bounds(NamedTuple):
 
 def evaluate_elbo(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     console = plain_console()
-    answerer = Answerer(arguments, keys)
-    examples = read_examples(arguments.data, answerer)
+    pipeline = Pipeline(**model_of(arguments), keys=keys)
+    examples = read_examples(arguments.data, pipeline)
     started = time.perf_counter()
-    bounds = estimate(answerer, examples, arguments.elbo_pairs, keys.seed, console)
+    bounds = estimate(pipeline, examples, arguments.elbo_pairs, keys.seed, console)
     if arguments.output:
         write_outputs(Path(arguments.output), _lines(examples, bounds))
     console.print(_table(bounds, time.perf_counter() - started))
     return 0
 
 
-def read_examples(path: str, answerer: Answerer) -> Examples:
-    """Training records of any kind, tokenised."""
-    block_size, config = answerer.rules.block_size, answerer.policy.config
+def read_examples(path: str, pipeline: Pipeline, longest: int | None = None) -> Examples:
+    """Training records of any kind, tokenised; one of more than `longest` tokens (default: the model's) is refused."""
+    block_size, config = pipeline.keys.block_size, pipeline.policy.config
     return load_examples(
         [DatasetKeys(path)],
-        answerer.vocabulary.encoder,
-        max_length=config.max_position_embeddings // block_size * block_size,
+        pipeline.vocabulary.encoder,
+        max_length=(longest or config.max_position_embeddings) // block_size * block_size,
         overlong="refuse",
         on_bad_row="error",
         max_bad_fraction=0.0,
         block_size=block_size,
-        eos_id=answerer.vocabulary.special.eos,
+        eos_id=pipeline.vocabulary.special.eos,
         vocab_size=config.vocab_size,
-        mask_id=answerer.vocabulary.special.mask,
+        mask_id=pipeline.vocabulary.special.mask,
     )
 
 
 def estimate(
-    answerer: Answerer,
+    pipeline: Pipeline,
     examples: Examples,
     pairs: int,
     seed: int,
@@ -112,7 +114,7 @@ def estimate(
     """Score every document once, all its views in one row. Documents of one entry of `noise_ids` share their noise, as far
     as all of them reach: their differences have less of it. Default: each has its own."""
     views = RandomMask(
-        answerer.vocabulary.special.mask,
+        pipeline.vocabulary.special.mask,
         seed,
         low=0.0,
         high=1.0,
@@ -121,18 +123,18 @@ def estimate(
         stratified=True,
         mask_count="exact",
     )
-    source = _source(answerer, examples, views, seed)
+    source = _source(pipeline, examples, views, seed)
     if noise_ids is not None:
         source.make_views = _with_noise_of(views, dict(zip(examples.document_id_E.tolist(), noise_ids, strict=True)))
-    parts = list(_scored(answerer, source, 2 * pairs, console))
+    parts = list(_scored(pipeline, source, 2 * pairs, console))
     document_id_D, tokens_D, fill_D, elbo_DK = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = document_id_D.argsort()
     elbo_DN = elbo_DK.reshape(-1, pairs, 2).mean(axis=2)
     return Bounds(document_id_D[order], tokens_D[order], fill_D[order], elbo_DN[order])
 
 
-def _source(answerer: Answerer, examples: Examples, views: RandomMask, seed: int) -> RecordSource:
-    block_size, num_views = answerer.rules.block_size, 2 * views.num_views
+def _source(pipeline: Pipeline, examples: Examples, views: RandomMask, seed: int) -> RecordSource:
+    block_size, num_views = pipeline.keys.block_size, 2 * views.num_views
     clean_E, response_E = examples.block_counts(block_size)
     longest = block_size * int((clean_E + num_views * response_E).max())
     return RecordSource(
@@ -141,7 +143,7 @@ def _source(answerer: Answerer, examples: Examples, views: RandomMask, seed: int
         views,
         num_views=num_views,
         block_size=block_size,
-        eos_id=answerer.vocabulary.special.eos,
+        eos_id=pipeline.vocabulary.special.eos,
         row_length=max(ROW_LENGTH, longest),
         seed=seed,
         max_epochs=1,
@@ -158,13 +160,13 @@ def _with_noise_of(views: RandomMask, noise_id_of: dict[int, int]) -> MakeViews:
 
 
 @torch.inference_mode()
-def _scored(answerer: Answerer, source: RecordSource, num_views: int, console: Console) -> Iterator[tuple]:
+def _scored(pipeline: Pipeline, source: RecordSource, num_views: int, console: Console) -> Iterator[tuple]:
     """(document_id_D, real response tokens, tokens of fill, ELBO of each view [D, K]) of each row."""
     windows = range(source.num_windows)
     for _ in track(windows, "scoring", console=console, disable=not console.is_terminal):
         for batch in source.next_window():
-            moved = batch.to(answerer.policy.device)
-            elbo_DK = elbo_by_view(moved, answerer.policy(moved).logprob_N, num_views)
+            moved = batch.to(pipeline.policy.device)
+            elbo_DK = elbo_by_view(moved, pipeline.policy(moved).logprob_N, num_views)
             tokens_D, fill_D = batch.answer_length_D, batch.response_length_D - batch.answer_length_D
             yield batch.document_id_D.numpy(), tokens_D.numpy(), fill_D.numpy(), elbo_DK.double().cpu().numpy()
 

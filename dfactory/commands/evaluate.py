@@ -6,7 +6,6 @@ several thresholds, and writes a line a threshold for the report to draw.
 """
 
 import argparse
-import dataclasses
 import difflib
 import math
 import time
@@ -18,11 +17,13 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from dfactory.commands.generate import Answerer, matches, write_outputs
+from dfactory.commands.arguments import model_of
+from dfactory.commands.generate import answered, matches, output_of, write_outputs
 from dfactory.console import plain_console
 from dfactory.data.prompts import Row, read_rows
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import ConfigError, DataError
+from dfactory.inference import Pipeline
 from dfactory.rl.rewards.reasoning_gym import score
 from dfactory.rl.rewards.text import answer_text
 
@@ -64,18 +65,19 @@ def evaluate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     console = plain_console()
     thresholds = arguments.thresholds
     rows, score = _questions(arguments, keys)
-    answerer = Answerer(arguments, keys)
-    if answerer.vocabulary.tokenizer is None:
+    pipeline = Pipeline(**model_of(arguments), keys=keys)
+    if pipeline.vocabulary.tokenizer is None:
         raise ConfigError(f"{arguments.model} has no tokenizer: there is no text to compare with an answer")
     if thresholds is not None:
-        sweep = [(at, _tally(_ask_at(answerer, keys, at, rows, console), score)) for at in thresholds]
+        by = {at: pipeline.over({"threshold": at}, "--thresholds") for at in thresholds}
+        sweep = [(at, _tally(_ask(by[at], rows, console), score)) for at in thresholds]
         console.print(_sweep_table(sweep))
         file = _sweep_file(arguments)
         if file is not None:
             write_outputs(file, [_sweep_line(*point) for point in sweep])
             console.print(f"written: {file}", soft_wrap=True)
         return 0
-    asked = _ask(answerer, rows, console)
+    asked = _ask(pipeline, rows, console)
     if arguments.output:
         write_outputs(Path(arguments.output), asked.outputs)
     console.print(_table(asked, score))
@@ -134,16 +136,10 @@ class Asked(NamedTuple):
     seconds: float
 
 
-def _ask(answerer: Answerer, rows: list[Row], console: Console) -> Asked:
+def _ask(pipeline: Pipeline, rows: list[Row], console: Console) -> Asked:
     started = time.perf_counter()
-    outputs = [answerer.output(row, rollout) for row, rollout in answerer.answer(rows, console)]
+    outputs = [output_of(*answer) for answer in answered(pipeline, rows, console)]
     return Asked(outputs, time.perf_counter() - started)
-
-
-def _ask_at(answerer: Answerer, keys: DecodeKeys, threshold: float, rows: list[Row], console: Console) -> Asked:
-    block_size = answerer.rules.block_size
-    answerer.rules = answerer.vocabulary.rules(dataclasses.replace(keys, block_size=block_size, threshold=threshold))
-    return _ask(answerer, rows, console)
 
 
 def _tally(asked: Asked, score: Score) -> Tally:

@@ -6,66 +6,32 @@ that a Rollout holds, and `correct` where it has an `answer`.
 """
 
 import argparse
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
 
+from dfactory.commands.arguments import model_of
 from dfactory.console import plain_console
 from dfactory.data.jsonlines import json_line
 from dfactory.data.prompts import Row, encode_prompt, read_rows
-from dfactory.decoding import decode
 from dfactory.decoding.keys import DecodeKeys
-from dfactory.models.hub import resolve
-from dfactory.models.policy import Policy
-from dfactory.models.registry import load_policy, trained_block_size
+from dfactory.inference import Pipeline
 from dfactory.rl.rewards.exact_match import same_text
 from dfactory.rl.rewards.text import answer_text
-from dfactory.types import Rollout
-from dfactory.vocabulary import read_vocabulary
-
-PROMPTS_AT_ONCE = 512  # prompts handed to the decoder together; slots are refilled among these
-
-
-class Answerer:
-    """A loaded model that answers rows; what `generate` and `eval` share."""
-
-    def __init__(self, arguments: argparse.Namespace, keys: DecodeKeys):
-        model_dir = resolve(arguments.model)
-        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.policy: Policy = load_policy(
-            model_dir, dtype=arguments.dtype, device=device, init_weights=arguments.init_weights
-        )
-        self.vocabulary = read_vocabulary(
-            arguments.model, mask_token_id=keys.mask_token_id, eos_token_id=keys.eos_token_id
-        )
-        block_size = keys.block_size or trained_block_size(model_dir)
-        self.rules = self.vocabulary.rules(dataclasses.replace(keys, block_size=block_size))
-
-    def answer(self, rows: list[Row], console: Console) -> Iterator[tuple[Row, Rollout]]:
-        prompts = [encode_prompt(row, self.vocabulary.encoder) for row in rows]
-        starts = range(0, len(rows), PROMPTS_AT_ONCE)
-        for start in track(starts, "decoding", console=console, disable=not console.is_terminal):
-            part = slice(start, start + PROMPTS_AT_ONCE)
-            numbers = range(start, start + len(prompts[part]))
-            yield from zip(rows[part], decode(self.policy, prompts[part], self.rules, noise_ids=numbers), strict=True)
-
-    def output(self, row: Row, rollout: Rollout) -> dict[str, Any]:
-        return output_of(row, rollout, self.vocabulary.text(rollout.output_ids))
+from dfactory.types import Answer
 
 
 def generate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     console = plain_console(stderr=True)
     rows = read_rows(arguments.input)
-    answerer = Answerer(arguments, keys)
+    pipeline = Pipeline(**model_of(arguments), keys=keys)
     outputs = []
-    for row, rollout in answerer.answer(rows, console):
-        output = answerer.output(row, rollout)
-        outputs.append(output | trace_of(output, rollout) if arguments.keep_trace else output)
+    for row, answer in answered(pipeline, rows, console):
+        output = output_of(row, answer)
+        outputs.append(output | trace_of(output, answer) if arguments.keep_trace else output)
     write_outputs(Path(arguments.output), outputs)
     forwards = sum(output["forwards"] for output in outputs)
     tokens = sum(len(output["output_ids"]) for output in outputs)
@@ -75,19 +41,27 @@ def generate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     return 0
 
 
-def output_of(row: Row, rollout: Rollout, text: str | None) -> dict[str, Any]:
+def answered(pipeline: Pipeline, rows: list[Row], console: Console) -> Iterator[tuple[Row, Answer]]:
+    """Rows with their answers, and a progress bar on a terminal."""
+    answers = pipeline.answers([encode_prompt(row, pipeline.vocabulary.encoder) for row in rows])
+    shown = track(answers, "decoding", total=len(rows), console=console, disable=not console.is_terminal)
+    yield from zip(rows, shown, strict=True)
+
+
+def output_of(row: Row, answer: Answer) -> dict[str, Any]:
     """The input line with what an output line adds."""
     return row.fields | {
-        "output_ids": rollout.output_ids,
-        "text": text,
-        "forwards": rollout.forwards,
-        "tokens_per_forward": rollout.tokens_per_forward,
-        "finish_reason": rollout.finish_reason.value,
+        "output_ids": answer.token_ids,
+        "text": answer.text,
+        "forwards": answer.forwards,
+        "tokens_per_forward": answer.tokens_per_forward,
+        "finish_reason": answer.finish_reason.value,
     }
 
 
-def trace_of(output: dict[str, Any], rollout: Rollout) -> dict[str, Any]:
+def trace_of(output: dict[str, Any], answer: Answer) -> dict[str, Any]:
     """What is needed to replay a decoding; and `correct`, where the line has the text of an answer."""
+    rollout = answer.rollout
     trace = {
         "prompt_ids": rollout.prompt_ids,
         "token_ids": rollout.token_ids,

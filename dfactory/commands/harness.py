@@ -10,7 +10,6 @@ Whether a continuation is the greedy one it does not tell, and says no. `loglike
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import sys
@@ -23,13 +22,15 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from dfactory.commands.arguments import model_of
 from dfactory.commands.elbo import estimate, read_examples
 from dfactory.commands.evaluate import wilson_interval
-from dfactory.commands.generate import Answerer
+from dfactory.commands.generate import answered
 from dfactory.console import plain_console
 from dfactory.data.prompts import Row
 from dfactory.decoding.keys import DecodeKeys, decode_keys_over
 from dfactory.errors import ConfigError
+from dfactory.inference import Pipeline
 
 try:
     import lm_eval.models  # noqa: F401  its own models: lm-eval looks them up only while none is registered
@@ -65,22 +66,20 @@ class BlockDiffusionLM(LM):
         keys = decode_keys_over(DecodeKeys(), keys, "--model_args")
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             device = None  # lm-eval names cuda:0 where nobody says anything
-        arguments = argparse.Namespace(model=path, dtype=dtype, device=device, init_weights=init_weights)
-        self._take(Answerer(arguments, keys), keys, pairs)
+        self._take(Pipeline(path, dtype=dtype, device=device, init_weights=init_weights, keys=keys), pairs)
 
     @classmethod
-    def of(cls, answerer: Answerer, keys: DecodeKeys, pairs: int = 8) -> "BlockDiffusionLM":
+    def of(cls, pipeline: Pipeline, pairs: int = 8) -> "BlockDiffusionLM":
         """Around a model that has been loaded."""
         made = cls.__new__(cls)
         LM.__init__(made)
-        made._take(answerer, keys, pairs)
+        made._take(pipeline, pairs)
         return made
 
-    def _take(self, answerer: Answerer, keys: DecodeKeys, pairs: int) -> None:
-        if answerer.vocabulary.encoder is None:
+    def _take(self, pipeline: Pipeline, pairs: int) -> None:
+        if pipeline.vocabulary.encoder is None:
             raise ConfigError("the model directory has no tokenizer: lm-eval asks in text")
-        self.answerer, self.pairs = answerer, pairs
-        self.keys = dataclasses.replace(keys, block_size=answerer.rules.block_size)
+        self.pipeline, self.pairs = pipeline, pairs
         self.tokens = self.forwards = 0
         self.seconds = 0.0
 
@@ -93,18 +92,14 @@ class BlockDiffusionLM(LM):
         for index, request in enumerate(requests):
             kinds.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
         for options, indices in kinds.items():
-            keys, stops = self._options(json.loads(options))
+            pipeline, stops = self._options(json.loads(options))
             rows = [Row(f"request {i}", {"prompt_ids": self._encode(requests[i].args[0])}) for i in indices]
-            self.answerer.rules = self.answerer.vocabulary.rules(keys)
             started = time.perf_counter()
-            for index, (_, rollout) in zip(
-                indices, self.answerer.answer(rows, plain_console(stderr=True)), strict=True
-            ):
-                text = self.answerer.vocabulary.text(rollout.output_ids)
-                ends = [text.find(stop) for stop in stops if stop in text]
-                texts[index] = text[: min(ends, default=len(text))]
-                self.tokens += len(rollout.output_ids)
-                self.forwards += rollout.forwards
+            for index, (_, answer) in zip(indices, answered(pipeline, rows, plain_console(stderr=True)), strict=True):
+                ends = [answer.text.find(stop) for stop in stops if stop in answer.text]
+                texts[index] = answer.text[: min(ends, default=len(answer.text))]
+                self.tokens += len(answer.token_ids)
+                self.forwards += answer.forwards
             self.seconds += time.perf_counter() - started
         return texts
 
@@ -112,10 +107,10 @@ class BlockDiffusionLM(LM):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "requests.jsonl"
             file.write_text("".join(json.dumps(self._record(*request.args)) + "\n" for request in requests))
-            examples = read_examples(str(file), self.answerer)
+            examples = read_examples(str(file), self.pipeline)
             noise_ids = _questions(requests)
             console = plain_console(stderr=True)
-            bounds = estimate(self.answerer, examples, self.pairs, self.keys.seed, console, noise_ids)
+            bounds = estimate(self.pipeline, examples, self.pairs, self.pipeline.keys.seed, console, noise_ids)
         return [(float(elbo), False) for elbo in bounds.elbo_D]
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
@@ -135,36 +130,36 @@ class BlockDiffusionLM(LM):
     # --- text -> ids ------------------------------------------------------------------------------------------------
 
     def _encode(self, context: str) -> list[int]:
-        vocabulary = self.answerer.vocabulary
+        vocabulary = self.pipeline.vocabulary
         if context.startswith(CHAT):
             return vocabulary.encoder.encode_prompt(json.loads(context.removeprefix(CHAT)))
         return vocabulary.encoder.encode_beginning(context) or [vocabulary.special.eos]
 
     def _record(self, context: str, continuation: str) -> dict[str, Any]:
         before = self._encode(context)
-        answer = self.answerer.vocabulary.encoder.encode_text(continuation)
+        answer = self.pipeline.vocabulary.encoder.encode_text(continuation)
         answer += self._end_of_turn if context.startswith(CHAT) else []
-        answer += [self.answerer.vocabulary.special.eos] * (answer[-1:] != [self.answerer.vocabulary.special.eos])
+        answer += [self.pipeline.vocabulary.special.eos] * (answer[-1:] != [self.pipeline.vocabulary.special.eos])
         return {"input_ids": before + answer, "prompt_lengths": len(before)}
 
     @functools.cached_property
     def _end_of_turn(self) -> list[int]:
         """What the chat template writes after the text of an answer and training learns to produce."""
-        encoder = self.answerer.vocabulary.encoder
+        encoder = self.pipeline.vocabulary.encoder
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
         input_ids_T, trainable_T = encoder.encode_messages([question, answer])
         produced, text = input_ids_T[trainable_T].tolist(), encoder.encode_text("!")
         starts = [at for at in range(len(produced)) if produced[at : at + len(text)] == text]
         return produced[starts[-1] + len(text) :]
 
-    def _options(self, options: dict[str, Any]) -> tuple[DecodeKeys, list[str]]:
-        """lm-eval's generation options, the names of transformers for some, over the decode keys."""
+    def _options(self, options: dict[str, Any]) -> tuple[Pipeline, list[str]]:
+        """The pipeline by lm-eval's generation options, which have the names of transformers for some; and stop texts."""
         until = options.pop("until", [])
         if "max_gen_toks" in options:
             options["max_new_tokens"] = options.pop("max_gen_toks")
         if not options.pop("do_sample", True):
             options["temperature"] = 0.0
-        return decode_keys_over(self.keys, options, "generation_kwargs"), [until] if isinstance(until, str) else until
+        return self.pipeline.over(options, "generation_kwargs"), [until] if isinstance(until, str) else until
 
 
 def _questions(requests: list) -> list[int]:
@@ -180,7 +175,7 @@ def _questions(requests: list) -> list[int]:
 def evaluate_harness(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     console = plain_console()
     manager = _manager(arguments.lm_eval, arguments.include_path)
-    model = BlockDiffusionLM.of(Answerer(arguments, keys), keys)
+    model = BlockDiffusionLM.of(Pipeline(**model_of(arguments), keys=keys))
     results = simple_evaluate(
         model=model,
         tasks=arguments.lm_eval,

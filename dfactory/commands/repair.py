@@ -22,14 +22,15 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from dfactory.commands.arguments import model_of
+from dfactory.commands.elbo import read_examples
 from dfactory.commands.evaluate import wilson_interval
-from dfactory.commands.generate import Answerer, write_outputs
-from dfactory.config.data import DatasetKeys
+from dfactory.commands.generate import write_outputs
 from dfactory.console import plain_console
-from dfactory.data.examples import Examples, load_examples
-from dfactory.decoding import decode
+from dfactory.data.examples import Examples
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import ConfigError, DataError
+from dfactory.inference import Pipeline
 from dfactory.noise.edit import other_tokens
 from dfactory.noise.schedules import Purpose, generator
 from dfactory.packing import align
@@ -63,10 +64,11 @@ class Planted:
 def repair(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     if keys.editing_threshold is None:
         raise ConfigError("decode.editing_threshold is null: --repair measures editing; set it, to 0.5 for example")
-    answerer = Answerer(arguments, keys)
+    pipeline = Pipeline(**model_of(arguments), keys=keys)
     started = time.perf_counter()
-    records = plant(answerer, _examples(answerer, arguments.data), keys.seed)
-    rollouts = {planted: _decode(answerer, records, planted) for planted in (False, True)}
+    examples = read_examples(arguments.data, pipeline, LONGEST_BLOCKS * pipeline.keys.block_size)
+    records = plant(pipeline, examples, keys.seed)
+    rollouts = {planted: _decode(pipeline, records, planted) for planted in (False, True)}
     if arguments.output:
         write_outputs(Path(arguments.output), [_output(*row) for row in zip(records, *rollouts.values(), strict=True)])
     console = plain_console()
@@ -74,25 +76,9 @@ def repair(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     return 0
 
 
-def _examples(answerer: Answerer, path: str) -> Examples:
-    block_size = answerer.rules.block_size
-    return load_examples(
-        [DatasetKeys(path)],
-        answerer.vocabulary.encoder,
-        max_length=LONGEST_BLOCKS * block_size,
-        overlong="refuse",
-        on_bad_row="error",
-        max_bad_fraction=0.0,
-        block_size=block_size,
-        eos_id=answerer.vocabulary.special.eos,
-        vocab_size=answerer.vocabulary.size,
-        mask_id=answerer.vocabulary.special.mask,
-    )
-
-
-def plant(answerer: Answerer, examples: Examples, seed: int) -> list[Planted]:
+def plant(pipeline: Pipeline, examples: Examples, seed: int) -> list[Planted]:
     """One error for each record. Raises DataError for a record that does not end with an answer that has text."""
-    text_ids = answerer.vocabulary.special.text_ids(answerer.vocabulary.size)
+    text_ids = pipeline.vocabulary.special.text_ids(pipeline.vocabulary.size)
     records = []
     for example in (examples[index] for index in range(len(examples))):
         before = np.flatnonzero(~example.trainable_T)
@@ -103,7 +89,7 @@ def plant(answerer: Answerer, examples: Examples, seed: int) -> list[Planted]:
         where, token = generator(seed, example.document_id, 0, 0, Purpose.PLANT).random(2)
         position = text[int(where * len(text))]
         wrong = other_tokens(example.input_ids_T[position : position + 1], np.array([token]), text_ids)
-        ids = align(example, answerer.rules.block_size, answerer.vocabulary.special.eos).input_ids_T.tolist()
+        ids = align(example, pipeline.keys.block_size, pipeline.vocabulary.special.eos).input_ids_T.tolist()
         length = len(example)
         records.append(
             Planted(example.origin, ids[:start], ids[start:length], ids[length:], int(position) - start, int(wrong[0]))
@@ -111,10 +97,10 @@ def plant(answerer: Answerer, examples: Examples, seed: int) -> list[Planted]:
     return records
 
 
-def _decode(answerer: Answerer, records: Sequence[Planted], planted: bool) -> list[Rollout]:
+def _decode(pipeline: Pipeline, records: Sequence[Planted], planted: bool) -> list[Rollout]:
     drafts = [record.draft(planted) for record in records]
-    rules = dataclasses.replace(answerer.rules, max_new_tokens=max(map(len, drafts)))
-    return decode(answerer.policy, [record.prompt_ids for record in records], rules, drafts=drafts)
+    longest = pipeline.over({"max_new_tokens": max(map(len, drafts))})
+    return longest.decode([record.prompt_ids for record in records], drafts=drafts)
 
 
 def _output(record: Planted, clean: Rollout, planted: Rollout) -> dict[str, Any]:

@@ -1,18 +1,18 @@
 """`dfactory serve`: a checkpoint behind HTTP. Its mechanism is in dfactory/serving."""
 
 import argparse
-import dataclasses
 from pathlib import Path
 
-from dfactory.commands.generate import Answerer
+from dfactory.commands.arguments import model_of
 from dfactory.console import plain_console
 from dfactory.decoding.keys import DecodeKeys
+from dfactory.inference import Pipeline
 from dfactory.serving.server import Options, read_token, serve
 
 
 def run_server(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     read_token(arguments.host, arguments.token_file)  # before the model is read
-    answerer = Answerer(arguments, keys)
+    pipeline = Pipeline(**model_of(arguments), keys=keys)
     options = Options(
         host=arguments.host,
         port=arguments.port,
@@ -24,6 +24,4 @@ def run_server(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
         client_timeout=arguments.client_timeout,
         drain_timeout=arguments.drain_timeout,
     )
-    keys = dataclasses.replace(keys, block_size=answerer.rules.block_size)
-    console = plain_console(stderr=True)
-    return serve(answerer.policy, answerer.vocabulary, keys, answerer.rules, options, console)
+    return serve(pipeline, options, plain_console(stderr=True))

@@ -35,6 +35,7 @@ FORMATS = {  # the column that a prompt is read from, and those beside it
     "instruction": ASKED,
     "question": ASKED,
 }
+UNSAID = ("annotations", "audio", "function_call", "refusal", "tool_calls")  # of a message; left out when empty
 
 
 class Row(NamedTuple):
@@ -125,3 +126,20 @@ def _of(row: Row) -> Prompt:
         return parse_prompt(row.fields)
     except BadRow as problem:
         raise BadRow(problem.fault, f"{row.origin}: {problem}") from problem
+
+
+def messages_of(value: Any) -> list[dict[str, Any]]:
+    """A conversation as OpenAI's clients send it: an earlier answer may be empty, `developer` becomes `system`, and empty
+    optional fields are dropped. Raises BadRow."""
+    turns = [_said(turn) for turn in value] if isinstance(value, list) else value
+    messages = check_messages(turns, may_be_empty=True)
+    if messages[-1]["role"] == "assistant":
+        raise DataError("the last message is the assistant's: a turn is answered, not continued")
+    return messages
+
+
+def _said(turn: Any) -> Any:
+    if not isinstance(turn, dict):
+        return turn
+    turn = {name: value for name, value in turn.items() if value or name not in UNSAID}
+    return turn | {"role": "system"} if turn.get("role") == "developer" else turn

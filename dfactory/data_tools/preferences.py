@@ -46,8 +46,8 @@ def main(words: list[str] | None = None) -> int:
 
 def pair_of(group: Group, margin: float) -> dict[str, Any] | None:
     """The row of a group; None without two answers that differ."""
-    answers = zip(group.rewards, group.texts, strict=True)
-    scored = [(reward, text) for reward, text in answers if reward is not None and text.strip()]
+    answers = zip(group.rewards, group.answers, strict=True)
+    scored = [(reward, answer.text) for reward, answer in answers if reward is not None and answer.text.strip()]
     if not scored:
         return None
     best, worst = max(scored, key=lambda answer: answer[0]), min(scored, key=lambda answer: answer[0])

@@ -29,13 +29,13 @@ def main(words: list[str] | None = None) -> int:
     written = correct = unscored = 0
     with writing(options.output) as write:
         for group in sample(options, load_decode_keys(overrides)):
-            for rollout, text, reward in zip(group.rollouts, group.texts, group.rewards, strict=True):
+            for answer, reward in zip(group.answers, group.rewards, strict=True):
                 if reward is None:
                     unscored += 1
                     continue
-                output = output_of(group.row, rollout, text)
+                output = output_of(group.row, answer)
                 verdict = {"reward": reward, "correct": reward >= options.correct_from}
-                write(output | trace_of(output, rollout) | verdict)
+                write(output | trace_of(output, answer) | verdict)
                 written, correct = written + 1, correct + verdict["correct"]
     say(f"{written:,} traces, {correct:,} correct, {unscored:,} unscored and left out: {options.output}")
     return 0

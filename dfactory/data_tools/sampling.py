@@ -4,16 +4,15 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from dfactory.commands.generate import Answerer
-from dfactory.config.words import MODEL_HELP
+from dfactory.commands.arguments import add_model_arguments, model_of
 from dfactory.data.prompts import Row, encode_prompt, prompt_of, read_rows
 from dfactory.data_tools.command import say
-from dfactory.decoding import decode
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import ConfigError, RolloutError
+from dfactory.inference import Pipeline
 from dfactory.rl.rewards.pool import RewardGroup, RewardPool, failure_messages
 from dfactory.rl.rewards.specs import parse_rewards
-from dfactory.types import Rollout
+from dfactory.types import Answer
 
 GROUP_BITS = 16  # of a rollout's noise id: its index within the group, as in reinforcement learning
 PROMPTS_AT_ONCE = 64
@@ -24,18 +23,12 @@ class Group(NamedTuple):
 
     row: Row
     prompt: str | list[dict[str, Any]]
-    rollouts: list[Rollout]
-    texts: list[str]
+    answers: list[Answer]
     rewards: list[float | None]
 
 
 def add_arguments(parser: argparse.ArgumentParser, generations: int) -> None:
-    parser.add_argument("--model", required=True, help=MODEL_HELP)
-    parser.add_argument("--init-weights", default="pretrained", choices=("pretrained", "random"))
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: the checkpoint's"
-    )
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    add_model_arguments(parser)
     parser.add_argument(
         "--input", required=True, help=".jsonl, .jsonl.gz or .parquet: prompts, and what the reward reads"
     )
@@ -57,14 +50,14 @@ def sample(options: argparse.Namespace, keys: DecodeKeys) -> Iterator[Group]:
         raise ConfigError("decode.temperature 0 gives the same answer every time: set decode.temperature=1.0")
     specs = parse_rewards(options.reward, allow_code_execution=options.allow_code_execution)
     rows = read_rows(options.input)
-    answerer = Answerer(options, keys)
-    if answerer.vocabulary.tokenizer is None:
+    pipeline = Pipeline(**model_of(options), keys=keys)
+    if pipeline.vocabulary.tokenizer is None:
         raise ConfigError(f"{options.model} has no tokenizer, but rewards read text: give one")
     scored = 0
     with RewardPool(specs, workers=options.reward_workers) as pool:
         for start in range(0, len(rows), PROMPTS_AT_ONCE):
-            groups = _decode(answerer, rows[start : start + PROMPTS_AT_ONCE], start, count)
-            results = pool.score(RewardGroup.of(*answered, row.fields) for row, *answered in groups)
+            groups = list(_answered(pipeline, rows[start : start + PROMPTS_AT_ONCE], start, count))
+            results = pool.score(RewardGroup.of(prompt, answers, row.fields) for row, prompt, answers in groups)
             for message, number in failure_messages(results).items():
                 say(f"{number} times: {message}")
             for group, result in zip(groups, results, strict=True):
@@ -75,12 +68,12 @@ def sample(options: argparse.Namespace, keys: DecodeKeys) -> Iterator[Group]:
         raise RolloutError(f"{', '.join(options.reward)} scored none of the answers to {options.input}: see above")
 
 
-def _decode(answerer: Answerer, rows: Sequence[Row], start: int, count: int) -> list[tuple]:
-    prompts = [ids for ids in (encode_prompt(row, answerer.vocabulary.encoder) for row in rows) for _ in range(count)]
+def _answered(
+    pipeline: Pipeline, rows: Sequence[Row], start: int, count: int
+) -> Iterator[tuple[Row, str | list[dict[str, Any]], list[Answer]]]:
+    """Each row with its prompt and `count` answers; the row's number is the first part of their noise ids."""
+    prompts = [ids for ids in (encode_prompt(row, pipeline.vocabulary.encoder) for row in rows) for _ in range(count)]
     noise = [(start + index) << GROUP_BITS | member for index in range(len(rows)) for member in range(count)]
-    rollouts = decode(answerer.policy, prompts, answerer.rules, noise_ids=noise)
-    groups = []
+    answers = [pipeline.vocabulary.answer(rollout) for rollout in pipeline.decode(prompts, noise_ids=noise)]
     for index, row in enumerate(rows):
-        mine = rollouts[index * count : (index + 1) * count]
-        groups.append((row, prompt_of(row), mine, [answerer.vocabulary.text(rollout.output_ids) for rollout in mine]))
-    return groups
+        yield row, prompt_of(row), answers[index * count : (index + 1) * count]

@@ -20,7 +20,7 @@ import torch
 
 from dfactory.algorithms.rollouts import rollout_views
 from dfactory.algorithms.trace import all_steps
-from dfactory.decoding import decode
+from dfactory.inference import Pipeline
 from dfactory.models.adapters import add_adapters
 from dfactory.models.registry import load_policy
 from dfactory.noise import RandomMask
@@ -54,12 +54,12 @@ class RolloutActor:
             add_adapters(self.policy, **recipe.lora_options, seed=recipe.seed)
             self.policy.to(device).eval()
         keys = dataclasses.replace(recipe.decode, block_size=recipe.block_size, seed=recipe.seed)
-        self.rules = recipe_vocabulary(recipe).rules(keys)
+        self.pipeline = Pipeline.of(self.policy, recipe_vocabulary(recipe), keys)
         self.scores = recipe.actors_score
-        masks = RandomMask(self.rules.mask_token_id, recipe.seed, **recipe.mask_options)
+        masks = RandomMask(self.pipeline.rules.mask_token_id, recipe.seed, **recipe.mask_options)
         layout = (recipe.block_size, recipe.row_length or recipe.longest_record)
         self.rows = RolloutRows(rollout_views(recipe, masks), *layout, train_after_eos=recipe.train_after_eos)
-        self.trace_rows = RolloutRows(all_steps(self.rules.mask_token_id), *layout)
+        self.trace_rows = RolloutRows(all_steps(self.pipeline.rules.mask_token_id), *layout)
         self.timeout_s = recipe.rollout_timeout_s
         self.version = -1
 
@@ -75,7 +75,7 @@ class RolloutActor:
         started = time.perf_counter()
         prompts = [call.prompt_ids for call in calls for _ in call.noise_ids]
         noise_ids = [noise for call in calls for noise in call.noise_ids]
-        decoded = iter(decode(self.policy, prompts, self.rules, noise_ids=noise_ids))
+        decoded = iter(self.pipeline.decode(prompts, noise_ids=noise_ids))
         rollouts = [
             ScoredRollout(call.number, index, next(decoded), 0.0, 0.0)
             for call in calls
@@ -103,7 +103,7 @@ class RolloutActor:
         """How far the decoder's distribution is from the trained one: the mean of |p / recorded p - 1| over the tokens of a
         rollout. It comes from suppressed tokens and rounding. None if the steps cannot be rebuilt."""
         rollout = scored.rollout
-        if rollout.edits or self.rules.mask_token_id in rollout.token_ids:
+        if rollout.edits or self.pipeline.rules.mask_token_id in rollout.token_ids:
             return None
         total = count = 0.0
         for batch in self.trace_rows.build([scored]):

@@ -88,14 +88,14 @@ class Scorer:
     async def score(self, decoded: DecodedGroup) -> ScoredGroup:
         loop = asyncio.get_running_loop()
         started = loop.time()
-        texts = [self.prompts.vocabulary.text(rollout.output_ids) for rollout in decoded.rollouts]
+        answers = [self.prompts.vocabulary.answer(rollout) for rollout in decoded.rollouts]
         prompt, row = self.prompts.prompt(decoded.number), self.prompts.row(decoded.number)
-        group = RewardGroup.of(prompt, decoded.rollouts, texts, row.fields)
+        group = RewardGroup.of(prompt, answers, row.fields)
         result = await asyncio.wrap_future(self.pool.submit(group))
         for (name, outcome), count in outcome_counts([result]).items():
             self._outcomes[f"{name}/{outcome.value}"] += count
         self._remember(failure_messages([result]), decoded.number)
-        return ScoredGroup(decoded, texts, result, loop.time() - started)
+        return ScoredGroup(decoded, [answer.text for answer in answers], result, loop.time() - started)
 
     def outcomes(self) -> dict[str, int]:
         """Rollouts by reward function and outcome: `exact_match/ok`, `exact_match/timeout`."""

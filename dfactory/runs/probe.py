@@ -14,11 +14,12 @@ from torch import nn
 
 from dfactory import distributed
 from dfactory.data.examples import Examples
-from dfactory.decoding import DecodeRules, decode
+from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import DataError
+from dfactory.inference import Pipeline
 from dfactory.models.policy import Policy
 from dfactory.recipe import Recipe
-from dfactory.types import Example, FinishReason, Rollout
+from dfactory.types import Answer, Example, FinishReason
 from dfactory.vocabulary import Vocabulary
 
 PREVIEWS = 4  # answers that are written down at each evaluation
@@ -49,12 +50,11 @@ class Question(NamedTuple):
         ids = example.input_ids_T.tolist()
         return cls(ids[:start], ids[start : start + length])
 
-    def is_answered_by(self, rollout: Rollout, vocabulary: Vocabulary) -> bool:
+    def is_answered_by(self, answer: Answer, vocabulary: Vocabulary) -> bool:
         """The same tokens up to EOS, as far as a cut document goes; or else the same text, as `dfactory eval` counts."""
-        if rollout.output_ids[: len(self.answer_ids)] == self.answer_ids:
+        if answer.token_ids[: len(self.answer_ids)] == self.answer_ids:
             return True
-        given, right = (vocabulary.text(ids) for ids in (rollout.output_ids, self.answer_ids))
-        return given is not None and given.strip() == right.strip()
+        return answer.text is not None and answer.text.strip() == vocabulary.text(self.answer_ids).strip()
 
 
 def first_questions(examples: Examples, count: int) -> list[Question]:
@@ -71,8 +71,9 @@ def first_questions(examples: Examples, count: int) -> list[Question]:
 class DecodingProbe:
     """Decodes a fixed list of questions, as often as it is asked to. All ranks have to call it together."""
 
-    def __init__(self, questions: list[Question], rules: DecodeRules, vocabulary: Vocabulary):
-        self.questions, self.rules, self.vocabulary = questions, rules, vocabulary
+    def __init__(self, questions: list[Question], vocabulary: Vocabulary, keys: DecodeKeys):
+        self.questions, self.vocabulary, self.keys = questions, vocabulary, keys
+        vocabulary.rules(keys)  # keys that make no sense are an error now, not at the first evaluation
 
     def measure(self, trainer: Trained) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """tokens_per_forward: answer tokens up to EOS over forwards, both summed; exact_match; clipped_ratio: answers
@@ -81,31 +82,29 @@ class DecodingProbe:
         mine = slice(None) if in_step else slice(trainer.rank, None, trainer.world_size)
         questions = self.questions[mine]
         trainer.engine.eval()
-        rollouts = decode(
-            InStep(trainer.policy, trainer.device) if in_step else trainer.policy,
-            [question.prompt_ids for question in questions],
-            self.rules,
-            noise_ids=range(len(self.questions))[mine],
-        )
+        policy = InStep(trainer.policy, trainer.device) if in_step else trainer.policy
+        pipeline = Pipeline.of(policy, self.vocabulary, self.keys)
+        prompts, noise_ids = [question.prompt_ids for question in questions], range(len(self.questions))[mine]
+        answers = list(pipeline.answers(prompts, noise_ids=noise_ids))
         trainer.engine.train()
-        answered = zip(questions, rollouts, strict=True)
-        hits = [question.is_answered_by(rollout, self.vocabulary) for question, rollout in answered]
-        tokens, forwards = (sum(len(r.output_ids) for r in rollouts), sum(r.forwards for r in rollouts))
-        clipped = sum(rollout.finish_reason == FinishReason.LENGTH for rollout in rollouts)
+        answered = zip(questions, answers, strict=True)
+        hits = [question.is_answered_by(answer, self.vocabulary) for question, answer in answered]
+        tokens, forwards = (sum(len(a.token_ids) for a in answers), sum(a.forwards for a in answers))
+        clipped = sum(answer.finish_reason == FinishReason.LENGTH for answer in answers)
         sums = torch.tensor([tokens, forwards, sum(hits), clipped, len(hits)], dtype=torch.float64)
         if not in_step:
             distributed.all_reduce_sum(sums)
         tokens, forwards, right, clipped, decoded = sums.tolist()
         shares = {"exact_match": right / decoded, "clipped_ratio": clipped / decoded}
         metrics = {"tokens_per_forward": tokens / forwards, **shares, "decoded": decoded}
-        return metrics, [self._preview(*one) for one in zip(questions[:PREVIEWS], rollouts, hits, strict=False)]
+        return metrics, [self._preview(*one) for one in zip(questions[:PREVIEWS], answers, hits, strict=False)]
 
-    def _preview(self, question: Question, rollout: Rollout, right: bool) -> dict[str, Any]:
+    def _preview(self, question: Question, answer: Answer, right: bool) -> dict[str, Any]:
         """Texts, or ids where there is no tokenizer."""
-        asked = {"prompt": question.prompt_ids, "expected": question.answer_ids, "answered": rollout.output_ids}
+        asked = {"prompt": question.prompt_ids, "expected": question.answer_ids, "answered": answer.token_ids}
         texts = {name: self.vocabulary.text(ids) for name, ids in asked.items()}
         shown = asked if None in texts.values() else texts
-        return {**shown, "right": right, "forwards": rollout.forwards}
+        return {**shown, "right": right, "forwards": answer.forwards}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ from dfactory.types import FinishReason, Rollout
 from dfactory.vocabulary import Vocabulary
 
 STOP = "stop"  # the finish reason after a stop text
-INCOMPLETE = "\ufffd"  # how a tokenizer decodes the bytes of an incomplete character
 
 
 class News(NamedTuple):
@@ -64,14 +63,9 @@ class Answer:
         """Add progress. Returns the text that it releases. The time grows with the answer."""
         self.forwards, rollout = news.forwards, news.rollout
         self.token_ids = rollout.output_ids if rollout else self.token_ids + news.added_ids
-        if self.vocabulary.tokenizer is None:
-            whole = ""
-        else:
-            whole = self.vocabulary.text(self.token_ids)
         if rollout:
             self.finish_reason = rollout.finish_reason.value
-        else:
-            whole = whole.rstrip(INCOMPLETE)
+        whole = (self.vocabulary.text if rollout else self.vocabulary.beginning)(self.token_ids) or ""
         ends = [at for at in (whole.find(stop) for stop in self.stop) if at >= 0]
         if ends:
             whole, self.finish_reason = whole[: min(ends)], STOP

@@ -57,18 +57,10 @@ class Counts:
 class Engine:
     """Start it, submit jobs, stop it."""
 
-    def __init__(
-        self,
-        policy: Decodable,
-        block_size: int,
-        slots: int,
-        capacity: int,
-        max_queue: int,
-        *,
-        cuda_graphs: bool = False,
-    ):
-        self.decoder = make_decoder(policy, block_size, slots, capacity, cuda_graphs=cuda_graphs)
-        self.slots, self.max_queue = slots, max_queue
+    def __init__(self, policy: Decodable, rules: DecodeRules, capacity: int, max_queue: int):
+        """`capacity`: tokens of a slot. Of the rules, jobs have their own but for the slots and the block size."""
+        self.decoder = make_decoder(policy, rules.block_size, rules.batch_size, capacity, cuda_graphs=rules.cuda_graphs)
+        self.slots, self.max_queue = rules.batch_size, max_queue
         self.counts = Counts()
         self.changed = threading.Condition()
         self.waiting: deque[Job] = deque()

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from dfactory.data.chat import ChatEncoder
-from dfactory.data.fields import check_messages, show
+from dfactory.data.fields import show
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import DataError
 
@@ -62,7 +62,6 @@ NEUTRAL: dict[str, tuple[tuple, str]] = {  # values that request nothing, and wh
     "moderation": ((), "nothing is moderated"),
 }
 STREAM_OPTIONS = ("include_usage", "include_obfuscation")
-UNSAID = ("annotations", "audio", "function_call", "refusal", "tool_calls")  # of a message; left out when empty
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template")
 GREEDY_BELOW = 0.01  # a temperature: near 0 the distribution is the argmax, and its confidence carries no information
 
@@ -102,23 +101,6 @@ def wants_usage(options: dict[str, Any]) -> bool:
                 f"stream_options.{name[:80]} {show(value)}: known are {', '.join(STREAM_OPTIONS)}, as booleans"
             )
     return bool(options.get("include_usage"))
-
-
-def messages_of(value: Any) -> list[dict[str, Any]]:
-    """A conversation as OpenAI's clients send it: an earlier answer may be empty, `developer` becomes `system`, and empty
-    optional fields are dropped. Raises BadRow."""
-    turns = [_message(turn) for turn in value] if isinstance(value, list) else value
-    messages = check_messages(turns, may_be_empty=True)
-    if messages[-1]["role"] == "assistant":
-        raise DataError("the last message is the assistant's: a turn is answered, not continued")
-    return messages
-
-
-def _message(turn: Any) -> Any:
-    if not isinstance(turn, dict):
-        return turn
-    turn = {name: value for name, value in turn.items() if value or name not in UNSAID}
-    return turn | {"role": "system"} if turn.get("role") == "developer" else turn
 
 
 def template_variables(value: Any, encoder: ChatEncoder) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from typing import Any
 
 from dfactory.data.chat import ChatEncoder
 from dfactory.data.fields import load_json, text, tools
+from dfactory.data.prompts import messages_of
 from dfactory.decoding import DecodeRules, check_prompts
-from dfactory.decoding.keys import DecodeKeys, decode_keys_over
 from dfactory.errors import DataError
+from dfactory.inference import Pipeline
 from dfactory.serving.bounds import (
     MOST_ANSWERS,
     MOST_MESSAGES,
@@ -30,7 +31,6 @@ from dfactory.serving.fields import (
     NATIVE,
     as_decode_keys,
     known_fields,
-    messages_of,
     template_variables,
     wants_usage,
 )
@@ -59,9 +59,7 @@ class Reader:
     """Turns bodies into Generations, for one model."""
 
     name: str  # of the model
-    vocabulary: Vocabulary
-    keys: DecodeKeys  # what holds where a request says nothing; with the block size
-    vocab_size: int
+    pipeline: Pipeline  # its keys hold where a request says nothing
     longest: int  # prompt and answer, in tokens
     most_answers: int = MOST_ANSWERS  # to one request
 
@@ -112,7 +110,7 @@ class Reader:
         include_usage = wants_usage(_of_type(body, "stream_options", dict, {}))
         prompts = [encode(entry, body) for entry in entries]
         rules = self._rules(body, max(len(prompt) for prompt in prompts))
-        check_prompts(prompts, rules, self.vocab_size)
+        check_prompts(prompts, rules, self.vocabulary.size)
         return Generation(
             [prompt for prompt in prompts for _ in range(count)],
             [choice for _ in prompts for choice in range(count)],
@@ -127,14 +125,15 @@ class Reader:
         for name in ("max_tokens", "max_completion_tokens"):
             if name in body and values.setdefault("max_new_tokens", body[name]) != body[name]:
                 raise DataError(f"{name} {body[name]} and another limit {values['max_new_tokens']}: give one")
-        block = self.keys.block_size
+        block = self.pipeline.keys.block_size
         room = self.longest // block * block - prompt_length  # a slot holds whole blocks
         if room < 1:
             raise DataError(
                 f"the prompt has {prompt_length} tokens, the server takes {self.longest} tokens for prompt and answer"
             )
         given = "max_new_tokens" in values
-        keys = decode_keys_over(self.keys, {"seed": secrets.randbits(32)} | values, "the request")
+        asked = self.pipeline.over({"seed": secrets.randbits(32)} | values, "the request")
+        keys = asked.keys
         if given and keys.max_new_tokens > room:
             raise DataError(
                 f"the prompt has {prompt_length} tokens, max_new_tokens is {keys.max_new_tokens}, the server takes "
@@ -143,7 +142,7 @@ class Reader:
         low, high = TEMPERATURES
         if keys.temperature and not low <= keys.temperature <= high:
             raise DataError(f"temperature {keys.temperature:g}: it must be 0, or {low:g} to {high:g}")
-        return self.vocabulary.rules(dataclasses.replace(keys, max_new_tokens=min(keys.max_new_tokens, room)))
+        return dataclasses.replace(asked.rules, max_new_tokens=min(keys.max_new_tokens, room))
 
     def _conversation(self, value: Any, body: dict[str, Any]) -> list[int]:
         encoder = self._encoder
@@ -165,6 +164,10 @@ class Reader:
         if not isinstance(value, list) or not all(type(token) is int for token in value):
             raise DataError(f"{name} must be a list of integers")
         return value
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.pipeline.vocabulary
 
     @property
     def _encoder(self) -> ChatEncoder:

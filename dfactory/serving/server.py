@@ -13,10 +13,8 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError
 from rich.console import Console
 
-from dfactory.decoding import DecodeRules
-from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import ConfigError
-from dfactory.models.policy import Policy
+from dfactory.inference import Pipeline
 from dfactory.serving.app import Service
 from dfactory.serving.bodies import Bodies
 from dfactory.serving.bounds import MOST_ANSWERS
@@ -24,7 +22,6 @@ from dfactory.serving.connections import Connections
 from dfactory.serving.engine import Engine
 from dfactory.serving.metrics import Metrics
 from dfactory.serving.requests import Reader
-from dfactory.vocabulary import Vocabulary
 
 TOKEN_VARIABLE = "DFACTORY_SERVE_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -72,26 +69,19 @@ def read_token(host: str, token_file: str | None) -> str | None:
     return token
 
 
-def serve(
-    policy: Policy, vocabulary: Vocabulary, keys: DecodeKeys, rules: DecodeRules, options: Options, console: Console
-) -> int:
-    """Serve until SIGTERM or SIGINT. Returns 0, or 1 if the decoder failed. `rules` were made from `keys`, block size
-    included."""
-    token = read_token(options.host, options.token_file)
-    most = policy.config.max_position_embeddings
+def serve(pipeline: Pipeline, options: Options, console: Console) -> int:
+    """Serve until SIGTERM or SIGINT. Returns 0, or 1 if the decoder failed."""
+    token, rules = read_token(options.host, options.token_file), pipeline.rules
+    most = pipeline.policy.config.max_position_embeddings
     longest = options.max_length or min(most, LONGEST)
     if not rules.block_size <= longest <= most:
         raise ConfigError(
             f"--max-length {longest}: it must be from {rules.block_size}, one block, to {most}, the model's limit"
         )
     capacity = longest // rules.block_size * rules.block_size
-    engine = Engine(
-        policy, rules.block_size, rules.batch_size, capacity, options.max_queue, cuda_graphs=rules.cuda_graphs
-    )
-    most = min(MOST_ANSWERS, engine.most)
-    reader = Reader(options.model_name, vocabulary, keys, policy.config.vocab_size, longest, most)
+    engine = Engine(pipeline.policy, rules, capacity, options.max_queue)
     service = Service(
-        reader,
+        Reader(options.model_name, pipeline, longest, min(MOST_ANSWERS, engine.most)),
         engine,
         Metrics(engine),
         Connections(options.client_timeout),

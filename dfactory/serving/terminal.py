@@ -21,16 +21,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from dfactory.decoding import DecodeRules, check_prompts, make_decoder
-from dfactory.decoding.keys import DecodeKeys, decode_keys_over
 from dfactory.decoding.response import document_length
-from dfactory.decoding.slots import Slots
+from dfactory.denoising import MASK, Frame, Run, State, printable
 from dfactory.errors import ConfigError, DataError
-from dfactory.models.policy import Policy
-from dfactory.serving.denoising import Denoising, Frame, legend, printable
+from dfactory.inference import Pipeline, Stream
 from dfactory.serving.trace import Turn, write_trace
-from dfactory.types import Rollout
-from dfactory.vocabulary import Vocabulary
+from dfactory.types import Answer
 
 HELP = """\
 /threshold 0.7           from now on; in this way any decode key: /editing_threshold 0.5,
@@ -42,22 +38,20 @@ HELP = """\
 FIXED = ("block_size", "batch_size", "mask_token_id", "eos_token_id")
 LINES_BESIDE = 5  # of the screen, that are not the answer's
 GLANCE_S = 0.1  # between two looks for Ctrl-C
+STYLES = {
+    State.MASKED: "bright_black",
+    State.DRAFTED: "italic magenta",
+    State.COMMITTED: "",
+    State.FRESH: "bold green",
+    State.EDITED: "underline yellow",
+}
 
 
 class Chat:
     """`run` talks until the input ends."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        vocabulary: Vocabulary,
-        keys: DecodeKeys,
-        console: Console,
-        *,
-        trace: Path | None = None,
-        delay: float = 0.0,
-    ):
-        self.policy, self.vocabulary, self.keys, self.console = policy, vocabulary, keys, console
+    def __init__(self, pipeline: Pipeline, console: Console, *, trace: Path | None = None, delay: float = 0.0):
+        self.pipeline, self.console = pipeline, console
         self.trace, self.delay = trace, delay
         self.messages: list[dict[str, str]] = []
         self.turns: list[Turn] = []
@@ -94,7 +88,7 @@ class Chat:
         if name == "help":
             self.note = HELP
         elif name == "keys":
-            values = dataclasses.asdict(self.keys).items()
+            values = dataclasses.asdict(self.pipeline.keys).items()
             self.note = ", ".join(f"{name} {'off' if value is None else value}" for name, value in values)
         elif name == "new":
             self.messages = []
@@ -110,7 +104,7 @@ class Chat:
             elif name in FIXED:
                 raise ConfigError(f"{name} cannot change in a conversation: start another with decode.{name}={value}")
             else:
-                self.keys = decode_keys_over(self.keys, {name: parsed}, f"/{name}")
+                self.pipeline = self.pipeline.over({name: parsed}, f"/{name}")
         except (ConfigError, yaml.YAMLError, ValueError) as problem:
             self.note = printable(str(problem))
         else:
@@ -120,37 +114,31 @@ class Chat:
 
     def _answer(self, question: str) -> None:
         messages = [*self.messages, {"role": "user", "content": question}]
-        rules = self.vocabulary.rules(self.keys)
+        started = time.perf_counter()
         try:
-            prompt = self._encode(messages, rules)
+            stream = self.pipeline.stream(self._encode(messages), noise_id=len(self.turns))
         except (DataError, ConfigError) as problem:
             self.console.print(str(problem), style="red", markup=False)
             return
-        started = time.perf_counter()
-        length = document_length(len(prompt), rules)
-        decoder = make_decoder(self.policy, rules.block_size, 1, length, cuda_graphs=rules.cuda_graphs)
-        decoder.add(0, prompt, rules, noise_id=len(self.turns))
         frames: list[Frame] = []
-        rollout = self._decode(decoder, rules, frames)
+        answer = self._decode(stream, frames)
         seconds = time.perf_counter() - started
         self.turns.append(Turn(question, frames))
-        if rollout is not None:
-            text = self.vocabulary.text(rollout.output_ids)
-            self.messages = [*messages, {"role": "assistant", "content": text}]
-            self.console.print(printable(text), markup=False, soft_wrap=True)
-            if self.console.is_terminal and not text:
+        if answer is not None:
+            self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+            self.console.print(printable(answer.text), markup=False, soft_wrap=True)
+            if self.console.is_terminal and not answer.text:
                 later = "; trained on single turns? /new forgets the ones before" if len(messages) > 1 else ""
                 self.console.print(f"(an empty answer{later})", style="dim")
         if self.console.is_terminal and frames:
-            self.console.print(_counts(rollout, frames[-1], seconds), style="dim")
+            self.console.print(_counts(answer, frames[-1], seconds), style="dim")
         if self.trace is not None:
             write_trace(self.trace, self.turns)
 
-    def _encode(self, messages: list[dict[str, str]], rules: DecodeRules) -> list[int]:
+    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
         """Ids of the conversation. Raises DataError where it is too long, ConfigError without a chat template."""
-        encoder, most = self.vocabulary.encoder, self.policy.config.max_position_embeddings
-        prompt = encoder.encode_prompt(messages)
-        check_prompts([prompt], rules, self.policy.config.vocab_size)
+        prompt, rules = self.pipeline.encode_chat(messages), self.pipeline.rules
+        most = self.pipeline.policy.config.max_position_embeddings
         if document_length(len(prompt), rules) > most:
             raise DataError(
                 f"the conversation has {len(prompt)} tokens, with max_new_tokens {rules.max_new_tokens} more than the "
@@ -158,21 +146,19 @@ class Chat:
             )
         return prompt
 
-    def _decode(self, decoder: Slots, rules: DecodeRules, frames: list[Frame]) -> Rollout | None:
-        """The finished response; None where Ctrl-C ended it. `frames` gets what there was to see."""
-        denoising = Denoising(self.vocabulary, rules.block_size)
+    def _decode(self, stream: Stream, frames: list[Frame]) -> Answer | None:
+        """The answer; None where Ctrl-C ended it. `frames` gets what there was to see."""
         with interrupts() as interrupted, self._screen(interrupted) as (show, typed):
             while not interrupted():
-                (progress,) = decoder.step()
-                frames.append(denoising.frame(progress, self.keys.threshold))
-                show(frames[-1])
-                if progress.rollout is not None:
-                    return progress.rollout
+                frame = next(stream)
+                frames.append(frame)
+                show(frame)
+                if frame.answer is not None:
+                    return frame.answer
                 for line in typed(self.delay):
                     self._command(line)
-                    changed = dataclasses.replace(self.keys, max_new_tokens=rules.max_new_tokens)
-                    decoder.change_rules(0, self.vocabulary.rules(changed))
-                    show(frames[-1])
+                    stream.go_on_with(self.pipeline)
+                    show(frame)
         return None
 
     @contextlib.contextmanager
@@ -203,20 +189,32 @@ class Chat:
     def _picture(self, frame: Frame, line: str) -> Group:
         """The end of the answer, as far as the screen goes; below, where it stands and what is being typed."""
         self._last_frame = frame
-        rows = frame.text.wrap(self.console, self.console.width)[-max(1, self.console.height - LINES_BESIDE) :]
-        status = f"{frame.rate}, threshold {self.keys.threshold:g}"
-        if self.keys.editing_threshold is not None:
-            status += f", editing {self.keys.editing_threshold:g}"
+        rows = styled(frame).wrap(self.console, self.console.width)[-max(1, self.console.height - LINES_BESIDE) :]
+        status = f"{frame.rate}, {self.pipeline.rules.rule.shown}"
+        if self.pipeline.keys.editing_threshold is not None:
+            status += f", editing {self.pipeline.keys.editing_threshold:g}"
         note = [Text(self.note, "dim")] if self.note and line == "" else []
         return Group(Text("\n").join(rows), Text(status, "dim"), *note, Text(f"> {line}" if line else "", "bold"))
 
 
-def _counts(rollout: Rollout | None, last: Frame, seconds: float) -> str:
+def styled(frame: Frame) -> Text:
+    return Text.assemble(*((run.marked, STYLES[run.state]) for run in frame.runs))
+
+
+def legend() -> Text:
+    examples = [Run(State.MASKED, MASK * 2), Run(State.DRAFTED, "drafted"), Run(State.FRESH, "new")]
+    examples += [Run(State.COMMITTED, "committed"), Run(State.EDITED, "edited")]
+    named = {State.MASKED: " masked"}
+    parts = (Text(run.marked, STYLES[run.state]) + Text(named.get(run.state, "")) for run in examples)
+    return Text("   ").join(parts)
+
+
+def _counts(answer: Answer | None, last: Frame, seconds: float) -> str:
     """Of an answer up to EOS, as `eval` counts; of one that was interrupted, what stands there."""
-    if rollout is None:
+    if answer is None:
         return f"interrupted at {last.rate}"
-    tokens, rate = len(rollout.output_ids), rollout.tokens_per_forward
-    counted = f"{rollout.forwards} forward{'s' * (rollout.forwards != 1)}, {tokens} token{'s' * (tokens != 1)}"
+    tokens, rate = len(answer.token_ids), answer.tokens_per_forward
+    counted = f"{answer.forwards} forward{'s' * (answer.forwards != 1)}, {tokens} token{'s' * (tokens != 1)}"
     return f"{counted}, {rate:.2f} a forward, {tokens / seconds:,.0f} a second"
 
 

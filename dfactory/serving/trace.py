@@ -7,8 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
+from dfactory.denoising import Frame, State
 from dfactory.errors import ConfigError
-from dfactory.serving.denoising import Frame, State
 
 FORMATS = (".html", ".gif")
 COLUMNS, ROWS = 80, 24  # of a GIF
@@ -66,7 +66,7 @@ def _page(turns: list[Turn]) -> str:
 
 
 def _status(frame: Frame) -> str:
-    return frame.rate if frame.threshold is None else f"{frame.rate}, threshold {frame.threshold:g}"
+    return f"{frame.rate}, {frame.rule}"
 
 
 def _write_gif(path: Path, turns: list[Turn]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dfactory.commands.report import write_report
-from dfactory.serving.denoising import Frame, Run, State
+from dfactory.denoising import Frame, Run, State
 from dfactory.serving.trace import Turn, write_trace
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -110,7 +110,7 @@ def test_a_whole_answer_beats_one_that_is_cut_where_a_block_ends():
     from dfactory.commands.harness import BlockDiffusionLM
 
     model = BlockDiffusionLM("tiny", dtype="float32", pairs=2)
-    encoder, size = model.answerer.vocabulary.encoder, model.answerer.rules.block_size
+    encoder, size = model.pipeline.vocabulary.encoder, model.pipeline.rules.block_size
     requests = []
 
     def ask(question: int, context: str, answer: str) -> None:

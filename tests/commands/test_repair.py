@@ -12,8 +12,8 @@ from dfactory.commands.repair import Planted, plant, summary
 from dfactory.config.data import DatasetKeys
 from dfactory.data.chat import SpecialIds
 from dfactory.data.examples import load_examples
-from dfactory.decoding import DecodeRules, decode
 from dfactory.decoding.keys import DecodeKeys
+from dfactory.inference import Pipeline
 from dfactory.vocabulary import Vocabulary
 from tests.commands.conftest import write_records
 
@@ -33,16 +33,11 @@ def examples(tmp_path):
 
 
 class Follower:
-    """A model that wants token `position % 30` everywhere, whatever it sees; a stand-in for a policy and its settings."""
+    """A model that wants token `position % 30` everywhere, whatever it sees."""
 
     device = torch.device("cpu")
     can_be_recorded = sees_whole_document = False
     config = SimpleNamespace(vocab_size=40)
-    vocabulary = Vocabulary(40, SpecialIds(MASK, EOS, (35, MASK), (36,)), None, None)
-
-    def __init__(self):
-        keys = DecodeKeys(block_size=8, editing_threshold=0.5, mask_token_id=MASK, eos_token_id=EOS)
-        self.rules, self.policy = DecodeRules.of(keys), self
 
     def hidden_at(self, chosen_N, inputs_RS, position_ids_RS, visibility, cache):
         return torch.nn.functional.one_hot(position_ids_RS[0, chosen_N] % 30, 40).float()
@@ -51,8 +46,12 @@ class Follower:
         return 10 * hidden
 
 
+VOCABULARY = Vocabulary(40, SpecialIds(MASK, EOS, (35, MASK), (36,)), None, None)
+PIPELINE = Pipeline.of(Follower(), VOCABULARY, DecodeKeys(block_size=8, max_new_tokens=4, editing_threshold=0.5))
+
+
 def test_one_wrong_text_token_in_the_text_of_each_answer(examples):
-    records = plant(Follower(), examples, seed=0)
+    records = plant(PIPELINE, examples, seed=0)
     for record, example in zip(records, (examples[i] for i in range(30)), strict=True):
         assert record.prompt_ids == example.input_ids_T[:4].tolist()
         assert record.prompt_ids + record.answer_ids == example.input_ids_T.tolist()
@@ -63,8 +62,8 @@ def test_one_wrong_text_token_in_the_text_of_each_answer(examples):
         assert where == record.index
         assert right[where] < 30  # text: neither the end of a turn nor EOS
         assert record.wrong_id not in (35, 36, MASK, EOS, right[where])
-    assert records == plant(Follower(), examples, seed=0)
-    assert records != plant(Follower(), examples, seed=1)
+    assert records == plant(PIPELINE, examples, seed=0)
+    assert records != plant(PIPELINE, examples, seed=1)
     assert len({record.index for record in records}) > 5
 
 
@@ -72,14 +71,8 @@ def test_counts_by_hand():
     """A model that wants 4 5 6 7 8 9 ...: it repairs errors in such an answer, and spoils what is another."""
     answers = {"right": [4, 5, 6, 7], "other": [4, 5, 0, 7]}
     records = [Planted(name, [0, 1, 2, 3], ids, [], index=1, wrong_id=20) for name, ids in answers.items()]
-    follower = Follower()
-    rules = DecodeRules.of(
-        DecodeKeys(block_size=8, max_new_tokens=4, editing_threshold=0.5, mask_token_id=MASK, eos_token_id=EOS)
-    )
-    clean, planted = (
-        decode(follower, [r.prompt_ids for r in records], rules, drafts=[r.draft(flag) for r in records])
-        for flag in (False, True)
-    )
+    prompts = [record.prompt_ids for record in records]
+    clean, planted = (PIPELINE.decode(prompts, drafts=[r.draft(flag) for r in records]) for flag in (False, True))
     cells = [list(column.cells) for column in summary(records, clean, planted, 1.0).columns]
     assert cells[1] == ["2", "2", "8", "6"]
     assert cells[2] == ["100.00%", "50.00%", f"{1 / 8:.2%}", f"{1 / 6:.2%}"]

@@ -8,12 +8,11 @@ import pytest
 
 from dfactory.assembly import make_probe, read_inputs
 from dfactory.data.chat import SpecialIds
-from dfactory.decoding import decode
 from dfactory.errors import DataError
-from dfactory.models.registry import load_policy
+from dfactory.inference import Pipeline
 from dfactory.recipe import load_recipe
 from dfactory.runs.probe import Question, first_questions
-from dfactory.types import Example
+from dfactory.types import Answer, Example
 from dfactory.vocabulary import Vocabulary, read_vocabulary
 from tests.engine.conftest import read_metrics
 from tests.engine.test_equality import ZERO
@@ -26,6 +25,10 @@ def example(ids: list[int], trainable: list[int]) -> Example:
     return Example(0, np.array(ids, np.int32), np.array(trainable, bool))
 
 
+def answer(output_ids: list[int], vocabulary: Vocabulary) -> Answer:
+    return vocabulary.answer(SimpleNamespace(output_ids=output_ids))
+
+
 def test_a_question_is_the_document_up_to_its_first_answer():
     assert Question.of(example([5, 6, 7, 8, 9], [0, 0, 1, 1, 0])) == ([5, 6], [7, 8])
     assert Question.of(example([5, 6, 7, 8], [0, 1, 1, 1])) == ([5], [6, 7, 8])
@@ -35,15 +38,15 @@ def test_a_question_is_the_document_up_to_its_first_answer():
 @pytest.mark.parametrize("output, expected", [([7, 8, 0], True), ([7, 0], False), ([7, 8, 8], False), ([7], False)])
 def test_an_answer_has_the_same_tokens_up_to_eos(output, expected):
     plain = Vocabulary(9, SpecialIds(1, 0, (1,), ()), None, None)
-    assert Question([5], [7, 8, 0]).is_answered_by(SimpleNamespace(output_ids=output), plain) is expected
+    assert Question([5], [7, 8, 0]).is_answered_by(answer(output, plain), plain) is expected
 
 
 def test_an_answer_has_the_same_text():
     tiny = read_vocabulary("tiny", mask_token_id=None, eos_token_id=None)
     text, end = tiny.encoder.encode_text("Friday"), tiny.tokenizer.convert_tokens_to_ids("<|role_end|>")
     question = Question([5], [*text, end, tiny.special.eos])
-    assert question.is_answered_by(SimpleNamespace(output_ids=[*text, tiny.special.eos]), tiny)
-    assert not question.is_answered_by(SimpleNamespace(output_ids=[*text, *text, tiny.special.eos]), tiny)
+    assert question.is_answered_by(answer([*text, tiny.special.eos], tiny), tiny)
+    assert not question.is_answered_by(answer([*text, *text, tiny.special.eos], tiny), tiny)
 
 
 def test_documents_without_a_prompt_are_passed_over(recipe_file, tmp_path):
@@ -89,6 +92,6 @@ def _alone(recipe_file, run) -> float:
     """Tokens per forward of the last checkpoint, decoded by itself."""
     recipe = load_recipe(recipe_file, [*KEYS, f"eval_decode_prompts={PROMPTS}"])
     probe = make_probe(recipe, read_inputs(recipe))
-    policy = load_policy(run / "checkpoint-4")
-    rollouts = decode(policy, [question.prompt_ids for question in probe.questions], probe.rules)
-    return sum(len(rollout.output_ids) for rollout in rollouts) / sum(rollout.forwards for rollout in rollouts)
+    pipeline = Pipeline(run / "checkpoint-4", keys=probe.keys)
+    answers = pipeline.generate([question.prompt_ids for question in probe.questions])
+    return sum(len(answer.token_ids) for answer in answers) / sum(answer.forwards for answer in answers)

@@ -9,15 +9,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from dfactory.commands.generate import Answerer
-from dfactory.decoding.keys import DecodeKeys
+from dfactory.inference import Pipeline
 
 ROOT = Path(__file__).parents[2]
 MODEL = ("--model", "tiny", "--init-weights", "random")
@@ -93,6 +91,6 @@ def server(tmp_path_factory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def answerer() -> Answerer:
+def pipeline() -> Pipeline:
     """The same model in this process."""
-    return Answerer(Namespace(model="tiny", init_weights="random", dtype="auto", device="cpu"), DecodeKeys(**KEYS))
+    return Pipeline("tiny", init_weights="random", device="cpu", **KEYS)

@@ -15,12 +15,15 @@ import pytest
 from PIL import Image
 
 from dfactory.cli import main
-from dfactory.decoding import Progress, decode
-from dfactory.serving.denoising import END, Denoising, Frame, Run, State, legend, printable
+from dfactory.decoding import Progress
+from dfactory.denoising import END, Denoising, Frame, Run, State, printable
+from dfactory.inference import Pipeline
+from dfactory.serving.terminal import legend, styled
 from dfactory.serving.trace import Turn, write_trace
 from tests.serving.conftest import MODEL, ROOT, STARTS_WITHIN_S
 
 CHAT = (sys.executable, "-m", "dfactory.cli", "chat", *MODEL, "decode.block_size=8", "decode.max_new_tokens=24")
+RULE = "threshold 0.9"
 ESCAPE = re.compile(r"\x1b\[[?\d;]*[A-Za-z]")
 
 
@@ -128,9 +131,9 @@ def test_options_that_cannot_be(capsys, words, message):
 # --- frames ------------------------------------------------------------------------------------------------------------
 
 
-def progress_of(answerer, tokens: str, drafts: str, sure: float = -0.1, **fields) -> Progress:
+def progress_of(pipeline, tokens: str, drafts: str, sure: float = -0.1, **fields) -> Progress:
     """`_` is a mask; other characters are encoded one by one."""
-    special, encode = answerer.vocabulary.special, answerer.vocabulary.encoder.encode_text
+    special, encode = pipeline.vocabulary.special, pipeline.vocabulary.encoder.encode_text
 
     def ids(text: str) -> list[int]:
         return [special.mask if c == "_" else special.eos if c == "$" else encode(c)[0] for c in text]
@@ -140,18 +143,18 @@ def progress_of(answerer, tokens: str, drafts: str, sure: float = -0.1, **fields
     return Progress(token_ids=ids(tokens), draft_ids=ids(drafts), draft_logprobs=logprobs, **fields)
 
 
-def test_states_of_tokens(answerer):
-    denoising = Denoising(answerer.vocabulary, 4)
-    first = denoising.frame(progress_of(answerer, "a__d", "abcd"))
+def test_states_of_tokens(pipeline):
+    denoising = Denoising(pipeline.vocabulary, 4)
+    first = denoising.frame(progress_of(pipeline, "a__d", "abcd"), RULE)
     assert first.runs == ((State.FRESH, "a"), (State.DRAFTED, "bc"), (State.FRESH, "d"))
-    assert first.text.plain == "a⟨bc⟩d"
-    unsure = Denoising(answerer.vocabulary, 4).frame(progress_of(answerer, "a__d", "abcd", sure=-9.0))
-    assert unsure.text.plain == "a██d"
-    second = denoising.frame(progress_of(answerer, "ab_x", "abcx", forwards=2))
-    assert second.text.plain == "ab⟨c⟩~x~"
+    assert first.marked == styled(first).plain == "a⟨bc⟩d"
+    unsure = Denoising(pipeline.vocabulary, 4).frame(progress_of(pipeline, "a__d", "abcd", sure=-9.0), RULE)
+    assert unsure.marked == "a██d"
+    second = denoising.frame(progress_of(pipeline, "ab_x", "abcx", forwards=2), RULE)
+    assert second.marked == "ab⟨c⟩~x~"
     assert [run.state for run in second.runs] == ["committed", "fresh", "drafted", "edited"]
-    last = denoising.frame(progress_of(answerer, "abcx", "abcx", forwards=3, settled=4))
-    assert last.text.plain == "abc~x~████"  # and the block that comes next
+    last = denoising.frame(progress_of(pipeline, "abcx", "abcx", forwards=3, settled=4), RULE)
+    assert last.marked == "abc~x~████"  # and the block that comes next
     assert last.rate == "forward 3, 4 tokens, 1.33 a forward"
 
 
@@ -161,37 +164,32 @@ def test_every_state_has_a_mark_of_its_own():
     assert all(name in legend().plain for name in ("masked", "drafted", "committed", "edited"))
 
 
-def test_ends_and_control_characters(answerer):
+def test_ends_and_control_characters(pipeline):
     assert printable("a\x1b[31mb\x9bc\td\ne\x00") == "a�[31mb�c d\ne�"
-    frame = Denoising(answerer.vocabulary, 4).frame(progress_of(answerer, "a$$$", "a$$$"))
-    assert frame.text.plain == f"a{END * 3}"
+    frame = Denoising(pipeline.vocabulary, 4).frame(progress_of(pipeline, "a$$$", "a$$$"), RULE)
+    assert frame.marked == f"a{END * 3}"
 
 
-def turn_of(answerer, question: str) -> Turn:
-    vocabulary, frames = answerer.vocabulary, []
-    denoising = Denoising(vocabulary, 8)
-    prompt = vocabulary.encoder.encode_prompt([{"role": "user", "content": question}])
-    hear = lambda progress: frames.append(denoising.frame(progress, 0.9))  # noqa: E731
-    decode(answerer.policy, [prompt], answerer.rules, on_step=hear)
-    return Turn(question, frames)
+def turn_of(pipeline: Pipeline, question: str) -> Turn:
+    return Turn(question, list(pipeline.stream([{"role": "user", "content": question}])))
 
 
-def test_a_page_holds_every_frame_and_no_markup_of_the_model(answerer, tmp_path):
-    turn = turn_of(answerer, "</script><b>hi & you")
-    evil = Frame(99, 1, None, (Run(State.COMMITTED, "</script><script>alert(1)"),))
+def test_a_page_holds_every_frame_and_no_markup_of_the_model(pipeline, tmp_path):
+    turn = turn_of(pipeline, "</script><b>hi & you")
+    evil = Frame(99, 1, RULE, (Run(State.COMMITTED, "</script><script>alert(1)"),))
     write_trace(tmp_path / "trace.html", [turn, Turn("TITLE FRAMES", [evil])])
     page = (tmp_path / "trace.html").read_text()
     assert page.count("</script>") == 1
     assert "http" not in page.replace("http-equiv", "")
     frames = json.loads(re.search(r"const frames = (.*);\n", page).group(1))
     assert len(frames) == len(turn.frames) + 1
-    assert "".join(text for _, text in frames[-2]["runs"]) == turn.frames[-1].text.plain
+    assert "".join(text for _, text in frames[-2]["runs"]) == turn.frames[-1].marked
     assert frames[-1]["runs"][0][1] == "</script><script>alert(1)"
     assert not list(tmp_path.glob("*.partial")) + list(tmp_path.glob(".*.partial"))
 
 
-def test_a_gif_has_a_picture_a_forward(answerer, tmp_path):
-    turn = turn_of(answerer, "hello")
+def test_a_gif_has_a_picture_a_forward(pipeline, tmp_path):
+    turn = turn_of(pipeline, "hello")
     write_trace(tmp_path / "trace.gif", [turn])
     with Image.open(tmp_path / "trace.gif") as picture:
         assert 1 < picture.n_frames <= len(turn.frames)  # equal neighbours are joined

@@ -10,16 +10,16 @@ WAIT_S = 60
 
 
 @pytest.fixture
-def make_job(answerer):
+def make_job(pipeline):
     def make(heard: queue.Queue, length: int = 5) -> Job:
-        return Job([7] * length, answerer.rules, 0, heard.put)
+        return Job([7] * length, pipeline.rules, 0, heard.put)
 
     return make
 
 
 @pytest.fixture
-def engine(answerer):
-    engine = Engine(answerer.policy, 8, slots=1, capacity=64, max_queue=2)
+def engine(pipeline):
+    engine = Engine(pipeline.policy, pipeline.over({"batch_size": 1}).rules, capacity=64, max_queue=2)
     yield engine
     engine.close()
 

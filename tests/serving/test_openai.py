@@ -7,10 +7,9 @@ import json
 import pytest
 
 from dfactory.data.chat import ChatEncoder
-from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import ConfigError, DataError
+from dfactory.inference import Pipeline
 from dfactory.serving.requests import Reader
-from tests.serving.conftest import KEYS
 
 openai = pytest.importorskip("openai", reason="openai is not installed: pip install 'dfactory[dev]'")
 
@@ -25,8 +24,8 @@ def client(server):
 
 
 @pytest.fixture(scope="module")
-def reader(answerer) -> Reader:
-    return Reader("small", answerer.vocabulary, DecodeKeys(**KEYS), answerer.policy.config.vocab_size, longest=200)
+def reader(pipeline) -> Reader:
+    return Reader("small", pipeline, longest=200)
 
 
 def test_the_streaming_helper_builds_the_whole_answer(client):
@@ -185,13 +184,14 @@ def test_a_negative_seed_is_a_seed(reader):
     assert len(seeds) == 4
 
 
-def test_what_the_template_reads_is_given_to_it(answerer):
-    template = answerer.vocabulary.tokenizer.chat_template + "{{- 'thinking' if enable_thinking else 'plain' -}}"
-    encoder = ChatEncoder(answerer.vocabulary.tokenizer, template, answerer.vocabulary.special)
-    reader = Reader("small", answerer.vocabulary._replace(encoder=encoder), DecodeKeys(**KEYS), 2048, longest=200)
+def test_what_the_template_reads_is_given_to_it(pipeline):
+    template = pipeline.vocabulary.tokenizer.chat_template + "{{- 'thinking' if enable_thinking else 'plain' -}}"
+    encoder = ChatEncoder(pipeline.vocabulary.tokenizer, template, pipeline.vocabulary.special)
+    vocabulary = pipeline.vocabulary._replace(encoder=encoder)
+    reader = Reader("small", Pipeline.of(pipeline.policy, vocabulary, pipeline.keys), longest=200)
     ends = {True: "thinking", False: "plain"}
     for value, end in ends.items():
         for read in (reader.chat, reader.native):
             body = {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": value}}
             (prompt,) = read(json.dumps(body).encode()).prompts
-            assert answerer.vocabulary.tokenizer.decode(prompt).endswith(f"</role>{end}")
+            assert pipeline.vocabulary.tokenizer.decode(prompt).endswith(f"</role>{end}")

@@ -9,18 +9,17 @@ from types import SimpleNamespace
 import pytest
 
 from dfactory.cli import main
-from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import ConfigError, DataError
 from dfactory.serving.answers import Answer, News, ProgressQueue, overlap
 from dfactory.serving.requests import Reader
 from dfactory.types import FinishReason
-from tests.serving.conftest import KEYS, MODEL
+from dfactory.vocabulary import Vocabulary
+from tests.serving.conftest import MODEL
 
 
 @pytest.fixture(scope="module")
-def reader(answerer) -> Reader:
-    size = answerer.policy.config.vocab_size
-    return Reader("small", answerer.vocabulary, DecodeKeys(**KEYS), size, longest=100)
+def reader(pipeline) -> Reader:
+    return Reader("small", pipeline, longest=100)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +113,7 @@ def test_an_answer_has_the_room_that_is_left(reader):
 class Letters:
     """A vocabulary of letters; 9 is half a character."""
 
-    tokenizer = "letters"
+    beginning = Vocabulary.beginning
 
     def text(self, ids: list[int]) -> str:
         return "".join("\ufffd" if token == 9 else chr(97 + token) for token in ids)
@@ -201,7 +200,7 @@ def test_a_port_that_is_taken(capsys):
 
 def test_keys_of_a_request_lie_over_those_of_the_server(reader):
     rules = reader.native(b'{"prompt": "x", "threshold": 0.7, "editing_threshold": 0.5, "seed": 4}').rules
-    keys = dataclasses.replace(reader.keys, threshold=0.7, editing_threshold=0.5, seed=4)
+    keys = dataclasses.replace(reader.pipeline.keys, threshold=0.7, editing_threshold=0.5, seed=4)
     assert rules == reader.vocabulary.rules(keys)
 
 

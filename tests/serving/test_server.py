@@ -1,6 +1,5 @@
 """A real server, asked by OpenAI's own client and by hand: what it answers is what the decoder says alone."""
 
-import dataclasses
 import http.client
 import signal
 import threading
@@ -11,20 +10,17 @@ from urllib.parse import urlparse
 import psutil
 import pytest
 
-from dfactory.decoding import decode
-from dfactory.decoding.keys import DecodeKeys
-from tests.serving.conftest import KEYS, serving
+from tests.serving.conftest import serving
 
 openai = pytest.importorskip("openai", reason="openai is not installed: pip install 'dfactory[dev]'")
 
 CHAT = [{"role": "user", "content": "Sort the letters: XRL"}]
 
 
-def alone(answerer, prompt_ids: list[int], noise_id: int = 0, **keys):
+def alone(pipeline, prompt_ids: list[int], noise_id: int = 0, **keys):
     """(text, rollout) of the same decoding without a server."""
-    rules = answerer.vocabulary.rules(dataclasses.replace(DecodeKeys(**KEYS), **keys))
-    (rollout,) = decode(answerer.policy, [prompt_ids], rules, noise_ids=[noise_id])
-    return answerer.vocabulary.text(rollout.output_ids), rollout
+    (answer,) = pipeline.generate([prompt_ids], noise_ids=[noise_id], **keys)
+    return answer.text, answer.rollout
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +29,8 @@ def client(server):
         yield client
 
 
-def test_generate(server, answerer):
-    text, rollout = alone(answerer, answerer.vocabulary.encoder.encode_text("one two three"), max_new_tokens=20)
+def test_generate(server, pipeline):
+    text, rollout = alone(pipeline, pipeline.vocabulary.encoder.encode_text("one two three"), max_new_tokens=20)
     reply = server.ask("/generate", {"prompt": "one two three", "max_new_tokens": 20, "seed": 5})
     assert reply.status == 200
     assert reply.body == {
@@ -51,8 +47,8 @@ def test_generate(server, answerer):
     assert ids.body["forwards"] >= 20  # one token a forward
 
 
-def test_openai_chat(client, answerer):
-    text, rollout = alone(answerer, answerer.vocabulary.encoder.encode_prompt(CHAT), max_new_tokens=24)
+def test_openai_chat(client, pipeline):
+    text, rollout = alone(pipeline, pipeline.vocabulary.encoder.encode_prompt(CHAT), max_new_tokens=24)
     answer = client.chat.completions.create(model="small", messages=CHAT, max_tokens=24, temperature=0)
     assert answer.choices[0].message.content == text
     assert answer.choices[0].finish_reason == "length"
@@ -62,9 +58,9 @@ def test_openai_chat(client, answerer):
     assert client.models.retrieve("small").owned_by == "dfactory"
 
 
-def test_openai_chat_streams_by_block(client, answerer):
-    prompt = answerer.vocabulary.encoder.encode_prompt(CHAT)
-    text, _ = alone(answerer, prompt, max_new_tokens=40)
+def test_openai_chat_streams_by_block(client, pipeline):
+    prompt = pipeline.vocabulary.encoder.encode_prompt(CHAT)
+    text, _ = alone(pipeline, prompt, max_new_tokens=40)
     options = {"stream": True, "stream_options": {"include_usage": True}}
     chunks = list(client.chat.completions.create(model="small", messages=CHAT, max_tokens=40, **options))
     parts = [chunk.choices[0].delta.content for chunk in chunks[:-2]]
@@ -74,13 +70,13 @@ def test_openai_chat_streams_by_block(client, answerer):
     assert chunks[-1].usage.completion_tokens == 40
 
 
-def test_openai_completions(client, answerer):
+def test_openai_completions(client, pipeline):
     """Several prompts, several answers each, text or ids; a sampled answer depends on its seed and its number only."""
-    encode = answerer.vocabulary.encoder.encode_text
+    encode = pipeline.vocabulary.encoder.encode_text
     sampled = {"max_new_tokens": 16, "temperature": 1.0, "seed": 3}
     ask = {"model": "small", "max_tokens": 16, "temperature": 1.0, "seed": 3}
     both = client.completions.create(prompt=["a b", "c"], n=2, **ask)
-    expected = [alone(answerer, encode(prompt), noise, **sampled)[0] for prompt in ("a b", "c") for noise in (0, 1)]
+    expected = [alone(pipeline, encode(prompt), noise, **sampled)[0] for prompt in ("a b", "c") for noise in (0, 1)]
     assert [choice.text for choice in both.choices] == expected
     assert both.usage.prompt_tokens == len(encode("a b")) + len(encode("c"))
     assert client.completions.create(prompt=[encode("c"), encode("a b")], **ask).choices[1].text == expected[0]
@@ -91,8 +87,8 @@ def test_openai_completions(client, answerer):
     assert decoded.usage.forwards == decoded.usage.completion_tokens + -(16 + len(encode("c"))) % 8
 
 
-def test_stop_texts_end_an_answer(client, server, answerer):
-    text, _ = alone(answerer, answerer.vocabulary.encoder.encode_text("go"), max_new_tokens=40)
+def test_stop_texts_end_an_answer(client, server, pipeline):
+    text, _ = alone(pipeline, pipeline.vocabulary.encoder.encode_text("go"), max_new_tokens=40)
     stop = text[12:15]
     expected = text[: text.index(stop)]
     whole = client.completions.create(model="small", prompt="go", max_tokens=40, stop=[stop, "never there"])
@@ -102,7 +98,7 @@ def test_stop_texts_end_an_answer(client, server, answerer):
     server.wait_for("dfactory_slots_busy", 0)
 
 
-def test_answers_that_are_decoded_together_are_those_of_each_alone(server, answerer):
+def test_answers_that_are_decoded_together_are_those_of_each_alone(server, pipeline):
     """Nine requests with rules of their own, in three slots."""
     bodies = [
         {"prompt": "word " * (i + 1), "max_new_tokens": 10 + 5 * i, "threshold": 0.001 if i % 2 else 0.5}
@@ -114,7 +110,7 @@ def test_answers_that_are_decoded_together_are_those_of_each_alone(server, answe
         replies = list(pool.map(lambda body: server.ask("/generate", body), bodies))
     for body, reply in zip(bodies, replies, strict=True):
         keys = {name: value for name, value in body.items() if name != "prompt"}
-        text, rollout = alone(answerer, answerer.vocabulary.encoder.encode_text(body["prompt"]), **keys)
+        text, rollout = alone(pipeline, pipeline.vocabulary.encoder.encode_text(body["prompt"]), **keys)
         assert (reply.body["text"], reply.body["forwards"]) == (text, rollout.forwards)
     assert server.number("dfactory_forwards_total") - before < sum(reply.body["forwards"] for reply in replies)
 

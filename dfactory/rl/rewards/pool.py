@@ -68,17 +68,18 @@ class RewardGroup:
     per_rollout: dict[str, list] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, prompt: str | list[dict], rollouts: Sequence[Any], texts: Sequence[str], row: dict) -> "RewardGroup":
-        """Of decoded Rollouts with their texts; answers to messages are messages."""
+    def of(cls, prompt: str | list[dict], answers: Sequence[Any], row: dict) -> "RewardGroup":
+        """Of Answers (types.py, which imports torch); those to messages are messages."""
+        texts = [answer.text for answer in answers]
         return cls(
             prompt=prompt,
             completions_G=texts if isinstance(prompt, str) else [[{"role": "assistant", "content": t}] for t in texts],
             row=row,
             per_rollout={
-                "completion_ids": [rollout.output_ids for rollout in rollouts],
-                "tokens_per_forward": [rollout.tokens_per_forward for rollout in rollouts],
-                "forwards": [rollout.forwards for rollout in rollouts],
-                "finish_reason": [rollout.finish_reason.value for rollout in rollouts],
+                "completion_ids": [answer.token_ids for answer in answers],
+                "tokens_per_forward": [answer.tokens_per_forward for answer in answers],
+                "forwards": [answer.forwards for answer in answers],
+                "finish_reason": [answer.finish_reason.value for answer in answers],
             },
         )
 

@@ -10,9 +10,8 @@ import itertools
 import math
 from typing import NamedTuple
 
-from rich.text import Text
-
 from dfactory.decoding import Progress
+from dfactory.types import Answer
 from dfactory.vocabulary import Vocabulary
 
 LOG_SHOWN_FROM = math.log(0.1)  # log-probability of a draft that is worth showing
@@ -27,13 +26,6 @@ class State(enum.StrEnum):
     EDITED = "edited"  # another token than the one that had been committed
 
 
-STYLES = {
-    State.MASKED: "bright_black",
-    State.DRAFTED: "italic magenta",
-    State.COMMITTED: "",
-    State.FRESH: "bold green",
-    State.EDITED: "underline yellow",
-}
 MARKS = {State.DRAFTED: ("⟨", "⟩"), State.EDITED: ("~", "~")}
 
 
@@ -54,12 +46,15 @@ class Frame(NamedTuple):
 
     forwards: int
     tokens: int  # that are committed
-    threshold: float | None
+    rule: str  # by which it was decided, as a DecodingRule shows itself
     runs: tuple[Run, ...]
+    settled: str = ""  # text of finished blocks, which only grows
+    answer: Answer | None = None  # in the last frame
 
     @property
-    def text(self) -> Text:
-        return Text.assemble(*((run.marked, STYLES[run.state]) for run in self.runs))
+    def marked(self) -> str:
+        """The whole response, masks included, with the marks of its states."""
+        return "".join(run.marked for run in self.runs)
 
     @property
     def rate(self) -> str:
@@ -73,8 +68,9 @@ class Denoising:
         self.vocabulary, self.block_size = vocabulary, block_size
         self.before: list[int] = []
         self.edited: set[int] = set()
+        self.settled, self.settled_tokens = "", 0
 
-    def frame(self, progress: Progress, threshold: float | None = None) -> Frame:
+    def frame(self, progress: Progress, rule: str) -> Frame:
         mask = self.vocabulary.special.mask
         states = [self._state(index, progress) for index in range(len(progress.token_ids))]
         shown = list(zip(states, progress.draft_ids, strict=True))
@@ -86,7 +82,16 @@ class Denoising:
             for state, run in itertools.groupby(shown, key=lambda pair: pair[0])
         ]
         committed = sum(token != mask for token in progress.token_ids)
-        return Frame(progress.forwards, committed, threshold, tuple(runs))
+        answer = None if progress.rollout is None else self.vocabulary.answer(progress.rollout)
+        return Frame(progress.forwards, committed, rule, tuple(runs), self._settled(progress, answer), answer)
+
+    def _settled(self, progress: Progress, answer: Answer | None) -> str:
+        if answer is not None:
+            return answer.text or ""
+        if progress.settled > self.settled_tokens:
+            self.settled_tokens = progress.settled
+            self.settled = self.vocabulary.beginning(progress.token_ids[: progress.settled]) or ""
+        return self.settled
 
     def _state(self, index: int, progress: Progress) -> State:
         token, mask = progress.token_ids[index], self.vocabulary.special.mask
@@ -120,11 +125,3 @@ def shown_text(vocabulary: Vocabulary, token_ids: list[int]) -> str:
 def printable(text: str) -> str:
     """The text without control characters, so that a model's output cannot control the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "�" for c in text)
-
-
-def legend() -> Text:
-    examples = [Run(State.MASKED, MASK * 2), Run(State.DRAFTED, "drafted"), Run(State.FRESH, "new")]
-    examples += [Run(State.COMMITTED, "committed"), Run(State.EDITED, "edited")]
-    named = {State.MASKED: " masked"}
-    parts = (Text(run.marked, STYLES[run.state]) + Text(named.get(run.state, "")) for run in examples)
-    return Text("   ").join(parts)

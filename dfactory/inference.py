@@ -1,0 +1,213 @@
+"""Pipeline: a model, its vocabulary and its decoding rules. Prompts in, answers out.
+
+    pipeline = dfactory.Pipeline("runs/mine", threshold=0.9)
+    answers = pipeline.generate(["Once upon a time"])                    # list[Answer], in the order of the prompts
+    answer = pipeline.chat([{"role": "user", "content": "Hello"}])       # Answer, by the chat template
+    for frame in pipeline.stream("Once upon a time"):                    # Frame, one a forward
+        print(frame.marked)
+
+Whatever answers prompts here does it with a Pipeline: the verbs, the server, the data tools, the probe of a training run and
+the rollout actors of reinforcement learning.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfactory.data.chat import ChatEncoder
+from dfactory.data.fields import integers, text
+from dfactory.data.fields import tools as checked_tools
+from dfactory.data.prompts import messages_of
+from dfactory.decoding import DecodeRules, Progress, check_prompts, decode, make_decoder
+from dfactory.decoding.keys import DecodeKeys, decode_keys_over
+from dfactory.decoding.response import document_length
+from dfactory.decoding.slots import Decodable
+from dfactory.denoising import Denoising, Frame
+from dfactory.errors import ConfigError, DataError
+from dfactory.models.hub import resolve
+from dfactory.models.registry import load_policy, trained_block_size
+from dfactory.types import Answer, Rollout
+from dfactory.vocabulary import Vocabulary, read_vocabulary
+
+PROMPTS_AT_ONCE = 512  # prompts handed to the decoder together; slots are refilled among these
+ARGUMENTS = "the keyword arguments"  # where a decode key comes from, in messages
+OF_THE_MODEL = ("mask_token_id", "eos_token_id")  # keys that the vocabulary has been read with
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text to go on with, token ids, or messages to answer by the chat template."""
+
+
+class Pipeline:
+    """`model` is a run folder, a checkpoint, a model directory, a name on the hub (with its `revision`) or `tiny`.
+
+    Further keyword arguments are decode keys (`dfactory schema` lists them), over `keys` where those are given. The methods
+    take them too, for one call. The block size is the one that the model was trained with unless a key states it.
+
+    What an answer draws is a function of (seed, its prompt's noise id, its own forward): the same prompt gives the same
+    answer alone and beside others. Raises CheckpointError for a model that cannot be read, ConfigError for a key.
+    """
+
+    policy: Decodable
+    vocabulary: Vocabulary
+    keys: DecodeKeys  # with the block size
+    rules: DecodeRules
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        init_weights: str = "pretrained",
+        chat_template_path: str | None = None,
+        keys: DecodeKeys | None = None,
+        **decode_keys: Any,
+    ):
+        """`dtype` auto is the checkpoint's; `device` None is cuda where there is one, else cpu. `chat_template_path` is a
+        Jinja file instead of the model's own template."""
+        keys = decode_keys_over(keys or DecodeKeys(), decode_keys, ARGUMENTS)
+        model_dir = resolve(model, revision)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        policy = load_policy(model_dir, dtype=dtype, device=device, init_weights=init_weights)
+        ids = {name: getattr(keys, name) for name in OF_THE_MODEL}
+        vocabulary = read_vocabulary(model_dir, **ids, chat_template_path=chat_template_path)
+        block_size = keys.block_size or trained_block_size(model_dir)
+        self._take(policy, vocabulary, dataclasses.replace(keys, block_size=block_size))
+
+    @classmethod
+    def of(cls, policy: Decodable, vocabulary: Vocabulary, keys: DecodeKeys) -> "Pipeline":
+        """A pipeline of parts that are there already. Raises ConfigError where `keys` state no block size."""
+        made = cls.__new__(cls)
+        made._take(policy, vocabulary, keys)
+        return made
+
+    def _take(self, policy: Decodable, vocabulary: Vocabulary, keys: DecodeKeys) -> None:
+        self.policy, self.vocabulary, self.keys = policy, vocabulary, keys
+        self.rules = vocabulary.rules(keys)
+
+    def over(self, decode_keys: Mapping[str, Any], origin: str = ARGUMENTS) -> "Pipeline":
+        """The same model with some decode keys replaced; `origin` says in messages where they come from."""
+        if not decode_keys:
+            return self
+        fixed = [name for name in OF_THE_MODEL if name in decode_keys]
+        if fixed:
+            raise ConfigError(
+                f"{fixed[0]} in {origin}: the vocabulary was read with another; make another Pipeline with it"
+            )
+        return Pipeline.of(self.policy, self.vocabulary, decode_keys_over(self.keys, dict(decode_keys), origin))
+
+    # --- answers ----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, noise_ids: Sequence[int] | None = None, **decode_keys: Any
+    ) -> list[Answer]:
+        """An answer to each prompt, in their order. `noise_ids` names the random numbers of each (default: its index).
+        Raises DataError for a prompt that cannot be encoded or decoded, before any is decoded."""
+        if isinstance(prompts, str):
+            raise DataError("prompts is one text: give a list of prompts, such as [text]")
+        pipeline = self.over(decode_keys)
+        return list(pipeline.answers([self.encode(prompt) for prompt in prompts], noise_ids=noise_ids))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        noise_id: int = 0,
+        **decode_keys: Any,
+    ) -> Answer:
+        """The answer to a conversation whose last message is not the assistant's."""
+        pipeline = self.over(decode_keys)
+        (answer,) = pipeline.answers([self.encode_chat(messages, tools)], noise_ids=[noise_id])
+        return answer
+
+    def stream(
+        self,
+        prompt: Prompt,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        noise_id: int = 0,
+        **decode_keys: Any,
+    ) -> "Stream":
+        """The answer to one prompt, forward by forward."""
+        return Stream(self.over(decode_keys), self.encode(prompt, tools), noise_id)
+
+    # --- token ids --------------------------------------------------------------------------------------------------
+
+    def encode(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """The token ids of a prompt. Raises DataError, or ConfigError for messages without a chat template."""
+        if not isinstance(prompt, str) and any(isinstance(part, Mapping) for part in prompt):
+            return self.encode_chat(prompt, tools)
+        if tools:
+            raise DataError("tools are shown to the model by its chat template: give messages with them")
+        if isinstance(prompt, str):
+            return self._encoder.encode_beginning(text(prompt, "prompt"))
+        return integers(list(prompt), "prompt", may_be_empty=True)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """The token ids of a conversation, up to where the model has to answer."""
+        return self._encoder.encode_prompt(messages_of(messages), checked_tools(tools))
+
+    @property
+    def _encoder(self) -> ChatEncoder:
+        if self.vocabulary.encoder is None:
+            raise DataError("the model directory has no tokenizer: give token ids")
+        return self.vocabulary.encoder
+
+    def answers(
+        self, prompt_ids: Sequence[Sequence[int]], *, noise_ids: Sequence[int] | None = None
+    ) -> Iterator[Answer]:
+        """Answers as they are finished, in the order of the prompts; all prompts are checked before one is decoded."""
+        check_prompts(prompt_ids, self.rules, self.policy.config.vocab_size)
+        noise_ids = range(len(prompt_ids)) if noise_ids is None else noise_ids
+        if len(noise_ids) != len(prompt_ids):
+            raise DataError(f"noise_ids has {len(noise_ids)} entries for {len(prompt_ids)} prompts: give one each")
+        for start in range(0, len(prompt_ids), PROMPTS_AT_ONCE):
+            part = slice(start, start + PROMPTS_AT_ONCE)
+            for rollout in self.decode(prompt_ids[part], noise_ids=noise_ids[part]):
+                yield self.vocabulary.answer(rollout)
+
+    def decode(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        drafts: Sequence[Sequence[int]] | None = None,
+        noise_ids: Sequence[int] | None = None,
+        on_step: Callable[[Progress], None] | None = None,
+    ) -> list[Rollout]:
+        """`dfactory.decode` with this pipeline's model and rules."""
+        return decode(self.policy, prompt_ids, self.rules, drafts=drafts, noise_ids=noise_ids, on_step=on_step)
+
+
+class Stream:
+    """One answer while it is decoded: an iterator over Frames, one for each forward. The last Frame has the answer."""
+
+    def __init__(self, pipeline: Pipeline, prompt_ids: Sequence[int], noise_id: int = 0):
+        rules = pipeline.rules
+        check_prompts([prompt_ids], rules, pipeline.policy.config.vocab_size)
+        length = document_length(len(prompt_ids), rules)
+        self.pipeline, self.max_new_tokens = pipeline, rules.max_new_tokens
+        self.decoder = make_decoder(pipeline.policy, rules.block_size, 1, length, cuda_graphs=rules.cuda_graphs)
+        self.decoder.add(0, prompt_ids, rules, noise_id=noise_id)
+        self.denoising = Denoising(pipeline.vocabulary, rules.block_size)
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Frame:
+        if not self.decoder.live:
+            raise StopIteration
+        (progress,) = self.decoder.step()
+        return self.denoising.frame(progress, self.pipeline.rules.rule.shown)
+
+    def go_on_with(self, pipeline: Pipeline) -> None:
+        """Decode on by the keys of another pipeline of this model. The longest answer stays: the document is laid out."""
+        self.pipeline = pipeline
+        keys = dataclasses.replace(pipeline.keys, max_new_tokens=self.max_new_tokens)
+        self.decoder.change_rules(0, pipeline.vocabulary.rules(keys))
