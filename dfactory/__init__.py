@@ -14,6 +14,7 @@ imported before it is asked for.
 import importlib
 
 _WHERE = {
+    "Answer": "dfactory.types",
     "Pipeline": "dfactory.inference",
     "load_policy": "dfactory.models.registry",
     "Policy": "dfactory.models.policy",
@@ -23,7 +24,7 @@ _WHERE = {
     "views": None,
 }
 
-__all__ = ["DecodeRules", "Pipeline", "Policy", "decode", "load_policy", "noise", "views"]
+__all__ = ["Answer", "DecodeRules", "Pipeline", "Policy", "decode", "load_policy", "noise", "views"]
 
 
 def __getattr__(name: str):

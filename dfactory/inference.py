@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dfactory.data.chat import ChatEncoder
-from dfactory.data.fields import integers, text
+from dfactory.data.fields import integers, show, text
 from dfactory.data.fields import tools as checked_tools
 from dfactory.data.prompts import messages_of
 from dfactory.decoding import DecodeRules, Progress, check_prompts, decode, make_decoder
@@ -140,6 +140,8 @@ class Pipeline:
 
     def encode(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """The token ids of a prompt. Raises DataError, or ConfigError for messages without a chat template."""
+        if not isinstance(prompt, (str, Sequence)):
+            raise DataError(f"prompt is {show(prompt)}: it must be text, messages or token ids")
         if not isinstance(prompt, str) and any(isinstance(part, Mapping) for part in prompt):
             return self.encode_chat(prompt, tools)
         if tools:

@@ -100,7 +100,7 @@ def test_nothing_of_a_model_runs_in_a_report(tmp_path):
 
 def test_nothing_of_a_model_runs_in_a_trace(tmp_path):
     """Its own script does, and shows the texts."""
-    frames = [Frame(1, 1, 0.9, (Run(State.COMMITTED, text), Run(State.EDITED, text))) for text in TEXTS]
+    frames = [Frame(1, 1, "threshold 0.9", (Run(State.COMMITTED, text), Run(State.EDITED, text))) for text in TEXTS]
     page = tmp_path / "trace.html"
     write_trace(page, [Turn(text, frames) for text in TEXTS])
     dom = opened(page, tmp_path / "profile")
