@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.local_client import Weights, copy_weights
 from benchmarks.workload import BLOCK, LEARNING_RATE, Obvious, Ours, sft_recipe, special_ids, text_ids, write_model
 from dfactory.algorithms.policy_gradient import PolicyGradient
 from dfactory.algorithms.rollouts import RolloutViews, rollout_views
@@ -83,21 +84,15 @@ def score_groups(rollouts: list[Rollout], generations: int) -> list[ScoredRollou
     return scored
 
 
-class LocalClient:
-    """Controller and rollout actor in this process."""
+class TimedClient:
+    """A policy that decodes in this process, with the clock running."""
 
     def __init__(self, model_dir: Path, setting: Setting, clock: Clock):
         self.actor, self.setting, self.clock = load_policy(model_dir, dtype="float32"), setting, clock
         self.scored: list[ScoredRollout] = []
 
-    def publish(self, version: int, groups: Iterable[dict[str, torch.Tensor]]) -> dict[str, float]:
-        def copy():
-            state = self.actor.model.state_dict()
-            for group in groups:
-                for name, tensor in group.items():
-                    state[name].copy_(tensor)
-
-        self.clock.measure("sync", copy)
+    def publish(self, version: int, groups: Weights) -> dict[str, float]:
+        self.clock.measure("sync", lambda: copy_weights(self.actor, groups))
         return {}
 
     def next_batch(self, version: int, next_group: int) -> RolloutBatch:
@@ -189,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = dataclasses.replace(recipe, learning_rate=LEARNING_RATE)
         setting = make_setting(options, recipe)
         clocks = {"obvious": Clock(), "this": Clock()}
-        ours, obvious, client = Ours(recipe), Obvious(recipe), LocalClient(model_dir, setting, clocks["this"])
+        ours, obvious, client = Ours(recipe), Obvious(recipe), TimedClient(model_dir, setting, clocks["this"])
         longest = (options.prompt + 3 * options.new_tokens + 2 * BLOCK) // BLOCK * BLOCK
         source = RolloutSource(
             *(client, ours.trainer.weights, ours.trainer.score, setting.make_views),

@@ -19,24 +19,20 @@ third of the steps. A run that is there already is not repeated.
 """
 
 import argparse
-import asyncio
 import dataclasses
 import json
 import statistics
 import sys
-import threading
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.local_client import LocalCall, LocalClient, Weights, copy_weights
 from dfactory.algorithms import Data
 from dfactory.recipe import Recipe, load_recipe
 from dfactory.rl.actors import RolloutActor
-from dfactory.rl.controller import Controller
-from dfactory.rl.rollouts import RolloutBatch
 from dfactory.rl.weights import WeightSet
 from dfactory.train import learn
 
@@ -49,16 +45,6 @@ ARMS = {
 TIMEOUT_S = 3600
 
 
-class LocalCall:
-    """A method of a rollout actor that is no process of its own."""
-
-    def __init__(self, method):
-        self.method = method
-
-    async def remote(self, *arguments):
-        return await asyncio.to_thread(self.method, *arguments)
-
-
 class OldActor:
     """A rollout actor that takes the weights which are `age` versions old."""
 
@@ -68,43 +54,26 @@ class OldActor:
         self.process, self.set_weights = LocalCall(lambda: None), LocalCall(self._take)
         self.generate = LocalCall(self.actor.generate)
 
-    def keep(self, version: int, groups: Iterable[dict[str, torch.Tensor]]) -> None:
+    def keep(self, version: int, groups: Weights) -> None:
         state = {name: tensor.clone() for group in groups for name, tensor in group.items()}
         self.versions = [*self.versions, (version, state)][-1 - self.age :]
 
     def _take(self, weights: WeightSet) -> None:
         self.actor.version, state = self.versions[0]
-        own = dict(self.actor.policy.model.state_dict())
-        for name, tensor in state.items():
-            own[name].copy_(tensor)
+        copy_weights(self.actor.policy, [state])
 
 
-class LocalClient:
-    """Controller and rollout actor in this process. The controller is synchronous: the age is the actor's."""
+class OldWeights(LocalClient):
+    """The actor's weights are `max_staleness` versions old; the controller is synchronous."""
 
     def __init__(self, recipe: Recipe):
-        self.actor = OldActor(recipe, recipe.max_staleness)
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.controller = self._wait(self._start(dataclasses.replace(recipe, max_staleness=0)))
+        super().__init__(
+            dataclasses.replace(recipe, max_staleness=0), OldActor(recipe, recipe.max_staleness), TIMEOUT_S
+        )
 
-    async def _start(self, recipe: Recipe) -> Controller:
-        return Controller(recipe, lambda index: self.actor)
-
-    def _wait(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(TIMEOUT_S)
-
-    def publish(self, version: int, groups: Iterable[dict[str, torch.Tensor]]) -> dict[str, float]:
+    def publish(self, version: int, groups: Weights) -> dict[str, float]:
         self.actor.keep(version, groups)
-        self._wait(self.controller.publish(WeightSet(version, [], 0, 0.0)))
-        return {}
-
-    def next_batch(self, version: int, next_group: int) -> RolloutBatch:
-        return self._wait(self.controller.next_batch(version, next_group))
-
-    def close(self) -> None:
-        self.controller.scorer.close()
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        return super().publish(version, groups)
 
 
 def train(recipe_file: str, folder: Path, overrides: list[str]) -> None:
@@ -113,7 +82,7 @@ def train(recipe_file: str, folder: Path, overrides: list[str]) -> None:
     if finished.is_file():
         return
     recipe = load_recipe(RECIPES / recipe_file, [f"output_dir={folder}", "overwrite_output_dir=true", *overrides])
-    client = LocalClient(recipe) if recipe.algorithm.data is Data.PROMPTS else None
+    client = OldWeights(recipe) if recipe.algorithm.data is Data.PROMPTS else None
     if status := learn(recipe, client):
         raise SystemExit(status)
     if client is not None:

@@ -176,8 +176,8 @@ def _report(arguments, overrides) -> int:
 
 
 def _read(arguments, overrides, ranks: int | None = None):
-    """The recipe; what became of keys of the earlier dFactory is printed. Before the heavy imports: a wrong key is told at
-    once."""
+    """The recipe, read before the heavy imports so that a wrong key fails at once. Prints what became of keys of the
+    earlier dFactory."""
     from dfactory.recipe import read_recipe
 
     loaded = read_recipe(arguments.recipe, overrides, ranks)

@@ -43,7 +43,7 @@ from dfactory.types import TrainState, ViewBatch
 def train(recipe: Recipe) -> int:
     """Run a recipe to its end. Returns the exit status: 0 done, 75 preempted after a saved checkpoint."""
     if recipe.algorithm.data is Data.PROMPTS:
-        read_inputs(recipe)  # a bad row is told before anything is started
+        read_inputs(recipe)  # a bad row is an error before anything is started
         check_rewards(recipe)
         lock_local_cluster()  # before Ray is imported
         from dfactory.rl.cluster import run  # Ray is an extra

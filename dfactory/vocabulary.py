@@ -25,8 +25,8 @@ class Vocabulary(NamedTuple):
     @property
     def warnings(self) -> list[str]:
         """What is likely to be a mistake about the special ids."""
-        told = mask_warning(self.tokenizer, self.special.mask)
-        return [told] if told else []
+        warning = mask_warning(self.tokenizer, self.special.mask)
+        return [warning] if warning else []
 
     def text(self, output_ids: list[int]) -> str | None:
         """A response as people read it: up to EOS, special tokens left out. None without a tokenizer."""

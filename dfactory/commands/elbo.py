@@ -50,7 +50,7 @@ class Bounds(NamedTuple):
     @property
     def standard_error_D(self) -> np.ndarray:
         """Of each document's ELBO. Neighbouring pairs stand in for two draws from one slice (collapsed strata), which
-        tells too much rather than too little. NaN for a single pair."""
+        errs on the large side. NaN for a single pair."""
         pairs = self.elbo_DN.shape[1]
         if pairs == 1:
             return np.full(len(self.tokens_D), np.nan)

@@ -1,8 +1,8 @@
 """`dfactory eval`: how often a model answers right, with a confidence interval, and how many forwards that takes.
 
 Questions are records with an `answer` (--data; right is the same text), or those of reasoning-gym's tasks (--task; right is
-a full score by the task's own scorer, and the mean score is told besides). --thresholds asks all of them at each of
-several thresholds, and writes a line a threshold for the report to draw.
+a full score by the task's own scorer, and the mean score is printed too). --thresholds asks all of them at each of several
+thresholds, and writes a line a threshold for the report to draw.
 """
 
 import argparse
@@ -206,7 +206,7 @@ def _sweep_line(threshold: float, tally: Tally) -> dict[str, Any]:
 
 
 def _sweep_file(arguments: argparse.Namespace) -> Path | None:
-    """Where it was told to go, else beside the metrics of the run; a plain model directory is left as it is."""
+    """`--output`, or else beside the metrics of the run. None for a plain model directory, which stays as it is."""
     if arguments.output:
         return Path(arguments.output)
     run = Path(arguments.model)

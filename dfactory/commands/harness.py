@@ -6,7 +6,7 @@
 conversation what the template writes after an answer, then EOS. Without an end, an answer that is cut where a block ends
 would beat the whole one. It is a lower bound, from `pairs` complementary pairs of views
 (docs/method.md#perplexity-bound), good for choosing among continuations: those of one question share their noise.
-Whether a continuation is the greedy one it does not tell, and says no. `loglikelihood_rolling` is refused.
+It does not know whether a continuation is the greedy one, and always says no. `loglikelihood_rolling` is refused.
 """
 
 import argparse

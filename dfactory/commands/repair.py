@@ -9,7 +9,7 @@ up to its EOS:
     restored      the whole answer is the right one
     false edits   right tokens that are others now: in answers without an error, and beside a planted one
 
-A token behind an EOS that editing put too early counts as changed.
+A token after an EOS that editing put too early counts as changed.
 """
 
 import argparse

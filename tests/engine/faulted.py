@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.local_client import copy_weights
 from dfactory import faults, train
 from dfactory.engine import checkpoint
 from dfactory.errors import DFactoryError
@@ -48,7 +49,7 @@ class Kind:
         return f"{self.stage} ZeRO-{self.zero} {self.ranks} rank{'s' if self.ranks > 1 else ''}"
 
 
-class LocalClient:
+class DecodingClient:
     """What Ray's controller and rollout actor do, in this process: decodes with the published weights, for real."""
 
     def __init__(self, recipe):
@@ -56,10 +57,7 @@ class LocalClient:
         self.actor = RolloutActor(recipe, os.getcwd())
 
     def publish(self, version, groups):
-        own = dict(self.actor.policy.model.named_parameters()) | dict(self.actor.policy.model.named_buffers())
-        for group in groups:
-            for name, tensor in group.items():
-                own[name].data.copy_(tensor)
+        copy_weights(self.actor.policy, groups)
         return {"seconds/sync": 0.0}
 
     def next_batch(self, version, next_group):
@@ -139,7 +137,7 @@ def _child(recipe, place: dict, log: Path, fault: str | None, record: Path | Non
             os.environ[faults.VARIABLE] = "none:0"
             faults.at = functools.partial(_record, record, place.get("RANK", 0))
         checkpoint.save_policy = functools.partial(save_policy, max_shard_bytes=200_000)  # several, with an index
-        status = train.learn(recipe, LocalClient(recipe) if recipe.stage == "rl" else None)
+        status = train.learn(recipe, DecodingClient(recipe) if recipe.stage == "rl" else None)
     except DFactoryError as problem:
         status = problem.exit_status
         print(f"{type(problem).__name__}: {problem}", flush=True)

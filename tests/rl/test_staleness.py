@@ -4,23 +4,21 @@ The policy is a table of logits. Every response comes once, its advantage times 
 decoded, so that a loss over the rollouts is an expectation.
 """
 
-import asyncio
 import itertools
 import json
-import threading
 import time
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.local_client import LocalCall, LocalClient, Weights
 from dfactory.algorithms.policy_gradient import PolicyGradient
 from dfactory.algorithms.rollouts import rollout_views
 from dfactory.engine.replay import join
 from dfactory.noise import RandomMask
 from dfactory.recipe import Recipe, load_recipe
 from dfactory.rl.actors import RolloutActor
-from dfactory.rl.controller import Controller
 from dfactory.rl.rollouts import DecodedGroup, GroupCall, RolloutBatch, ScoredRollout
 from dfactory.rl.rows import RolloutRows, at_targets, by_rollout
 from dfactory.rl.source import RolloutSource
@@ -233,16 +231,6 @@ def test_a_rollout_actor_scores_the_views_that_learners_train_on(actor):
 # --- the controller ---------------------------------------------------------------------------------------------------
 
 
-class LocalCall:
-    """A method of a rollout actor that is no process of its own."""
-
-    def __init__(self, method):
-        self.method = method
-
-    async def remote(self, *arguments):
-        return self.method(*arguments)
-
-
 class LocalActor:
     """Answers every group with whole blocks, of odd and even first tokens."""
 
@@ -261,31 +249,13 @@ class LocalActor:
         return response(call.prompt_ids, ids, [0.0] * len(ids), BLOCK)
 
 
-class LocalClient:
-    """The controller in a thread of this process."""
+class SlowSteps(LocalClient):
+    """A learner's step takes a while, in which actors decode."""
 
-    def __init__(self, recipe: Recipe):
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.controller = self._wait(self._start(recipe))
-
-    async def _start(self, recipe: Recipe) -> Controller:
-        return Controller(recipe, lambda index: LocalActor())
-
-    def _wait(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=60)
-
-    def publish(self, version: int, groups) -> dict[str, float]:
-        self._wait(self.controller.publish(WeightSet(version, [], 0, 0.0)))
-        time.sleep(0.05)  # a step takes a while, in which actors decode
-        return {}
-
-    def next_batch(self, version: int, next_group: int) -> RolloutBatch:
-        return self._wait(self.controller.next_batch(version, next_group))
-
-    def close(self) -> None:
-        self.controller.scorer.close()
-        self.loop.call_soon_threadsafe(self.loop.stop)
+    def publish(self, version: int, groups: Weights) -> dict[str, float]:
+        published = super().publish(version, groups)
+        time.sleep(0.05)
+        return published
 
 
 @pytest.fixture
@@ -301,7 +271,10 @@ def staleness(tmp_path):
         base += ["model_name_or_path=tiny", f"block_size={BLOCK}", "num_generations=2", "prompts_per_step=3"]
         base += ["eval_datasets=[]", "eval_decode_prompts=0", "reward_workers=1", f"output_dir={tmp_path}/run"]
         recipe = load_recipe(ROOT / "recipes/quickstart/rl.yaml", [*base, *keys])
-        client, masks = LocalClient(recipe), RandomMask(99, seed=1, low=0.3, high=0.8, complementary=True)
+        client, masks = (
+            SlowSteps(recipe, LocalActor(), timeout_s=60),
+            RandomMask(99, seed=1, low=0.3, high=0.8, complementary=True),
+        )
         source = RolloutSource(
             client,
             weights=lambda: iter([]),
