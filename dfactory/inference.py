@@ -52,7 +52,7 @@ class Pipeline:
 
     policy: Decodable
     vocabulary: Vocabulary
-    keys: DecodeKeys  # with the block size
+    keys: DecodeKeys  # with the block size that the model was trained with; None where it sees whole documents
     rules: DecodeRules
 
     def __init__(
@@ -194,7 +194,8 @@ class Stream:
         rules = pipeline.rules
         check_prompts([prompt_ids], rules, pipeline.policy.config.vocab_size)
         length = document_length(len(prompt_ids), rules)
-        self.pipeline, self.max_new_tokens = pipeline, rules.max_new_tokens
+        self.pipeline = pipeline
+        self.layout = {"block_size": rules.block_size, "max_new_tokens": rules.max_new_tokens}
         self.decoder = make_decoder(pipeline.policy, rules.block_size, 1, length, cuda_graphs=rules.cuda_graphs)
         self.decoder.add(0, prompt_ids, rules, noise_id=noise_id)
         self.denoising = Denoising(pipeline.vocabulary, rules.block_size)
@@ -209,7 +210,7 @@ class Stream:
         return self.denoising.frame(progress, self.pipeline.rules.rule.shown)
 
     def go_on_with(self, pipeline: Pipeline) -> None:
-        """Decode on by the keys of another pipeline of this model. The longest answer stays: the document is laid out."""
+        """Decode on by the keys of another pipeline of this model. The document is laid out: the block size and the longest
+        answer stay."""
         self.pipeline = pipeline
-        keys = dataclasses.replace(pipeline.keys, max_new_tokens=self.max_new_tokens)
-        self.decoder.change_rules(0, pipeline.vocabulary.rules(keys))
+        self.decoder.change_rules(0, pipeline.vocabulary.rules(dataclasses.replace(pipeline.keys, **self.layout)))

@@ -88,7 +88,7 @@ def evaluate_elbo(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
 
 def read_examples(path: str, pipeline: Pipeline, longest: int | None = None) -> Examples:
     """Training records of any kind, tokenised; one of more than `longest` tokens (default: the model's) is refused."""
-    block_size, config = pipeline.keys.block_size, pipeline.policy.config
+    block_size, config = pipeline.rules.block_size, pipeline.policy.config
     return load_examples(
         [DatasetKeys(path)],
         pipeline.vocabulary.encoder,
@@ -134,7 +134,7 @@ def estimate(
 
 
 def _source(pipeline: Pipeline, examples: Examples, views: RandomMask, seed: int) -> RecordSource:
-    block_size, num_views = pipeline.keys.block_size, 2 * views.num_views
+    block_size, num_views = pipeline.rules.block_size, 2 * views.num_views
     clean_E, response_E = examples.block_counts(block_size)
     longest = block_size * int((clean_E + num_views * response_E).max())
     return RecordSource(

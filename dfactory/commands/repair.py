@@ -66,7 +66,7 @@ def repair(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
         raise ConfigError("decode.editing_threshold is null: --repair measures editing; set it, to 0.5 for example")
     pipeline = Pipeline(**model_of(arguments), keys=keys)
     started = time.perf_counter()
-    examples = read_examples(arguments.data, pipeline, LONGEST_BLOCKS * pipeline.keys.block_size)
+    examples = read_examples(arguments.data, pipeline, LONGEST_BLOCKS * pipeline.rules.block_size)
     records = plant(pipeline, examples, keys.seed)
     rollouts = {planted: _decode(pipeline, records, planted) for planted in (False, True)}
     if arguments.output:
@@ -89,7 +89,7 @@ def plant(pipeline: Pipeline, examples: Examples, seed: int) -> list[Planted]:
         where, token = generator(seed, example.document_id, 0, 0, Purpose.PLANT).random(2)
         position = text[int(where * len(text))]
         wrong = other_tokens(example.input_ids_T[position : position + 1], np.array([token]), text_ids)
-        ids = align(example, pipeline.keys.block_size, pipeline.vocabulary.special.eos).input_ids_T.tolist()
+        ids = align(example, pipeline.rules.block_size, pipeline.vocabulary.special.eos).input_ids_T.tolist()
         length = len(example)
         records.append(
             Planted(example.origin, ids[:start], ids[start:length], ids[length:], int(position) - start, int(wrong[0]))

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from dfactory.decoding import DecodeRules, Progress, make_decoder
-from dfactory.decoding.decoder import Decodable
+from dfactory.decoding.slots import Decodable
 from dfactory.errors import DFactoryError
 
 MEMORY = 0.9  # weight of the past in the running mean of seconds per job

@@ -125,7 +125,7 @@ class Reader:
         for name in ("max_tokens", "max_completion_tokens"):
             if name in body and values.setdefault("max_new_tokens", body[name]) != body[name]:
                 raise DataError(f"{name} {body[name]} and another limit {values['max_new_tokens']}: give one")
-        block = self.pipeline.keys.block_size
+        block = self.pipeline.rules.block_size
         room = self.longest // block * block - prompt_length  # a slot holds whole blocks
         if room < 1:
             raise DataError(

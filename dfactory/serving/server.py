@@ -72,6 +72,7 @@ def read_token(host: str, token_file: str | None) -> str | None:
 def serve(pipeline: Pipeline, options: Options, console: Console) -> int:
     """Serve until SIGTERM or SIGINT. Returns 0, or 1 if the decoder failed."""
     token, rules = read_token(options.host, options.token_file), pipeline.rules
+    pipeline = pipeline.over({"block_size": rules.block_size})  # the engine's, whatever a request asks for
     most = pipeline.policy.config.max_position_embeddings
     longest = options.max_length or min(most, LONGEST)
     if not rules.block_size <= longest <= most:
