@@ -24,7 +24,8 @@ RolloutViews = Callable[[AlignedDocument, int], tuple[AlignedDocument, list[View
 class RolloutKeys:
     reward_funcs: list[Any] = key(
         [],
-        "rewards: a builtin's name, a dotted path `pkg.module.function`, or `file.py:function` (relative to the recipe); "
+        "rewards: the name of a builtin or of one that an installed package adds, a dotted path `pkg.module.function`, or "
+        "`file.py:function` (relative to the recipe); "
         "or a mapping {name: one of these, weight: 1.0, per_rollout: false, ...options of that reward}",
     )
     reward_weights: Optional[list[float]] = key(

@@ -88,3 +88,11 @@ def test_the_table_names_what_the_code_names():
     for column in columns.columns():
         stem = column.name.rpartition("_")[0].partition("*")[0]
         assert stem in (ROOT / "dfactory" / column.owner).read_text(), column
+
+
+def test_the_page_lists_the_table():
+    page = (ROOT / "docs/extending.md").read_text()
+    rows = [
+        f"| `{c.name}` | {str(c.dtype).removeprefix('torch.')} | `{c.owner}` | {c.meaning} |" for c in columns.columns()
+    ]
+    assert "\n".join(["|---|---|---|---|", *rows]) in page
