@@ -92,8 +92,8 @@ def _eval(arguments, overrides) -> int:
     if arguments.data is None and (arguments.repair or arguments.elbo_pairs):
         raise ConfigError("--repair and --elbo-pairs read records: give them with --data")
     if arguments.lm_eval:
-        if arguments.thresholds:
-            raise ConfigError("--thresholds with --lm-eval: call it once for each decode.threshold")
+        if arguments.thresholds or arguments.sweep:
+            raise ConfigError("--sweep or --thresholds with --lm-eval: call it once for each value")
         from dfactory.commands.harness import evaluate_harness
 
         return evaluate_harness(arguments, keys)

@@ -64,7 +64,13 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         "--thresholds",
         type=thresholds,
         metavar="T,T,...",
-        help="ask at each threshold; a run folder gets the lines in thresholds.jsonl, which `report` draws",
+        help="the same for the threshold of the rule that is the default; in thresholds.jsonl",
+    )
+    instead.add_argument(
+        "--sweep",
+        type=sweep,
+        metavar="KEY=V,V,...",
+        help="ask at each value of a decode key; a run folder gets the lines in sweep_KEY.jsonl, which `report` draws",
     )
     instead.add_argument(
         "--elbo-pairs",
@@ -166,6 +172,14 @@ def seconds(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
     return value
+
+
+def sweep(text: str) -> tuple[str, list[str]]:
+    """A decode key and its values, as they stand there."""
+    key, _, values = text.partition("=")
+    if not key or not all(values.split(",")):
+        raise argparse.ArgumentTypeError(f"{text} is not a key with values such as entropy_bound=0.05,0.1,0.5")
+    return key.removeprefix("decode."), values.split(",")
 
 
 def thresholds(text: str) -> list[float]:

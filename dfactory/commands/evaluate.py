@@ -1,8 +1,9 @@
 """`dfactory eval`: how often a model answers right, with a confidence interval, and how many forwards that takes.
 
 Questions are records with an `answer` (--data; right is the same text), or those of reasoning-gym's tasks (--task; right is
-a full score by the task's own scorer, and the mean score is printed too). --thresholds asks all of them at each of several
-thresholds, and writes a line a threshold for the report to draw.
+a full score by the task's own scorer, and the mean score is printed too). --sweep asks all of them at each of several
+values of a decode key, and writes one line per value for the report to draw; --thresholds does it for the first key of the
+default decoding rule.
 """
 
 import argparse
@@ -14,14 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 from dfactory.commands.arguments import model_of
 from dfactory.commands.generate import answered, matches, output_of, write_outputs
+from dfactory.commands.reporting.runs import sweep_file
 from dfactory.console import plain_console
 from dfactory.data.prompts import Row, read_rows
 from dfactory.decoding.keys import DecodeKeys
+from dfactory.decoding.rules.base import default_rule
 from dfactory.errors import ConfigError, DataError
 from dfactory.inference import Pipeline
 from dfactory.rl.rewards.reasoning_gym import score
@@ -29,7 +33,6 @@ from dfactory.rl.rewards.text import answer_text
 
 NORMAL_QUANTILE = 1.96  # two-sided 95 percent
 FULL_SCORE = 1 - 1e-9
-SWEEP = "thresholds.jsonl"  # in a run folder, where the report looks for it
 
 Score = Callable[[dict[str, Any]], float]  # of an output line, 0 to 1
 
@@ -63,18 +66,17 @@ class Tally(NamedTuple):
 
 def evaluate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     console = plain_console()
-    thresholds = arguments.thresholds
     rows, score = _questions(arguments, keys)
     pipeline = Pipeline(**model_of(arguments), keys=keys)
     if pipeline.vocabulary.tokenizer is None:
         raise ConfigError(f"{arguments.model} has no tokenizer: there is no text to compare with an answer")
-    if thresholds is not None:
-        by = {at: pipeline.over({"threshold": at}, "--thresholds") for at in thresholds}
-        sweep = [(at, _tally(_ask(by[at], rows, console), score)) for at in thresholds]
-        console.print(_sweep_table(sweep))
-        file = _sweep_file(arguments)
+    if arguments.thresholds or arguments.sweep:
+        key, over = _sweep_of(arguments, pipeline)
+        sweep = [(value, _tally(_ask(over[value], rows, console), score)) for value in over]
+        console.print(_sweep_table(key, sweep))
+        file = _sweep_file(arguments, key)
         if file is not None:
-            write_outputs(file, [_sweep_line(*point) for point in sweep])
+            write_outputs(file, [_sweep_line(key, *point) for point in sweep])
             console.print(f"written: {file}", soft_wrap=True)
         return 0
     asked = _ask(pipeline, rows, console)
@@ -182,19 +184,32 @@ def _align(table: Table) -> None:
         column.justify = "right"
 
 
-def _sweep_table(sweep: list[tuple[float, Tally]]) -> Table:
+def _sweep_of(arguments: argparse.Namespace, pipeline: Pipeline) -> tuple[str, dict[Any, Pipeline]]:
+    """The decode key, and for each of its values what decodes with it. A wrong one is refused before anything is decoded."""
+    if arguments.thresholds:
+        key, values, origin = default_rule().dial(), arguments.thresholds, "--thresholds"
+    else:
+        (key, words), origin = arguments.sweep, "--sweep"
+        values = [yaml.safe_load(word) for word in words]
+    return key, {value: pipeline.over({key: value}, origin) for value in values}
+
+
+def _sweep_table(key: str, sweep: list[tuple[Any, Tally]]) -> Table:
     columns = ["exact\nmatch", "95% interval", "tokens /\nforward", "forwards", "tokens /\nsecond"]
-    table = Table("threshold", *columns, title=f"evaluation of {len(sweep[0][1].scores)} records")
+    table = Table(key, *columns, title=f"evaluation of {len(sweep[0][1].scores)} records")
     _align(table)
-    for threshold, tally in sweep:
-        table.add_row(f"{threshold:g}", *tally.cells(), f"{tally.tokens / tally.seconds:,.0f}")
+    for value, tally in sweep:
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        table.add_row(shown, *tally.cells(), f"{tally.tokens / tally.seconds:,.0f}")
     return table
 
 
-def _sweep_line(threshold: float, tally: Tally) -> dict[str, Any]:
+def _sweep_line(key: str, value: Any, tally: Tally) -> dict[str, Any]:
     low, high = wilson_interval(tally.hits, len(tally.scores))
+    swept = {} if key == default_rule().dial() else {"swept": key}
     return {
-        "threshold": threshold,
+        **swept,
+        key: value,
         "exact_match": tally.exact_match,
         "exact_match_low": low,
         "exact_match_high": high,
@@ -205,9 +220,9 @@ def _sweep_line(threshold: float, tally: Tally) -> dict[str, Any]:
     }
 
 
-def _sweep_file(arguments: argparse.Namespace) -> Path | None:
+def _sweep_file(arguments: argparse.Namespace, key: str) -> Path | None:
     """`--output`, or else beside the metrics of the run. None for a plain model directory, which stays as it is."""
     if arguments.output:
         return Path(arguments.output)
     run = Path(arguments.model)
-    return run / SWEEP if (run / "LATEST").is_file() else None
+    return run / sweep_file(key) if (run / "LATEST").is_file() else None

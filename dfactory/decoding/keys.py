@@ -126,13 +126,19 @@ def decode_keys_over(keys: DecodeKeys, values: dict[str, Any], origin: str) -> D
     changed = dataclasses.replace(keys, **values)
     check_values(changed, origin)
     refuse_foreign_keys(changed, dict.fromkeys(values, origin))
-    kept = key_names(RULES[changed.rule]) | values.keys()
+    kept = valid_keys(changed).keys() | values.keys()
     former = {field.name: default_of(field) for field in dataclasses.fields(RuleKeys) if field.name not in kept}
     changed = dataclasses.replace(changed, **former)
     problem = decode_problem(changed, changed.block_size)
     if problem is not None:
         raise ConfigError(f"{problem.replace('decode.', '')} in {origin}")
     return changed
+
+
+def valid_keys(keys: DecodeKeys) -> dict[str, Any]:
+    """The keys that hold with the selected rule, and their values."""
+    foreign = {field.name for field in dataclasses.fields(RuleKeys)} - key_names(RULES[keys.rule])
+    return {name: value for name, value in dataclasses.asdict(keys).items() if name not in foreign}
 
 
 def refuse_foreign_keys(keys: DecodeKeys, origins: Mapping[str, str], prefix: str = "") -> None:

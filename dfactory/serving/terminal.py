@@ -4,7 +4,6 @@ Lines that begin with / change how it decodes, also while an answer is on its wa
 """
 
 import contextlib
-import dataclasses
 import os
 import select
 import signal
@@ -21,6 +20,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from dfactory.decoding.keys import valid_keys
 from dfactory.decoding.response import document_length
 from dfactory.denoising import MASK, Frame, Run, State, printable
 from dfactory.errors import ConfigError, DataError
@@ -29,8 +29,8 @@ from dfactory.serving.trace import Turn, write_trace
 from dfactory.types import Answer
 
 HELP = """\
-/threshold 0.7           from now on; in this way any decode key: /editing_threshold 0.5,
-                         /temperature 1, /max_new_tokens 64
+/{dial:24}from now on; in this way any decode key: /rule NAME,
+                         /editing_threshold 0.5, /temperature 1, /max_new_tokens 64
 /delay 0.2               seconds to wait after each forward, to watch a fast model
 /keys                    the values of all of them
 /new                     forget the conversation
@@ -86,9 +86,9 @@ class Chat:
     def _command(self, line: str) -> None:
         name, _, value = line[1:].strip().partition(" ")
         if name == "help":
-            self.note = HELP
+            self.note = HELP.format(dial=self.pipeline.rules.rule.shown)
         elif name == "keys":
-            values = dataclasses.asdict(self.pipeline.keys).items()
+            values = valid_keys(self.pipeline.keys).items()
             self.note = ", ".join(f"{name} {'off' if value is None else value}" for name, value in values)
         elif name == "new":
             self.messages = []

@@ -1,4 +1,4 @@
-"""`eval` on records, on reasoning-gym's tasks, and at several thresholds."""
+"""`eval` on records, on reasoning-gym's tasks, and at several values of a decode key."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 from dfactory.cli import main
 from dfactory.commands.evaluate import task_questions, wilson_interval
 from dfactory.errors import ConfigError
-from dfactory.models.registry import TINY_DIR
+from dfactory.models.tiny import TINY_DIR
 from tests.commands.conftest import GOLDEN
 
 TINY = ("--model", "tiny", "decode.block_size=8", "decode.max_new_tokens=16")
@@ -47,6 +47,25 @@ def test_a_sweep_is_a_table_and_a_line_a_threshold(records, tmp_path, capsys):
     assert main([*words, "decode.threshold=1.0", "--output", str(tmp_path / "out.jsonl")]) == 0
     alone = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert sum(output["forwards"] for output in alone) == careful["forwards"]
+
+
+def test_a_sweep_over_a_key_of_another_rule(records, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(TINY_DIR, run / "checkpoint-1")
+    (run / "LATEST").write_text("checkpoint-1")
+    words = ["eval", "--model", str(run), "--data", str(records), "decode.block_size=8", "decode.max_new_tokens=16"]
+    assert main([*words, "decode.rule=entropy_bound", "--sweep", "entropy_bound=0,1000"]) == 0
+    assert "entropy_bound" in capsys.readouterr().out
+    careful, hasty = (json.loads(line) for line in (run / "sweep_entropy_bound.jsonl").read_text().splitlines())
+    assert [line["swept"] for line in (careful, hasty)] == ["entropy_bound"] * 2
+    assert (careful["entropy_bound"], hasty["entropy_bound"]) == (0, 1000)
+    assert hasty["forwards"] < careful["forwards"]
+    assert main([*words, "--sweep", "entropy_bound=0.1,0.2"]) == 2
+    assert "entropy_bound in --sweep belongs to decode.rule entropy_bound" in capsys.readouterr().err
+    assert main([*words, "decode.rule=entropy_bound", "--thresholds", "0.5"]) == 2
+    assert "threshold in --thresholds belongs to decode.rule threshold" in capsys.readouterr().err
+    assert main([*words, "--sweep", "steps=1,none"]) == 2
+    assert "steps in --sweep: it must be int, is str" in capsys.readouterr().err
 
 
 def test_a_sweep_of_a_run_lies_in_its_folder(records, tmp_path):
@@ -93,6 +112,7 @@ def test_reasoning_gym_tasks(tmp_path, capsys):
         (["--task", "chain_sum", "--repair"], "--repair and --elbo-pairs read records"),
         (["--task", "chain_sum", "--elbo-pairs", "2"], "--repair and --elbo-pairs read records"),
         (["--lm-eval", "x", "--thresholds", "0.5"], "--thresholds with --lm-eval"),
+        (["--lm-eval", "x", "--sweep", "threshold=0.5"], "--sweep or --thresholds with --lm-eval"),
     ],
 )
 def test_options_that_do_not_go_together(capsys, words, message):
@@ -100,7 +120,15 @@ def test_options_that_do_not_go_together(capsys, words, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["--data", "x", "--task", "y"], ["--data", "x", "--thresholds", "0.5,2"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--data", "x", "--task", "y"],
+        ["--data", "x", "--thresholds", "0.5,2"],
+        ["--data", "x", "--sweep", "steps="],
+    ],
+)
 def test_usage_errors(words):
     with pytest.raises(SystemExit) as ended:
         main(["eval", *TINY, *words])

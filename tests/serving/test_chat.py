@@ -115,6 +115,18 @@ def test_plain_lines_without_a_terminal(monkeypatch, capsys):
     assert second
 
 
+def test_another_rule_in_a_conversation(monkeypatch, capsys):
+    lines = "/rule entropy_bound\n/threshold 0.5\n/entropy_bound 100\n/keys\n/help\nhello\n/quit\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    words = ["decode.block_size=8", "decode.max_new_tokens=24", "decode.threshold=0.9"]
+    assert main(["chat", *MODEL, *words]) == 0
+    told = " ".join(capsys.readouterr().out.split())  # a line is broken where the terminal ends
+    assert told.startswith("rule entropy_bound threshold in /threshold belongs to decode.rule threshold, and this is ")
+    assert "entropy_bound 100 block_size 8, " in told
+    assert "min_commit" not in told
+    assert "/entropy_bound 100 from now on" in told
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

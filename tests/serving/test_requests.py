@@ -49,6 +49,8 @@ def reader(pipeline) -> Reader:
         ({"temperature": 1e999}, "not a JSON value|temperature inf"),
         ({"seed": 2**64}, "seed 18446744073709551616 in the request: it must be at most"),
         ({"acceptance": "${oc.env:HOME}"}, r"acceptance \$\{oc.env:HOME\} in the request: it must be one of"),
+        ({"rule": "entropy"}, r"rule entropy in the request: .* did you mean entropy_bound\?"),
+        ({"rule": "entropy_bound", "steps": 4}, r"steps in the request belongs to decode\.rule threshold, and this is"),
         ({"steps": 99}, "steps 99 > block_size 8.* in the request"),
         ({"stop": [""]}, "stop must be text"),
         ({"stop": 5}, "stop must be text"),
@@ -60,6 +62,13 @@ def reader(pipeline) -> Reader:
 def test_what_generate_refuses(reader, fields, message):
     with pytest.raises((DataError, ConfigError), match=message):
         reader.native(json.dumps({"prompt": "x"} | fields).encode())
+
+
+def test_a_request_has_a_rule_of_its_own(reader):
+    """Whatever the keys of the server's rule are."""
+    body = {"prompt": "x", "rule": "entropy_bound", "entropy_bound": 0.5}
+    assert reader.native(json.dumps(body).encode()).rules.rule.shown == "entropy_bound 0.5"
+    assert reader.completions(json.dumps(body).encode()).rules.rule.shown == "entropy_bound 0.5"
 
 
 @pytest.mark.parametrize(
