@@ -5,9 +5,9 @@
     python -m benchmarks.growth --axes ranks --ranks 1 2 4  # on a machine with more cores
     python -m benchmarks.growth --axes length --length 512 1024 2048 --shape mini   # layers of LLaDA2-mini's own width
 
-As it comes, glibc gives tensors above 32 MB back at once and fetches them anew, which is dear in wide layers; what is linear
-apart from that is seen with `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456` before the
-command. A GPU's allocator keeps memory by itself.
+By default glibc returns tensors above 32 MB at once and allocates them again, which is expensive in wide layers. To measure
+without that put `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456` before the command. A GPU's
+allocator keeps memory by itself.
 
 A step is forward, backward, clipping and AdamW in fp32, as in benchmarks/step.py; half of each document is prompt, and views
 cover the other half. All axes begin at L 1024, batch 2, two views and 32 experts, of which a token takes 4 (of `mini` 8).
@@ -16,7 +16,7 @@ slope of log seconds over log size by least squares: 1 is linear, 0 is free. On 
 torchrun) every rank has as large a batch and as many threads, so that 0 would be perfect: the threads of this process,
 divided by the largest number of ranks.
 
-Operations (planning/costs.py, by visible pairs) are told beside the seconds: where they grow faster than positions, so
+Operations (planning/costs.py, by visible pairs) are printed next to the seconds: where they grow faster than positions, so
 does a perfect step. A step is called linear in tokens up to L 2048 if its seconds a position differ by at most 15 percent
 there.
 """

@@ -2,10 +2,10 @@
 
     python -m benchmarks.likelihood
 
-Ours packs a response's N views behind one clean stream and scores them in a forward a model. The obvious version
+Ours packs a response's N views after one clean stream and scores them in one forward per model. The obvious version
 (tests/reference.py) runs a noisy ++ clean row of twice the length for every view and model, with a dense float mask and
 logits at all positions. Both see the same noise and compute without gradients, as the reference of DPO, the old policy of RL
-and `dfactory eval` do. Both models have the same weights, so only the seconds of two are told, not two values.
+and `dfactory eval` do. Both models have the same weights, so two models change the seconds and not the values.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 
 Makes a random LLaDA2-MoE in bfloat16, writes it under its original names (one tensor an expert and projection, in shards of
 1 GB) and reads it again as a Policy in a process of its own. Beside that the bytes of the same files are read, and written,
-through a buffer of 16 MiB: once from the page cache, and once behind an advice to drop them from it, that is from the disk
+through a buffer of 16 MiB: once from the page cache, and once after an advice to drop them from it, that is from the disk
 (on Linux; elsewhere both are from the cache). Memory is the largest size of the process that reads,
 above that with a small model, without the pages of the mapped files, which the kernel takes back when it needs them.
 """

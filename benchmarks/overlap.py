@@ -36,7 +36,7 @@ BAR = 0.65
 
 
 def run(folder: Path, staleness: int, options: argparse.Namespace) -> tuple[list[float], list[dict]]:
-    """Seconds between the lines of metrics.jsonl behind the first steps, and these lines."""
+    """Seconds between the lines of metrics.jsonl after the first steps, and these lines."""
     (folder / "reward.py").write_text(REWARD)
     output = folder / f"staleness-{staleness}"
     keys = [

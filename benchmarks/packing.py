@@ -95,7 +95,7 @@ class Result(NamedTuple):
 
 
 def train_both(recipe: Recipe, count: int) -> Result:
-    """Time `count` micro-batches, behind one that is not timed."""
+    """Time `count` micro-batches, after one that is not timed."""
     records = Records(recipe)
     batches = [records.source.next_window()[0] for _ in range(count + 1)]
     given = [(batch, records.padded(batch)) for batch in batches]

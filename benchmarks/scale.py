@@ -136,7 +136,7 @@ def recommend(found: Iterable[Plan]) -> Plan | None:
 
 
 def words(plan: Plan) -> str:
-    """What to write behind the command, over the shipped recipe."""
+    """The overrides to add to the command, relative to the shipped recipe."""
     setup = plan.setup
     file = "zero3_offload" if setup.offload_optimizer and setup.zero_stage == 3 else f"zero{setup.zero_stage}"
     keys = {

@@ -1,4 +1,4 @@
-"""What stale rollouts cost, and what their correction gives back: RL of the quickstart by the age of its rollouts.
+"""What stale rollouts cost, and what their correction recovers: RL of the quickstart by the age of its rollouts.
 
     python -m benchmarks.staleness --output runs/benchmark_staleness
 

@@ -113,7 +113,7 @@ def memory_of(name: str, size: Size) -> Memory:
 
 
 def memory_alone(name: str, size: Size) -> Memory:
-    """In a new process, behind a small run that loads what any run loads, and whose memory goes back when it is freed."""
+    """In a new process, after a small run that loads what any run loads, and whose memory is returned when it is freed."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc reads it when a process starts
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         pool.submit(memory_of, name, SMOKE).result()

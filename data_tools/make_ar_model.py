@@ -48,7 +48,7 @@ def texts() -> list[str]:
 
 
 def token_stream(documents: list[str], tokenizer) -> torch.Tensor:
-    """All texts behind each other, each with EOS behind it."""
+    """All texts concatenated, each followed by EOS."""
     encoded = tokenizer(documents, add_special_tokens=False)["input_ids"]
     return torch.tensor([token for ids in encoded for token in (*ids, tokenizer.eos_token_id)])
 

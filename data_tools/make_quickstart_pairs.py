@@ -7,7 +7,7 @@ Writes `pairs_train.jsonl` and `pairs_heldout.jsonl`. A line has `prompt`, `chos
 (`messages`, `answer`, `task`) with the preferred answer, which is what a reward knows in reinforcement learning.
 
 "Write in order: STONE" can mean ENOST or ENOTS; the instruction records teach both ways of answering, so a model that was
-trained on them can do either, and nothing told it which one is wanted here:
+trained on them can do either, and does not know which one is wanted here:
 
     letters   in alphabetical order, not backwards          numbers   from the largest, not from the smallest
     words     the first one, not the last                   digits    the smallest one, not the largest
@@ -144,7 +144,7 @@ def preferred_record(pair: dict) -> dict:
 
 
 def held_out_subjects(file: Path) -> set[str]:
-    """What the held-out instructions are about: all that stands behind their colon."""
+    """The subjects of the held-out instructions: the text after their colon."""
     questions = (json.loads(line)["messages"][0]["content"] for line in file.read_text(encoding="utf-8").splitlines())
     return {question.partition(": ")[2].rstrip("?") for question in questions}
 

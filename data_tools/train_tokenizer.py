@@ -27,7 +27,7 @@ VOCAB_SIZE = 2048
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>", "<role>", "</role>", "<|role_end|>", "<|mask|>")
 ROLES = ("SYSTEM", "HUMAN", "ASSISTANT", "TOOL")
 # How text is cut into pieces; merges stay inside a piece. In this order: a role name; a capital letter beside another, or
-# a digit, alone; letters with their apostrophe ending; other signs, with the space behind them where something follows.
+# a digit, alone; letters with their apostrophe ending; other signs, with the space after them if something follows.
 # Letters take the space before them along, unless a sign has it already: "BAD, 12" is B A D ,_ 1 2.
 PIECES = (
     rf"(?:{'|'.join(ROLES)})\b"

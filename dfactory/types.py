@@ -315,7 +315,7 @@ class Edit(NamedTuple):
 class Rollout:
     """One decoded response, with the trace that produced it: `views.state_before` rebuilds what each forward saw.
 
-    `token_ids` runs to the end of the last decoded block, because the tokens behind EOS were context of those before it
+    `token_ids` runs to the end of the last decoded block, because the tokens after EOS were context of those before it
     and a likelihood needs them. `output_ids` is the answer: up to and including EOS, at most max_new_tokens.
 
     block size 4, prompt of 2, with editing

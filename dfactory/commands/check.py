@@ -1,4 +1,4 @@
-"""`dfactory check`: what a recipe would do, told before anything is loaded or written.
+"""`dfactory check`: shows what a recipe would do, before anything is loaded or written.
 
 Sections (checking/) are printed in the order in which `train` would meet them. A section that fails prints its error and
 those that do not need it go on; the first error's status is the command's. Nothing here computes what training computes:

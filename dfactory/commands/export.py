@@ -43,7 +43,7 @@ def export(model: str, output: str, dtype: str = "auto") -> int:
 
     `dtype` is float32, bfloat16, or auto: the checkpoint's own, of adapters that of their base.
     Raises ConfigError if `output` is not free, CheckpointError if the checkpoint cannot be read or a proof fails; then
-    nothing is left behind.
+    no files are left.
     """
     source = resolve(model)
     wanted = None if dtype == "auto" else getattr(torch, dtype)

@@ -29,7 +29,7 @@ def merge(run: str, output: str, keys: MergeKeys) -> int:
     """Write the mean of the `keys.topk` best checkpoints of the folder `run` as the model directory `output`.
 
     Raises ConfigError for a metric that the run never measured and where too few checkpoints are left, DataError and
-    CheckpointError for what cannot be read or does not prove right; then nothing is left behind.
+    CheckpointError for what cannot be read or fails verification; then no files are left.
     """
     chosen = best_checkpoints(RunFolder(run), keys)
     plain_console(soft_wrap=True).print(
@@ -83,7 +83,7 @@ def _write_weights(sources: list[Path], partial: Path) -> list[str]:
     change = compare(best, partial)
     return [
         f"averaged {count} tensors ({dtype_name(stored_dtype(partial))}), which fit config.json; {sampled} of them, "
-        "averaged anew in float64, agree within rounding",
+        "averaged again in float64, agree within rounding",
         f"{len(change.names)} tensors differ from {best.name}, most of all {change.name}, by up to {change.largest:.3g}",
     ]
 

@@ -85,7 +85,7 @@ def plant(pipeline: Pipeline, examples: Examples, seed: int) -> list[Planted]:
         start = int(before[-1]) + 1 if len(before) else 0
         text = start + np.flatnonzero(np.isin(example.input_ids_T[start:], text_ids))
         if start == 0 or not len(text):
-            raise DataError(f"{example.origin} has no prompt with an answer of text behind it: nothing can be planted")
+            raise DataError(f"{example.origin} has no prompt with a text answer after it: no error can be planted")
         where, token = generator(seed, example.document_id, 0, 0, Purpose.PLANT).random(2)
         position = text[int(where * len(text))]
         wrong = other_tokens(example.input_ids_T[position : position + 1], np.array([token]), text_ids)

@@ -1,4 +1,4 @@
-"""`dfactory serve`: a checkpoint behind HTTP. Its mechanism is in dfactory/serving."""
+"""`dfactory serve`: serves a checkpoint over HTTP. The mechanism is in dfactory/serving."""
 
 import argparse
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 The template is rendered as transformers does it. The rendered text is then cut at the special tokens that the *template*
 wrote and at the edges of the assistant turns, and every piece between is encoded as plain text. Hence a special token that a
-user's text spells stays text (its literal is hidden from the template behind a private-use character), the mask id can
+user's text spells stays text (a private-use character replaces its literal while the template runs), the mask id can
 only come from noise, and the prompt of a training example has exactly the ids that the decoder is given.
 
     <role>HUMAN</role>hi<|role_end|><role>ASSISTANT</role>yo<|role_end|><|endoftext|>
@@ -261,7 +261,7 @@ class ChatEncoder:
         return self._templates[text]
 
     def _cut(self, text: str, spans: list[tuple[int, int]], stand_ins: dict[str, str], drop_tail: bool):
-        """Cut at special tokens and at the edges of the spans. White space that the template puts behind an
+        """Cut at special tokens and at the edges of the spans. White space that the template puts after an
         end-of-turn token is not trained, and dropped (`drop_tail`) where the document ends with it."""
         spans = [(start, self._before_trailing_space(text, start, end)) for start, end in spans]
         if drop_tail and spans and not text[spans[-1][1] :].strip():
@@ -276,8 +276,8 @@ class ChatEncoder:
 
     def _before_trailing_space(self, text: str, start: int, end: int) -> int:
         bare = start + len(text[start:end].rstrip())
-        behind_special = any(text.endswith(literal, start, bare) for literal in self._literals)
-        return bare if behind_special else end
+        after_special = any(text.endswith(literal, start, bare) for literal in self._literals)
+        return bare if after_special else end
 
     def _split(self, text: str, stand_ins: dict[str, str], trainable: bool) -> list[_Piece]:
         pieces, position = [], 0

@@ -1,7 +1,7 @@
 """Columns that stand beside the turns of a row: what is read of them, what is refused by name, what is only reported.
 
 read          system, system_prompt: the first message           history: earlier [question, answer] pairs
-              input, context: behind the instruction             tools
+              input, context: after the instruction              tools
 refused       one of these where the format does not read it and its text is not in the turns; images and the like;
               a verdict that the answer is bad
 reported      any other text, once, with its share of the rows

@@ -1,7 +1,7 @@
 """All training documents, tokenised once at start-up and kept in flat arrays, with a report of what was refused.
 
 A document is named by (part << 52) | (index of its file << 40) | line number; that name keys its noise and leads back to
-file and line. A long text that was split has parts 1, 2, ... behind its part 0. The two sides of a preference pair are
+file and line. A long text that was split has parts 1, 2, ... after its part 0. The two sides of a preference pair are
 neighbours of one name.
 What cannot be trained on is a bad row: broken, without an answer, too long. `on_bad_row` decides whether the first one
 stops the run or whether they are counted, up to `max_bad_fraction`.
@@ -256,7 +256,7 @@ def load_examples(
         raise ConfigError(f"block_size {block_size} does not divide max_length {max_length}: use a multiple of it")
     if len(datasets) > 1 << FILE_BITS:
         raise ConfigError(
-            f"datasets names {len(datasets)} files: at most {1 << FILE_BITS} can be told apart; join some"
+            f"datasets names {len(datasets)} files: at most {1 << FILE_BITS} can be distinguished; join some"
         )
     rules = DocumentRules(max_length, overlong, eos_id, vocab_size, mask_id, traces)
     report = DataReport([entry.path for entry in datasets], unit_size=2 if paired else 1)

@@ -55,7 +55,7 @@ class Trace(NamedTuple):
 
 
 class TokenIds(NamedTuple):
-    """A record that comes tokenised: everything behind the first `prompt_length` tokens is trainable."""
+    """A tokenised record: everything after the first `prompt_length` tokens is trainable."""
 
     input_ids: list[int]
     prompt_length: int

@@ -22,12 +22,12 @@ STATES_PROMPT = ("question", "query", "instruction", "messages", "conversations"
 
 
 def _read_pair(row: dict) -> Pair:
-    """TRL's explicit prompt. Where a text stands before two conversations, their prompt is what they have in common, and
+    """TRL's explicit prompt. If a text precedes two conversations, their prompt is their common start, and
     the text has to be one of its messages."""
     prompt, tools = row["prompt"], fields.tools(row.get("tools"))
     if isinstance(prompt, list):
         context = with_system(row, check_messages(prompt, "prompt"))
-        sides = (_behind(context, fields.answer_messages(row[side], side), side) for side in SIDES)
+        sides = (_after(context, fields.answer_messages(row[side], side), side) for side in SIDES)
         return _conversation_pair(context, *sides, tools)
     if not isinstance(row["chosen"], list):
         columns.refuse_beside_text(row)
@@ -102,7 +102,7 @@ def _text_pair(prompt: str, chosen: str, rejected: str) -> Pair:
     _refuse_equal(chosen, rejected)
     for answer, side in zip((chosen, rejected), SIDES, strict=True):
         if not answer.strip():
-            raise BadRow(Fault.EMPTY, f"{side} is empty behind the prompt: there is nothing to train on")
+            raise BadRow(Fault.EMPTY, f"{side} is empty after the prompt: there is nothing to train on")
     return Pair(Completion(prompt, chosen), Completion(prompt, rejected))
 
 
@@ -119,12 +119,12 @@ def _conversation_pair(context: list[dict], chosen: list[dict], rejected: list[d
         )
     for messages, side in zip((chosen, rejected), SIDES, strict=True):
         if not any(message["role"] == "assistant" for message in messages):
-            raise BadRow(Fault.EMPTY, f"{side} is empty behind the prompt: there is nothing to train on")
+            raise BadRow(Fault.EMPTY, f"{side} is empty after the prompt: there is nothing to train on")
     return Pair(*(Conversation(context + side, tools, len(context)) for side in (chosen, rejected)))
 
 
-def _behind(context: list[dict], messages: list[dict], name: str) -> list[dict]:
-    """The messages behind the prompt, where a side repeats it."""
+def _after(context: list[dict], messages: list[dict], name: str) -> list[dict]:
+    """The messages after the prompt, if a side repeats it."""
     if messages[0]["role"] == "assistant":
         return messages
     common = _common_length(context, messages)

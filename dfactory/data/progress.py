@@ -10,7 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from dfactory.console import plain_console
 
-Advance = Callable[[int], None]  # hears how many further bytes of a file were read
+Advance = Callable[[int], None]  # called with the number of further bytes read from a file
 
 
 def unheard(count: int) -> None:

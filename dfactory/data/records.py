@@ -32,8 +32,8 @@ def read_records(
 ) -> Iterator[tuple[int, Record | BadRow]]:
     """Stream (number, record) of a .jsonl, .jsonl.gz or .parquet file; numbers count lines, or parquet rows, from 1.
 
-    A row that can be read as a pair and as a single answer is read as `prefer_pairs` says. `advance` hears the bytes;
-    `unread` counts the rows by the columns of text that nobody reads.
+    A row that can be read as a pair and as a single answer is read as `prefer_pairs` says. `advance` is called with the bytes
+    read; `unread` counts the rows by text columns that no reader uses.
     Raises DataError if the file is missing, damaged, of another kind, or holds no row at all.
     """
     for number, row in read_objects(path, advance):
@@ -99,7 +99,7 @@ def _json_rows(path: Path, unpack: Callable[[BinaryIO], Any], advance: Advance) 
                 if line.strip():
                     yield number, parse_line(line)
     except (EOFError, zlib.error, OSError) as problem:
-        raise DataError(f"{path}:{number}: unreadable behind this line ({problem}): copy the file anew") from problem
+        raise DataError(f"{path}:{number}: unreadable after this line ({problem}): copy the file again") from problem
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes]:
@@ -143,7 +143,7 @@ def _parquet_rows(path: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
                     number += 1
                     yield number, _parquet_row(batch, index)
     except (pyarrow.ArrowException, OSError) as problem:
-        raise DataError(f"{path}:{number}: unreadable behind this row ({problem}): copy the file anew") from problem
+        raise DataError(f"{path}:{number}: unreadable after this row ({problem}): copy the file again") from problem
 
 
 def _parquet_row(batch, index: int) -> Any:

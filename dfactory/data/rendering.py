@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 from transformers.utils import chat_template_utils
 
-DATE = datetime.datetime(2024, 7, 26)  # what templates are told is today; Llama 3.2's stand in for a clock
+DATE = datetime.datetime(2024, 7, 26)  # the date that templates see as today; Llama 3.2's default without a clock
 STEP, CALL = 64, 256  # units of an iteration, of a call
 BASE, SHARE = 1 << 23, 32
 LONGEST_TEMPLATE = 1 << 18  # characters

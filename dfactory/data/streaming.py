@@ -1,9 +1,9 @@
 """Records that are read while training goes on (`streaming: true`): start-up and memory do not grow with the texts.
 
-At the start the files are read once, for where their lines begin and for a checksum, and the first lines are tokenised, so
-that what is wrong with all of them is told at once. Afterwards lines are tokenised in the order in which the run visits
-them, some hundred at a time; one that was visited too long ago is tokenised again. A unit is a line. Order, rows and noise
-are those of the same records read at the start, if none of them is bad.
+At the start the files are read once, to find the start of each line and to compute a checksum, and the first lines are
+tokenised, so that errors which affect all of them are reported at once. Afterwards lines are tokenised in the order in which
+the run visits them, some hundred at a time; one that was visited too long ago is tokenised again. A unit is a line. Order,
+packing and noise are the same as when all records are read at the start, if none of them is bad.
 
 What is given up: the number of steps is not known beforehand (max_steps has to say it), bad rows come to light when they are
 visited, and every rank tokenises the whole stream, because rows are packed by the lengths of all.
@@ -132,7 +132,7 @@ class StreamedExamples:
         self._chunk_of: dict[int, Chunk] = {}
         self._seen_U = np.zeros(len(self), bool)
         self.report = StreamReport(paths, unit_size=self.unit_size, lines=len(self))
-        self.prefetch(range(min(CHECKED, len(self))))  # what is wrong with all of them is told at once
+        self.prefetch(range(min(CHECKED, len(self))))  # report errors that affect all records at once
 
     def __len__(self) -> int:
         return int(self._first_F1[-1])

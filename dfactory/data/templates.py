@@ -93,7 +93,7 @@ class Template:
 
     @functools.cached_property
     def _rest_of_turn(self) -> str:
-        """What is written behind the generation markers of the last answer: it belongs to the turn as well."""
+        """The text after the generation markers of the last answer, which belongs to the turn too."""
         text, spans = self._probe(PROBE_TURN, spans=True)
         return text[spans[-1][1] :] if spans else ""
 
@@ -104,7 +104,8 @@ class Template:
             return spans
         if len(spans) != len(answers):
             raise self._refusal(
-                f"marks {len(spans)} of {len(answers)} assistant turns, so those of weight 0 cannot be told from the others"
+                f"marks {len(spans)} of {len(answers)} assistant turns, so those of weight 0 cannot be distinguished from "
+                "the others"
             )
         return [span for span, answer in zip(spans, answers, strict=True) if is_trained(answer)]
 

@@ -3,7 +3,7 @@
     dfactory data convert FILE ... --output NEW.jsonl
 
 In: all that the readers know (Alpaca, Dolly, ShareGPT, OpenAI messages with tools, TRL's prompt and completion and its
-preference forms, Orca's, text, token ids). Of GSM8K's question + answer, what stands behind #### becomes the `answer` that
+preference forms, Orca's, text, token ids). Of GSM8K's question + answer, the text after #### becomes the `answer` that
 rewards compare with. Out, by what a row is:
 
     conversation       messages, and tools       preference pair    prompt, chosen, rejected
@@ -124,7 +124,7 @@ def _conversation(record: Conversation) -> dict[str, Any]:
 
 
 def _final_answer(row: dict) -> dict:
-    """GSM8K: the whole answer is trained on, what stands behind #### is what a reward compares with."""
+    """GSM8K: training uses the whole answer; rewards compare with the text after ####."""
     if not isinstance(row["answer"], str):
         return row
     final = row["answer"].rpartition(FINAL_ANSWER)[2].strip()

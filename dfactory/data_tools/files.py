@@ -20,7 +20,7 @@ Write = Callable[[dict[str, Any]], None]
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[Write]:
     """Write rows with the function that this gives. The file gets its name when all of them are in it. Values that a line
-    of JSON cannot hold as they are become what jsonlines.py says, and are told."""
+    of JSON cannot hold as they are are converted as jsonlines.py says, and reported."""
     path = Path(path)
     if not path.name.endswith(ENDINGS):
         raise ConfigError(f"--output {path}: the name must end in one of {', '.join(ENDINGS)}")
@@ -39,8 +39,8 @@ def _lines(partial: Path, path: Path) -> Iterator[Write]:
     opener, changes = gzip.open if path.name.endswith(".gz") else open, Changes()
     with opener(partial, "wb") as file:
         yield lambda row: file.write(json_line(row, changes))
-    if told := str(changes):
-        say(f"{path}: {told}")
+    if summary := str(changes):
+        say(f"{path}: {summary}")
 
 
 @contextlib.contextmanager

@@ -190,7 +190,7 @@ def _tokens_section(found: Survey, max_length: int) -> Section:
     ]
     if max_length < ANY_LENGTH:
         over_D = length_D[length_D > max_length] - max_length
-        share = f"{len(over_D):,} documents ({len(over_D) / len(length_D):.2%}), {int(over_D.sum()):,} tokens behind it"
+        share = f"{len(over_D):,} documents ({len(over_D) / len(length_D):.2%}), {int(over_D.sum()):,} tokens beyond it"
         rows.append((f"longer than max_length {max_length:,}", share))
     return Section("tokens", rows)
 

@@ -7,7 +7,7 @@ the clean blocks that are not in the cache yet, then the block that is being den
     slot 1   [ cached .. | masked b ]                           a later pass of its block
     slot 2   [ clean 0 | clean 1 | clean 2 | masked 3 ]         a prompt that has just come in
 
-All spans lie one behind the other in a single row, so ragged slots cost nothing outside attention. Every pass writes the
+All spans are concatenated in a single sequence, so ragged slots cost nothing outside attention. Every pass writes the
 keys of its whole span. Those of a masked block are overwritten by the block's next pass, and at last by one over its
 clean tokens; as that one sees clean tokens only, its keys are exact and never need a refresh.
 
@@ -32,7 +32,7 @@ class Span(NamedTuple):
 
     slot: int
     first: int  # block, counted from the start of the document
-    stop: int  # the block behind the last one
+    stop: int  # one past the last block
     denoises: bool  # the last block is being denoised; all others are clean
 
     @property

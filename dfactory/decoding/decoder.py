@@ -1,7 +1,7 @@
 """The block decoder: ragged prompts in slots, every slot at its own block, an exact cache (docs/method.md#decoding).
 
 One forward serves all slots (see cache.py for what it runs over). The tokens live on the host; a forward takes the ids
-and gives back four numbers for each open position, in one transfer. Open are the masked positions; with editing, all
+and returns four numbers for each open position, in one transfer. Open are the masked positions; with editing, all
 positions of the response. A finished response frees its slot for the next prompt at once.
 
 Responses join and leave between forwards, each with rules of its own apart from the block size (slots.py). `decode` feeds
@@ -183,7 +183,7 @@ class BlockDecoder(Slots):
         return self._forward(self.live, spans, index_RB[open_RB])
 
     def _forward(self, responses: list[Response], spans: list[Span], chosen: np.ndarray) -> torch.Tensor:
-        """A forward over the spans, one behind the other, whose keys go to the cache. Hidden states [chosen, H]."""
+        """A forward over the concatenated spans, whose keys go to the cache. Hidden states [chosen, H]."""
         size, device = self.block_size, self.policy.device
         parts = [slice(span.first * size, span.stop * size) for span in spans]
         inputs = [r.embedding_inputs(span.first, span.stop) for r, span in zip(responses, spans, strict=True)]

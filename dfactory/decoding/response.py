@@ -6,8 +6,8 @@ Formulas: docs/method.md#decoding.
     block       0         1         2         3              10 positions are decoded, 9 are the answer at most
 
 Blocks are counted from the start of the document, so the first one may begin with prompt tokens; those are never masked,
-edited or scored. On a canvas (canvas.py) they are counted from the end of the prompt. A response ends behind the first
-block that holds EOS with no mask before it. It starts from masks, or from a draft with masks behind it; a block that has
+edited or scored. On a canvas (canvas.py) they are counted from the end of the prompt. A response ends after the first
+block that holds EOS with no mask before it. It starts from masks, or from a draft followed by masks; a block that has
 neither masks nor edits to hope for takes no forward.
 
 Letters: B block size, T document length. Everything lives on the host, in numpy.
@@ -70,7 +70,7 @@ class Response:
         self.is_complete = not self._enter(self.prompt_blocks)  # before any forward
 
     def _enter(self, block: int) -> bool:
-        """Go to `block`, or to the first one behind it that has something to do. False: there is none before the end."""
+        """Move to `block`, or to the first one after it that has open positions. False if there is none before the end."""
         editing = self.rules.editing
         self._go_to(block)
         while not self.masked_B.any() and (editing is None or editing.max_post_steps == 0):

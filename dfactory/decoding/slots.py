@@ -41,7 +41,7 @@ class Decodable(Protocol):
 
 
 class Progress(NamedTuple):
-    """What a callback hears after every forward, once for each response that took part."""
+    """What a callback gets after every forward, once for each response that took part."""
 
     prompt: int  # index into prompt_ids, or what the response was added as
     forwards: int

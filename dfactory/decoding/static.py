@@ -37,7 +37,7 @@ class StaticAttention:
         """query [1, heads, N, d], key and value [slots, kv heads, capacity, d] -> [1, N, heads, d]."""
         slots, width, keys = self.mask_RSK.shape
         heads, kv_heads, size = query.shape[1], key.shape[1], query.shape[3]
-        # Heads that share a key head stand behind one another as further queries: no copy of the keys is made.
+        # Heads that share a key head are concatenated as further queries, so that keys are not copied.
         query = query[0].view(kv_heads, -1, slots, width, size).permute(2, 0, 1, 3, 4).flatten(2, 3)
         mask = self.mask_RSK[:, None].repeat(1, 1, heads // kv_heads, 1)
         attended = scaled_dot_product_attention(

@@ -24,7 +24,7 @@ from dfactory.models.registry import read_config
 from dfactory.models.saving import NamedTensors
 from dfactory.recipe import Recipe
 
-# AutoEP's names -> those of the transformers blocks that it takes; w1 (gate) and w3 (up) are told apart below.
+# AutoEP's names -> those of the transformers blocks that it takes; w1 (gate) and w3 (up) are distinguished below.
 _RENAMED = {
     "router.gate.weight": "gate.weight",
     "router.e_score_correction_bias": "gate.e_score_correction_bias",

@@ -85,7 +85,7 @@ def _experts_function(module, hidden_TH, expert_TK, weight_TK) -> torch.Tensor:
     """What transformers' MoE modules call: tokens, the experts of each and their weights -> [T, H]."""
     expert_S, pair_S = expert_TK.flatten().sort(stable=True)
     expert_E = torch.arange(module.num_experts, device=expert_S.device)
-    end_E = torch.searchsorted(expert_S, expert_E, right=True)  # behind each expert's rows
+    end_E = torch.searchsorted(expert_S, expert_E, right=True)  # one past each expert's rows
     row_S, rows = torch.arange(len(expert_S), device=expert_S.device), len(expert_S)
     slow = hidden_TH.device.type == "cpu" and hidden_TH.dtype == torch.bfloat16
     if slow and rows >= ROUND * module.num_experts:

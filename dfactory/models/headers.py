@@ -76,7 +76,7 @@ def read_shapes(model_dir: Path) -> Shapes:
             with safe_open(file, framework="pt") as tensors:
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as problem:
-            raise CheckpointError(f"{file} is not a whole safetensors file: {problem}; copy it anew") from problem
+            raise CheckpointError(f"{file} is not a whole safetensors file: {problem}; copy it again") from problem
     return shapes
 
 

@@ -148,7 +148,7 @@ class Products(NamedTuple):
 
 @torch.no_grad()
 def check_products(policy: Policy) -> Products:
-    """Compute the means of a policy from `average_adapters` anew, product by product, in float64."""
+    """Recompute the means of a policy from `average_adapters`, product by product, in float64."""
     layers = [module for module in policy.model.modules() if isinstance(module, LoraLayer)]
     difference = largest = 0.0
     for layer in layers:

@@ -1,4 +1,4 @@
-"""Where t comes from, what a target at t weighs, and the random numbers behind both (docs/method.md#noise).
+"""The mask ratios t, the weight of a target at t, and the random numbers of both (docs/method.md#noise).
 
 All noise is counter-based: a pure function of (seed, document, visit, view). Nothing here reads or advances a global
 random state, so the noise of a document does not depend on rank, batch, or what ran before.

@@ -5,7 +5,7 @@ model, positions and visible pairs to what the data layer builds, and memory com
 
 A step is `accumulation` micro-batches and one update. On the device, matrix products take their operations or the reading
 of their weights, whichever is longer, and elementwise kernels come on top; launching kernels is a floor below both. ZeRO's
-traffic hides behind the device's work up to `overlap`; all-to-all, update and host do not.
+traffic overlaps with the device's work, up to the share `overlap`; all-to-all, update and host do not.
 """
 
 import dataclasses
@@ -243,8 +243,8 @@ class Costs:
     def zero_seconds(self) -> tuple[float, float]:
         """Of a step: what nothing hides, and all of ZeRO's traffic.
 
-        ZeRO 3 gathers for forward and backward of each micro-batch; 1 and 2 gather once, behind the update, in the open. 2
-        and 3 reduce after each micro-batch, 1 after the last.
+        ZeRO 3 gathers for forward and backward of each micro-batch; 1 and 2 gather once, after the update, where nothing hides
+        it. 2 and 3 reduce after each micro-batch, 1 after the last.
         """
         one, stage, times = self.collective_seconds(), self.setup.zero_stage, self.accumulation
         rounds, traffic = {1: (1, one), 2: (times, one), 3: (times, 3 * one)}[stage]

@@ -1,4 +1,4 @@
-"""The endless stream of prompts: group n is answered to prompt n of a shuffled order that begins anew every epoch."""
+"""The endless stream of prompts: group n answers prompt n of an order that is shuffled again in every epoch."""
 
 import bisect
 

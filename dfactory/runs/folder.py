@@ -10,7 +10,7 @@ output_dir/checkpoint-N/    a model directory that transformers loads, with the 
 output_dir/LATEST           the newest whole checkpoint's name; written last
 output_dir/wandb-id         the tracker's name for the run, the same after each resume
 output_dir/nonfinite/       step-N-rank-R.json: where a NaN or Inf came from, if there was one
-output_dir/unused-checkpoint-N/   set aside: damaged, or of steps behind the checkpoint that a run was resumed from
+output_dir/unused-checkpoint-N/   set aside: damaged, or later than the checkpoint that a run was resumed from
 """
 
 import contextlib
@@ -63,7 +63,7 @@ class RunFolder:
         self.nonfinite = self.path / "nonfinite"
 
     def start(self, recipe: Recipe, resume_step: int | None = None, before: str | None = None) -> list[Path]:
-        """Create the folder. What belongs to steps behind the resumed one is taken out of the way, so that no step appears
+        """Create the folder. Files of steps after the resumed one are moved out of the way, so that no step appears
         twice: lines are dropped, checkpoints are set aside. Returns the new paths of those. `before` is the recipe that the
         run had up to the resumed step, where it was another one: it is kept."""
         with writing(self.path):
@@ -71,7 +71,7 @@ class RunFolder:
             for left in (*self.path.glob(".checkpoint-*.partial"), *self.path.glob(".checkpoint-*.removed")):
                 shutil.rmtree(left)
             faults.at("leftovers.removed")
-            aside = self._start_anew() if resume_step is None else self._set_aside(resume_step)
+            aside = self._start_fresh() if resume_step is None else self._set_aside(resume_step)
             self._keep_history(resume_step, before)
             replace_text(self.path / CONFIG, recipe_text(recipe))
             for file in (self.path / name for name in STEP_TABLES):
@@ -88,7 +88,7 @@ class RunFolder:
         if before is not None:
             replace_text(self.path / f"config.until-step-{step}.yaml", before)
 
-    def _start_anew(self) -> list[Path]:
+    def _start_fresh(self) -> list[Path]:
         self.latest_file.unlink(missing_ok=True)
         self.tracker_file.unlink(missing_ok=True)
         for old in self._named():
@@ -190,7 +190,7 @@ class RunFolder:
         faults.at("old.removed")
 
     def resume_candidates(self, wanted: Any, overwrite: bool) -> list[Path]:
-        """The checkpoints that `resume_from_checkpoint` may mean, the best first; empty to start anew.
+        """The checkpoints that `resume_from_checkpoint` may mean, the best first; empty for a fresh start.
 
         Raises CheckpointError if there is no such checkpoint, and ConfigError if a new run would mix its checkpoints with
         those of another.
@@ -224,14 +224,14 @@ class RunFolder:
     def _nothing_whole(self, why: str) -> str:
         return (
             f"resume_from_checkpoint finds no whole checkpoint: {why}; check output_dir {self.path}, or set "
-            "resume_from_checkpoint=false and overwrite_output_dir=true to start anew"
+            "resume_from_checkpoint=false and overwrite_output_dir=true to start again"
         )
 
     def _refuse_mixing_runs(self, overwrite: bool) -> None:
         if not overwrite and (old := self._named()):
             raise ConfigError(
                 f"output_dir {self.path} holds {old[-1].name} of an earlier run: set resume_from_checkpoint=true to go on, "
-                "overwrite_output_dir=true to remove it and start anew, or another output_dir"
+                "overwrite_output_dir=true to remove it and start again, or another output_dir"
             )
 
 

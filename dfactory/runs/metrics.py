@@ -64,7 +64,7 @@ class MetricsLog:
         if step % self.recipe.logging_steps == 0 or step == self.num_steps:
             self.say(
                 f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {metrics['loss']:.4f}  "
-                f"hit {metrics.get('hit_rate', math.nan):.3f}  {_told(metrics)}"  # nan: a window without a target
+                f"hit {metrics.get('hit_rate', math.nan):.3f}  {_stage_line(metrics)}"  # nan: a global batch without a target
                 f"grad {metrics['grad_norm']:.3f}  lr {metrics['learning_rate']:.2e}  "
                 f"{metrics['tokens_per_second']:,.0f} tok/s"
             )
@@ -72,8 +72,8 @@ class MetricsLog:
     def evaluation(self, step: int, metrics: dict[str, float], previews: list[dict[str, Any]]) -> None:
         self._write({"step": step, **{f"eval/{name}": value for name, value in metrics.items()}})
         by_t = "  ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in metrics.items() if n.startswith("loss_t"))
-        told = _told(metrics) or f"({by_t})"
-        self.say(f"evaluation at step {step}: loss {metrics['loss']:.4f}  hit {metrics['hit_rate']:.3f}  {told}")
+        rest = _stage_line(metrics) or f"({by_t})"
+        self.say(f"evaluation at step {step}: loss {metrics['loss']:.4f}  hit {metrics['hit_rate']:.3f}  {rest}")
         if "decoded" in metrics:
             self.say(
                 f"{metrics['decoded']:.0f} prompts decoded: {metrics['tokens_per_forward']:.2f} tokens per forward, "
@@ -101,8 +101,8 @@ class MetricsLog:
             self.wandb.log(metrics, step=metrics["step"])
 
 
-def _told(metrics: dict[str, float]) -> str:
-    """What a stage is about: how pairs are told apart, or what rollouts are rewarded with."""
+def _stage_line(metrics: dict[str, float]) -> str:
+    """The part of a line that is special to a stage: accuracy of pairs, or rewards of rollouts."""
     if "rewards/margins" in metrics:
         return f"accuracy {metrics['rewards/accuracies']:.3f}  margin {metrics['rewards/margins']:.4f}  "
     if "groups" in metrics:

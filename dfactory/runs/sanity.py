@@ -71,8 +71,8 @@ class SanityChecks:
         every = self.recipe.expert_coverage_steps
         if not self.experts.seen or not every or not (last or self.steps % every == 0):
             return {}, warnings
-        found, told = self.experts.take(step)
-        return found, warnings + told
+        found, messages = self.experts.take(step)
+        return found, warnings + messages
 
     def _check_first_loss(self, step: int, metrics: dict[str, float]) -> list[str]:
         """Of the first step of this process."""
@@ -186,18 +186,18 @@ class ExpertCoverage:
         table = torch.cat([choices, *(seen.cpu().double() for seen in self.seen.values())])
         distributed.all_reduce_sum(table)
         choices, visits = table[: len(choices)], table[len(choices) :].split([len(s) for s in self.seen.values()])
-        experts, unused, told_of = 0, 0, []
+        experts, unused, never = 0, 0, []
         for name, count, visits_E in zip(self.seen, choices.tolist(), visits, strict=True):
             missing = (visits_E == 0).nonzero().flatten().tolist()
             experts, unused = experts + len(visits_E), unused + len(missing)
             if count >= VISITS * len(visits_E):
-                told_of += [f"{name} expert {expert}" for expert in missing]
+                never += [f"{name} expert {expert}" for expert in missing]
         self.seen = {name: torch.zeros_like(seen) for name, seen in self.seen.items()}
         self.choices = dict.fromkeys(self.choices, 0)
-        told = []
-        if told_of:
-            told = [
-                f"{len(told_of)} of {experts} experts were never routed to in the steps up to {step}: "
-                f"{', '.join(told_of[:4])}{', ...' if len(told_of) > 4 else ''}; were their weights and the router's read?"
+        messages = []
+        if never:
+            messages = [
+                f"{len(never)} of {experts} experts were never routed to in the steps up to {step}: "
+                f"{', '.join(never[:4])}{', ...' if len(never) > 4 else ''}; were their weights and the router's loaded?"
             ]
-        return {"experts_unused": unused / experts}, told
+        return {"experts_unused": unused / experts}, messages

@@ -9,7 +9,7 @@ import yaml
 
 
 def fill(manifest: dict[str, Any], words: list[str]) -> dict[str, Any]:
-    """The words as the arguments of `dfactory train`: behind the entrypoint of a RayJob, or of each pod of a PyTorchJob."""
+    """Add the arguments of `dfactory train` to the entrypoint of a RayJob, or of each pod of a PyTorchJob."""
     spec = manifest["spec"]
     if manifest["kind"] == "RayJob":
         spec["entrypoint"] = f"{spec['entrypoint']} {shlex.join(words)}"

@@ -123,7 +123,7 @@ def test_the_mean_of_a_real_run(golden_run, tmp_path, capsys):
     told = capsys.readouterr().out
     best, second = sorted(values(golden_run), key=values(golden_run).get)[:2]
     assert f"smallest first: {best} ({values(golden_run)[best]:.6g}), {second} (" in told
-    assert "averaged anew in float64" in told
+    assert "averaged again in float64" in told
     a, b = (load_file(golden_run / name / "model.safetensors") for name in (best, second))
     mean = load_file(tmp_path / "out/model.safetensors")
     assert mean.keys() == a.keys()

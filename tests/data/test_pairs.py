@@ -87,12 +87,12 @@ BAD = {
     "one is the beginning of the other": (
         {"chosen": "The sky", "rejected": "The sky is"},
         Fault.EMPTY,
-        "chosen is empty behind the prompt",
+        "chosen is empty after the prompt",
     ),
     "no answer behind the prompt": (
         {"chosen": [user("a"), bot("b")], "rejected": [user("a"), bot("b"), bot("c")]},
         Fault.EMPTY,
-        "chosen is empty behind the prompt",
+        "chosen is empty after the prompt",
     ),
     "no assistant": (
         {"prompt": [user("a")], "chosen": [user("b")], "rejected": [bot("b")]},

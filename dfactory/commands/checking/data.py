@@ -18,7 +18,7 @@ LOOKED_AT = 50_000  # documents, the first ones, for what takes a pass over them
 
 
 def tell_data(page: Page, recipe: Recipe) -> Inputs:
-    """The records. After a bad row has been told, the rest is read without it, so that all of them are counted."""
+    """The records. After a bad row is reported, the rest is read without it, so that all bad rows are counted."""
     try:
         inputs = read_inputs(recipe)
     except DataError as problem:
@@ -82,7 +82,7 @@ def _warn_of_copies(page: Page, examples: Examples) -> None:
 
 
 def _warn_of_endings(page: Page, recipe: Recipe, inputs: Inputs) -> None:
-    """Tokenised records and texts may come without EOS; a fill behind them teaches it, unless there is none."""
+    """Tokenised records and texts may have no EOS; the fill after them teaches it, unless there is no fill."""
     if recipe.views_are_traces or recipe.overlong != "refuse":
         return
     seen = min(LOOKED_AT, len(inputs.train))

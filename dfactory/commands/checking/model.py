@@ -93,8 +93,8 @@ def tell_tokens(page: Page, recipe: Recipe, model: Model) -> SpecialIds:
         page.warn(f"mask_token_id {mask_id}, but the model was trained with {recorded}: leave the key out")
     eos_id = known_eos_id(model.path, recipe.eos_token_id, tokenizer)
     special = special_ids(tokenizer, mask_id, eos_id, vocab_size, template)
-    if told := mask_warning(tokenizer, special.mask):
-        page.warn(told)
+    if warning := mask_warning(tokenizer, special.mask):
+        page.warn(warning)
     page.line("mask, EOS", f"{_token(tokenizer, special.mask)}, {_token(tokenizer, special.eos)}")
     page.line("never decoded", _suppressed(tokenizer, special))
     if tokenizer is not None:
@@ -157,10 +157,10 @@ def _tell_end(page: Page, tokenizer: PreTrainedTokenizerBase, special: SpecialId
         return
     page.line(
         "ends an answer",
-        f"with {_token(tokenizer, last)}; EOS is not in the template and is added behind the last turn",
+        f"with {_token(tokenizer, last)}; EOS is not in the template and is added after the last turn",
     )
     if last not in special.produced:
         page.warn(
             f"the chat template ends an answer with no special token that is trained ({_token(tokenizer, last)} is "
-            "the last): turns within a conversation never learn to end; write an end-of-turn token behind each"
+            "the last): turns within a conversation never learn to end; write an end-of-turn token after each"
         )

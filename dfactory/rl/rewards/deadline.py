@@ -16,7 +16,7 @@ class _OutOfTime(BaseException):
 def within(seconds: float, function: Callable[..., Value], *arguments, late: Value) -> Value:
     """function(*arguments), or `late` where it takes more than `seconds` of CPU time.
 
-    CPU time, so that a busy machine does not change a score. The timer is a signal, which Python hears in its main thread
+    CPU time, so that a busy machine does not change a score. The timer is a signal, which Python handles in its main thread
     only, as in reward processes; in another thread the function runs without a bound.
     """
     if threading.current_thread() is not threading.main_thread():

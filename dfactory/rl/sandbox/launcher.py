@@ -1,4 +1,4 @@
-"""First process of the sandbox: isolates itself, starts the program, and leaves nothing behind when it ends.
+"""First process of the sandbox: isolates itself, starts the program, and cleans up when it ends.
 
     python -I -S launcher.py SPEC     (SPEC is the JSON that dfactory/rl/sandbox/ writes)
 
@@ -134,7 +134,7 @@ def enter_namespaces(spec: dict) -> None:
 
 def fork_mapper() -> Callable[[], bool]:
     """Root may stand for two users inside: itself for setting up, and nobody for the program. Only a process outside of
-    the namespace may write that map; it is forked before, and told when. Root of a container that has no second user
+    the namespace may write that map; it is forked before, and signalled when. Root of a container that has no second user
     cannot: then the program runs as root's user, without capabilities."""
     target = os.getpid()
     told, tell = os.pipe()

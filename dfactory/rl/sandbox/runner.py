@@ -116,7 +116,7 @@ def main():
     spec = json.loads(sys.argv[1])
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 0)
-    os.dup2(null, 2)  # from here on nobody hears complaints
+    os.dup2(null, 2)  # from here on standard error is discarded
     os.close(null)
     requests = os.fdopen(spec["request_fd"])
     replies = os.fdopen(spec["reply_fd"], "w")

@@ -83,7 +83,7 @@ class Ending(enum.StrEnum):
     OUTPUT_LIMIT = "output_limit"
     DIED = "died"  # ended before it answered: exit(), or a limit
     OUT_OF_TURN = "out_of_turn"  # wrote to the answer channel what nobody had asked
-    LEFT_BEHIND = "left_behind"  # left something outside of itself, or took its folder away
+    LEFT_BEHIND = "left_behind"  # left something outside its folder, or removed the folder
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class _Process:
         self._printed, self._replies, self._unsent = bytearray(), bytearray(), b""
         self._open = {"output", "reply"}
         self._said = ""
-        self.left: list[str] = []  # what the program left behind, known at the end
+        self.left: list[str] = []  # what the program left, known at the end
 
     def __enter__(self) -> "_Process":
         bwrap, filters = self._wall()
@@ -299,7 +299,7 @@ class _Process:
         return self._said.strip().splitlines()
 
     def verdict(self, run: Run) -> Run:
-        """The run, or one without answers if it left something behind."""
+        """The run, or one without answers if it left something."""
         return replace(run, ending=Ending.LEFT_BEHIND, answers=[]) if self.left else run
 
     @property
