@@ -6,8 +6,8 @@
     python -m benchmarks.growth --axes length --length 512 1024 2048 --shape mini   # layers of LLaDA2-mini's own width
 
 By default glibc returns tensors above 32 MB at once and allocates them again, which is expensive in wide layers. To measure
-without that put `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456` before the command. A GPU's
-allocator keeps memory by itself.
+without that put `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456` before the command. A
+GPU's allocator keeps memory by itself.
 
 A step is forward, backward, clipping and AdamW in fp32, as in benchmarks/step.py; half of each document is prompt, and views
 cover the other half. All axes begin at L 1024, batch 2, two views and 32 experts, of which a token takes 4 (of `mini` 8).

@@ -32,8 +32,8 @@ def read_records(
 ) -> Iterator[tuple[int, Record | BadRow]]:
     """Stream (number, record) of a .jsonl, .jsonl.gz or .parquet file; numbers count lines, or parquet rows, from 1.
 
-    A row that can be read as a pair and as a single answer is read as `prefer_pairs` says. `advance` is called with the bytes
-    read; `unread` counts the rows by text columns that no reader uses.
+    A row that can be read as a pair and as a single answer is read as `prefer_pairs` says. `advance` is called with the
+    bytes read; `unread` counts the rows by text columns that no reader uses.
     Raises DataError if the file is missing, damaged, of another kind, or holds no row at all.
     """
     for number, row in read_objects(path, advance):

@@ -243,8 +243,8 @@ class Costs:
     def zero_seconds(self) -> tuple[float, float]:
         """Of a step: what nothing hides, and all of ZeRO's traffic.
 
-        ZeRO 3 gathers for forward and backward of each micro-batch; 1 and 2 gather once, after the update, where nothing hides
-        it. 2 and 3 reduce after each micro-batch, 1 after the last.
+        ZeRO 3 gathers for forward and backward of each micro-batch; 1 and 2 gather once, after the update, where nothing
+        hides it. 2 and 3 reduce after each micro-batch, 1 after the last.
         """
         one, stage, times = self.collective_seconds(), self.setup.zero_stage, self.accumulation
         rounds, traffic = {1: (1, one), 2: (times, one), 3: (times, 3 * one)}[stage]

@@ -64,7 +64,7 @@ class MetricsLog:
         if step % self.recipe.logging_steps == 0 or step == self.num_steps:
             self.say(
                 f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {metrics['loss']:.4f}  "
-                f"hit {metrics.get('hit_rate', math.nan):.3f}  {_stage_line(metrics)}"  # nan: a global batch without a target
+                f"hit {metrics.get('hit_rate', math.nan):.3f}  {_stage_line(metrics)}"  # nan: no target in the global batch
                 f"grad {metrics['grad_norm']:.3f}  lr {metrics['learning_rate']:.2e}  "
                 f"{metrics['tokens_per_second']:,.0f} tok/s"
             )
