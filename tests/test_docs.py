@@ -108,6 +108,16 @@ def test_the_decoding_page_has_the_tables_of_rules_and_columns():
         assert f"| `{column.name.upper()}` | {column.meaning} |" in page
 
 
+def test_the_package_of_the_extending_page_is_the_one_that_is_tested():
+    shown = re.findall(
+        r"^`(tests/outside_package/[^`]+)`:\n\n```\w+\n(.*?)```", (DOCS / "extending.md").read_text(), re.M | re.S
+    )
+    written = {file.relative_to(ROOT).as_posix() for file in (ROOT / "tests/outside_package").rglob("[!_]*.[pt][yo]*")}
+    assert {name for name, _ in shown} == {name for name in written if name.endswith((".py", ".toml"))}
+    for name, text in shown:
+        assert text == (ROOT / name).read_text(), name
+
+
 def test_the_rule_of_the_decoding_page_is_one():
     page = (DOCS / "decoding.md").read_text()
     code = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1).replace("@RULES.add\n", "")
