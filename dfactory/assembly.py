@@ -85,7 +85,7 @@ def check_family(recipe: Recipe) -> None:
         raise ConfigError(
             f"block_size {recipe.block_size}: {whose}, in which a document has no blocks; set block_size to null"
         )
-    if recipe.view_source == "trace":
+    if recipe.views_are_traces:
         raise ConfigError(f"view_source trace: {whose}, and traces are rebuilt block by block; set view_source to mask")
     if recipe.algorithm.data is Data.PROMPTS:
         raise ConfigError(
@@ -165,20 +165,27 @@ def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> R
         [entry.weight for entry in recipe.datasets],
         make_views(recipe, inputs),
         num_views=recipe.views_per_document,
-        block_size=recipe.aligned_block_size,
-        eos_id=inputs.special.eos,
         block_phases=recipe.block_phases,
         add_columns=make_embedding_noise(recipe, inputs.special.mask),
         row_length=recipe.row_length or recipe.longest_record,
-        packing=recipe.packing,
-        seed=recipe.seed,
-        rank=rank,
-        world_size=world_size,
         micro_batch_rows=recipe.per_device_train_batch_size,
         accumulation=recipe.gradient_accumulation_steps,
         max_epochs=recipe.num_train_epochs if recipe.max_steps is None else None,
-        after_answer=recipe.after_answer,
+        **_alike(recipe, inputs, rank, world_size),
     )
+
+
+def _alike(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> dict[str, Any]:
+    """What the sources of training and of evaluation have in common."""
+    return {
+        "block_size": recipe.aligned_block_size,
+        "eos_id": inputs.special.eos,
+        "packing": recipe.packing,
+        "seed": recipe.seed,
+        "rank": rank,
+        "world_size": world_size,
+        "after_answer": recipe.after_answer,
+    }
 
 
 def make_embedding_noise(recipe: Recipe, mask_id: int) -> MaskEmbeddingNoise | None:
@@ -199,16 +206,10 @@ def make_eval_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int)
         [1.0 for _ in recipe.eval_datasets],
         views,
         num_views=num_views,
-        block_size=recipe.aligned_block_size,
-        eos_id=inputs.special.eos,
         row_length=recipe.documents_per_record * recipe.max_length * (1 + num_views),
-        packing=recipe.packing,
-        seed=recipe.seed,
-        rank=rank,
-        world_size=world_size,
         micro_batch_rows=recipe.per_device_eval_batch_size,
         max_epochs=1,
-        after_answer=recipe.after_answer,
+        **_alike(recipe, inputs, rank, world_size),
     )
 
 
