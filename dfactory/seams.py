@@ -30,7 +30,7 @@ class Table(Generic[Entry]):
         self.what, self.package, self.group = what, package, group
         self._entries: dict[str, Entry] = {}
         self._lock = threading.RLock()
-        self._loaded = False
+        self._loaded = self._loading = False
 
     def add(self, entry: Entry) -> Entry:
         """Put an entry into the table. Raises ConfigError if another one has its name."""
@@ -64,10 +64,14 @@ class Table(Generic[Entry]):
 
     def _all(self) -> dict[str, Entry]:
         with self._lock:
-            if not self._loaded:
-                self._loaded = True  # before: files read the table of their own seam
-                self._load()
+            if not self._loaded and not self._loading:  # while it loads, files may read the table of their own seam
+                self._loading = True
+                try:
+                    self._load()
+                finally:
+                    self._loading = False
                 self._entries = dict(sorted(self._entries.items()))
+                self._loaded = True  # else the next reader meets the same error, not half a table
             return self._entries
 
     def _load(self) -> None:
@@ -94,4 +98,5 @@ class Table(Generic[Entry]):
 
 
 def _module_of(entry: object) -> str:
-    return entry.__module__ if isinstance(entry, type) else type(entry).__module__
+    """Where an entry is declared. An entry that wraps something says so itself, as `module`."""
+    return entry.__module__ if isinstance(entry, type) else getattr(entry, "module", type(entry).__module__)

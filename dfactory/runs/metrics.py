@@ -1,20 +1,18 @@
 """Where metrics go: metrics.jsonl (the truth), one console line a step, and trackers when asked."""
 
 import math
-import secrets
-import sys
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dfactory.console import plain_console
 from dfactory.recipe import Recipe
-from dfactory.redaction import redact
-from dfactory.runs.folder import RunFolder, replace_text, resolved_keys, writing
+from dfactory.runs.folder import RunFolder
+from dfactory.runs.trackers import Wandb, start_trackers
 
 
 class MetricsLog:
-    """Used on the first rank only. A context manager, so that the progress bar and the tracker are always closed."""
+    """Used on the first rank only. A context manager, so that the progress bar and trackers are always closed."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, num_steps: int, first_step: int):
         self.recipe, self.folder, self.num_steps = recipe, folder, num_steps
@@ -22,38 +20,17 @@ class MetricsLog:
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.progress.add_task("", total=num_steps, completed=first_step)
-        self.wandb = None
+        self.trackers: list[Wandb] = []
 
     def __enter__(self) -> "MetricsLog":
-        if "wandb" in self.recipe.report_to:
-            import wandb
-
-            sys.argv[1:] = map(redact, sys.argv[1:])  # it sends the command line along
-            name = redact(self.recipe.run_name or self.folder.path.name)
-            self.wandb = wandb.init(
-                project="dfactory",
-                id=self._tracker_id(),
-                name=name,
-                config=resolved_keys(self.recipe),
-                dir=str(self.folder.path),
-                resume="allow",
-                settings=wandb.Settings(console="off"),  # it would copy the output before `redaction` sees it
-            )
+        self.trackers = start_trackers(self.recipe, self.folder)
         self.progress.start()
         return self
 
-    def _tracker_id(self) -> str:
-        """Kept in the run folder, so that a resumed run goes on under its own name."""
-        file = self.folder.tracker_file
-        if not file.is_file():
-            with writing(file):
-                replace_text(file, secrets.token_hex(4) + "\n")
-        return file.read_text().strip()
-
     def __exit__(self, *_) -> None:
         self.progress.stop()
-        if self.wandb is not None:
-            self.wandb.finish()
+        for tracker in self.trackers:
+            tracker.finish()
 
     def step(self, step: int, epoch: float, metrics: dict[str, float], warnings: list[str] = ()) -> None:
         for warning in warnings:
@@ -97,8 +74,8 @@ class MetricsLog:
 
     def _write(self, metrics: dict[str, Any]) -> None:
         self.folder.append_metrics(metrics)
-        if self.wandb is not None:
-            self.wandb.log(metrics, step=metrics["step"])
+        for tracker in self.trackers:
+            tracker.log(metrics)
 
 
 def _stage_line(metrics: dict[str, float]) -> str:

@@ -30,6 +30,10 @@ class Reward:
     def name(self) -> str:
         return self.function.__name__
 
+    @property
+    def module(self) -> str:
+        return self.function.__module__
+
     def load(self) -> Callable:
         """The function, with the packages that it requires imported. Raises ImportError if one is missing."""
         for package in self.requires:

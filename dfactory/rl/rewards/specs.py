@@ -184,7 +184,7 @@ def _declared(target: str) -> Reward | None:
 
 def _listed() -> str:
     """What the table holds, for a message."""
-    builtin = [reward.name for reward in REWARDS if reward.function.__module__.startswith(f"{REWARDS.package}.")]
+    builtin = [reward.name for reward in REWARDS if reward.module.startswith(f"{REWARDS.package}.")]
     added = [name for name in REWARDS.names if name not in builtin]
     return f"builtin are {', '.join(builtin)}" + (f"; installed packages add {', '.join(added)}" if added else "")
 

@@ -1,11 +1,14 @@
 """The table of rewards: what its files declare, and that an installed package adds one without a fork."""
 
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from dfactory.errors import ConfigError
 from dfactory.rl.rewards.base import REWARDS
 
 ROOT = Path(__file__).parents[3]
@@ -78,3 +81,18 @@ def test_an_installed_package_adds_a_reward(tmp_path, entry_point):
 def test_an_entry_point_that_names_a_bare_function_is_refused(tmp_path):
     done = run_with_package(tmp_path, "manners:politeness")
     assert "ConfigError: reward politeness (manners:politeness) has no name: let the entry point name" in done.stderr
+
+
+def test_a_table_that_cannot_be_read_says_so_every_time(tmp_path, monkeypatch):
+    """A file that fails leaves no half table."""
+    entry = "from manners_twice import TABLE\n\nclass Polite:\n    name = 'politeness'\n\nTABLE.add(Polite)\n"
+    table = "from dfactory.seams import Table\n\nTABLE = Table('reward', 'manners_twice', 'manners.none')\n"
+    (tmp_path / "manners_twice").mkdir()
+    for name, text in {"__init__": table, "one": entry, "two": entry}.items():
+        (tmp_path / "manners_twice" / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    twice = importlib.import_module("manners_twice").TABLE
+    problem = "reward politeness is declared twice, by manners_twice.one and manners_twice.two"
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=re.escape(problem)):
+            "politeness" in twice  # noqa: B015
