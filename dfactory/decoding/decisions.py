@@ -108,20 +108,20 @@ class DecodeRules:
         nowhere_RB = torch.zeros_like(forward.masked_RB)
         edit_RB, remask_RB = (nowhere_RB if chosen is None else chosen for chosen in (made.edit_RB, made.remask_RB))
         commit_RB = made.commit_RB
-        if self.rule.revises:
+        if self.rule.revises or self.rule.may_wait:
             last_R1 = (forward.step_R >= self.rule.most_steps(self.block_size) - 1)[:, None]
             commit_RB, remask_RB = commit_RB | (forward.masked_RB & last_R1), remask_RB & ~last_R1
-        else:
-            self._check(made, forward.masked_RB)
+        self._check(made, forward.masked_RB)
         if self.editing is not None:
             edit_RB = edit_RB | self._edits(forward)
         return Decision(commit_RB, edit_RB & ~remask_RB, remask_RB, made.memory or {})
 
     def _check(self, made: Decision, masked_RB: torch.Tensor) -> None:
-        """Of a rule that does not revise."""
-        if made.edit_RB is not None or made.remask_RB is not None:
+        """That the rule does no more than it says, and enough."""
+        if not self.rule.revises and (made.edit_RB is not None or made.remask_RB is not None):
             raise ValueError(f"decode.rule {self.rule.name} edits or remasks, but does not say that it revises")
-        if (masked_RB.any(dim=-1) & ~made.commit_RB.any(dim=-1)).any():
+        may_stand = self.rule.revises or self.rule.may_wait
+        if not may_stand and (masked_RB.any(dim=-1) & ~made.commit_RB.any(dim=-1)).any():
             raise ValueError(
                 f"decode.rule {self.rule.name} commits nothing in a block with masks: decoding would never end"
             )

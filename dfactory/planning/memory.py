@@ -230,6 +230,11 @@ def _state_lines(counts: ParameterCounts, weights: int, trained: int, setup: Set
     ]
 
 
+def head_size(config: PreTrainedConfig) -> int:
+    """Dimensions of an attention head; not every config states them."""
+    return config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+
+
 def layer_activations(config: PreTrainedConfig, dtype: str) -> tuple[int, str]:
     """Bytes that autograd keeps for one row position in one decoder layer (its largest kind), and the formula."""
     b = _bytes(dtype)
@@ -238,8 +243,8 @@ def layer_activations(config: PreTrainedConfig, dtype: str) -> tuple[int, str]:
     per_h, per_a, per_c = (16, 12, 10) if half else (24, 20, 16)
     if half and FAMILIES.of(config).moe_blocks:
         per_h += 4  # so does the router
-    head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
-    sizes = (config.hidden_size, config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim)
+    head = head_size(config)
+    sizes = (config.hidden_size, config.num_attention_heads * head, config.num_key_value_heads * head)
     attention = sum(per * size for per, size in zip((per_h, per_a, per_c), sizes, strict=True))
     formula = f"{per_h} H + {per_a} A + {per_c} C"
     if not FAMILIES.of(config).moe_blocks:

@@ -7,7 +7,7 @@ from dfactory.commands.checking.model import Model
 from dfactory.commands.checking.page import Page, in_bytes
 from dfactory.engine.trainer import deepspeed_config
 from dfactory.planning.fit import FITS, at_stage, remedy_of
-from dfactory.planning.memory import MemoryForecast, Setup, forecast, setup_of
+from dfactory.planning.memory import MemoryForecast, Setup, forecast, head_size, setup_of
 from dfactory.recipe import Recipe
 
 
@@ -57,7 +57,7 @@ def _breakdown(memory: MemoryForecast) -> Table:
 def _letters(recipe: Recipe, model: Model, ranks: int) -> str:
     """What the letters of the formulas stand for here."""
     sizes, setup = model.config, setup_of(recipe, deepspeed_config(recipe), ranks)
-    head = sizes.head_dim or sizes.hidden_size // sizes.num_attention_heads
+    head = head_size(sizes)
     letters = {
         "P parameters": model.counts.total + (model.trained if recipe.use_peft else 0),
         "T trained": model.trained,

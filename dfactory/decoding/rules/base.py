@@ -122,8 +122,12 @@ class DecodingRule(Protocol):
     """Whether it may edit or remask. All tokens of the response in the block are open to it then. A block's forward number
     `most_steps` commits all masks that are left and remasks nothing."""
 
+    may_wait: ClassVar[bool] = False
+    """Whether a forward may commit nothing. The block's forward number `most_steps` then commits all masks that are left."""
+
     def commit(self, forward: Forward) -> torch.Tensor:
-        """bool [R, B]: which masks become tokens. At least one of every row that has one, unless the rule revises."""
+        """bool [R, B]: which masks become tokens. At least one of every row that has one, unless the rule revises or
+        may wait."""
 
     def decide(self, forward: Forward) -> Decision:
         """For rules that do more than commit."""
