@@ -302,7 +302,8 @@ class FinishReason(enum.StrEnum):
 class Edit(NamedTuple):
     """One replacement during decoding of a token that had been committed before.
 
-    Either id is the mask only where decoding may emit it (decode.suppress_special false).
+    An id is the mask where a decoding rule masks a token again, or where decoding may emit it (decode.suppress_special
+    false).
     """
 
     index: int  # into Rollout.token_ids
