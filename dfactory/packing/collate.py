@@ -36,13 +36,13 @@ def collate(
     writer = _Writer(len(rows), width, sum(map(len, rows)))
     for r, row in enumerate(rows):
         writer.start_row(r)
-        for family in _families(row):
-            writer.write(family)
+        for bundle in _bundles(row):
+            writer.write(bundle)
     batch = writer.finish(columns)
     return batch if device is None else batch.to(device)
 
 
-def _families(row: Sequence[PackedDocument]) -> Iterator[Sequence[PackedDocument]]:
+def _bundles(row: Sequence[PackedDocument]) -> Iterator[Sequence[PackedDocument]]:
     """Groups of consecutive documents that share a prefix; every other document is a group of its own."""
     starts = [index for index, packed in enumerate(row) if not packed.shared]
     return (row[start:stop] for start, stop in itertools.pairwise([*starts, len(row)]))
@@ -74,13 +74,13 @@ class _Writer:
     def start_row(self, row: int) -> None:
         self.cursor = row * self.shape[1]
 
-    def write(self, family: Sequence[PackedDocument]) -> None:
+    def write(self, bundle: Sequence[PackedDocument]) -> None:
         """Write the shared prefix of a group, if it has one, and then each of its documents."""
-        first, number, shared = family[0].document, len(self.per_document), family[-1].shared
+        first, number, shared = bundle[0].document, len(self.per_document), bundle[-1].shared
         # Beyond the numbers of documents, so that sums by document never meet it; a document without one is its own.
         trunk = number + (self.num_documents if shared else 0)
         self._write_stream(trunk, trunk, 0, first.block_size, np.arange(shared), first.input_ids_T[:shared])
-        for packed in family:
+        for packed in bundle:
             self._write_document(packed, shared, trunk)
 
     def _write_document(self, packed: PackedDocument, shared: int, trunk: int) -> None:

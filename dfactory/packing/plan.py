@@ -2,8 +2,8 @@
 
     group    the rollouts of one prompt                     [a a a b b c]      a, b, c: rollouts; a letter is a part
     piece    what goes to one rank together                 [a a a] [b b c]    by `_cut`
-    family   what shares a prefix in one row                [a a] [a] [b b c]  by `_families`
-    row      families, packed; those of one group join      [a a | d] [a | b b c]
+    bundle   what shares a prefix in one row                [a a] [a] [b b c]  by `_bundles`
+    row      bundles, packed; those of one group join       [a a | d] [a | b b c]
 
 Every rank computes the same plan from the same documents, so that nothing has to be communicated.
 """
@@ -14,7 +14,7 @@ from dfactory.packing.pack import pack_rows
 from dfactory.packing.share import PackedDocument, share, total_cost
 from dfactory.types import AlignedDocument, View
 
-Documents = list[PackedDocument]  # the parts of one rollout, a family, or a row
+Documents = list[PackedDocument]  # the parts of one rollout, a bundle, or a row
 
 
 def spread(document: AlignedDocument, views: Sequence[View], row_length: int) -> Documents:
@@ -62,17 +62,17 @@ def share_out(cost_U: list[int], num_ranks: int) -> list[list[int]]:
 
 def _plan(pieces: list[Sequence[Documents]], row_length: int, world_size: int) -> list[list[Documents]]:
     """The rows of each rank, where each piece is on one rank as a whole."""
-    families_of = [_families([part for parts in piece for part in parts], row_length) for piece in pieces]
-    shares = share_out([sum(map(total_cost, families)) for families in families_of], world_size)
+    bundles_of = [_bundles([part for parts in piece for part in parts], row_length) for piece in pieces]
+    shares = share_out([sum(map(total_cost, bundles)) for bundles in bundles_of], world_size)
     ranks = []
     for share_of_rank in shares:
-        families = [family for number in share_of_rank for family in families_of[number]]
-        rows = pack_rows(map(total_cost, families), row_length)
-        ranks.append([_join([families[index] for index in row]) for row in rows])
+        bundles = [bundle for number in share_of_rank for bundle in bundles_of[number]]
+        rows = pack_rows(map(total_cost, bundles), row_length)
+        ranks.append([_join([bundles[index] for index in row]) for row in rows])
     return ranks
 
 
-def _families(parts: Documents, row_length: int) -> list[Documents]:
+def _bundles(parts: Documents, row_length: int) -> list[Documents]:
     """Parts of one group's rollouts by the rows that they take, each row's sharing what they begin with."""
     # Every row pays for the prefix that all of them share, so it is taken off the row and off each part.
     prefix = share(parts)[-1].shared
@@ -80,12 +80,12 @@ def _families(parts: Documents, row_length: int) -> list[Documents]:
     return [share([parts[index] for index in row]) for row in rows]
 
 
-def _join(families: list[Documents]) -> Documents:
-    """The documents of a row. Families of the same group that have met there share as one, if that takes less room: what
+def _join(bundles: list[Documents]) -> Documents:
+    """The documents of a row. Bundles of the same group that have met there share as one, if that takes less room: what
     all of them have in common may be shorter than what each has."""
     groups: dict[int, Documents] = {}
-    for family in families:
-        groups.setdefault(family[0].document.document_id, []).extend(family)
+    for bundle in bundles:
+        groups.setdefault(bundle[0].document.document_id, []).extend(bundle)
     return [part for apart in groups.values() for part in min(apart, share(apart), key=total_cost)]
 
 
