@@ -23,29 +23,33 @@ def is_hub_name(text: str) -> bool:
     return bool(_NAME.fullmatch(text)) and not os.path.exists(text)
 
 
-def refusal(problem: Exception, what: str, name: str, revision: str | None) -> ConfigError:
-    """The error to raise for what huggingface_hub or datasets raised. `what` is the key that holds the name."""
-    known = f"{what} {name} is not a local path and cannot be read from {constants.ENDPOINT}"
+def refusal(problem: Exception, told: str, revision: str | None) -> ConfigError:
+    """The error to raise for what huggingface_hub or datasets raised. `told` is its beginning: what cannot be read."""
+    known = f"{told} from {constants.ENDPOINT}"
     causes = _chain(problem)
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return ConfigError(f"{known}: access has to be granted on its page first; then give your token in HF_TOKEN")
     if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
         return ConfigError(f"{known}: it has no revision {revision}; correct the revision")
     if any(isinstance(cause, RepositoryNotFoundError | HFValidationError) for cause in causes):
-        return ConfigError(
-            f"{known}: there is no such repository, or it is private; correct the name, or give your token in HF_TOKEN"
-        )
+        return missing(told, "there is no such repository, or it is private")
     if constants.HF_HUB_OFFLINE or any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
         return ConfigError(
-            f"{known}: HF_HUB_OFFLINE is set, and the cache {constants.HF_HUB_CACHE} does not hold it; unset HF_HUB_OFFLINE "
+            f"{known}: HF_HUB_OFFLINE is set, and the cache {constants.HF_HOME} does not hold it; unset HF_HUB_OFFLINE "
             "to download it, set HF_HOME to a cache that holds it, or give a local path instead"
         )
     if any(isinstance(cause, EntryNotFoundError | OSError) for cause in causes):
         return ConfigError(
-            f"{known}: the server does not answer ({_first_line(causes[-1])}), and the cache {constants.HF_HUB_CACHE} does "
+            f"{known}: the server does not answer ({_first_line(causes[-1])}), and the cache {constants.HF_HOME} does "
             "not hold it; connect to the network, set HF_ENDPOINT to a mirror, or give a local path instead"
         )
     return ConfigError(f"{known}: {_first_line(problem)}")
+
+
+def missing(told: str, reason: str) -> ConfigError:
+    """The error to raise for what the hub does not have. `told` is as in `refusal`."""
+    remedy = "correct the name, or give your token in HF_TOKEN"
+    return ConfigError(f"{told} from {constants.ENDPOINT}: {reason}; {remedy}")
 
 
 def _chain(problem: BaseException) -> list[BaseException]:

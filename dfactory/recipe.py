@@ -22,7 +22,7 @@ from dfactory.algorithms.base import (
     refuse_other_selections,
     selected,
 )
-from dfactory.config.data import DataKeys
+from dfactory.config.data import DataKeys, DatasetKeys
 from dfactory.config.earlier import Alias, translate
 from dfactory.config.editing import EditingKeys
 from dfactory.config.keys import key
@@ -279,6 +279,7 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
     problem = decode_problem(recipe.decode_keys, recipe.decode_keys.block_size)
     rule(problem is None, str(problem))
     rule(bool(recipe.datasets), "datasets is empty: name at least one file")
+    _check_datasets(recipe, rule)
     rule(all(entry.weight > 0 for entry in recipe.datasets), "datasets.weight 0: leave the file out instead")
     rule(
         recipe.max_steps is not None or recipe.num_train_epochs > 0,
@@ -301,6 +302,20 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
 def _plain_stages() -> str:
     """Those that train on records as they are."""
     return ", ".join(name for name, algorithm in STAGES.items() if algorithm.data is Data.RECORDS)
+
+
+def _check_datasets(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
+    """Every entry is a file or a dataset of the hub, and has the keys of that."""
+    of_the_hub = ("split", "config", "revision", "data_files")
+    untouched = DatasetKeys()
+    for group in ("datasets", "eval_datasets"):
+        for entry in getattr(recipe, group):
+            rule((entry.path is None) != (entry.name is None), f"{group}: give each entry either path or name")
+            stray = [key for key in of_the_hub if getattr(entry, key) != getattr(untouched, key)]
+            rule(
+                entry.path is None or not stray,
+                f"{group}.{', '.join(stray)} belong(s) to a dataset of the hub, and {entry.path} is a file: leave it out",
+            )
 
 
 def _check_block_sizes(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:

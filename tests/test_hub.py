@@ -1,4 +1,4 @@
-"""A model by its name on the hub: checked and trained, once with the hub and once without it from the cache.
+"""A model and records by their names on the hub: checked and trained, with the hub and then without it from the cache.
 
 The hub is a stand-in on 127.0.0.1 (tests/hub.py); huggingface_hub learns of it, and of an empty HF_HOME, in a process of its
 own, because it reads both when it is imported.
@@ -6,6 +6,7 @@ own, because it reads both when it is imported.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from dfactory.models.tiny import TINY_DIR
 from tests.hub import commit_of, serving
 
 ROOT = Path(__file__).parents[1]
-MODEL = "acme/tiny-dlm"
+MODEL, RECORDS = "acme/tiny-dlm", "acme/tiny-chat"
 CALL = "import json, sys; from dfactory.cli import main; print([main(words) for words in json.loads(sys.argv[1])])"
 CONVERSATION = {"messages": [{"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "hi"}]}
 
@@ -28,6 +29,10 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     shutil.copytree(TINY_DIR, root / "models" / MODEL)
     (root / "models" / MODEL / "pytorch_model.bin").write_bytes(b"nobody needs this")
+    data = root / "datasets" / RECORDS / "data"
+    data.mkdir(parents=True)
+    (data / "train.jsonl").write_text(f"{json.dumps(CONVERSATION)}\n" * 16)
+    (data / "test.jsonl").write_text(f"{json.dumps(CONVERSATION)}\n" * 3 + f"{json.dumps({'messages': []})}\n")
     return root
 
 
@@ -50,13 +55,11 @@ def call(home, *commands, **variables):
 
 
 def recipe(tmp_path, *changes):
-    data = tmp_path / "train.jsonl"
-    data.write_text(f"{json.dumps(CONVERSATION)}\n" * 16)
     file = tmp_path / "recipe.yaml"
     keys = {
         "model_name_or_path": MODEL,
         "dtype": "float32",
-        "datasets": [{"path": str(data)}],
+        "datasets": [{"name": RECORDS, "split": "train"}],
         "block_size": 8,
         "max_length": 32,
         "max_steps": 2,
@@ -73,13 +76,14 @@ def test_a_model_of_the_hub_trains_and_then_trains_from_the_cache(folder, home, 
         statuses, told = call(home, ["check", *words], ["train", *words], HF_ENDPOINT=hub.endpoint)
     assert statuses == [0, 0]
     assert "not downloaded yet" in told
+    assert f"16 documents of {RECORDS}[train]" in told
     asked = [path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path]
     assert asked.index("model.safetensors") > asked.index("tokenizer.json")
     assert "pytorch_model.bin" not in asked
     (snapshot,) = (home / "hub").glob("models--acme--tiny-dlm/snapshots/*")
     assert snapshot.name == commit
 
-    pinned = [*words, f"model_revision={commit}", "use_peft=true", f"output_dir={tmp_path / 'again'}"]
+    pinned = [*words, f"model_revision={commit}", "use_peft=true", "streaming=true", f"output_dir={tmp_path / 'again'}"]
     statuses, told = call(home, ["check", *pinned], ["train", *pinned], HF_HUB_OFFLINE="1")
     assert statuses == [0, 0]
     assert "not downloaded yet" not in told
@@ -96,17 +100,29 @@ def test_a_model_of_the_hub_trains_and_then_trains_from_the_cache(folder, home, 
 def test_what_the_hub_does_not_give_is_told_with_a_remedy(folder, tmp_path):
     home, words = tmp_path / "home", recipe(tmp_path)
     with serving(folder) as hub:
-        wrong = (["model_name_or_path=acme/none"], ["model_revision=v2"])
-        statuses, told = call(home, *(["check", *words, *keys] for keys in wrong), HF_ENDPOINT=hub.endpoint)
-    assert statuses == [2, 2]
+        data = ("name: acme/none", f"name: {RECORDS}, split: nope", f"name: {RECORDS}, split: test")
+        wrong = ["model_name_or_path=acme/none", "model_revision=v2"]
+        wrong += [f"datasets=[{{{entry}}}] model_name_or_path=tiny" for entry in data]
+        commands = (["train", *words, *re.split(r" (?=model)", keys)] for keys in wrong)
+        statuses, told = call(home, *commands, HF_ENDPOINT=hub.endpoint)
+    assert statuses == [2, 2, 2, 2, 1]
     known = f"is not a local path and cannot be read from {hub.endpoint}: "
     assert f"model_name_or_path acme/none {known}there is no such repository" in told
     assert f"model_name_or_path {MODEL} {known}it has no revision v2" in told
-    statuses, told = call(home, ["check", *words], HF_ENDPOINT=hub.endpoint)  # the server is down
-    assert statuses == [2]
+    unread = f"cannot be read from {hub.endpoint}: "
+    assert f"datasets.name acme/none[train] {unread}Dataset 'acme/none' doesn't exist on the Hub" in told
+    assert f"datasets.name {RECORDS}[nope] {unread}" in told
+    assert "Should be one of ['train', 'test']" in told
+    assert f"{RECORDS}[test]:4: messages" in told
+    empty, local = tmp_path / "empty", ["check", *words, "model_name_or_path=tiny"]
+    statuses, told = call(empty, ["check", *words], local, HF_ENDPOINT=hub.endpoint)  # the server is down
+    assert statuses == [2, 2]
+    assert f"datasets.name {RECORDS}[train] {unread}the server does not answer" in told
     assert f"model_name_or_path {MODEL} {known}the server does not answer" in told
     assert "set HF_ENDPOINT to a mirror" in told
-    statuses, told = call(home, ["check", *words], HF_HUB_OFFLINE="1")
-    assert statuses == [2]
-    assert f"{MODEL} is not a local path" in told
-    assert f"HF_HUB_OFFLINE is set, and the cache {home / 'hub'} does not hold it; unset HF_HUB_OFFLINE" in told
+    statuses, told = call(empty, ["check", *words], local, HF_HUB_OFFLINE="1")
+    assert statuses == [2, 2]
+    for name in (f"model_name_or_path {MODEL} is not a local path and", f"datasets.name {RECORDS}[train]"):
+        assert (
+            f"{name} cannot be read from https://huggingface.co: HF_HUB_OFFLINE is set, and the cache {empty}" in told
+        )

@@ -24,7 +24,8 @@ LATE_PACKAGES = {
     "matplotlib": "0.3 s, for animations alone",
     "peft": "takes seconds, for adapters alone",
     "PIL": "for animations alone",
-    "pyarrow": "for parquet alone",
+    "datasets": "1.3 s, for tables and datasets of the hub alone",
+    "pyarrow": "for tables alone",
     "torch.nn.attention.flex_attention": "torch.compile's parts, for GPUs alone",
 }
 """Packages that are imported inside functions, each with the reason."""

@@ -3,19 +3,33 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from dfactory.config.keys import REQUIRED, key
+from dfactory.config.keys import key
 
 
 @dataclass
 class DatasetKeys:
-    path: str = key(REQUIRED, ".jsonl, .jsonl.gz or .parquet file (relative to the recipe)")
+    path: Optional[str] = key(
+        None, ".jsonl, .jsonl.gz, .json, .parquet, .arrow or .csv file (relative to the recipe); or give name"
+    )
     weight: float = key(1.0, "how often an epoch sees each record; fractions are drawn anew each epoch", low=0.0)
+    name: Optional[str] = key(None, "dataset on the hub, `org/name`, instead of a path")
+    split: str = key("train", "with name: the split, as the datasets library writes it: train, train[:1000], ...")
+    config: Optional[str] = key(None, "with name: which configuration (subset) of the dataset; null: its default")
+    revision: Optional[str] = key(None, "with name: branch, tag or commit; null: the newest version, which may change")
+    data_files: list[str] = key(
+        [], "with name: patterns of its files, such as data/*.parquet; empty: those of the split"
+    )
+
+    @property
+    def label(self) -> str:
+        """How messages call the entry; a row's address is label:number."""
+        return self.path or f"{self.name}[{f'{self.config}/' if self.config else ''}{self.split}]"
 
 
 @dataclass
 class DataKeys:
-    datasets: list[DatasetKeys] = key([], "training files with their weights")
-    eval_datasets: list[DatasetKeys] = key([], "held-out files for the evaluation loss")
+    datasets: list[DatasetKeys] = key([], "training records with their weights: files, or datasets of the hub")
+    eval_datasets: list[DatasetKeys] = key([], "held-out records for the evaluation loss")
     max_length: int = key(2048, "longest document in tokens, EOS fill included; a multiple of block_size", low=1)
     row_length: Optional[int] = key(
         None, "positions of a packed row, clean stream and views; null: room for one document of max_length"
@@ -23,8 +37,8 @@ class DataKeys:
     packing: bool = key(True, "put several documents into a row; attention never crosses them")
     streaming: bool = key(
         False,
-        "tokenise .jsonl records while training goes on, not before: start-up and memory stay small however large the "
-        "files; needs max_steps",
+        "tokenise records while training goes on, not before: start-up and memory stay small however many there are; "
+        "needs max_steps",
     )
     overlong: str = key(
         "refuse",

@@ -244,7 +244,7 @@ def load_examples(
     paired: bool = False,
     traces: TraceRules = NO_TRACES,
 ) -> Examples:
-    """Read, tokenise and check every record of the files.
+    """Read, tokenise and check every record of the entries.
 
     `encoder` may be None if all records come tokenised. A text ends with EOS, added where it does not, trainable where
     its last token is. `paired` is whether the records have to be preference pairs or must not be; `traces`
@@ -259,12 +259,13 @@ def load_examples(
             f"datasets names {len(datasets)} files: at most {1 << FILE_BITS} can be distinguished; join some"
         )
     rules = DocumentRules(max_length, overlong, eos_id, vocab_size, mask_id, traces)
-    report = DataReport([entry.path for entry in datasets], unit_size=2 if paired else 1)
+    report = DataReport([entry.label for entry in datasets], unit_size=2 if paired else 1)
     builder = ExamplesBuilder(report, on_bad_row, block_size)
-    with reading(report.files, "tokenising") as advance:
-        for file_index, path in enumerate(report.files):
-            for row in read_documents(read_records(path, paired, advance, report.unread), path, encoder, rules):
-                require_kind(row.record, paired, f"{path}:{row.number}")
+    with reading([entry.path for entry in datasets if entry.path], "tokenising") as advance:
+        for file_index, entry in enumerate(datasets):
+            records = read_records(entry, paired, advance, report.unread)
+            for row in read_documents(records, entry.label, encoder, rules):
+                require_kind(row.record, paired, f"{entry.label}:{row.number}")
                 builder.add((file_index << LINE_BITS) | row.number, row.finished)
     return builder.finish(max_bad_fraction)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dfactory.config.data import DatasetKeys
 from dfactory.data import columns
 from dfactory.data.chat import ChatEncoder
 from dfactory.data.columns import ASKED, SYSTEM, asked, sharegpt_messages, with_system
@@ -43,12 +44,13 @@ class Row(NamedTuple):
     fields: dict[str, Any]
 
 
-def rows_of(path: str | Path) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """(file:line, row) of a .jsonl, .jsonl.gz or .parquet file; a row that is no object is a BadRow."""
-    for number, fields in read_objects(path):
+def rows_of(source: str | Path | DatasetKeys) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    """(file:line, row) of a file, or of an entry of `datasets`; a row that is no object is a BadRow."""
+    label = source.label if isinstance(source, DatasetKeys) else source
+    for number, fields in read_objects(source):
         if not isinstance(fields, (dict, BadRow)):
             fields = BadRow(Fault.JSON, f"the row is {show(fields)}: it must be a JSON object")
-        yield f"{path}:{number}", fields
+        yield f"{label}:{number}", fields
 
 
 def read_rows(path: str | Path) -> list[Row]:

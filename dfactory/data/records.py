@@ -14,43 +14,46 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dfactory.config.data import DatasetKeys
 from dfactory.data import columns, fields
 from dfactory.data.columns import ASKED, SYSTEM, Format, asked, said, sharegpt_messages, with_system
 from dfactory.data.fields import BadRow, Completion, Conversation, Fault, Record, TokenIds, check_messages
 from dfactory.data.pairs import PAIR_FORMATS
 from dfactory.data.progress import Advance, unheard
+from dfactory.data.tables import is_table, table_rows
 from dfactory.data.traces import TRACE_FORMATS
 from dfactory.errors import DataError
 
 LONGEST_LINE = 1 << 22  # bytes, unpacked: tokenising such a text takes a gigabyte, and no max_length is that long
-PARQUET_BATCH = 1024  # rows that are read together
+ENDINGS = ".jsonl, .jsonl.gz, .json, .parquet, .arrow or .csv"
 PROGRESS_ROWS = 256  # between two words to the progress bar
 
 
 def read_records(
-    path: str | Path, prefer_pairs: bool = False, advance: Advance = unheard, unread: Counter[str] | None = None
+    source: str | Path | DatasetKeys,
+    prefer_pairs: bool = False,
+    advance: Advance = unheard,
+    unread: Counter[str] | None = None,
 ) -> Iterator[tuple[int, Record | BadRow]]:
-    """Stream (number, record) of a .jsonl, .jsonl.gz or .parquet file; numbers count lines, or parquet rows, from 1.
+    """Stream (number, record) of a file, or of an entry of `datasets`; numbers count lines, or rows of a table, from 1.
 
     A row that can be read as a pair and as a single answer is read as `prefer_pairs` says. `advance` is called with the
     bytes read; `unread` counts the rows by text columns that no reader uses.
     Raises DataError if the file is missing, damaged, of another kind, or holds no row at all.
     """
-    for number, row in read_objects(path, advance):
+    for number, row in read_objects(source, advance):
         yield number, (row if isinstance(row, BadRow) else parse_row(row, prefer_pairs, unread))
 
 
-def read_objects(path: str | Path, advance: Advance = unheard) -> Iterator[tuple[int, Any]]:
-    """The same with rows as they stand in the file; what is not JSON or not UTF-8 is a BadRow."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path} is not a file: datasets.path must name a .jsonl, .jsonl.gz or .parquet file")
+def read_objects(source: str | Path | DatasetKeys, advance: Advance = unheard) -> Iterator[tuple[int, Any]]:
+    """The same with rows as they stand there; what is not JSON or not UTF-8 is a BadRow."""
+    entry = source if isinstance(source, DatasetKeys) else DatasetKeys(str(source))
     empty = True
-    for number, row in _rows(path, advance):
+    for number, row in _rows(entry, advance):
         empty = False
         yield number, row
     if empty:
-        raise DataError(f"{path} holds no records: leave it out of datasets")
+        raise DataError(f"{entry.label} holds no records: leave it out of datasets")
 
 
 def parse_row(row: Any, prefer_pairs: bool = False, unread: Counter[str] | None = None) -> Record | BadRow:
@@ -77,14 +80,21 @@ def read_columns(row: dict, prefer_pairs: bool = False) -> set[str]:
 # --- files -> rows ---------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
-    if path.name.endswith(".parquet"):
-        return _parquet_rows(path, advance)
+def _rows(entry: DatasetKeys, advance: Advance) -> Iterator[tuple[int, Any]]:
+    if entry.path is None:
+        return table_rows(entry, advance)
+    path = Path(entry.path)
+    if not path.is_file():
+        raise DataError(
+            f"{path} is not a file: datasets.path must name a {ENDINGS} file; a dataset of the hub is a name"
+        )
+    if is_table(entry):
+        return table_rows(entry, advance)
     if path.name.endswith(".jsonl"):
         return _json_rows(path, lambda file: file, advance)
     if path.name.endswith(".jsonl.gz"):
         return _json_rows(path, lambda file: gzip.GzipFile(fileobj=file), advance)
-    raise DataError(f"{path}: datasets.path must end in .jsonl, .jsonl.gz or .parquet")
+    raise DataError(f"{path}: datasets.path must end in {ENDINGS}")
 
 
 def _json_rows(path: Path, unpack: Callable[[BinaryIO], Any], advance: Advance) -> Iterator[tuple[int, Any]]:
@@ -127,30 +137,6 @@ def parse_json(text: bytes) -> Any:
         return BadRow(Fault.ENCODING, f"byte {problem.start} of the line is not UTF-8: convert the file to UTF-8")
     except ValueError as problem:
         return BadRow(Fault.JSON, f"not valid JSON: {problem}")
-
-
-def _parquet_rows(path: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            bytes_per_row = path.stat().st_size // max(file.metadata.num_rows, 1)
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH):
-                advance(batch.num_rows * bytes_per_row)
-                for index in range(batch.num_rows):
-                    number += 1
-                    yield number, _parquet_row(batch, index)
-    except (pyarrow.ArrowException, OSError) as problem:
-        raise DataError(f"{path}:{number}: unreadable after this row ({problem}): copy the file again") from problem
-
-
-def _parquet_row(batch, index: int) -> Any:
-    try:
-        return batch.slice(index, 1).to_pylist()[0]
-    except UnicodeDecodeError as problem:
-        return BadRow(Fault.ENCODING, f"a string of the row is not UTF-8: {problem}")
 
 
 # --- rows -> records -------------------------------------------------------------------------------------------------

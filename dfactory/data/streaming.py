@@ -1,9 +1,10 @@
 """Records that are read while training goes on (`streaming: true`): start-up and memory do not grow with the texts.
 
 At the start the files are read once, to find the start of each line and to compute a checksum, and the first lines are
-tokenised, so that errors which affect all of them are reported at once. Afterwards lines are tokenised in the order in which
-the run visits them, some hundred at a time; one that was visited too long ago is tokenised again. A unit is a line. Order,
-packing and noise are the same as when all records are read at the start, if none of them is bad.
+tokenised, so that errors which affect all of them are reported at once. Tables are mapped from the cache of the `datasets`
+library instead. Afterwards lines are tokenised in the order in which the run visits them, some hundred at a time; one that was
+visited too long ago is tokenised again. A unit is a line, or a row of a table. Order, packing and noise are the same as when
+all records are read at the start, if none of them is bad.
 
 What is given up: the number of steps is not known beforehand (max_steps has to say it), bad rows come to light when they are
 visited, and every rank tokenises the whole stream, because rows are packed by the lengths of all.
@@ -18,7 +19,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -37,6 +38,7 @@ from dfactory.data.examples import (
 from dfactory.data.fields import BadRow, Record
 from dfactory.data.progress import Advance, reading
 from dfactory.data.records import LONGEST_LINE, parse_line, parse_row
+from dfactory.data.tables import Table, is_table
 from dfactory.errors import ConfigError, DataError
 from dfactory.types import Example
 
@@ -45,17 +47,37 @@ CHECKED = 1024  # lines that are read at the start, and from which on max_bad_fr
 PIECE = 1 << 24  # bytes that are looked through at once for the ends of lines
 
 
+BLANK = object()
+
+
+class Numbered(Protocol):
+    """Records that can be found again by their number from 0; an address is name:number + 1."""
+
+    name: str
+    checksum: int
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> Any:
+        """The value there, a BadRow for what is none, BLANK where nothing stands."""
+
+
+def numbered(entry: DatasetKeys, advance: Advance) -> Numbered:
+    """The records of an entry of `datasets`. Raises DataError for one that cannot be read, and for one without records."""
+    return Table(entry) if is_table(entry) else Lines(entry.path, advance)
+
+
 class Lines:
     """A .jsonl file by line. Raises DataError for another kind of file, and for one without a line."""
 
     def __init__(self, path: str, advance: Advance):
         if not path.endswith(".jsonl") or not Path(path).is_file():
             raise DataError(
-                f"{path}: streaming: true reads .jsonl files, whose lines can be found again; "
+                f"{path}: streaming: true reads .jsonl files, whose lines can be found again, and tables; "
                 "`dfactory data convert` writes one"
             )
         self._file = open(path, "rb")  # noqa: SIM115  (as long as the run)
-        self.path, self.checksum, ends, position = path, 0, [np.zeros(1, np.int64)], 0
+        self.name, self.checksum, ends, position = path, 0, [np.zeros(1, np.int64)], 0
         while piece := self._file.read(PIECE):
             ends.append(position + 1 + np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")))
             self.checksum = zlib.crc32(piece, self.checksum)
@@ -73,6 +95,10 @@ class Lines:
         start, stop = self._end_L1[index : index + 2].tolist()
         line = os.pread(self._file.fileno(), min(stop - start, LONGEST_LINE + 1), start)
         return line.removeprefix(codecs.BOM_UTF8) if index == 0 else line
+
+    def row(self, index: int) -> Any:
+        line = self[index]
+        return parse_line(line) if line.strip() else BLANK
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,14 +150,13 @@ class StreamedExamples:
         self._encoder, self._rules, self._paired = encoder, rules, paired
         self._on_bad_row, self._max_bad_fraction, self._block_size = on_bad_row, max_bad_fraction, block_size
         self.unit_size = 2 if paired else 1
-        paths = [entry.path for entry in datasets]
-        with reading(paths, "looking for lines") as advance:
-            self._files = [Lines(path, advance) for path in paths]
+        with reading([entry.path for entry in datasets if entry.path], "looking for lines") as advance:
+            self._files = [numbered(entry, advance) for entry in datasets]
         self._first_F1 = np.cumsum([0, *(len(lines) for lines in self._files)])
         self._chunks: deque[Chunk] = deque()  # the newest last
         self._chunk_of: dict[int, Chunk] = {}
         self._seen_U = np.zeros(len(self), bool)
-        self.report = StreamReport(paths, unit_size=self.unit_size, lines=len(self))
+        self.report = StreamReport([entry.label for entry in datasets], unit_size=self.unit_size, lines=len(self))
         self.prefetch(range(min(CHECKED, len(self))))  # report errors that affect all records at once
 
     def __len__(self) -> int:
@@ -203,14 +228,15 @@ class StreamedExamples:
             self.report.kept += self.unit_size
 
     def _rows(self, units: list[int]) -> Iterator[tuple[int, EncodedRow]]:
-        """The lines of ascending units, blank ones left out."""
+        """The records of ascending units, blank lines left out."""
         for file_index, group in itertools.groupby(units, key=lambda unit: self._place(unit)[0]):
-            lines, first = self._files[file_index], int(self._first_F1[file_index])
-            numbered = [(unit, line) for unit in group if (line := lines[unit - first]).strip()]
-            parsed = ((unit - first + 1, parse_line(line)) for unit, line in numbered)
-            records = ((n, row if isinstance(row, BadRow) else self._parse(first + n - 1, row)) for n, row in parsed)
-            rows = read_documents(records, lines.path, self._encoder, self._rules)
-            yield from zip((unit for unit, _ in numbered), rows, strict=True)
+            file, first = self._files[file_index], int(self._first_F1[file_index])
+            found = [(unit, row) for unit in group if (row := file.row(unit - first)) is not BLANK]
+            records = [
+                (unit - first + 1, row if isinstance(row, BadRow) else self._parse(unit, row)) for unit, row in found
+            ]
+            rows = read_documents(iter(records), file.name, self._encoder, self._rules)
+            yield from zip((unit for unit, _ in found), rows, strict=True)
 
     def _parse(self, unit: int, row: Any) -> Record | BadRow:
         """A line's record; what nobody reads of it is counted when it is seen for the first time."""
@@ -223,7 +249,7 @@ class StreamedExamples:
 
     def _origin(self, unit: int) -> str:
         file_index, number = self._place(unit)
-        return f"{self._files[file_index].path}:{number}"
+        return f"{self._files[file_index].name}:{number}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

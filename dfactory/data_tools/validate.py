@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dfactory.config.data import DatasetKeys
 from dfactory.console import plain_console
 from dfactory.data.chat import ChatEncoder
 from dfactory.data.examples import SHOWN_COLUMNS, DocumentRules, EncodedRow, read_documents
@@ -38,11 +39,16 @@ KEY = re.compile(r"[\w.]+=")
 class Task:
     """What is validated, and by which rules."""
 
-    files: list[str]
+    sources: list[DatasetKeys]
     paired: bool
     max_bad_fraction: float
     encoder: ChatEncoder | None
     rules: DocumentRules | None  # None without a model
+
+    @property
+    def files(self) -> list[str]:
+        """How messages call the sources."""
+        return [source.label for source in self.sources]
 
 
 def main(words: list[str] | None = None) -> int:
@@ -83,14 +89,15 @@ def main(words: list[str] | None = None) -> int:
 def _task_of_words(options: argparse.Namespace) -> Task:
     if not options.files:
         raise ConfigError("no file to validate: name some, or give --recipe")
+    sources = [DatasetKeys(path) for path in options.files]
     if options.model is None:
         if options.max_length is not None or options.chat_template:
             raise ConfigError("--max-length and --chat-template need a tokenizer: give --model, such as `tiny`")
-        return Task(options.files, options.pairs, options.max_bad_fraction, None, None)
+        return Task(sources, options.pairs, options.max_bad_fraction, None, None)
     vocabulary = vocabulary_of(options)
     special = vocabulary.special
     rules = DocumentRules(options.max_length or ANY_LENGTH, "refuse", special.eos, vocabulary.size, special.mask)
-    return Task(options.files, options.pairs, options.max_bad_fraction, vocabulary.encoder, rules)
+    return Task(sources, options.pairs, options.max_bad_fraction, vocabulary.encoder, rules)
 
 
 def _task_of_recipe(options: argparse.Namespace, overrides: list[str]) -> Task:
@@ -105,19 +112,19 @@ def _task_of_recipe(options: argparse.Namespace, overrides: list[str]) -> Task:
     recipe = load_recipe(options.recipe, overrides)
     vocabulary = recipe_vocabulary(recipe)
     allowed = recipe.max_bad_fraction if recipe.on_bad_row == "skip" else 0.0
-    files = options.files or [entry.path for entry in recipe.datasets]
+    sources = [DatasetKeys(path) for path in options.files] or recipe.datasets
     paired = recipe.documents_per_record == 2
     rules = document_rules(recipe, vocabulary, trace_block_size_of(recipe))
-    return Task(files, paired, allowed, vocabulary.encoder, rules)
+    return Task(sources, paired, allowed, vocabulary.encoder, rules)
 
 
 def survey(task: Task) -> Survey:
     """Read all rows once."""
     found = Survey(task.files, task.encoder, task.rules)
     kind = None
-    with reading(task.files, "validating") as advance:
-        for file_index, path in enumerate(task.files):
-            for row in _rows(task, path, advance, found.report.unread):
+    with reading([source.path for source in task.sources if source.path], "validating") as advance:
+        for file_index, source in enumerate(task.sources):
+            for row in _rows(task, source, advance, found.report.unread):
                 if not isinstance(row.record, BadRow):
                     kind = isinstance(row.record, Pair) if kind is None else kind
                     row = _of_kind(row, kind)
@@ -125,10 +132,10 @@ def survey(task: Task) -> Survey:
     return found
 
 
-def _rows(task: Task, path: str, advance: Advance, unread: Counter[str]) -> Iterator[EncodedRow]:
-    records = read_records(path, task.paired, advance, unread)
+def _rows(task: Task, source: DatasetKeys, advance: Advance, unread: Counter[str]) -> Iterator[EncodedRow]:
+    records = read_records(source, task.paired, advance, unread)
     if task.rules is not None:
-        return read_documents(records, path, task.encoder, task.rules)
+        return read_documents(records, source.label, task.encoder, task.rules)
     return (EncodedRow(number, record, [], []) for number, record in records)
 
 

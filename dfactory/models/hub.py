@@ -61,7 +61,7 @@ def _download(name: str, revision: str | None, weights: bool, key: str) -> Path:
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, HFValidationError) as problem:  # all of huggingface_hub's errors of files and of HTTP are OSErrors
-        raise refusal(problem, key, name, revision) from problem
+        raise refusal(problem, f"{key} {name} is not a local path and cannot be read", revision) from problem
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import bisect
 
+from dfactory.config.data import DatasetKeys
 from dfactory.data.examples import DataReport
 from dfactory.data.fields import BadRow, Fault
 from dfactory.data.order import EpochOrder
@@ -22,12 +23,12 @@ class PromptStream:
         self.vocabulary = recipe_vocabulary(recipe)
         self.rows: list[Row] = []
         self.prompt_ids: list[list[int]] = []
-        self.report = DataReport([entry.path for entry in recipe.datasets])
+        self.report = DataReport([entry.label for entry in recipe.datasets])
         self._on_bad_row, self._room = recipe.on_bad_row, recipe.max_length - recipe.decode.max_new_tokens
         weights: list[float] = []
         for entry in recipe.datasets:
             before = len(self.rows)
-            self._read(entry.path)
+            self._read(entry)
             weights += [entry.weight] * (len(self.rows) - before)
         self._check_report(recipe.max_bad_fraction)
         self._order = EpochOrder(weights, recipe.seed)
@@ -64,9 +65,9 @@ class PromptStream:
         epoch = bisect.bisect_right(self._starts, group) - 1
         return epoch, group - self._starts[epoch], self._starts[epoch + 1] - self._starts[epoch]
 
-    def _read(self, path: str) -> None:
-        """Take the rows of a file that can be answered."""
-        for origin, fields in rows_of(path):
+    def _read(self, entry: DatasetKeys) -> None:
+        """Take the rows of an entry that can be answered."""
+        for origin, fields in rows_of(entry):
             try:
                 if isinstance(fields, BadRow):
                     raise BadRow(fields.fault, f"{origin}: {fields}")

@@ -247,6 +247,6 @@ def test_an_empty_file_is_named(write):
 
 
 def test_an_unknown_ending(tmp_path):
-    (tmp_path / "rows.csv").write_text("a,b")
-    with pytest.raises(DataError, match=r"rows\.csv.* must end in"):
-        list(read_records(tmp_path / "rows.csv"))
+    (tmp_path / "rows.txt").write_text("a,b")
+    with pytest.raises(DataError, match=r"rows\.txt.* must end in .jsonl, .jsonl.gz, .json, .parquet, .arrow or .csv"):
+        list(read_records(tmp_path / "rows.txt"))
