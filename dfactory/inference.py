@@ -70,7 +70,7 @@ class Pipeline:
         """`dtype` auto is the checkpoint's; `device` None is cuda where there is one, else cpu. `chat_template_path` is a
         Jinja file instead of the model's own template."""
         keys = decode_keys_over(keys or DecodeKeys(), decode_keys, ARGUMENTS)
-        model_dir = resolve(model, revision)
+        model_dir = resolve(model, revision, weights=init_weights == "pretrained")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         policy = load_policy(model_dir, dtype=dtype, device=device, init_weights=init_weights)
         ids = {name: getattr(keys, name) for name in OF_THE_MODEL}

@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from typing import Optional
 
 from dfactory.config.keys import key
+from dfactory.config.words import RECORD_FILES
 
 
 @dataclass
 class DatasetKeys:
-    path: Optional[str] = key(
-        None, ".jsonl, .jsonl.gz, .json, .parquet, .arrow or .csv file (relative to the recipe); or give name"
-    )
+    path: Optional[str] = key(None, f"{RECORD_FILES} file (relative to the recipe); or give name")
     weight: float = key(1.0, "how often an epoch sees each record; fractions are drawn anew each epoch", low=0.0)
     name: Optional[str] = key(None, "dataset on the hub, `org/name`, instead of a path")
     split: str = key("train", "with name: the split, as the datasets library writes it: train, train[:1000], ...")

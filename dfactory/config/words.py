@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Collection
 
+RECORD_FILES = ".jsonl, .jsonl.gz, .json, .parquet, .arrow or .csv"
 MODEL_HELP = "model directory, run folder, name on the hub (org/name or org/name@revision), or `tiny`"
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dfactory.config.data import DatasetKeys
+from dfactory.config.words import RECORD_FILES
 from dfactory.data import columns, fields
 from dfactory.data.columns import ASKED, SYSTEM, Format, asked, said, sharegpt_messages, with_system
 from dfactory.data.fields import BadRow, Completion, Conversation, Fault, Record, TokenIds, check_messages
@@ -25,7 +26,6 @@ from dfactory.data.traces import TRACE_FORMATS
 from dfactory.errors import DataError
 
 LONGEST_LINE = 1 << 22  # bytes, unpacked: tokenising such a text takes a gigabyte, and no max_length is that long
-ENDINGS = ".jsonl, .jsonl.gz, .json, .parquet, .arrow or .csv"
 PROGRESS_ROWS = 256  # between two words to the progress bar
 
 
@@ -86,7 +86,7 @@ def _rows(entry: DatasetKeys, advance: Advance) -> Iterator[tuple[int, Any]]:
     path = Path(entry.path)
     if not path.is_file():
         raise DataError(
-            f"{path} is not a file: datasets.path must name a {ENDINGS} file; a dataset of the hub is a name"
+            f"{path} is not a file: datasets.path must name a {RECORD_FILES} file; a dataset of the hub is a name"
         )
     if is_table(entry):
         return table_rows(entry, advance)
@@ -94,7 +94,7 @@ def _rows(entry: DatasetKeys, advance: Advance) -> Iterator[tuple[int, Any]]:
         return _json_rows(path, lambda file: file, advance)
     if path.name.endswith(".jsonl.gz"):
         return _json_rows(path, lambda file: gzip.GzipFile(fileobj=file), advance)
-    raise DataError(f"{path}: datasets.path must end in {ENDINGS}")
+    raise DataError(f"{path}: datasets.path must end in {RECORD_FILES}")
 
 
 def _json_rows(path: Path, unpack: Callable[[BinaryIO], Any], advance: Advance) -> Iterator[tuple[int, Any]]:

@@ -2,9 +2,9 @@
 
 At the start the files are read once, to find the start of each line and to compute a checksum, and the first lines are
 tokenised, so that errors which affect all of them are reported at once. Tables are mapped from the cache of the `datasets`
-library instead. Afterwards lines are tokenised in the order in which the run visits them, some hundred at a time; one that was
-visited too long ago is tokenised again. A unit is a line, or a row of a table. Order, packing and noise are the same as when
-all records are read at the start, if none of them is bad.
+library instead. Afterwards lines are tokenised in the order in which the run visits them, some hundred at a time; one that
+was visited too long ago is tokenised again. A unit is a line, or a row of a table. Order, packing and noise are the same as
+when all records are read at the start, if none of them is bad.
 
 What is given up: the number of steps is not known beforehand (max_steps has to say it), bad rows come to light when they are
 visited, and every rank tokenises the whole stream, because rows are packed by the lengths of all.

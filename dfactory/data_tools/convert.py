@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dfactory.config.words import RECORD_FILES
 from dfactory.data.fields import BadRow, Completion, Conversation, Fault, Pair, Record, show
 from dfactory.data.progress import Advance, reading
 from dfactory.data.records import parse_json, parse_row, read_columns, read_objects
@@ -31,7 +32,7 @@ SHOWN = 5  # bad rows that are printed
 
 def main(words: list[str] | None = None) -> int:
     parser = parser_of("convert")
-    parser.add_argument("files", nargs="+", help=".jsonl, .jsonl.gz, .parquet, or .json with an array of rows")
+    parser.add_argument("files", nargs="+", help=f"{RECORD_FILES}; .json holds an array of rows")
     parser.add_argument("--output", required=True, help=".jsonl, .jsonl.gz or .parquet")
     parser.add_argument("--pairs", action="store_true", help="read rows as preference pairs where they can be both")
     parser.add_argument("--skip-bad", action="store_true", help="count rows that cannot be read, and go on")

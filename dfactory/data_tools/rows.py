@@ -16,7 +16,7 @@ class Row(NamedTuple):
 
 
 def read_rows(path: str, prefer_pairs: bool = False, advance: Advance = unheard) -> Iterator[Row]:
-    """Stream a .jsonl, .jsonl.gz or .parquet file. Raises DataError with file:line."""
+    """Stream a file of records. Raises DataError with file:line."""
     for number, fields in read_objects(path, advance):
         record = fields if isinstance(fields, BadRow) else parse_row(fields, prefer_pairs)
         if isinstance(record, BadRow):

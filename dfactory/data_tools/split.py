@@ -11,7 +11,9 @@ import contextlib
 import hashlib
 from collections import Counter
 
+from dfactory.config.words import RECORD_FILES
 from dfactory.data.progress import reading
+from dfactory.data.tables import KINDS
 from dfactory.data_tools.command import named_numbers, parser_of, say
 from dfactory.data_tools.files import ENDINGS, writing
 from dfactory.data_tools.identity import prompt_key
@@ -27,10 +29,10 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pairs", action="store_true", help="read rows as preference pairs where they can be both")
     options = parser.parse_args(words)
-    files = [word for word in options.words if word.endswith(ENDINGS)]
+    files = [word for word in options.words if word.endswith((*ENDINGS, *KINDS))]
     shares = named_numbers([word for word in options.words if word not in files], "parts as NAME=SHARE")
     if not files:
-        raise ConfigError(f"no file to split: name one that ends in {', '.join(ENDINGS)}")
+        raise ConfigError(f"no file to split: name one that ends in {RECORD_FILES}")
     if len(shares) < 2 or not sum(shares.values()):
         raise ConfigError("give two parts or more with their shares, such as train=0.95 heldout=0.05")
 

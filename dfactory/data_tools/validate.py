@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from dfactory.config.data import DatasetKeys
+from dfactory.config.words import RECORD_FILES
 from dfactory.console import plain_console
 from dfactory.data.chat import ChatEncoder
 from dfactory.data.examples import SHOWN_COLUMNS, DocumentRules, EncodedRow, read_documents
@@ -53,9 +54,7 @@ class Task:
 
 def main(words: list[str] | None = None) -> int:
     parser = parser_of("validate")
-    parser.add_argument(
-        "files", nargs="*", metavar="FILE | key=value", help=".jsonl, .jsonl.gz or .parquet; keys of --recipe"
-    )
+    parser.add_argument("files", nargs="*", metavar="FILE | key=value", help=f"{RECORD_FILES}; keys of --recipe")
     parser.add_argument("--recipe", help="take files, model, lengths and what is allowed from this recipe")
     add_model_arguments(parser, required=False)
     parser.add_argument("--max-length", type=int, help="longest document in tokens (default: no limit)")
