@@ -54,7 +54,7 @@ def parser_of(verb: str, epilog: str | None = None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"dfactory data {verb}", description=VERBS[verb], epilog=epilog)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+def add_vocabulary_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
     """What a tokenizer and its special ids are taken from."""
     parser.add_argument("--model", required=required, help=f"{MODEL_HELP}: its tokenizer")
     parser.add_argument(
@@ -65,7 +65,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None
 
 
 def vocabulary_of(options: argparse.Namespace):
-    """The Vocabulary of `add_model_arguments`."""
+    """The Vocabulary of `add_vocabulary_arguments`."""
     from dfactory.vocabulary import read_vocabulary  # transformers takes seconds
 
     return read_vocabulary(

@@ -18,7 +18,7 @@ from dfactory.data.examples import DocumentRules, read_documents
 from dfactory.data.fields import BadRow, Pair
 from dfactory.data.pairs import SIDES
 from dfactory.data.records import read_records
-from dfactory.data_tools.command import add_model_arguments, parser_of, vocabulary_of
+from dfactory.data_tools.command import add_vocabulary_arguments, parser_of, vocabulary_of
 from dfactory.errors import ConfigError
 from dfactory.noise import RandomMask
 from dfactory.packing import align
@@ -30,7 +30,7 @@ PLAIN_WIDTH = 120  # of the output where there is no terminal
 def main(words: list[str] | None = None) -> int:
     parser = parser_of("preview")
     parser.add_argument("files", nargs="+", help=RECORD_FILES)
-    add_model_arguments(parser, required=True)
+    add_vocabulary_arguments(parser, required=True)
     parser.add_argument("--rows", type=int, default=3, help="of each file (default: 3)")
     parser.add_argument("--first", type=int, default=1, help="number of the first row shown (default: 1)")
     parser.add_argument("--pairs", action="store_true", help="read rows as preference pairs where they can be both")

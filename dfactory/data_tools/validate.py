@@ -26,7 +26,7 @@ from dfactory.data.examples import SHOWN_COLUMNS, DocumentRules, EncodedRow, rea
 from dfactory.data.fields import BadRow, Fault, Pair
 from dfactory.data.progress import Advance, reading
 from dfactory.data.records import read_records
-from dfactory.data_tools.command import add_model_arguments, fraction, parser_of, vocabulary_of
+from dfactory.data_tools.command import add_vocabulary_arguments, fraction, parser_of, vocabulary_of
 from dfactory.data_tools.page import Page, Section, print_page, to_html
 from dfactory.data_tools.survey import Survey
 from dfactory.errors import ConfigError
@@ -56,7 +56,7 @@ def main(words: list[str] | None = None) -> int:
     parser = parser_of("validate")
     parser.add_argument("files", nargs="*", metavar="FILE | key=value", help=f"{RECORD_FILES}; keys of --recipe")
     parser.add_argument("--recipe", help="take files, model, lengths and what is allowed from this recipe")
-    add_model_arguments(parser, required=False)
+    add_vocabulary_arguments(parser, required=False)
     parser.add_argument("--max-length", type=int, help="longest document in tokens (default: no limit)")
     parser.add_argument("--pairs", action="store_true", help="read rows as preference pairs where they can be both")
     parser.add_argument(
