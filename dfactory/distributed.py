@@ -14,6 +14,9 @@ import torch.distributed as dist
 
 from dfactory.errors import DFactoryError
 
+if not torch.cuda.is_available():  # before anything imports DeepSpeed, which else warns that it looked for a GPU
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 _at_start = 0  # bytes of the resident set when the process joined its group
 
 

@@ -72,7 +72,7 @@ def test_every_late_import_has_a_reason():
 
 
 def test_no_file_changes_where_modules_are_found():
-    """`reward_pool` reads sys.path: a reward's module is found by its worker where the run finds it."""
+    """rl/rewards/pool.py reads sys.path: a reward's module is found by its worker where the run finds it."""
     changed = re.compile(r"sys\.path\s*(?:=[^=]|\+=|\[|\.(?:insert|append|extend|remove))|__path__\s*(?:=[^=]|\+=)")
     assert not [str(file) for file in FILES if changed.search((ROOT / file).read_text())]
 

@@ -1,3 +1,3 @@
-"""DeepSpeed, the one division, checkpoints, the run folder."""
+"""DeepSpeed, the one division, checkpoints."""
 
-import dfactory.models  # noqa: F401  first, because it settles DeepSpeed's accelerator
+import dfactory.distributed  # noqa: F401  first, because it settles DeepSpeed's accelerator

@@ -1,8 +1,3 @@
 """Families, attention, scores, saving."""
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():  # before anything imports DeepSpeed, which else warns that it looked for a GPU
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import dfactory.distributed  # noqa: F401  first, because it settles DeepSpeed's accelerator
