@@ -1,4 +1,4 @@
-"""Recipe keys: which records, and how they become rows."""
+"""Recipe keys: which records, and how they are packed."""
 
 from dataclasses import dataclass
 from typing import Optional
@@ -10,7 +10,9 @@ from dfactory.config.words import RECORD_FILES
 @dataclass
 class DatasetKeys:
     path: Optional[str] = key(None, f"{RECORD_FILES} file (relative to the recipe); or give name")
-    weight: float = key(1.0, "how often an epoch sees each record; fractions are drawn anew each epoch", low=0.0)
+    weight: float = key(
+        1.0, "how often an epoch sees each record; a fraction draws other records in each epoch", low=0.0
+    )
     name: Optional[str] = key(None, "dataset on the hub, `org/name`, instead of a path")
     split: str = key("train", "with name: the split, as the datasets library writes it: train, train[:1000], ...")
     config: Optional[str] = key(None, "with name: which configuration (subset) of the dataset; null: its default")
@@ -31,9 +33,9 @@ class DataKeys:
     eval_datasets: list[DatasetKeys] = key([], "held-out records for the evaluation loss")
     max_length: int = key(2048, "longest document in tokens, EOS fill included; a multiple of block_size", low=1)
     row_length: Optional[int] = key(
-        None, "positions of a packed row, clean stream and views; null: room for one document of max_length"
+        None, "positions of a packed sequence, clean streams and views; null: room for one document of max_length"
     )
-    packing: bool = key(True, "put several documents into a row; attention never crosses them")
+    packing: bool = key(True, "put several documents into a packed sequence; attention never crosses them")
     streaming: bool = key(
         False,
         "tokenise records while training goes on, not before: start-up and memory stay small however many there are; "
@@ -42,7 +44,7 @@ class DataKeys:
     overlong: str = key(
         "refuse",
         "a document longer than max_length is refused (counted), cut (it gets no EOS), or split: a text without a prompt "
-        "goes on in further documents",
+        "continues in further documents",
         choices=("refuse", "truncate", "split"),
     )
     on_bad_row: str = key("error", "an unusable record stops the run, or is counted", choices=("error", "skip"))

@@ -17,7 +17,7 @@ class ModelKeys:
     )
     init_weights: str = key(
         "pretrained",
-        "read the weights, or draw them from `seed` by the directory's config.json",
+        "load the weights, or draw random ones from `seed` for the directory's config.json",
         choices=("pretrained", "random"),
     )
     dtype: str = key("bfloat16", "precision of weights and arithmetic", choices=("bfloat16", "float32"))
@@ -28,8 +28,8 @@ class ModelKeys:
     )
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass")
     use_liger_kernel: bool = key(False, "norms and SwiGLU as Liger's fused kernels while training; needs CUDA")
-    mask_token_id: Optional[int] = key(None, "id of [M]; null: ask the tokenizer")
-    eos_token_id: Optional[int] = key(None, "id of EOS; null: ask the tokenizer")
+    mask_token_id: Optional[int] = key(None, "id of [M]; null: from the tokenizer")
+    eos_token_id: Optional[int] = key(None, "id of EOS; null: from the tokenizer")
     use_peft: bool = key(False, "train LoRA adapters instead of all weights")
     lora_r: int = key(16, "rank of the adapters", low=1)
     lora_alpha: int = key(32, "scale of the adapters: alpha / r", low=1)
@@ -43,7 +43,7 @@ class ModelKeys:
     deepspeed: Optional[str] = key(
         None, "DeepSpeed JSON, by path (relative to the recipe); null: ZeRO 1 in bfloat16, ZeRO 0 in float32"
     )
-    deepspeed_overrides: dict[str, Any] = key({}, "DeepSpeed keys laid over that file")
+    deepspeed_overrides: dict[str, Any] = key({}, "DeepSpeed keys that override that file")
 
     @property
     def lora_options(self) -> dict[str, Any]:

@@ -10,30 +10,30 @@ from dfactory.config.keys import key
 class NoiseKeys:
     block_size: Optional[int] = key(
         32,
-        "tokens that are denoised together; with a schedule, its last one; null: the whole document, for model families "
-        "with full attention, and for them alone",
+        "tokens that are denoised together; with a schedule, its last block size; null: the whole document, for model "
+        "families with full attention only",
         low=1,
     )
     block_size_schedule: Optional[list[list[int]]] = key(
         None,
-        "block sizes over the run, as [first step, block size] pairs: [[0, 1], [200, 4], [400, 32]]; the first begins at "
-        "step 0, the last is block_size; a block that is longer than a document is that document; null: block_size",
+        "block sizes over the run, as [first step, block size] pairs: [[0, 1], [200, 4], [400, 32]]; the first starts at "
+        "step 0, the last equals block_size; a document shorter than a block is one block; null: block_size",
     )
     noise_range_low: float = key(0.3, "smallest mask ratio t", low=0.0, high=1.0)
     noise_range_high: float = key(0.8, "largest mask ratio t", low=0.0, high=1.0)
     noise_level: str = key("block", "draw t once per document, or per block", choices=("document", "block"))
-    num_views: int = key(1, "independent views of a document in one row", low=1)
+    num_views: int = key(1, "independent views of a document in one packed sequence", low=1)
     complementary: bool = key(
-        True, "each view gets a twin that masks exactly the other response tokens: 2 x num_views views"
+        True, "add to each view one that masks exactly the other response tokens: 2 x num_views views"
     )
     mask_embedding_noise: float = key(
         0.0,
-        "standard deviation, in each component, of Gaussian noise on the embeddings of masks at the first step; embeddings "
-        "of trained models have 0.02 to 0.1; 0: off",
+        "standard deviation, per component, of Gaussian noise on mask embeddings at the first step; the embeddings of "
+        "trained models have 0.02 to 0.1; 0: off",
         low=0.0,
     )
     mask_embedding_noise_steps: int = key(0, "steps in which that noise falls linearly to 0", low=0)
-    stratified: bool = key(False, "t of the n-th of num_views views falls into the n-th of as many equal slices")
+    stratified: bool = key(False, "draw t of the n-th of num_views views from the n-th of num_views equal slices")
     mask_count: str = key(
         "bernoulli",
         "mask each token with probability t, or draw the exact number of masks from 0 to all (in each block or document, "
@@ -42,8 +42,8 @@ class NoiseKeys:
     )
     after_answer: str = key(
         "fill",
-        "what views have after an answer in its last block, where the record goes on with another turn: EOS fill, which "
-        "has to be produced as after the last answer, or the record's text, which no decoder sees",
+        "what views show after an answer in its last block, if another turn follows: EOS fill, which has to be produced "
+        "as after the last answer, or the record's text, which no decoder sees",
         choices=("fill", "text"),
     )
     view_source: str = key(
@@ -51,9 +51,9 @@ class NoiseKeys:
         "noise masks at random, or views are the states of a decoder's trace (files of `generate --keep-trace`)",
         choices=("mask", "trace"),
     )
-    trace_stride: int = key(1, "trace: so many decoder steps of a block are one transition, learnt as one step", low=1)
+    trace_stride: int = key(1, "with view_source trace: how many decoder steps of a block are learnt as one", low=1)
     trace_filter: str = key(
-        "correct", "traces with `correct: false` are left out and counted, or used too", choices=("correct", "all")
+        "correct", "leave out (and count) traces with `correct: false`, or use all", choices=("correct", "all")
     )
 
     @property
