@@ -41,7 +41,7 @@ def test_a_long_tmpdir(tmp_path):
     folder.mkdir()
     done = run("-c", CONNECT, TMPDIR=str(folder))
     assert done.stdout.splitlines()[-1:] == ["answered 1"], done.stdout[-2000:] + done.stderr[-3000:]
-    assert "it gets /tmp/ray" in done.stdout
+    assert "Ray uses /tmp/ray instead" in done.stdout
 
 
 @pytest.mark.slow
