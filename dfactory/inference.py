@@ -29,7 +29,7 @@ from dfactory.denoising import Denoising, Frame
 from dfactory.errors import ConfigError, DataError
 from dfactory.models.hub import resolve
 from dfactory.models.registry import load_policy, trained_block_size
-from dfactory.types import Answer, Rollout
+from dfactory.types import WHOLE, Answer, Rollout
 from dfactory.vocabulary import Vocabulary, read_vocabulary
 
 PROMPTS_AT_ONCE = 512  # prompts handed to the decoder together; slots are refilled among these
@@ -88,6 +88,11 @@ class Pipeline:
     def _take(self, policy: Decodable, vocabulary: Vocabulary, keys: DecodeKeys) -> None:
         self.policy, self.vocabulary, self.keys = policy, vocabulary, keys
         self.rules = vocabulary.rules(keys)
+
+    @property
+    def aligned_block_size(self) -> int:
+        """What documents are aligned to where the model scores them."""
+        return WHOLE if self.vocabulary.sees_whole_document else self.rules.block_size
 
     def over(self, decode_keys: Mapping[str, Any], origin: str = ARGUMENTS) -> "Pipeline":
         """The same model with some decode keys replaced; `origin` says in messages where they come from."""

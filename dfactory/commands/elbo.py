@@ -30,6 +30,7 @@ from dfactory.data.source import MakeViews, RecordSource
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.inference import Pipeline
 from dfactory.noise import RandomMask
+from dfactory.packing import block_of, whole_blocks
 from dfactory.types import AlignedDocument, View
 
 ROW_LENGTH = 8192  # positions that are scored together, unless one record takes more
@@ -88,11 +89,11 @@ def evaluate_elbo(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
 
 def read_examples(path: str, pipeline: Pipeline, longest: int | None = None) -> Examples:
     """Training records of any kind, tokenised; one of more than `longest` tokens (default: the model's) is refused."""
-    block_size, config = pipeline.rules.block_size, pipeline.policy.config
+    block_size, config = pipeline.aligned_block_size, pipeline.policy.config
     return load_examples(
         [DatasetKeys(path)],
         pipeline.vocabulary.encoder,
-        max_length=(longest or config.max_position_embeddings) // block_size * block_size,
+        max_length=whole_blocks(longest or config.max_position_embeddings, block_size),
         overlong="refuse",
         on_bad_row="error",
         max_bad_fraction=0.0,
@@ -134,9 +135,10 @@ def estimate(
 
 
 def _source(pipeline: Pipeline, examples: Examples, views: RandomMask, seed: int) -> RecordSource:
-    block_size, num_views = pipeline.rules.block_size, 2 * views.num_views
+    block_size, num_views = pipeline.aligned_block_size, 2 * views.num_views
     clean_E, response_E = examples.block_counts(block_size)
-    longest = block_size * int((clean_E + num_views * response_E).max())
+    size_E = block_of(examples.length_E, block_size, block_size)
+    longest = int((size_E * (clean_E + num_views * response_E)).max())
     return RecordSource(
         examples,
         [1.0],

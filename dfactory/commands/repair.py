@@ -89,7 +89,7 @@ def plant(pipeline: Pipeline, examples: Examples, seed: int) -> list[Planted]:
         where, token = generator(seed, example.document_id, 0, 0, Purpose.PLANT).random(2)
         position = text[int(where * len(text))]
         wrong = other_tokens(example.input_ids_T[position : position + 1], np.array([token]), text_ids)
-        ids = align(example, pipeline.rules.block_size, pipeline.vocabulary.special.eos).input_ids_T.tolist()
+        ids = align(example, pipeline.aligned_block_size, pipeline.vocabulary.special.eos).input_ids_T.tolist()
         length = len(example)
         records.append(
             Planted(example.origin, ids[:start], ids[start:length], ids[length:], int(position) - start, int(wrong[0]))
