@@ -6,8 +6,8 @@
     for frame in pipeline.stream("Once upon a time"):                    # Frame, one a forward
         print(frame.marked)
 
-Whatever answers prompts here does it with a Pipeline: the verbs, the server, the data tools, the probe of a training run and
-the rollout actors of reinforcement learning.
+Everything in dFactory that answers prompts uses a Pipeline: the verbs, the server, the data tools, the decoding probe of a
+training run and the rollout actors of RL.
 """
 
 import dataclasses
@@ -36,18 +36,19 @@ PROMPTS_AT_ONCE = 512  # prompts handed to the decoder together; slots are refil
 ARGUMENTS = "the keyword arguments"  # where a decode key comes from, in messages
 OF_THE_MODEL = ("mask_token_id", "eos_token_id")  # keys that the vocabulary has been read with
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text to go on with, token ids, or messages to answer by the chat template."""
+Messages = list[dict[str, Any]]  # a conversation; a tool is a JSON schema
+Prompt = str | Sequence[int] | Messages
+"""Text to continue, token ids, or messages to answer by the chat template."""
 
 
 class Pipeline:
     """`model` is a run folder, a checkpoint, a model directory, a name on the hub (with its `revision`) or `tiny`.
 
-    Further keyword arguments are decode keys (`dfactory schema` lists them), over `keys` where those are given. The methods
-    take them too, for one call. The block size is the one that the model was trained with unless a key states it.
+    Further keyword arguments are decode keys (`dfactory schema` lists them), applied over `keys`. The methods take them too,
+    for one call. The block size is that of training unless a key states another.
 
-    What an answer draws is a function of (seed, its prompt's noise id, its own forward): the same prompt gives the same
-    answer alone and beside others. Raises CheckpointError for a model that cannot be read, ConfigError for a key.
+    What an answer draws is a function of (seed, its prompt's noise id, its own forward), so a prompt gets the same answer
+    alone and in any batch. Raises CheckpointError for a model that cannot be read, ConfigError for a key.
     """
 
     policy: Decodable
@@ -80,7 +81,7 @@ class Pipeline:
 
     @classmethod
     def of(cls, policy: Decodable, vocabulary: Vocabulary, keys: DecodeKeys) -> "Pipeline":
-        """A pipeline of parts that are there already. Raises ConfigError where `keys` state no block size."""
+        """A pipeline of loaded parts. Raises ConfigError if the model needs a block size and `keys` state none."""
         made = cls.__new__(cls)
         made._take(policy, vocabulary, keys)
         return made
@@ -101,7 +102,7 @@ class Pipeline:
         fixed = [name for name in OF_THE_MODEL if name in decode_keys]
         if fixed:
             raise ConfigError(
-                f"{fixed[0]} in {origin}: the vocabulary was read with another; make another Pipeline with it"
+                f"{fixed[0]} in {origin}: the tokenizer was read with it, so it cannot change; give it to Pipeline(...)"
             )
         return Pipeline.of(self.policy, self.vocabulary, decode_keys_over(self.keys, dict(decode_keys), origin))
 
@@ -119,8 +120,8 @@ class Pipeline:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        messages: Messages,
+        tools: Messages | None = None,
         *,
         noise_id: int = 0,
         **decode_keys: Any,
@@ -133,7 +134,7 @@ class Pipeline:
     def stream(
         self,
         prompt: Prompt,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Messages | None = None,
         *,
         noise_id: int = 0,
         **decode_keys: Any,
@@ -143,7 +144,7 @@ class Pipeline:
 
     # --- token ids --------------------------------------------------------------------------------------------------
 
-    def encode(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+    def encode(self, prompt: Prompt, tools: Messages | None = None) -> list[int]:
         """The token ids of a prompt. Raises DataError, or ConfigError for messages without a chat template."""
         if not isinstance(prompt, (str, Sequence)):
             raise DataError(f"prompt is {show(prompt)}: it must be text, messages or token ids")
@@ -155,9 +156,7 @@ class Pipeline:
             return self._encoder.encode_beginning(text(prompt, "prompt"))
         return integers(list(prompt), "prompt", may_be_empty=True)
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> list[int]:
+    def encode_chat(self, messages: Messages, tools: Messages | None = None) -> list[int]:
         """The token ids of a conversation, up to where the model has to answer."""
         return self._encoder.encode_prompt(messages_of(messages), checked_tools(tools))
 
@@ -215,7 +214,6 @@ class Stream:
         return self.denoising.frame(progress, self.pipeline.rules.rule.shown)
 
     def go_on_with(self, pipeline: Pipeline) -> None:
-        """Decode on by the keys of another pipeline of this model. The document is laid out: the block size and the longest
-        answer stay."""
+        """Continue by the keys of another pipeline of this model; the block size and the longest answer stay."""
         self.pipeline = pipeline
         self.decoder.change_rules(0, pipeline.vocabulary.rules(dataclasses.replace(pipeline.keys, **self.layout)))

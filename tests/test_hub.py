@@ -42,14 +42,19 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
 
 
-def call(home, *commands, **variables):
-    """([exit status, ...], what was printed, as one line) of dfactory's command lines in one process."""
+def python(home, code, *words, **variables):
+    """A process of its own that has ended well."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_HOME": str(home), **variables}
-    done = subprocess.run(
-        [sys.executable, "-c", CALL, json.dumps(commands)], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def call(home, *commands, **variables):
+    """([exit status, ...], what was printed, as one line) of dfactory's command lines in one process."""
+    done = python(home, CALL, json.dumps(commands), **variables)
     *told, statuses = done.stdout.strip().splitlines()
     return json.loads(statuses), " ".join(" ".join([*told, done.stderr]).split())
 
@@ -94,6 +99,8 @@ def test_a_model_of_the_hub_trains_and_then_trains_from_the_cache(folder, home, 
     ask = ["generate", "--input", str(tmp_path / "ask.jsonl"), "--output", str(tmp_path / "answers.jsonl"), "--model"]
     models = (f"{MODEL}@{commit}", str(tmp_path / "again"))
     assert call(home, *([*ask, model] for model in models), HF_HUB_OFFLINE="1")[0] == [0, 0]
+    code = f"import dfactory; print(dfactory.Pipeline({MODEL!r}, revision={commit!r}).policy.source_dir)"
+    assert python(home, code, HF_HUB_OFFLINE="1").stdout.strip() == str(snapshot)
 
 
 @pytest.mark.slow

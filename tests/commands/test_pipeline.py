@@ -191,7 +191,7 @@ def test_generate_on_the_command_line_answers_the_same(pipeline, tmp_path):
         ({"treshold": 0.9}, "unknown key treshold in the keyword arguments; did you mean threshold?"),
         ({"threshold": 2.0}, "threshold 2.0 in the keyword arguments: it must be at most 1"),
         ({"threshold": "0.9"}, "threshold in the keyword arguments: it must be float, is str"),
-        ({"mask_token_id": 3}, "mask_token_id in the keyword arguments: the vocabulary was read with"),
+        ({"mask_token_id": 3}, "mask_token_id in the keyword arguments: the tokenizer was read with it"),
     ],
 )
 def test_keys_that_cannot_be(pipeline, keys, message):
