@@ -87,4 +87,6 @@ def _joined(name: str, parts: list[torch.Tensor]) -> torch.Tensor:
     """Micro-batches' tensors of one name as that of their join; the end of the name says what there is one of."""
     if name.endswith("_RS"):
         return torch.cat([part.flatten() for part in parts])[None]  # R rows of S positions -> one row of R * S
-    return parts[0] if name.endswith("_1") else torch.cat(parts)
+    if name.endswith("_1"):
+        return parts[0]  # one number for the step, the same in all micro-batches
+    return torch.cat(parts)  # targets and documents, in order
