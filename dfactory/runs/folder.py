@@ -37,7 +37,7 @@ CONFIG = "config.yaml"
 METRICS, PREVIEWS = "metrics.jsonl", "previews.jsonl"
 STEP_TABLES = (METRICS, PREVIEWS, "completions.jsonl", "groups.jsonl")  # each line names its step, counted from 1
 
-_TORCH_SAVE = ("PytorchStreamWriter", "inline_container")  # how torch.save says that it could not write
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container")  # in the message of torch.save when it could not write
 _NAME = re.compile(r"checkpoint-\d+")
 
 
@@ -52,7 +52,7 @@ class Ranked(NamedTuple):
 
 
 class RunFolder:
-    """One rank, the first, writes; the others only read paths."""
+    """A run folder. Only the first rank writes; the others use the paths."""
 
     def __init__(self, output_dir: str | Path):
         self.path = Path(output_dir)
@@ -114,7 +114,7 @@ class RunFolder:
         return aside
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
-        """A NaN or Inf, which JSON does not know, is written as null."""
+        """Append a line. NaN and Inf, which JSON does not have, are written as null."""
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in metrics.items()}
         append_text(self.metrics_file, json.dumps(row, allow_nan=False) + "\n")
 
@@ -142,7 +142,7 @@ class RunFolder:
         return self.path / f"checkpoint-{step}"
 
     def checkpoints(self) -> list[Path]:
-        """Checkpoints that took their name, oldest first. Whether they are whole today, their manifests tell."""
+        """Finished checkpoints, oldest first. Their manifests show whether they are still whole."""
         return [path for path in self._named() if (path / STATE).is_file()]
 
     def _named(self) -> list[Path]:
@@ -163,7 +163,7 @@ class RunFolder:
         return final
 
     def ranked_checkpoints(self, metric: str, smaller_is_better: bool) -> list[Ranked]:
-        """The checkpoints with a finite value of a metric at their step, best first; of equal ones the newer comes first."""
+        """The checkpoints with a finite value of a metric at their step, best first; the newer one first among equals."""
         values = {row["step"]: row[metric] for row in self.metrics() if row.get(metric) is not None}
         found = [(path, values.get(step_of(path))) for path in self.checkpoints()]
         ranked = [Ranked(path, value) for path, value in found if value is not None and math.isfinite(value)]
@@ -181,7 +181,7 @@ class RunFolder:
             self._remove(old)
 
     def _remove(self, checkpoint: Path) -> None:
-        """Under another name, so that none is ever seen half removed."""
+        """Remove a folder after renaming it, so that no reader sees it half removed."""
         doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
         shutil.rmtree(doomed, ignore_errors=True)
         checkpoint.rename(doomed)
@@ -236,7 +236,7 @@ class RunFolder:
 
 
 def resolved_keys(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as it was resolved, without secrets."""
+    """The text of a resolved recipe, without secrets."""
     return redacted(OmegaConf.to_container(OmegaConf.structured(recipe)))
 
 
@@ -250,7 +250,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _lines_up_to(file: Path, step: int) -> list[str]:
-    """The lines of steps up to one; a line that was cut short by the end of its writer is not among them."""
+    """The lines of steps up to `step`, without a last line that was cut when its writer ended."""
     kept = []
     for line in file.read_bytes().split(b"\n") if file.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
@@ -261,7 +261,7 @@ def _lines_up_to(file: Path, step: int) -> list[str]:
 
 @contextlib.contextmanager
 def writing(what: Path) -> Iterator[None]:
-    """Turns what a full or failing disk raises into a CheckpointError."""
+    """A context that turns the errors of a full or failing disk into a CheckpointError."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as problem:
@@ -287,7 +287,7 @@ def replace_text(file: Path, text: str) -> None:
 
 
 def append_text(file: Path, text: str) -> None:
-    """Raises CheckpointError where not all of it arrives."""
+    """Append the text. Raises CheckpointError if not all of it was written."""
     encoded = text.encode()
     with writing(file):
         with file.open("ab") as stream:

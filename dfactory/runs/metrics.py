@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl (the truth), one console line a step, and trackers when asked."""
+"""Writes metrics to metrics.jsonl, to one console line per step, and to trackers."""
 
 import math
 from typing import Any
@@ -66,10 +66,10 @@ class MetricsLog:
             self.say(f"one of them: {first['expected']!r} was right, {first['answered']!r} was answered")
 
     def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)  # a log file's lines are not the terminal's
+        self.console.print(text, soft_wrap=True)  # a log file has no terminal width
 
     def warn(self, text: str) -> None:
-        """On standard error, and not to be overlooked."""
+        """Print a warning in bold red on standard error."""
         plain_console(stderr=True).print(f"WARNING: {text}", style="bold red", soft_wrap=True)
 
     def _write(self, metrics: dict[str, Any]) -> None:

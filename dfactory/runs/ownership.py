@@ -1,4 +1,4 @@
-"""One run holds a run folder for its whole life; a second one is refused with the name of the first.
+"""One run holds a run folder from start to end; a second one is refused with the name of the first.
 
 The holder's file names its process: host, start of the machine, pid, start of the process. The process holds a lock on it
 (flock) and touches it every BEAT_S seconds. Who finds the file judges by what can be known from where he is:
@@ -35,7 +35,7 @@ from dfactory.runs.folder import RunFolder, writing
 
 RUN, LEARNER = ".owner", ".owner-learner"
 BEAT_S, PATIENCE_S = 5.0, 30.0
-SAME_START_S = 2.0  # within which two readings of a process's start are one: the clock may have been set
+SAME_START_S = 2.0  # two readings of a process's start within this are equal: the clock may have been set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Owner:
 
     @property
     def is_there(self) -> bool:
-        """Whether a process of this machine is the one that is named."""
+        """Whether the named process runs on this machine."""
         try:
             return abs(psutil.Process(self.pid).create_time() - self.started) <= SAME_START_S
         except psutil.NoSuchProcess:
@@ -72,7 +72,7 @@ def _boot() -> str:
 
 @contextlib.contextmanager
 def one_run(folder: RunFolder, driven: bool) -> Iterator[None]:
-    """Hold the folder on behalf of all ranks, which call this together. `driven`: an RL driver holds it as RUN already."""
+    """Hold the folder for all ranks, which call this together. `driven`: an RL driver already holds it as RUN."""
     with contextlib.ExitStack() as stack:
         held = held_by_learner(folder) if driven else held_by_run(folder)
         distributed.on_first_rank(lambda: stack.enter_context(held))
@@ -81,7 +81,7 @@ def one_run(folder: RunFolder, driven: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_by_run(folder: RunFolder) -> Iterator[None]:
-    """Raises ConfigError where another run holds the folder. Learners whose driver is gone get a moment to end."""
+    """Raise ConfigError if another run holds the folder. Learners whose driver is gone get a moment to end."""
     with _Held(folder.path, RUN):
         if (folder.path / LEARNER).exists():
             _wait_for_learner(folder.path)
@@ -126,15 +126,15 @@ class _Held:
 
     def __exit__(self, *_) -> None:
         self.ended.set()
-        with contextlib.suppress(OSError):  # somebody has removed the folder
+        with contextlib.suppress(OSError):  # the folder was removed
             self.file.unlink()
         os.close(self.handle)
         if self.created:
-            with contextlib.suppress(OSError):  # what was refused before it wrote anything leaves nothing
+            with contextlib.suppress(OSError):  # a refused run that has written nothing leaves no folder
                 self.folder.rmdir()
 
     def _open(self) -> tuple[int, bool | None]:
-        """The file, and whether it is locked now: None where the file system has no locks. Raises ConfigError where
+        """The open file, and whether it is locked now: None if the file system has no locks. Raises ConfigError if
         another process has locked it."""
         while True:
             handle = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -170,7 +170,7 @@ class _Held:
             os.ftruncate(self.handle, 0)
             os.pwrite(self.handle, json.dumps(dataclasses.asdict(me)).encode(), 0)
             os.fsync(self.handle)
-        if not locked:  # two may have come to this at the same time: the last one has it
+        if not locked:  # two runs may get here at the same time: the last writer holds it
             time.sleep(PATIENCE_S / 10)
             if (owner := self._read()) != me:
                 raise self._refusal(owner)

@@ -22,7 +22,7 @@ from dfactory.recipe import Recipe
 from dfactory.types import Answer, Example, FinishReason
 from dfactory.vocabulary import Vocabulary
 
-PREVIEWS = 4  # answers that are written down at each evaluation
+PREVIEWS = 4  # answers that are saved at each evaluation
 
 
 class Trained(Protocol):
@@ -51,7 +51,8 @@ class Question(NamedTuple):
         return cls(ids[:start], ids[start : start + length])
 
     def is_answered_by(self, answer: Answer, vocabulary: Vocabulary) -> bool:
-        """The same tokens up to EOS, as far as a cut document goes; or else the same text, as `dfactory eval` counts."""
+        """Whether the tokens up to EOS are equal (as far as a cut document goes), or else the text, as in `dfactory
+        eval`."""
         if answer.token_ids[: len(self.answer_ids)] == self.answer_ids:
             return True
         return answer.text is not None and answer.text.strip() == vocabulary.text(self.answer_ids).strip()
@@ -69,15 +70,15 @@ def first_questions(examples: Examples, count: int) -> list[Question]:
 
 
 class DecodingProbe:
-    """Decodes a fixed list of questions, as often as it is asked to. All ranks have to call it together."""
+    """Decodes a fixed list of questions at each call. All ranks must call it together."""
 
     def __init__(self, questions: list[Question], vocabulary: Vocabulary, keys: DecodeKeys):
         self.questions, self.vocabulary, self.keys = questions, vocabulary, keys
-        vocabulary.rules(keys)  # keys that make no sense are an error now, not at the first evaluation
+        vocabulary.rules(keys)  # invalid keys are an error now, not at the first evaluation
 
     def measure(self, trainer: Trained) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """tokens_per_forward: answer tokens up to EOS over forwards, both summed; exact_match; clipped_ratio: answers
-        without EOS; decoded: how many. And the first of this rank's answers, to be read by people."""
+        without EOS; decoded: how many. Also returns the first of this rank's answers for display."""
         in_step = trainer.zero_stage == 3 or trainer.recipe.expert_parallel_size > 1
         mine = slice(None) if in_step else slice(trainer.rank, None, trainer.world_size)
         questions = self.questions[mine]
@@ -100,7 +101,7 @@ class DecodingProbe:
         return metrics, [self._preview(*one) for one in zip(questions[:PREVIEWS], answers, hits, strict=False)]
 
     def _preview(self, question: Question, answer: Answer, right: bool) -> dict[str, Any]:
-        """Texts, or ids where there is no tokenizer."""
+        """The texts, or the ids without a tokenizer."""
         asked = {"prompt": question.prompt_ids, "expected": question.answer_ids, "answered": answer.token_ids}
         texts = {name: self.vocabulary.text(ids) for name, ids in asked.items()}
         shown = asked if None in texts.values() else texts
@@ -113,7 +114,7 @@ class InStep:
 
     policy: Policy
     device: torch.device
-    can_be_recorded = False  # the ranks talk in between
+    can_be_recorded = False  # the ranks communicate during a forward
 
     @property
     def config(self):

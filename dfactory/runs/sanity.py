@@ -1,4 +1,4 @@
-"""Sanity checks: they stop or warn of runs that would end with status 0 and have nothing to show for it.
+"""Sanity checks: they warn about or stop runs that would end with status 0 without having learnt anything.
 
     first loss   weights were read, and know no more than guessing       first_loss_check: a warning, or the end
     trained      steps with a learning rate changed no parameter         the end
@@ -24,15 +24,15 @@ from dfactory.models.policy import Policy
 from dfactory.recipe import Recipe
 from dfactory.types import Mean, TokenScores, ViewBatch
 
-GUESSING = 0.95  # of log V: a first loss above it is that of random weights
+GUESSING = 0.95  # of log V: a first loss above this is that of random weights
 STEPS_TO_CHANGE = {
     "float32": 1,
     "bfloat16": 10,
 }  # applied steps; bfloat16 rounds small ones away, its fp32 copy adds them up
 WINDOWS_WITHOUT_TARGETS = 10
-EOS_STEPS = 100  # after so many, and at the end
+EOS_STEPS = 100  # steps between checks of EOS; also at the end
 FAR_DECODER = 0.05  # mean of |p / recorded p - 1| of rollouts; below, the weights are close to 1
-VISITS = 50  # that an expert would get of a window by chance, below which its absence says nothing
+VISITS = 50  # tokens that an expert gets by chance; with fewer, an unused expert is no evidence
 
 
 class Watched(Protocol):
@@ -43,7 +43,7 @@ class Watched(Protocol):
 
 
 class SanityChecks:
-    """Used on all ranks, with metrics that are the same on all. Make it when a checkpoint has been loaded."""
+    """Runs on all ranks, with metrics that are equal on all. Make it after a checkpoint is loaded."""
 
     def __init__(self, recipe: Recipe, trainer: Watched, *, eos_id: int, vocab_size: int):
         self.recipe, self.trainer, self.vocab_size = recipe, trainer, vocab_size
@@ -51,12 +51,12 @@ class SanityChecks:
         self.before: list[int] | None = fingerprint(trainer.policy)
         self.steps_without_change = self.windows_without_targets = self.steps = 0
         self.decoder_is_near = True
-        self.eos_targets = self.eos_hits = False  # whether there were any, since the last look
+        self.eos_targets = self.eos_hits = False  # whether there were any since the last check
         self.experts = ExpertCoverage(trainer.policy)
         trainer.watch = functools.partial(watch_eos, eos_id)
 
     def check(self, step: int, metrics: dict[str, float], last: bool) -> tuple[dict[str, float], list[str]]:
-        """What to log and what to warn of, after optimiser step `step`.
+        """What to log and what to warn about, after optimiser step `step`.
 
         Raises SilentFailureError, on all ranks.
         """
@@ -75,7 +75,7 @@ class SanityChecks:
         return found, warnings + messages
 
     def _check_first_loss(self, step: int, metrics: dict[str, float]) -> list[str]:
-        """Of the first step of this process."""
+        """Check the first loss of this process."""
         if not self.first or "token_nll" not in metrics:
             return []
         self.first = False
@@ -94,7 +94,7 @@ class SanityChecks:
         return [problem]
 
     def _check_decoder(self, step: int, metrics: dict[str, float]) -> list[str]:
-        """Told once."""
+        """Warn once."""
         gap = metrics.get("decoder_gap", 0.0)
         if not self.decoder_is_near or gap <= FAR_DECODER:
             return []
@@ -111,7 +111,7 @@ class SanityChecks:
         if not self.before or not trains:
             return
         if distributed.any_rank(fingerprint(self.trainer.policy) != self.before):
-            self.before = None  # shown, once and for all
+            self.before = None  # shown: not checked again
             return
         self.steps_without_change += 1
         if self.steps_without_change >= STEPS_TO_CHANGE[self.recipe.dtype]:
@@ -147,14 +147,14 @@ class SanityChecks:
 
 
 def watch_eos(eos_id: int, batch: ViewBatch, scores: TokenScores) -> dict[str, Mean]:
-    """How many of the EOS that end an answer the model would have got right; the fill after them is easy."""
+    """Accuracy at the EOS that end an answer, without the fill after them, which is easy."""
     eos_N = (batch.target_ids_N == eos_id) & batch.real_N
     return {"eos_hit_rate": Mean((scores.hit_N & eos_N).sum(), eos_N.sum())}
 
 
 @torch.no_grad()
 def fingerprint(policy: Policy) -> list[int]:
-    """A hash of each trainable parameter, of this rank's shard where it is sharded; of what lies in memory."""
+    """A hash of each trainable parameter in memory; of this rank's shard if it is sharded."""
     shards = [getattr(p, "ds_tensor", p) for p in policy.parameters() if p.requires_grad]
     there = [s for s in shards if getattr(s, "status", None) is not PartitionedParamStatus.NOT_AVAILABLE and s.numel()]
     return torch.stack([torch.hash_tensor(shard.detach()) for shard in there]).tolist() if there else []
@@ -166,7 +166,7 @@ class ExpertCoverage:
     def __init__(self, policy: Policy):
         blocks = policy.family.moe_blocks
         self.seen: dict[str, torch.Tensor] = {}  # by layer, bool [experts]
-        self.choices: dict[str, int] = {}  # by layer, of one expert by one token; the last layer has fewer tokens
+        self.choices: dict[str, int] = {}  # by layer: choices of an expert by a token; the last layer has fewer tokens
         for name, module in policy.named_modules():
             if type(module).__name__ in blocks:
                 self.seen[name] = torch.zeros(module.experts.num_experts, dtype=torch.bool)
@@ -181,7 +181,8 @@ class ExpertCoverage:
             self.choices[name] += chosen.numel()
 
     def take(self, step: int) -> tuple[dict[str, float], list[str]]:
-        """The share that nobody was routed to since the last call, on any rank, and a warning with their names."""
+        """The share of experts that no token was routed to since the last call, on any rank, and a warning with their
+        names."""
         choices = torch.tensor([float(count) for count in self.choices.values()], dtype=torch.float64)
         table = torch.cat([choices, *(seen.cpu().double() for seen in self.seen.values())])
         distributed.all_reduce_sum(table)
