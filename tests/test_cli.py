@@ -71,6 +71,16 @@ def _fails(capsys, tmp_path, words: list[str], status: int, *expected: str) -> N
         ("decode.step_schedule=ascending", ("decode.step_schedule ascending without decode.steps", "set decode.steps")),
         ("decode.steps=9", ("decode.steps 9 > block_size 8", "lower it")),
         ("decode.mask_token_id=3", ("decode.mask_token_id", "a recipe has one mask_token_id")),
+        ('datasets=[{"weight":2}]', ("datasets: give each entry either path or name",)),
+        (
+            'eval_datasets=[{"path":"a.jsonl","name":"org/set"}]',
+            ("eval_datasets: give each entry either path or name",),
+        ),
+        (
+            'datasets=[{"path":"a.csv","split":"test"}]',
+            ("datasets.split belong(s) to a dataset of the hub", "a.csv is a file"),
+        ),
+        ("revision=main", ("unknown key revision", "model_revision")),
         ("eval_decode_prompts=4", ("eval_decode_prompts 4", "no eval_datasets")),
         ("deepspeed=nowhere.json", ("deepspeed nowhere.json does not exist",)),
         ("deepspeed_overrides.gradient_clipping=7", ("gradient_clipping 7", "the recipe")),
