@@ -169,6 +169,19 @@ def test_a_run_folder_and_its_checkpoint_are_one_model(golden_run):
     assert run.generate([[3, 4, 5]], max_new_tokens=9) == checkpoint.generate([[3, 4, 5]], max_new_tokens=9)
 
 
+def test_a_model_that_sees_whole_documents_has_the_longest_answer_as_its_block():
+    """Also where a call says how long that is."""
+    ids = {"mask_token_id": 318, "eos_token_id": 312, "threshold": 0.01}
+    long, short = (Pipeline(ROOT / "tests/golden/families/dream", **ids, max_new_tokens=n) for n in (24, 12))
+    assert (long.rules.block_size, short.rules.block_size) == (24, 12)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9]]
+    assert_same(long.generate(prompts, max_new_tokens=12), short.generate(prompts))
+    stream = short.stream(prompts[1], threshold=1.0)
+    assert next(stream).tokens == 1
+    stream.go_on_with(long)  # its longest answer does not count here
+    assert len(list(stream)[-1].answer.token_ids) <= 12
+
+
 def test_generate_on_the_command_line_answers_the_same(pipeline, tmp_path):
     rows = [{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[1]}, {"messages": ASKED}, {"prompt_ids": PROMPTS[3]}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
