@@ -1,4 +1,4 @@
-"""`dfactory bench NAME ...`: run one of the programs of benchmarks/, which lies beside the package in a checkout."""
+"""`dfactory bench NAME ...`: run one of the programs of benchmarks/, which is next to the package in a checkout."""
 
 import os
 import subprocess

@@ -65,7 +65,7 @@ class BlockDiffusionLM(LM):
             keys["batch_size"] = int(batch_size)
         keys = decode_keys_over(DecodeKeys(), keys, "--model_args")
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-            device = None  # lm-eval names cuda:0 where nobody says anything
+            device = None  # lm-eval passes cuda:0 by default
         self._take(Pipeline(path, dtype=dtype, device=device, init_weights=init_weights, keys=keys), pairs)
 
     @classmethod

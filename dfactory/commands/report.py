@@ -1,4 +1,4 @@
-"""`dfactory report`: metrics.jsonl of one or more runs -> RUN/report/ with PNGs and one HTML file that stands alone.
+"""`dfactory report`: metrics.jsonl of one or more runs -> RUN/report/ with PNGs and one self-contained HTML file.
 
 Several runs go into one report, by default in the folder of the first. Curves that no run has are left out. The parts are
 in reporting/: reading, figures, the trade-off of decoding, memory, the page.

@@ -161,7 +161,7 @@ class ChatEncoder:
 
     `chat_template` (Jinja text) replaces the tokenizer's own; `template_origin` is what messages call it. `special` names
     ids that text must not turn into although the tokenizer does not call them special (a mask token given by the recipe).
-    Raises ConfigError for a tokenizer that changes a piece of text by what stands before it.
+    Raises ConfigError for a tokenizer whose ids of a text depend on the text before it.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class ChatEncoder:
         return self._encode_pieces([pieces])[0][0].tolist()
 
     def encode_text(self, text: str) -> list[int]:
-        """Plain text -> ids, none of them special. It may go on with an earlier text."""
+        """Plain text -> ids, none of them special. It may continue an earlier text."""
         return self._encode_pieces([[_Piece(text, None, False)]])[0][0].tolist()
 
     def encode_beginning(self, text: str) -> list[int]:
@@ -221,7 +221,7 @@ class ChatEncoder:
         return [*self._beginning, *self.encode_text(text)]
 
     def encode_records(self, records: Sequence[Conversation | Completion | TokenIds]) -> list[Tokens | BadRow]:
-        """Encode many records in one tokenizer call (it runs on all cores); a BadRow stands where one is unusable."""
+        """Encode many records in one tokenizer call (it runs on all cores); an unusable one gives a BadRow in its place."""
         plans = [self._plan(record) for record in records]
         encoded = iter(self._encode_pieces([plan for plan in plans if isinstance(plan, list)], keep_bad=True))
         return [next(encoded) if isinstance(plan, list) else plan for plan in plans]

@@ -1,4 +1,4 @@
-"""Columns that stand beside the turns of a row: what is read of them, what is refused by name, what is only reported.
+"""Columns next to the turns of a row: which are read, which are refused by name, which are only reported.
 
 read          system, system_prompt: the first message           history: earlier [question, answer] pairs
               input, context: after the instruction              tools
@@ -15,7 +15,7 @@ from dfactory.data.fields import MARKS, BadRow, Completion, Conversation, Fault,
 
 SYSTEM = ("system", "system_prompt")
 EXTRA = ("input", "context")
-ASKED = (*SYSTEM, *EXTRA, "history", "tools")  # what is read beside an instruction
+ASKED = (*SYSTEM, *EXTRA, "history", "tools")  # columns that are read with an instruction
 CONTENT = (*SYSTEM, *EXTRA, "history", "documents")  # they belong to a conversation
 UNSUPPORTED = {
     **dict.fromkeys(
@@ -38,7 +38,7 @@ class Format(NamedTuple):
 
     read: Callable[[dict], Record]
     also: tuple[str, ...] = ()  # further columns that it reads
-    strict: bool = True  # whether content beside the turns is refused; tokens and running text stand for themselves
+    strict: bool = True  # whether further content is refused; token ids and plain text are complete by themselves
 
 
 # --- read -------------------------------------------------------------------------------------------------------------

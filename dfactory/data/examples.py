@@ -31,7 +31,7 @@ from dfactory.types import EmbeddingInputs, Example, common_length
 LINE_BITS, FILE_BITS, PART_BITS = 40, 12, 11  # of a document id, from its low end
 ENCODE_BATCH = 1024  # records that the tokenizer gets at once
 SHOWN_ORIGINS = 5  # a kind of fault in the report
-SHOWN_COLUMNS = 8  # of text that nobody reads
+SHOWN_COLUMNS = 8  # text columns that no reader uses, in the report
 
 _Columns = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # input_ids, trainable, commit_step
 
@@ -52,10 +52,10 @@ class DataReport:
     unit_size: int = 1  # documents that a row becomes: 2 for a preference pair
     kept: int = 0  # documents
     truncated: int = 0  # documents
-    further_parts: int = 0  # documents that go on with a split text
+    further_parts: int = 0  # documents that continue a split text
     left_out: int = 0  # rows, by trace_filter
     refused: dict[Fault, Refused] = field(default_factory=dict)
-    unread: Counter[str] = field(default_factory=Counter)  # rows by columns of text that nobody reads
+    unread: Counter[str] = field(default_factory=Counter)  # rows by text columns that no reader uses
     tokens: int = 0
     trainable_tokens: int = 0
     aligned_tokens: int = 0  # with the fill to whole blocks
@@ -111,7 +111,7 @@ class DataReport:
         return lines
 
     def tell_unread(self) -> list[str]:
-        """A line on the columns of text that nobody reads, the commonest first; none if there are none."""
+        """A line on the text columns that no reader uses, the most common first; empty if there are none."""
         rows = max(self.num_rows + self.left_out + self.num_refused, 1)
         common = sorted(self.unread.items(), key=lambda item: (-item[1], item[0]))
         shown = [f"{name} in {count / rows:.1%}" for name, count in common[:SHOWN_COLUMNS]]

@@ -304,7 +304,7 @@ def show(value: Any) -> str:
 
 
 def load_json(text: str) -> Any:
-    """The value of a JSON text. Of a key that stands twice in an object the last one holds, as everywhere in Python.
+    """The value of a JSON text. Of a repeated key in an object the last value counts, as in Python's json.
 
     Raises ValueError for what is not JSON, and for what is nested deeper than NESTING.
     """

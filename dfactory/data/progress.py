@@ -14,7 +14,7 @@ Advance = Callable[[int], None]  # called with the number of further bytes read 
 
 
 def unheard(count: int) -> None:
-    """For whoever reads without a bar."""
+    """An Advance that does nothing, for reading without a bar."""
 
 
 @contextlib.contextmanager

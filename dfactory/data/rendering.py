@@ -49,7 +49,7 @@ def render(
     spans: bool = False,
     variables: dict[str, Any],
 ) -> Rendered:
-    """Raises whatever the template raises; OverLimit if it goes on for too long."""
+    """Render. Raises what the template raises, and OverLimit if it takes too long."""
     with _Budget(BASE + SHARE * (_weigh(messages) + _weigh(tools))):
         compiled = _compiled(template)
         plain, schemas, further = (

@@ -1,4 +1,4 @@
-"""Records that are read while training goes on (`streaming: true`): start-up and memory do not grow with the texts.
+"""Records that are read during training (`streaming: true`): start-up and memory do not grow with the texts.
 
 At the start the files are read once, to find the start of each line and to compute a checksum, and the first lines are
 tokenised, so that errors which affect all of them are reported at once. Tables are mapped from the cache of the `datasets`
@@ -239,7 +239,7 @@ class StreamedExamples:
             yield from zip((unit for unit, _ in found), rows, strict=True)
 
     def _parse(self, unit: int, row: Any) -> Record | BadRow:
-        """A line's record; what nobody reads of it is counted when it is seen for the first time."""
+        """A line's record; its unused text columns are counted the first time it is read."""
         return parse_row(row, self._paired, None if self._seen_U[unit] else self.report.unread)
 
     def _place(self, unit: int) -> tuple[int, int]:
@@ -254,7 +254,7 @@ class StreamedExamples:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MappedUnits:
-    """Numbers of units, computed when they are asked for."""
+    """The numbers of units, computed on access."""
 
     examples: StreamedExamples
     measure: Callable[[Examples], np.ndarray]

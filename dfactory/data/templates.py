@@ -23,7 +23,7 @@ from dfactory.data.rendering import Rendered, render
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE_TURN = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 PROBE_CALL = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
-SHORT = 24  # characters; a text that is as long stands in a rendering because it was written there
+SHORT = 24  # characters; a text of this length occurs in a rendering only because the template wrote it
 
 Shape = tuple[tuple[str, tuple[str, ...]], ...]  # of each message: its role and the names of what it says
 
@@ -221,7 +221,7 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 
 def _stands_in(said: str, text: str) -> bool:
-    """Whether a text stands in a rendering in another form: as JSON, or with other white space."""
+    """Whether a rendering contains a text in another form: as JSON, or with other white space."""
     bare = _bare(text)
     forms = (said, json.dumps(said, ensure_ascii=False)[1:-1], json.dumps(said)[1:-1])
     return any(_bare(form) in bare for form in forms)

@@ -1,6 +1,6 @@
 """Fast exact block decoding: prompts in, Rollouts out.
 
-Keys and rules are imported with a recipe, so the decoder, which needs transformers, is not before it is asked for.
+Keys and rules are imported with a recipe; the decoder, which needs transformers, is imported on first use.
 """
 
 import importlib

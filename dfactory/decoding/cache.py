@@ -136,10 +136,11 @@ class BlockwiseAttention:
 
 @dataclasses.dataclass(frozen=True)
 class PaddedAttention:
-    """One masked call for all slots, padded to the longest span and the longest slot; where calls are dear (GPU)."""
+    """One masked call for all slots, padded to the longest span and the longest slot; for GPUs, where calls are
+    expensive."""
 
     slot_R: torch.Tensor
-    place_N: torch.Tensor  # where each query stands in the flattened [R, S]
+    place_N: torch.Tensor  # the position of each query in the flattened [R, S]
     mask_R1SS: torch.Tensor  # query, key
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What decides about tokens beside the rule: acceptance, editing, and all of it together as DecodeRules.
+"""What decides about tokens besides the rule: acceptance, editing, and all of them together as DecodeRules.
 
     logits --Distribution--> Proposal --Acceptance--> confidence --DecodingRule--> which masks become tokens
                                                                  --Editing-------> which tokens become other tokens
@@ -70,7 +70,7 @@ class Editing:
     one's own probability exceeds the threshold. With acceptance `top` the most probable token never gives way, whatever
     was drawn.
 
-    A block without masks goes on for up to `max_post_steps` forwards and ends at the first that edits nothing.
+    A block without masks continues for up to `max_post_steps` forwards and ends at the first that edits nothing.
     Threshold 0.0 edits wherever the model would have another token.
     """
 
@@ -135,7 +135,7 @@ class DecodeRules:
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """What the decoder has to compute of each open position beside the proposal, on the device."""
+        """The columns that the decoder computes for each open position besides the proposal, on the device."""
         return tuple(column for column in self.rule.reads if column.of is not None)
 
     @property

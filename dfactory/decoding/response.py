@@ -183,7 +183,7 @@ class Response:
         return not had_masks and not changed
 
     def _eos(self) -> int | None:
-        """Offset of the first EOS of the response, if no mask stands before it."""
+        """Offset of the first EOS of the response, if no mask is before it."""
         response = self.tokens_T[self.start : self.here.stop]
         ends = np.flatnonzero((response == self.rules.eos_token_id) | (response == self.rules.mask_token_id))
         if len(ends) and response[ends[0]] == self.rules.eos_token_id:

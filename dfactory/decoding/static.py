@@ -82,7 +82,7 @@ class Recording:
         return self.policy.hidden_at(self.chosen_N, inputs_1N, position_RS.reshape(1, -1), plan, self.cache)
 
     def _record(self) -> None:
-        # torch asks for a run beside the main stream first, in which libraries take what memory they need.
+        # torch requires a warm-up on another stream first, in which libraries allocate their memory.
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):

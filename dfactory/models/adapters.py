@@ -173,7 +173,7 @@ def adapted_linears(model: PreTrainedModel, target_modules: list[str]) -> dict[s
 
 
 def unreached_experts(model: nn.Module, target_modules: list[str]) -> list[str]:
-    """A warning where adapters were asked for on layers that experts have too, and miss the routed ones."""
+    """A warning if adapters are on layers that experts have too, but miss those of the routed experts."""
     named = [name for name in target_modules if name in EXPERT_LAYERS]
     sizes = {
         name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()

@@ -1,9 +1,9 @@
 """Which keys of a config.json are computed: everything else is refused by name.
 
-A key that nobody reads is a model that nobody trained: `expert_capacity` read past is another router. So this is a list of
-what is known, not of what is forbidden. A known key either has no part in the arithmetic (BOOKKEEPING), or a rule of its
-family that says which of its values the family's modules compute: families build theirs from DECODER and MOE. A key that is
-null counts as absent.
+An ignored key gives a model that nobody trained: without `expert_capacity`, for example, the router is another one. So
+this is a list of what is known, not of what is forbidden. A known key either has no part in the arithmetic
+(BOOKKEEPING), or a rule of its family that says which of its values the family's modules compute: families build theirs
+from DECODER and MOE. A key that is null counts as absent.
 
 Sizes are bounded, because a model is built on the meta device before any weight is read: that takes no memory for
 parameters, but time and Python objects for layers.

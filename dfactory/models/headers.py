@@ -1,4 +1,4 @@
-"""Whether the tensors of a model directory are those that its config.json asks for, by their original names.
+"""Checks that a model directory has the tensors that its config.json requires, by their original names.
 
 Read from the headers of the safetensors files, before any weight is: a directory that does not fit is refused at once,
 and the message names the tensors as their author wrote them, not as transformers renames and merges them.

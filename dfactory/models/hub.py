@@ -56,7 +56,7 @@ def _newest_checkpoint(path: Path) -> Path:
 
 @functools.cache
 def _download(name: str, revision: str | None, weights: bool, key: str) -> Path:
-    """The hub is asked once a process."""
+    """Cached: one request to the hub per process."""
     patterns = [*SMALL_FILES, *(WEIGHT_FILES if weights else ())]
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))

@@ -57,7 +57,7 @@ def _refuse_broken(file: Path) -> None:
         if file.suffix == ".safetensors":
             safe_open(file, framework="np")  # compares its header with its size
         elif file.suffix == ".pt" and (start == _ZIP or not start):
-            zipfile.ZipFile(file).close()  # what names its parts stands at its end
+            zipfile.ZipFile(file).close()  # its directory is at the end
         elif file.suffix == ".json":
             json.loads(file.read_bytes())
     except (SafetensorError, zipfile.BadZipFile, ValueError) as problem:

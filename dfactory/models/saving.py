@@ -2,7 +2,7 @@
 
 Weights are written under their original names, shard by shard and layer by layer, so that neither a sharded model nor
 the 100B one has to be whole in memory. config.json stays the source's own; tokenizer, chat template, code and whatever
-else lay beside it are carried along.
+else was next to it are copied along.
 """
 
 import contextlib

@@ -63,7 +63,7 @@ class Row:
 
     @property
     def document_positions(self) -> int:
-        """The last clean block is seen by nobody and is left out."""
+        """Clean positions: no token sees the last clean block, so it is left out."""
         return self.document - self.block + self.views * (self.document - self.prompt)
 
     @property

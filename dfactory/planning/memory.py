@@ -5,7 +5,7 @@ an accumulated gradient, L layers, t row positions of a micro-batch, and the siz
 heads, C all key (or value) heads, I an expert, D a dense feed-forward, k experts a token, E experts, V vocabulary. With
 expert parallelism also X parameters of routed experts, and m ranks that share those of a layer.
 
-What is forecast is the peak of what the program asks for, in two phases that do not coincide: a decoder layer's backward
+The forecast is the peak of what the program allocates, in two phases that do not coincide: a decoder layer's backward
 and the head's. Assumed: AdamW; MoE blocks are ZeRO-3 leaf modules, gathered whole; flex_attention (no score matrix is
 kept). Activations count the tensors that autograd keeps for a decoder layer (tests/planning/test_memory.py measures them).
 Not counted: the CUDA context, NCCL's own buffers, the cache of prompts that are decoded at evaluations, and what the
@@ -51,7 +51,7 @@ class ParameterCounts:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What decides the memory of a rank, beside the model."""
+    """The settings that determine a rank's memory, besides the model."""
 
     world_size: int
     zero_stage: int = 0
@@ -65,7 +65,7 @@ class Setup:
     row_length: int = 2048
     lora_r: int | None = None  # None: all parameters are trained
     lora_target_modules: tuple[str, ...] = ()
-    frozen_models: tuple[str, ...] = ()  # names of whole models beside the trained one
+    frozen_models: tuple[str, ...] = ()  # names of whole models besides the trained one
     logits_bytes: int = CHUNK_BYTES["cuda"]  # of the head's fp32 logits in one chunk
     trains_entropy: bool = False  # whose gradient is a further chunk
     reduce_bucket: int = REDUCE_BUCKET  # elements

@@ -63,7 +63,7 @@ class Controller:
         self.next_group = 0
         self.batches: dict[int, asyncio.Future] = {}
         self.restarts = 0
-        self.problem: BaseException | None = None  # why the run cannot go on
+        self.problem: BaseException | None = None  # why the run cannot continue
         self.pulse = Pulse(recipe.num_learners)
 
     async def process(self) -> Process:

@@ -77,7 +77,7 @@ class Forward:
     nor editable have no meaning."""
 
     proposal_RB: Proposal
-    tokens_RB: torch.Tensor  # int64, what stands there
+    tokens_RB: torch.Tensor  # int64, the tokens of the block
     masked_RB: torch.Tensor  # bool
     editable_RB: (
         torch.Tensor
@@ -112,7 +112,7 @@ class DecodingRule(Protocol):
     name: ClassVar[str]
     reads: ClassVar[tuple[Column, ...]] = (CONFIDENCE,)
     is_default: ClassVar[bool] = False
-    """Of one rule: the one that `decode.rule` names where nobody says anything."""
+    """True for one rule: the default of `decode.rule`."""
 
     keeps_distribution: ClassVar[bool] = True
     """Whether, with acceptance `top`, it chooses positions by the distributions alone. Then the product of the recorded
@@ -143,7 +143,7 @@ class DecodingRule(Protocol):
 
     @property
     def shown(self) -> str:
-        """What stands below a picture of the decoding: its first key and the value."""
+        """The caption of a picture of the decoding: the first key and its value."""
         return self.name if self.dial() is None else f"{self.dial()} {getattr(self, self.dial()):g}"
 
     @classmethod

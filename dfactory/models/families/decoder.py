@@ -41,7 +41,7 @@ _QWEN3: Rules = DECODER | {
     "attention_bias": SWITCH,
     "partial_rotary_factor": only(1.0),
     "use_sliding_window": NO_WINDOW,
-    "sliding_window": size(10**9),  # without use_sliding_window nobody reads it
+    "sliding_window": size(10**9),  # unused without use_sliding_window
     "layer_types": FULL_ATTENTION,
 }
 

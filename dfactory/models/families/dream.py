@@ -30,7 +30,7 @@ FAMILIES.add(
             "rope_parameters": ROPE,
             "use_mrope": only(False),
             "use_sliding_window": NO_WINDOW,
-            "sliding_window": size(10**9),  # without use_sliding_window nobody reads it
+            "sliding_window": size(10**9),  # unused without use_sliding_window
             "layer_types": FULL_ATTENTION,
         },
         attention=Attention.FULL,

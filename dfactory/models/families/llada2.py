@@ -45,7 +45,8 @@ _STACKED_NAME = re.compile(r"\.mlp\.experts\.gate_proj$")  # a tensor name that 
 
 
 class LLaDA2MoeConfig(Glm4MoeConfig):
-    """Reads config.json as the LLaDA2 checkpoints have it; `config_keys` has refused a key that asks for more."""
+    """Reads config.json as the LLaDA2 checkpoints have it; `config_keys` has already refused keys that it does not
+    compute."""
 
     model_type = "llada2_moe"
 

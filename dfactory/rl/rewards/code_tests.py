@@ -108,7 +108,7 @@ def run_scripts(box: Sandbox, program: str, scripts: list, left_s: float) -> Ite
 
 
 def program_of(text: str) -> str:
-    """The last fenced block that is Python, else the whole text. A fence that nobody closes begins no block."""
+    """The last fenced block that is Python, else the whole text. An unclosed fence starts no block."""
     program, language, block = text, None, []
     for line in text.split("\n"):
         if language is None and (fence := FENCE.fullmatch(line)):

@@ -1,7 +1,7 @@
 """Reward functions in processes of their own, which may hang, crash, leak and lie about lengths.
 
     with RewardPool(parse_rewards(recipe.reward_funcs), workers=2, timeout_s=60) as pool:
-        future = pool.submit(group)            # returns at once; decoding goes on
+        future = pool.submit(group)            # returns at once; decoding continues
         result = future.result()               # or asyncio.wrap_future(future)
         results = pool.score(groups)           # in the order of groups
 
@@ -225,7 +225,7 @@ class RewardPool:
                 scores = await worker.score(call, self.timeout_s)
                 if worker.memory_mb > self.memory_mb:
                     await worker.kill()
-            except Exception as problem:  # handed to whoever waits for the call; else he would wait forever
+            except Exception as problem:  # raised where the call is awaited; else the caller would wait forever
                 if not call.answer.done():
                     call.answer.set_exception(problem)
                 continue
@@ -354,7 +354,7 @@ def join(parts: Sequence[FunctionScores]) -> FunctionScores:
 
 
 def combine(functions: Sequence[FunctionScores], weights: Sequence[float], i: int) -> float | None:
-    """The reward of rollout i: sum of weight times score; None if nobody scored it, or somebody failed."""
+    """The reward of rollout i: the sum of weight times score; None if no function scored it, or one failed."""
     if any(function.outcome_G[i] in FAILURES for function in functions):
         return None
     scored = [(weight, f.score_G[i]) for weight, f in zip(weights, functions, strict=True) if f.score_G[i] is not None]

@@ -47,7 +47,7 @@ def reasoning_gym(
     timeout_s: float = 5.0,
     **columns,
 ) -> list[float]:
-    """What the task's scorer says, mostly in 0 .. 1. `answer_tag`: score only what stands in <tag> .. </tag>.
+    """The score of the task's scorer, mostly in 0 .. 1. `answer_tag`: score only the text in <tag> .. </tag>.
 
     A response on which the scorer fails, or takes more than `timeout_s` of CPU time, scores 0.
     """
@@ -64,7 +64,7 @@ def reasoning_gym(
 
 
 def tagged(text: str, tag: str) -> str | None:
-    """What stands in the last <tag> .. </tag>. reasoning-gym's own search takes a time that is quadratic in open tags."""
+    """The text in the last <tag> .. </tag>. reasoning-gym's own search takes a time that is quadratic in open tags."""
     found, begin, end = None, f"<{tag}>", f"</{tag}>"
     place = text.find(begin)
     while place >= 0 and (close := text.find(end, place)) >= 0:

@@ -1,4 +1,4 @@
-"""Runs a Python program that nobody has read, for a bounded time, and returns what it answered.
+"""Runs an untrusted Python program for a bounded time, and returns its answers.
 
     sandbox = Sandbox(Limits(wall_s=5))
     run = sandbox.call("def add(a, b): return a + b", [Call("add", [2, 3])])
@@ -82,7 +82,7 @@ class Ending(enum.StrEnum):
     TIMEOUT = "timeout"
     OUTPUT_LIMIT = "output_limit"
     DIED = "died"  # ended before it answered: exit(), or a limit
-    OUT_OF_TURN = "out_of_turn"  # wrote to the answer channel what nobody had asked
+    OUT_OF_TURN = "out_of_turn"  # wrote to the answer channel without a request
     LEFT_BEHIND = "left_behind"  # left something outside its folder, or removed the folder
 
 
@@ -311,7 +311,7 @@ class _Process:
         return self._printed.decode(errors="replace")
 
     def tell(self, message: dict) -> None:
-        """Start to send a message; `pump` goes on with it."""
+        """Start sending a message; `pump` continues."""
         if not self._unsent:
             self._selector.register(self._request, selectors.EVENT_WRITE, self._write_request)
         self._unsent += json.dumps(message).encode() + b"\n"
