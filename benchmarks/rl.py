@@ -159,7 +159,8 @@ def make_setting(options: argparse.Namespace, recipe) -> Setting:
     rules = DecodeRules.of(DecodeKeys(batch_size=options.prompts * options.generations, **shared))
     settings = Settings(**shared, suppressed_ids=rules.distribution.suppressed_ids)
     noise = RandomMask(mask, seed=1, low=0.3, high=0.8, complementary=True, num_views=2)
-    return Setting(prompts, options.generations, rules, settings, rollout_views(recipe, noise))
+    views = rollout_views(dataclasses.replace(recipe, stage="rl"), noise)
+    return Setting(prompts, options.generations, rules, settings, views)
 
 
 def main(arguments: list[str] | None = None) -> int:
