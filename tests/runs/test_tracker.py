@@ -49,6 +49,9 @@ def tracked(recipe_file, tmp_path, monkeypatch):
         time.sleep(1.0)  # wandb names a folder by the second
         with MetricsLog(recipe, folder, 9, step - 1) as log:
             log.step(step, 0.0, METRICS)
+        deadline = time.monotonic() + 60
+        while not all(_records(folder.path, "exit")) and time.monotonic() < deadline:
+            time.sleep(0.1)  # wandb's own process writes the file; on a busy machine after `finish` returns
         return [runs[0] for runs in _records(folder.path, "run")]
 
     return track
