@@ -89,8 +89,8 @@ def check_family(recipe: Recipe) -> None:
         raise ConfigError(f"view_source trace: {whose}, and traces are rebuilt block by block; set view_source to mask")
     if recipe.algorithm.data is Data.PROMPTS:
         raise ConfigError(
-            f"{recipe.algorithm.family}: {whose}, and rollouts are packed as block-causal documents; take an algorithm that "
-            "learns from records or pairs"
+            f"{recipe.algorithm.wide_selector}: {whose}, and rollouts are packed as block-causal documents; take an "
+            "algorithm that learns from records or pairs"
         )
 
 

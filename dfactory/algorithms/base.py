@@ -67,7 +67,7 @@ class Algorithm:
         return f"{key} {value}"
 
     @property
-    def family(self) -> str:
+    def wide_selector(self) -> str:
         """The first of them: all algorithms of reinforcement learning have it in common."""
         return " ".join(next(iter(self.selects.items())))
 
@@ -120,6 +120,6 @@ def refuse_other_selections(recipe: Any, origins: Mapping[str, str]) -> None:
         for name in algorithm.selects:
             if name in origins and name not in mine and getattr(recipe, name) != default_of(name):
                 raise ConfigError(
-                    f"{name} in {origins[name]} belongs to {algorithm.family}, and this is {selected(recipe).selector}: "
-                    "leave it out"
+                    f"{name} in {origins[name]} belongs to {algorithm.wide_selector}, and this is "
+                    f"{selected(recipe).selector}: leave it out"
                 )

@@ -95,12 +95,12 @@ def algorithms() -> int:
 
 
 def algorithm_table() -> str:
-    """The algorithms with their keys, as a table in Markdown. Keys that all of a family have are named once."""
+    """The algorithms with their keys, as a table in Markdown. Keys that all with one wide selector have are left out."""
     lines = ["| selected by | what it does | learns from | keys of its own | source |", "|---|---|---|---|---|"]
-    for algorithm in sorted(ALGORITHMS, key=lambda algorithm: (algorithm.family, algorithm.name)):
+    for algorithm in sorted(ALGORITHMS, key=lambda algorithm: (algorithm.wide_selector, algorithm.name)):
         selected = ", ".join(f"`{key}: {value}`" for key, value in algorithm.selects.items())
-        family = [other for other in ALGORITHMS if other.family == algorithm.family]
-        shared = set.intersection(*map(key_names, family)) if len(family) > 1 else set()
+        alike = [other for other in ALGORITHMS if other.wide_selector == algorithm.wide_selector]
+        shared = set.intersection(*map(key_names, alike)) if len(alike) > 1 else set()
         keys = [field.name for field in dataclasses.fields(algorithm.Keys) if field.name not in shared]
         cells = (selected, algorithm.summary, algorithm.data.value, ", ".join(f"`{key}`" for key in keys))
         lines.append(_row((*cells, _cited(algorithm.source))))

@@ -23,8 +23,8 @@ class Owner(Protocol):
         """The key and value that select the entry, such as `decode.rule threshold`."""
 
     @property
-    def family(self) -> str:
-        """The same for all entries with which it shares a parent; the selector again where there is no such thing."""
+    def wide_selector(self) -> str:
+        """What selects it together with the entries that share its parent; the selector again where none do."""
 
 
 def combine(name: str, entries: Iterable[Owner], module: str) -> type:
@@ -84,11 +84,11 @@ def default_of(field: dataclasses.Field) -> Any:
 
 
 def either(owners: Iterable[Owner], entries: Iterable[Owner]) -> str:
-    """Their selectors in words, `stage cap, cpt or sft`, or the name of a family that is there as a whole: `stage rl`."""
+    """Their selectors in words: `stage cap, cpt or sft`; or the wide selector of which all entries are there: `stage rl`."""
     owners, values = list(owners), {}
-    whole = {entry.family for entry in entries} - {entry.family for entry in entries if entry not in owners}
+    whole = {e.wide_selector for e in entries} - {e.wide_selector for e in entries if e not in owners}
     for owner in owners:
-        key, value = (owner.family if owner.family in whole else owner.selector).split(" ", 1)
+        key, value = (owner.wide_selector if owner.wide_selector in whole else owner.selector).split(" ", 1)
         names = values.setdefault(key, [])
         if value not in names:
             names.append(value)

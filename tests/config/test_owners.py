@@ -29,7 +29,7 @@ class Entry:
     name: str
     Keys: type
 
-    family: str = "rule all"
+    wide_selector: str = "rule all"
 
     @property
     def selector(self):
@@ -58,7 +58,7 @@ def test_a_foreign_key_is_refused_by_the_name_of_its_owner():
     refuse_foreign(keys, given, ENTRIES, ENTRIES[0], "d.")
 
 
-def test_a_family_that_is_there_as_a_whole_has_one_name():
+def test_entries_that_are_all_there_have_their_wide_selector():
     others = [*ENTRIES, Entry("three", ThirdKeys, "kind of its own")]
     assert either(ENTRIES, others) == "rule all"
     assert either([ENTRIES[0], others[2]], others) == "rule one or kind of its own"

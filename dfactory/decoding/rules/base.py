@@ -159,7 +159,7 @@ class DecodingRule(Protocol):
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
         cls.Keys = cls  # as config/owners.py wants an entry
-        cls.selector = cls.family = f"decode.rule {getattr(cls, 'name', '')}"
+        cls.selector = cls.wide_selector = f"decode.rule {getattr(cls, 'name', '')}"
 
 
 RULES: Table[type[DecodingRule]] = Table("decode.rule", "dfactory.decoding.rules", "dfactory.decoding_rules")

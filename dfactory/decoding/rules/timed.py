@@ -36,7 +36,7 @@ class Timed(DecodingRule):
         column, sign = _SCORES[self.time_order]
         score_RB = (sign * forward[column]).masked_fill(~forward.masked_RB, -math.inf)
         rank_RB = score_RB.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        time = torch.linspace(1, self.time_end, self.time_steps + 1)
+        time = torch.linspace(1, self.time_end, self.time_steps + 1).to(forward.step_R.device)
         masks_R, step_R = forward.masked_RB.sum(dim=-1), forward.step_R.clamp(max=self.time_steps - 1)
         due_R = (masks_R * (1 - time[step_R + 1] / time[step_R])).long()  # float32, in which the original rounds too
         return forward.masked_RB & (rank_RB < due_R[:, None])
