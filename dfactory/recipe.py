@@ -226,6 +226,9 @@ def _resolve_paths(layer: DictConfig, base: Path) -> None:
                     entry["path"] = absolute(entry["path"])
 
 
+Rule = Callable[[bool, str], None]  # (what has to hold, the message where it does not)
+
+
 def _check_recipe(recipe: Recipe, origin: str) -> None:
     """Rules between keys."""
 
@@ -233,6 +236,25 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
         if not holds:
             raise ConfigError(f"{message} in {origin}")
 
+    _check_noise(recipe, rule)
+    _check_block_sizes(recipe, rule)
+    _check_embedding_noise(recipe, rule)
+    _check_lengths(recipe, rule)
+    rule(
+        not (recipe.use_peft and recipe.init_weights == "random"),
+        "init_weights random with use_peft: the base that the adapters belong to would be lost; train it first",
+    )
+    for problem in recipe.algorithm.problems(recipe):
+        rule(False, problem)
+    _check_editing(recipe, rule)
+    _check_traces(recipe, rule)
+    problem = decode_problem(recipe.decode_keys, recipe.decode_keys.block_size)
+    rule(problem is None, str(problem))
+    _check_run(recipe, rule)
+
+
+def _check_noise(recipe: Recipe, rule: Rule) -> None:
+    """The range of mask ratios, and the block size."""
     low, high = recipe.noise_range_low, recipe.noise_range_high
     rule(low <= high, f"noise_range_low {low:g} > noise_range_high {high:g}: swap them")
     rule(high > 0, "noise_range_high 0 masks nothing: raise it")
@@ -254,8 +276,10 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
         f"block_size {recipe.block_size} does not divide max_length {recipe.max_length}: "
         f"use {recipe.max_length // recipe.aligned_block_size * recipe.aligned_block_size or recipe.block_size}",
     )
-    _check_block_sizes(recipe, rule)
-    _check_embedding_noise(recipe, rule)
+
+
+def _check_lengths(recipe: Recipe, rule: Rule) -> None:
+    """What records and packed sequences can hold."""
     rule(
         recipe.overlong != "split" or recipe.documents_per_record == 1,
         f"overlong split with stage {recipe.stage}: pairs have prompts and cannot be split; use truncate",
@@ -268,16 +292,10 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
             recipe.row_length >= need,
             f"row_length {recipe.row_length} cannot hold {held}: raise it to {need}",
         )
-    rule(
-        not (recipe.use_peft and recipe.init_weights == "random"),
-        "init_weights random with use_peft: the base that the adapters belong to would be lost; train it first",
-    )
-    for problem in recipe.algorithm.problems(recipe):
-        rule(False, problem)
-    _check_editing(recipe, rule)
-    _check_traces(recipe, rule)
-    problem = decode_problem(recipe.decode_keys, recipe.decode_keys.block_size)
-    rule(problem is None, str(problem))
+
+
+def _check_run(recipe: Recipe, rule: Rule) -> None:
+    """Data, steps, evaluation and reports."""
     rule(bool(recipe.datasets), "datasets is empty: name at least one file")
     _check_datasets(recipe, rule)
     rule(all(entry.weight > 0 for entry in recipe.datasets), "datasets.weight 0: leave the file out instead")
@@ -304,7 +322,7 @@ def _plain_stages() -> str:
     return ", ".join(name for name, algorithm in STAGES.items() if algorithm.data is Data.RECORDS)
 
 
-def _check_datasets(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
+def _check_datasets(recipe: Recipe, rule: Rule) -> None:
     """Every entry is a file or a dataset of the hub, and has the keys of that."""
     of_the_hub = ("split", "config", "revision", "data_files")
     untouched = DatasetKeys()
@@ -318,7 +336,7 @@ def _check_datasets(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
             )
 
 
-def _check_block_sizes(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
+def _check_block_sizes(recipe: Recipe, rule: Rule) -> None:
     """The schedule of block sizes."""
     schedule = recipe.block_size_schedule
     if schedule is None:
@@ -357,7 +375,7 @@ def _check_block_sizes(recipe: Recipe, rule: Callable[[bool, str], None]) -> Non
     )
 
 
-def _check_embedding_noise(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
+def _check_embedding_noise(recipe: Recipe, rule: Rule) -> None:
     std, steps = recipe.mask_embedding_noise, recipe.mask_embedding_noise_steps
     rule(
         (std > 0) == (steps > 0),
@@ -374,7 +392,7 @@ def _check_embedding_noise(recipe: Recipe, rule: Callable[[bool, str], None]) ->
     )
 
 
-def _check_editing(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
+def _check_editing(recipe: Recipe, rule: Rule) -> None:
     """Rules between the keys of token editing."""
     rule(
         recipe.edit_source == "uniform" or recipe.edit_share > 0,
@@ -382,7 +400,7 @@ def _check_editing(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
     )
 
 
-def _check_traces(recipe: Recipe, rule: Callable[[bool, str], None]) -> None:
+def _check_traces(recipe: Recipe, rule: Rule) -> None:
     """Rules between the keys of trace views."""
     if not recipe.views_are_traces:
         return

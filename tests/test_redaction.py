@@ -109,13 +109,7 @@ def holding(folder: Path, text: str) -> list[str]:
 @pytest.mark.slow
 def test_no_file_and_no_output_of_a_run_holds_a_canary(folder):
     data = f"datasets=[{{path: {ROOT}/recipes/quickstart/data/heldout.jsonl}}]"
-    keys = [
-        *SHORT,
-        data,
-        "report_to=[wandb]",
-        f"reward_funcs=[{{name: exact_match, {OPTIONS}}}]",
-        "run_name=hf_ABCD1234",
-    ]
+    keys = [*SHORT, data, "report_to=[wandb]", "run_name=hf_ABCD1234"]
     recipe = ROOT / "recipes/quickstart/sft.yaml"
     done = run(folder, "-m", "dfactory.cli", "train", recipe, *keys, f"output_dir={folder}/run")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -130,6 +124,7 @@ def test_no_file_and_no_output_of_a_run_holds_a_canary(folder):
 def test_no_log_of_ray_holds_a_canary(folder):
     (folder / "reward.py").write_text(REWARD)
     keys = [*SHORT, "model_name_or_path=tiny", "num_generations=4", "prompts_per_step=2", "reward_workers=1"]
+    keys += ["report_to=[wandb]"]  # it is given the options of rewards
     keys += ["decode.max_new_tokens=16", "decode.threshold=0.5", f"reward_funcs=[{{name: reward.py:judge, {OPTIONS}}}]"]
     recipe = ROOT / "recipes/quickstart/rl.yaml"
     done = run(folder, "-m", "dfactory.cli", "train", recipe, *keys, f"output_dir={folder}/run")

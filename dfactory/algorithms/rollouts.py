@@ -73,7 +73,7 @@ class RolloutKeys:
     )
     max_staleness: int = key(
         0,
-        "policy versions that a rollout may lie behind the first step that trains on it; below num_iterations: synchronous",
+        "how many policy versions a rollout may be older than the first step on it; below num_iterations: synchronous",
         low=0,
     )
     num_learners: int = key(1, "learner processes (DeepSpeed ranks)", low=1)
@@ -81,7 +81,7 @@ class RolloutKeys:
     rollout_timeout_s: float = key(600.0, "a decoding call that takes longer counts as hung: restarted", low=1.0)
     max_rollout_attempts: int = key(3, "tries of a prompt's group before the run gives up", low=1)
     heartbeat_timeout_s: float = key(
-        300.0, "a learner or controller that gives no sign of life for so long is taken for lost: the run ends", low=5.0
+        300.0, "a learner or controller without a heartbeat for so long counts as lost: the run ends", low=5.0
     )
     cluster_timeout_s: float = key(300.0, "longest wait for the processes to be placed", low=1.0)
 
