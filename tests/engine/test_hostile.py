@@ -43,10 +43,10 @@ def test_planted_shards_are_refused_and_not_run(recipe_file, tmp_path, stage):
     shards = sorted((checkpoint / "engine/shards").glob("*.pt"))
     assert len(shards) == 2
     for shard in shards:
-        with planted(shard, trace), pytest.raises(CheckpointError, match=r"no plain data.*mkdir"):
+        with planted(shard, trace), pytest.raises(CheckpointError, match=r"not plain data.*mkdir"):
             load(trainer, checkpoint, universal=False)
         assert not trace.exists()
-    with planted(shards[-1], trace), pytest.raises(CheckpointError, match=r"could not convert.*no plain data"):
+    with planted(shards[-1], trace), pytest.raises(CheckpointError, match=r"could not convert.*not plain data"):
         load(trainer, checkpoint, universal=True)
     assert not trace.exists()
     assert not (tmp_path / "run/.converted").exists()
@@ -71,7 +71,7 @@ def test_the_environment_is_left_as_it_was(monkeypatch, tmp_path):
     file = tmp_path / "x.pt"
     torch.save(json.JSONDecoder, file)
     before = dict(os.environ)
-    with pytest.raises(CheckpointError, match=r"no plain data.*JSONDecoder"), read_as_data(tmp_path):
+    with pytest.raises(CheckpointError, match=r"not plain data.*JSONDecoder"), read_as_data(tmp_path):
         torch.load(file, weights_only=False)
     assert dict(os.environ) == before
     torch.load(file, weights_only=False)

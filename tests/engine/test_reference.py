@@ -213,7 +213,7 @@ def test_whatever_changes_a_score_is_known_to_the_stored_reference(recipe_file, 
                 for key in changed:
                     same = other["content"][key] == known["content"][key] and other["origin"] == known["origin"]
                     assert not same, f"{override} changes the scores of {key} in silence"
-    assert len(tried) > 60
+    assert len(tried) >= 60  # keys of other stages are refused
     assert {"model_name_or_path", "mask_token_id", "eos_token_id", "block_size", "num_views", "seed"} <= moved
 
 

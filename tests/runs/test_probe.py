@@ -92,6 +92,7 @@ def _alone(recipe_file, run) -> float:
     """Tokens per forward of the last checkpoint, decoded by itself."""
     recipe = load_recipe(recipe_file, [*KEYS, f"eval_decode_prompts={PROMPTS}"])
     probe = make_probe(recipe, read_inputs(recipe))
-    pipeline = Pipeline(run / "checkpoint-4", keys=probe.keys)
+    ids = {"mask_token_id": recipe.mask_token_id, "eos_token_id": recipe.eos_token_id}  # there is no tokenizer
+    pipeline = Pipeline(run / "checkpoint-4", keys=probe.keys, **ids)
     answers = pipeline.generate([question.prompt_ids for question in probe.questions])
     return sum(len(answer.token_ids) for answer in answers) / sum(answer.forwards for answer in answers)

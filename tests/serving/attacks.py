@@ -182,7 +182,7 @@ BODIES = [
         lambda: {"chat_template_kwargs": {f"v{number}": False for number in range(10_000)}},
         "8192 characters",
     ),
-    chat("a variable that is an expression", 400, lambda: {"chat_template_kwargs": {"(a+)+$": False}}, "no name"),
+    chat("a variable that is an expression", 400, lambda: {"chat_template_kwargs": {"(a+)+$": False}}, "not a name"),
     chat("another template", 400, lambda: {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "the server sets it"),
     chat("a template in a message", (200, 400), lambda: user("{{ ''.__class__.__mro__ }}{% for i in range(10**9) %}")),
 ]
