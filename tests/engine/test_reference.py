@@ -214,6 +214,8 @@ def test_whatever_changes_a_score_is_known_to_the_stored_reference(recipe_file, 
                     same = other["content"][key] == known["content"][key] and other["origin"] == known["origin"]
                     assert not same, f"{override} changes the scores of {key} in silence"
     assert len(tried) >= 60  # keys of other stages are refused
+    own = {"beta", "loss_type", "label_smoothing", "length_normalize", "sft_loss_coef"}
+    assert own <= tried, own - tried
     assert {"model_name_or_path", "mask_token_id", "eos_token_id", "block_size", "num_views", "seed"} <= moved
 
 
