@@ -151,6 +151,9 @@ class ViewBatch:
     Every objective trains on this. Documents are numbered 0..D-1 over the whole batch, so that sums by document or by
     (document, view) are one `index_add`. Positions without a token have document number -1.
 
+    The left neighbour of a target is the position before it in its own view, or where the view does not hold that one the
+    clean token at it, which may lie in a shared prefix. A document's first position is its own.
+
     Documents with equal first blocks may share the clean stream of those blocks: a shared prefix, without targets,
     before the first of them. Its number is D + that of the first document, and `trunk_RS` of their tokens names it.
     """
@@ -162,6 +165,7 @@ class ViewBatch:
     block_RS: torch.Tensor  # int64, counted from the start of the document
     trunk_RS: torch.Tensor  # int64: the number of the document's shared prefix, or its own
     target_index_N: torch.Tensor  # int64 into the flattened rows, ascending
+    left_index_N: torch.Tensor  # int64 into the flattened rows: the left neighbours, which predict with shifted logits
     target_ids_N: torch.Tensor  # int64: the token to predict there (no shift)
     real_N: torch.Tensor  # bool: whether that token is real, not fill
     t_N: torch.Tensor  # float32

@@ -35,7 +35,7 @@ class Document:
 def make_batch(rows: list[list[Document]], row_length: int | None = None, pad_id: int = 0) -> ViewBatch:
     """Rows of documents, each [clean | view 1 | ... | view K], padded on the right to one length."""
     columns = [[[] for _ in range(6)] for _ in rows]  # ids, positions, document, view, block, trunk
-    targets, ids, document_ids, responses, views = [], [], [], [], []
+    targets, lefts, ids, document_ids, responses, views = [], [], [], [], [], []
     for r, row in enumerate(rows):
         for document in row:
             number = len(document_ids)
@@ -43,12 +43,16 @@ def make_batch(rows: list[list[Document]], row_length: int | None = None, pad_id
             views.append(len(document.views))
             scored = torch.zeros(len(document.ids), dtype=torch.bool)
             position = torch.arange(len(document.ids))
+            clean = len(columns[r][0])
             _extend(columns[r], document.ids, position, number, 0, document.block_size)
             for k, (noisy, target) in enumerate(document.views, start=1):
                 start = len(columns[r][0])
                 kept = position >= document.first_block * document.block_size
                 _extend(columns[r], noisy[kept], position[kept], number, k, document.block_size)
-                targets += [(r, start + i) for i in target[kept].nonzero()[:, 0].tolist()]
+                here = target[kept].nonzero()[:, 0].tolist()
+                targets += [(r, start + i) for i in here]
+                before = int(position[kept][0]) - 1  # the clean token before the view
+                lefts += [(r, start + i - 1 if i else clean + before if before >= 0 else start) for i in here]
                 ids += document.ids[target & kept].tolist()
                 scored |= target
             responses.append(int(scored.sum()))
@@ -62,6 +66,7 @@ def make_batch(rows: list[list[Document]], row_length: int | None = None, pad_id
     return ViewBatch(
         *fields,
         target_index_N=torch.tensor([r * length + i for r, i in targets], dtype=torch.int64),
+        left_index_N=torch.tensor([r * length + i for r, i in lefts], dtype=torch.int64),
         target_ids_N=torch.tensor(ids, dtype=torch.int64),
         real_N=torch.ones(len(ids), dtype=torch.bool),
         t_N=weight,

@@ -64,7 +64,7 @@ def join(window: list[ViewBatch]) -> ViewBatch:
     Documents of the result have the numbers 0..total-1, in order. Shared prefixes, which every batch numbers from its own
     document count on, come after all documents.
     """
-    places, index_N, documents, positions = [], [], 0, 0
+    places, index_N, left_N, documents, positions = [], [], [], 0, 0
     total = sum(len(batch.document_id_D) for batch in window)
     for batch in window:
         here = torch.stack([batch.document_RS, batch.trunk_RS]).flatten(1)  # [2, R * S]
@@ -72,10 +72,12 @@ def join(window: list[ViewBatch]) -> ViewBatch:
         on = documents + torch.where(here < count, 0, total - count)  # shared prefixes move to after all documents
         places.append(torch.where(here == PADDING, PADDING, here + on))
         index_N.append(batch.target_index_N + positions)
+        left_N.append(batch.left_index_N + positions)
         documents += count
         positions += here.shape[1]
     document_RS, trunk_RS = torch.cat(places, dim=1)[:, None]
-    joined = {"document_RS": document_RS, "trunk_RS": trunk_RS, "target_index_N": torch.cat(index_N)}
+    joined = {"document_RS": document_RS, "trunk_RS": trunk_RS}
+    joined |= {"target_index_N": torch.cat(index_N), "left_index_N": torch.cat(left_N)}
     for field in dataclasses.fields(ViewBatch):
         if field.name not in (*joined, "columns"):
             joined[field.name] = _joined(field.name, [getattr(batch, field.name) for batch in window])

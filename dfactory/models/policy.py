@@ -68,10 +68,9 @@ class Policy(nn.Module):
     def forward(self, batch: ViewBatch) -> TokenScores:
         """log p, entropy and hit of every target of the batch, in the batch's target order."""
         plan = self.plan(batch.place_RS)
-        predicting_N = self.predicting(batch.target_index_N, batch.position_ids_RS)
-        # With a shift the first two positions of a document are predicted from the same one: it is computed once.
+        # With a shift two targets may be predicted from the same position, which is computed once.
         read_M, row_N = (
-            predicting_N.unique_consecutive(return_inverse=True) if self.logit_shift else (predicting_N, None)
+            batch.left_index_N.unique(return_inverse=True) if self.logit_shift else (batch.target_index_N, None)
         )
         hidden_MH = self.hidden_at(
             read_M,
@@ -94,7 +93,7 @@ class Policy(nn.Module):
         shift 1    position  0 1 2 3 | 0 1 2     of two documents in a row
                    from      0 0 1 2 | 4 4 5     flattened index
 
-        The neighbour is of the same view, because a view of a family with a shift holds its whole document.
+        For whole documents, such as canvases. In a ViewBatch the neighbour may lie in another stream: `left_index_N`.
         """
         if not self.logit_shift:
             return index_N

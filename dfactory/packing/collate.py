@@ -9,7 +9,7 @@ import torch
 
 from dfactory.columns import column_of
 from dfactory.packing.share import PackedDocument
-from dfactory.types import PADDING, WHOLE, ViewBatch
+from dfactory.types import PADDING, WHOLE, View, ViewBatch
 
 
 def collate(
@@ -59,6 +59,7 @@ class _Writer:
         trunk       2  2   2  2   2  2            what the tokens of a document see before their own clean stream
         view        0  0   1  1   1  1            0: clean; the last block, [c d], needs no clean copy
         targets     index 2 and 5, ids c and f
+        left        index 1 and 4: b of the shared prefix, and e of the view
     """
 
     def __init__(self, num_rows: int, width: int, num_documents: int):
@@ -66,7 +67,7 @@ class _Writer:
         size = num_rows * width  # flat, so that a target's index needs no row; `finish` makes [R, S] of it
         self.input_ids, self.position, self.view, self.block = (np.zeros(size, np.int64) for _ in range(4))
         self.document, self.trunk = (np.full(size, PADDING, np.int64) for _ in range(2))
-        self.targets: list[tuple[np.ndarray, ...]] = []  # (index, ids, real, t, elbo_weight) of each view
+        self.targets: list[tuple[np.ndarray, ...]] = []  # (index, left, ids, real, t, elbo_weight) of each view
         self.columns_N: dict[str, list[np.ndarray]] = {}  # what views add, at their targets
         self.per_document: list[tuple[int, ...]] = []  # (id, response length, answer length, number of views)
         self.columns_D: list[Mapping[str, float]] = []  # what documents add
@@ -77,22 +78,26 @@ class _Writer:
     def write(self, bundle: Sequence[PackedDocument]) -> None:
         """Write the shared prefix of a group, if it has one, and then each of its documents."""
         first, number, shared = bundle[0].document, len(self.per_document), bundle[-1].shared
+        shared_from = self.cursor
         # Beyond the numbers of documents, so that sums by document never meet it; a document without one is its own.
         trunk = number + (self.num_documents if shared else 0)
         self._write_stream(trunk, trunk, 0, first.block_size, np.arange(shared), first.input_ids_T[:shared])
         for packed in bundle:
-            self._write_document(packed, shared, trunk)
+            self._write_document(packed, shared, trunk, shared_from)
 
-    def _write_document(self, packed: PackedDocument, shared: int, trunk: int) -> None:
+    def _write_document(self, packed: PackedDocument, shared: int, trunk: int, shared_from: int) -> None:
         document, clean, real_T = packed.document, packed.clean_length, packed.document.real_T
         write = functools.partial(self._write_stream, len(self.per_document), trunk)
+        # where the clean token of each position lies
+        clean_index = np.concatenate([shared_from + np.arange(shared), self.cursor + np.arange(clean - shared)])
         write(0, document.block_size, np.arange(shared, clean), document.input_ids_T[shared:clean])
         for number, view in enumerate(packed.views, start=1):
             # P positions of a view -> its targets. The ids to predict come from what views show, not from the clean stream:
             # fill in place of a following turn is to be predicted, and the clean stream has that turn.
             index = self.cursor + np.flatnonzero(view.target_P)
             position, noise = view.position_P[view.target_P], (view.t_P, view.elbo_weight_P)
-            targets = (index, document.view_ids_T[position], real_T[position])
+            left = _left_neighbours(self.cursor, view, clean_index)
+            targets = (index, left, document.view_ids_T[position], real_T[position])
             self.targets.append((*targets, *(column_P[view.target_P] for column_P in noise)))
             for name, column_P in view.columns_P.items():
                 self.columns_N.setdefault(f"{name}_N", []).append(column_P[view.target_P])
@@ -128,10 +133,11 @@ class _Writer:
             block_RS=grid(self.block),
             trunk_RS=grid(self.trunk),
             target_index_N=targets(0, np.int64),
-            target_ids_N=targets(1, np.int64),
-            real_N=targets(2, np.bool_),
-            t_N=targets(3, np.float32),
-            elbo_weight_N=targets(4, np.float32),
+            left_index_N=targets(1, np.int64),
+            target_ids_N=targets(2, np.int64),
+            real_N=targets(3, np.bool_),
+            t_N=targets(4, np.float32),
+            elbo_weight_N=targets(5, np.float32),
             document_id_D=ids,
             response_length_D=responses,
             answer_length_D=answers,
@@ -155,3 +161,14 @@ class _Writer:
                 )
             found[name] = torch.tensor(given, dtype=column_of(name).dtype)
         return found
+
+
+def _left_neighbours(start: int, view: View, clean_index: np.ndarray) -> np.ndarray:
+    """The flattened index of each target's left neighbour, int64 [targets]; `start` is where the view begins."""
+    offset = np.flatnonzero(view.target_P)
+    position = view.position_P[offset].astype(np.int64)
+    beside = (offset > 0) & (view.position_P[offset - 1] == position - 1)
+    left = start + offset - beside
+    apart = ~beside & (position > 0)
+    left[apart] = clean_index[position[apart] - 1]
+    return left

@@ -8,7 +8,7 @@ import torch
 
 from dfactory.noise import EditTargets, GridMask, RandomMask
 from dfactory.packing import PackedDocument, Packer, align, collate, pack_rows, share
-from dfactory.types import AlignedDocument, Example, View
+from dfactory.types import WHOLE, AlignedDocument, Example, View
 from dfactory.visibility import dense_mask
 
 EOS, MASK = 0, 9
@@ -369,3 +369,34 @@ def test_types():
 def test_a_row_that_does_not_fit():
     with pytest.raises(ValueError, match="8 positions is longer than pad_to 6"):
         collate([[FIRST, SECOND]], block_size=2, pad_to=6)
+
+
+def left_neighbours(batch) -> list[int]:
+    """The obvious search for each target's left neighbour."""
+    document, view, position, trunk = (
+        field.flatten().tolist() for field in (batch.document_RS, batch.view_RS, batch.position_ids_RS, batch.trunk_RS)
+    )
+    found = []
+    for index in batch.target_index_N.tolist():
+        before = [i for i in range(len(position)) if position[i] == position[index] - 1 and document[i] >= 0]
+        own = [i for i in before if (document[i], view[i]) == (document[index], view[index])]
+        clean = [i for i in before if view[i] == 0 and document[i] in (document[index], trunk[index])]
+        found.append((own or clean or [index])[0])
+    return found
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4, WHOLE])
+def test_left_neighbours(block_size):
+    """In the view, in the clean stream where the view lacks that block, in a shared prefix, or none."""
+    noise = RandomMask(mask_id=99, seed=3, low=0.9, high=1.0, per_block=True, num_views=2, complementary=False)
+    packed = []
+    for number, trained in enumerate(["000111000111", "000000111111", "111111111111"]):
+        trainable_T = np.array([digit == "1" for digit in trained])
+        ids_T = np.array([*range(6), *(10 * number + 6 + np.arange(6))], np.int32)
+        document = align(Example(number // 2, ids_T, trainable_T), block_size, eos_id=0)  # the first two are a pair
+        packed.append(PackedDocument(document, noise(document, 0)))
+    shared = share(packed[:2])
+    assert block_size == WHOLE or shared[1].shared > 0
+    batch = collate([[*shared, packed[2]], [packed[0]]], block_size)
+    assert batch.num_targets > 30
+    assert batch.left_index_N.tolist() == left_neighbours(batch)

@@ -25,16 +25,19 @@ from dfactory.seams import Table
 
 class Attention(enum.StrEnum):
     """Who sees whom in a model; visibility.py has the rule. With full attention a document is a single block: its views see
-    all of themselves, and there is no clean stream."""
+    all of themselves, and there is no clean stream. With causal context the clean stream is causal token by token, and a
+    view's block sees the clean tokens before it and itself."""
 
     BLOCK_CAUSAL = "block-causal"
     FULL = "full"
+    CAUSAL_CONTEXT = "causal context"
 
 
 class Noise(enum.StrEnum):
-    """What stands at a position that noise has corrupted."""
+    """What stands at a position that noise has corrupted: the mask token, or any token of the vocabulary."""
 
     MASK = "mask"
+    UNIFORM = "uniform"
 
 
 class SpecialTokens(NamedTuple):
@@ -86,7 +89,7 @@ class Family:
     keys: Rules  # of config.json: what its modules compute; every other key is refused by name
     attention: Attention = Attention.BLOCK_CAUSAL
     logit_shift: int = (
-        0  # 1: the hidden state at i - 1 predicts the token at i; a view's first position predicts itself
+        0  # 1: the hidden state at i - 1 predicts the token at i; a document's first position predicts itself
     )
     noise: Noise = Noise.MASK
     block_size: int | None = (
@@ -111,13 +114,10 @@ class Family:
         if full != (self.block_size is None):
             raise ConfigError(
                 f"model family {self.name}: block_size {self.block_size} with {self.attention} attention; None belongs to "
-                "full attention, a number to block-causal"
+                "full attention, a number to the others"
             )
-        if self.logit_shift not in ((0, 1) if full else (0,)):
-            raise ConfigError(
-                f"model family {self.name}: logit_shift {self.logit_shift} with {self.attention} attention; it is 0, or 1 "
-                "with full attention, whose views hold every left neighbour"
-            )
+        if self.logit_shift not in (0, 1):
+            raise ConfigError(f"model family {self.name}: logit_shift {self.logit_shift}; it is 0 or 1")
 
     @property
     def sees_whole_document(self) -> bool:
