@@ -46,6 +46,7 @@ def _is_static_rope(value: Any) -> bool:
 
 
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")
+ANYTHING = Rule(lambda value: True, "any value is")
 SWITCH = Rule(lambda value: isinstance(value, bool), "it must be true or false")
 POSITIVE = Rule(
     lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf,
@@ -168,6 +169,15 @@ _RELATIONS: list[tuple[Callable[[dict[str, Any]], bool], str]] = [
     (
         _related("hidden_size", "num_attention_heads", holds=lambda hidden, heads: heads <= hidden),
         "num_attention_heads exceeds hidden_size",
+    ),
+    (
+        _related("n_heads", "n_kv_heads", holds=lambda heads, keys: heads % keys == 0),
+        "n_heads is no multiple of n_kv_heads",
+    ),
+    (_related("d_model", "n_heads", holds=lambda hidden, heads: hidden % heads == 0), "d_model is no multiple of n_heads"),
+    (
+        _related("embedding_size", "vocab_size", holds=lambda rows, size: rows >= size),
+        "embedding_size is below vocab_size",
     ),
     (_related("head_dim", holds=lambda head: head % 2 == 0), "head_dim is odd, and rotation needs pairs"),
     (

@@ -27,7 +27,7 @@ SHOWN = 8  # problems that a message spells out
 MOST_HEADER_BYTES = 16 * 2**20  # of all weight files together: some 150,000 tensors; the 100B model has 25,000
 MOST_INDEX_BYTES = 16 * 2**20
 
-_LAYER = re.compile(r"\blayers\.(\d{1,9})\.")
+_LAYER = re.compile(r"\b(?:layers|blocks)\.(\d{1,9})\.")
 _EXPERT = re.compile(r"\bexperts\.(\d{1,9})\.")
 
 Shapes = dict[str, tuple[int, ...]]

@@ -41,7 +41,7 @@ def read_config(model_dir: Path) -> PreTrainedConfig:
     family, variant = FAMILIES.claiming(file, keys)
     config_keys.check_keys(file, keys, family.keys)
     try:
-        return variant.config_class.from_pretrained(model_dir)
+        return variant.config_class.from_dict(keys)
     except (ValueError, TypeError) as problem:
         raise CheckpointError(f"{file} is refused by transformers: {problem}") from problem
 

@@ -63,12 +63,16 @@ class Variant(NamedTuple):
         return not self.architectures or bool(set(self.architectures) & set(architectures))
 
     def register(self) -> None:
-        """Make transformers know the classes. Idempotent; its own ones it knows."""
+        """Make transformers know the classes. Idempotent; its own ones it knows.
+
+        Families may share a model_type: transformers knows a config class by the class's own one, and the renames by the
+        name of the model's class.
+        """
         if not self.config_class.__module__.startswith("transformers."):
-            AutoConfig.register(self.model_type, self.config_class, exist_ok=True)
+            AutoConfig.register(self.config_class.model_type, self.config_class, exist_ok=True)
             AutoModelForCausalLM.register(self.config_class, self.model_class, exist_ok=True)
         if self.renames:
-            register_checkpoint_conversion_mapping(self.model_type, list(self.renames), overwrite=True)
+            register_checkpoint_conversion_mapping(self.model_class.__name__, list(self.renames), overwrite=True)
 
     @property
     def base_class(self) -> type[PreTrainedModel]:
