@@ -18,6 +18,7 @@ ALLOWED = {
     ("dfactory/config/noise.py", "trace"): "a value of view_source: views from a decoder's trace",
     ("dfactory/algorithms/dpo.py", "sft"): "a term of the loss, as metrics.jsonl names it",
     ("dfactory/models/fused.py", "llama"): "Liger's word for a way to round",
+    ("dfactory/models/families/llada.py", "llama"): "OLMo's word for a kind of block",
     ("benchmarks/__init__.py", "cpt"): "the name of a benchmark",
     ("benchmarks/rl.py", "ebpo"): "the benchmark is of this algorithm",
     ("benchmarks/rl.py", "threshold"): "a key of the decoder",

@@ -174,7 +174,10 @@ _RELATIONS: list[tuple[Callable[[dict[str, Any]], bool], str]] = [
         _related("n_heads", "n_kv_heads", holds=lambda heads, keys: heads % keys == 0),
         "n_heads is no multiple of n_kv_heads",
     ),
-    (_related("d_model", "n_heads", holds=lambda hidden, heads: hidden % heads == 0), "d_model is no multiple of n_heads"),
+    (
+        _related("d_model", "n_heads", holds=lambda hidden, heads: hidden % heads == 0),
+        "d_model is no multiple of n_heads",
+    ),
     (
         _related("embedding_size", "vocab_size", holds=lambda rows, size: rows >= size),
         "embedding_size is below vocab_size",

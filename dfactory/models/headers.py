@@ -7,6 +7,7 @@ and the message names the tensors as their author wrote them, not as transformer
 import json
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -134,7 +135,7 @@ def check_shapes(model_dir: Path, found: Shapes, model: PreTrainedModel) -> None
     `model` may live on the meta device; its own weight conversions say under which names it saves.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in original_tensors(model).items()}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    tied = set(original_tensors(model, getattr(model, "all_tied_weights_keys", None) or ()))
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     problems = [f"missing tensor {name} {list(expected[name])}" for name in sorted(set(expected) - set(found) - tied)]
     problems += [
@@ -161,6 +162,7 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         return FAMILIES.variant_of(config).model_class(config)
 
 
-def original_tensors(model: PreTrainedModel) -> dict:
-    """The state dict under the names in which the model is saved."""
-    return revert_weight_conversion(model, dict(model.state_dict()))
+def original_tensors(model: PreTrainedModel, names: Collection[str] | None = None) -> dict:
+    """The state dict, or the tensors of these `names` in the model, under the names in which the model is saved."""
+    tensors = {n: t for n, t in model.state_dict().items() if names is None or n in names}
+    return revert_weight_conversion(model, tensors)

@@ -159,8 +159,9 @@ def _write_config(policy: Policy, directory: Path, dtype: torch.dtype) -> None:
     The family has a say: it announces no layers that are not read."""
     config = json.loads((whole_model_dir(policy.source_dir) / "config.json").read_text())
     config = policy.family.saved_keys(config)
-    config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    config.pop("dtype", None)
+    stated = "dtype" if "dtype" in config else "torch_dtype"  # its newer name, and the older one
+    config.pop("torch_dtype", None)
+    config[stated] = str(dtype).removeprefix("torch.")
     _write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
 

@@ -11,7 +11,7 @@ from dfactory.errors import ConfigError
 from dfactory.recipe import load_recipe
 from dfactory.vocabulary import recipe_vocabulary
 from tests.commands.conftest import ROOT, dfactory, write_records
-from tests.models.test_families import FOLDER
+from tests.families.cases import FOLDER
 
 RECIPE = ROOT / "recipes/dream/sft.yaml"
 

@@ -15,7 +15,13 @@ from dfactory.models.families.base import FAMILIES, Attention, Family, SpecialTo
 from dfactory.models.families.llada import LLaDAConfig
 
 _RENAMED_KEYS = {"expert_intermediate_size": "moe_intermediate_size", "dense_intermediate_size": "intermediate_size"}
-_UNREAD = ("norm_topk_prob", "routed_scaling_factor", "moe_router_score_function", "router_num_group", "router_topk_group")
+_UNREAD = (
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "moe_router_score_function",
+    "router_num_group",
+    "router_topk_group",
+)
 
 
 class LLaDAMoEConfig(Qwen3MoeConfig):
@@ -41,15 +47,9 @@ class LLaDAMoEModelLM(Qwen3MoeForCausalLM):
         return True  # transformers finds out by reading the class's file, but the experts are Qwen3Moe's
 
 
-def _variant(model_type: str, checkpoints: str) -> Variant:
-    return Variant(
-        model_type,
-        LLaDAMoEConfig,
-        LLaDAMoEModelLM,
-        architectures=("LLaDAMoEModelLM", "LLaDAMoEModel"),
-        renames=get_checkpoint_conversion_mapping(Qwen3MoeConfig.model_type),
-        checkpoints=checkpoints,
-    )
+def _variant(model_type: str, architectures: tuple[str, ...], checkpoints: str) -> Variant:
+    renames = get_checkpoint_conversion_mapping(Qwen3MoeConfig.model_type)
+    return Variant(model_type, LLaDAMoEConfig, LLaDAMoEModelLM, architectures, renames, checkpoints)
 
 
 _ALL_LAYERS = Rule(lambda v: isinstance(v, list) and set(v) <= {1}, "only experts in every layer (all 1) are supported")
@@ -77,8 +77,12 @@ FAMILIES.add(
     Family(
         "llada_moe",
         (
-            _variant(LLaDAConfig.model_type, "LLaDA-MoE 7B-A1B Base and Instruct"),
-            _variant(LLaDAMoEConfig.model_type, "the same in dllm's copy"),
+            _variant(
+                LLaDAConfig.model_type,
+                ("LLaDAMoEModelLM", "LLaDAMoEModel"),
+                "LLaDA-MoE 7B-A1B Base and Instruct",
+            ),
+            _variant(LLaDAMoEConfig.model_type, (), "the same in dllm's copy"),
         ),
         keys=_KEYS,
         attention=Attention.FULL,
