@@ -85,13 +85,6 @@ def check_family(recipe: Recipe) -> None:
         raise ConfigError(
             f"block_size {recipe.block_size}: {whose}, in which a document has no blocks; set block_size to null"
         )
-    if recipe.views_are_traces:
-        raise ConfigError(f"view_source trace: {whose}, and traces are rebuilt block by block; set view_source to mask")
-    if recipe.algorithm.data is Data.PROMPTS:
-        raise ConfigError(
-            f"{recipe.algorithm.wide_selector}: {whose}, and rollouts are packed as block-causal documents; take an "
-            "algorithm that learns from records or pairs"
-        )
 
 
 def stream_examples(recipe: Recipe, vocabulary: Vocabulary) -> StreamedExamples:
@@ -111,8 +104,8 @@ def stream_examples(recipe: Recipe, vocabulary: Vocabulary) -> StreamedExamples:
 
 
 def trace_block_size_of(recipe: Recipe) -> int | None:
-    """Of the traces that views are made from, where they are."""
-    return recipe.block_size if recipe.views_are_traces else None
+    """Of the traces that views are made from, where they are; WHOLE: decoded on a canvas."""
+    return recipe.aligned_block_size if recipe.views_are_traces else None
 
 
 def document_rules(recipe: Recipe, vocabulary: Vocabulary, trace_block_size: int | None) -> DocumentRules:
@@ -229,13 +222,14 @@ def make_rollout_source(recipe: Recipe, inputs: Inputs, client: RolloutClient, t
         trainer.score,
         rollout_views(recipe, make_views(recipe, inputs)),
         reference=initial_score(recipe, trainer),
-        block_size=recipe.block_size,
+        block_size=recipe.aligned_block_size,
         row_length=recipe.row_length or recipe.longest_record,
+        mask_id=inputs.special.mask,
         rank=trainer.rank,
         world_size=trainer.world_size,
         micro_batch_rows=recipe.per_device_train_batch_size,
         num_iterations=recipe.num_iterations,
-        traces=recipe.algorithm.recorded,
+        traces=recipe.algorithm.is_recorded(recipe),
         old_policy=recipe.old_policy,
         importance_cap=recipe.algorithm.importance_cap(recipe),
         compares=recipe.algorithm.needs(recipe).old_logprob,

@@ -142,7 +142,7 @@ class Recipe(TrainingKeys, AlgorithmKeys, SelectingKeys, EditingKeys, NoiseKeys,
         at another temperature that is not what the learner's ratio compares."""
         if not self.algorithm.needs(self).old_logprob or self.old_policy != "decoder":
             return False
-        return self.decodes_ahead and not (self.algorithm.recorded and self.decode.temperature == 1)
+        return self.decodes_ahead and not (self.algorithm.is_recorded(self) and self.decode.temperature == 1)
 
     @property
     def longest_record(self) -> int:
@@ -286,7 +286,8 @@ def _check_lengths(recipe: Recipe, rule: Rule) -> None:
     )
     if recipe.row_length is not None:
         rollouts = recipe.algorithm.data is Data.PROMPTS  # they are cut between views
-        need = 2 * recipe.max_length if rollouts else recipe.longest_record
+        clean = 0 if recipe.block_size is None else 1
+        need = (clean + 1) * recipe.max_length if rollouts else recipe.longest_record
         held = "a rollout of max_length with one view" if rollouts else "a record of max_length with its views"
         rule(
             recipe.row_length >= need,

@@ -96,7 +96,9 @@ class AlignedDocument:
     input_ids_T: np.ndarray  # int32
     trainable_T: np.ndarray  # bool, fill included
     block_size: int
-    commit_step_T: np.ndarray | None = None  # int16: the step of its block at which a token was committed; -1: prompt
+    commit_step_T: np.ndarray | None = (
+        None  # int16: the step of its block at which a token was committed; -1: prompt; UNDECODED: on a canvas, never
+    )
     real_length: int | None = None  # tokens before the fill; None: there is no fill
     shown_ids_T: np.ndarray | None = None  # int32: the tokens that views show; None: input_ids_T
     filled_T: np.ndarray | None = (
@@ -296,6 +298,7 @@ class Objective(Protocol):
 
 
 NEVER, GIVEN = -1, -2  # instead of the step of a commit: the position is still a mask; the token came with the draft
+UNDECODED = 2**15 - 1  # in a document, instead of the step of a commit: a mask that every state shows
 
 
 class FinishReason(enum.StrEnum):
@@ -314,6 +317,18 @@ class Edit(NamedTuple):
     step: int  # forward pass of the response, from 0
     old_id: int
     new_id: int
+
+
+def steps_in_order(commit_step: np.ndarray) -> np.ndarray:
+    """Steps renumbered 0, 1, ... without gaps; UNDECODED for NEVER. int64.
+
+    >>> steps_in_order(np.array([4, 2, 4, NEVER])).tolist()
+    [1, 0, 1, 32767]
+    """
+    committed = commit_step != NEVER
+    ordered = np.full(len(commit_step), UNDECODED)
+    ordered[committed] = np.unique(commit_step[committed], return_inverse=True)[1]
+    return ordered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,6 +358,7 @@ class Rollout:
     forwards: int  # denoising passes that this response took part in
     finish_reason: FinishReason
     block_origin: int = 0  # the position from which blocks are counted: on a canvas the end of the prompt
+    masks_left: int = 0  # on a canvas the masks after token_ids, which every forward saw
 
     @property
     def tokens_per_forward(self) -> float:
@@ -354,6 +370,12 @@ class Rollout:
         prompt = len(self.prompt_ids) - self.block_origin
         block = (prompt + np.arange(len(self.token_ids))) // self.block_size - prompt // self.block_size
         return np.array(self.commit_step) - (np.cumsum(self.block_forwards) - self.block_forwards)[block]
+
+    @property
+    def step_in_document(self) -> np.ndarray:
+        """`commit_step` counted over the forwards that committed something; UNDECODED for a mask that is left. int64, as long
+        as `token_ids`."""
+        return steps_in_order(np.array(self.commit_step))
 
 
 @dataclasses.dataclass(frozen=True)

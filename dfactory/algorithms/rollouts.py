@@ -92,7 +92,7 @@ class RolloutAlgorithm(Algorithm):
     data = Data.PROMPTS
     Keys = RolloutKeys
     recorded: ClassVar[bool] = False
-    """Whether the views are the decoder's own steps, so that it has recorded the likelihood of every target."""
+    """Whether the views are made of the decoder's own steps."""
 
     @property
     def selects(self) -> dict[str, str]:
@@ -110,6 +110,10 @@ class RolloutAlgorithm(Algorithm):
         """What `check` says of the loss beside the shape of a step."""
         return []
 
+    def is_recorded(self, recipe: Any) -> bool:
+        """Whether every view is a step of the decoder, so that it has recorded the likelihood of every target."""
+        return False
+
     def importance_cap(self, recipe: Any) -> float | None:
         """The largest importance weight of a target, where the decoder's record gives it one."""
         return None
@@ -121,7 +125,9 @@ class RolloutAlgorithm(Algorithm):
         if recipe.max_steps is None:
             yield f"max_steps null with {stage}: rollouts never end; say how many steps"
         yield from self._decoding_problems(recipe)
-        if decode.block_size not in (None, recipe.block_size):
+        if recipe.block_size is None:
+            yield from _canvas_problems(recipe)
+        elif decode.block_size not in (None, recipe.block_size):
             yield f"decode.block_size with {stage}: it is block_size"
         if decode.max_new_tokens >= recipe.max_length:
             yield (
@@ -164,6 +170,16 @@ class RolloutAlgorithm(Algorithm):
                 f"{recipe.importance_cap}: the learner's likelihood is that of temperature 1.0; only {_recorded()} with an "
                 "importance_cap weighs the difference"
             )
+
+
+def _canvas_problems(recipe: Any) -> Iterator[str]:
+    """Of decoding with full attention: every view of a rollout holds the whole canvas."""
+    size, longest = recipe.decode_keys.block_size, recipe.decode.max_new_tokens
+    if longest % size:
+        yield (
+            f"decode.max_new_tokens {longest} with decode.block_size {size} and block_size null: a canvas is decoded in "
+            f"whole blocks; set decode.max_new_tokens to {longest // size * size or size}"
+        )
 
 
 def _recorded() -> str:

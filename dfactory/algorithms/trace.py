@@ -1,9 +1,11 @@
 """The clipped policy gradient on the decoder's own steps: TraceRL, CJ-GRPO (docs/method.md#policy-gradients).
 
 All of a rollout's steps, each target once: the log-probabilities add up to the likelihood of the trace. Or `trace_steps`
-sampled ones a block, weighted so that the sum is unbiased.
+sampled ones a block, weighted so that the sum is unbiased. `trace_stride` takes neighbouring steps as one: fewer views, each
+target scored from what was known before its group (d2, arXiv:2509.21474).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -36,19 +38,35 @@ class TracePolicyGradient(TokenLevel):
     recorded = True
 
     def views(self, recipe: Any, random_mask: RandomMask) -> RolloutViews:
-        mask_id = random_mask.mask_id
+        mask_id, stride = random_mask.mask_id, recipe.trace_stride
         if recipe.trace_steps is None:
-            return all_steps(mask_id)
-        sampled = TraceViews(mask_id, recipe.seed, num_views=recipe.trace_steps, stratified=recipe.stratified)
+            return all_steps(mask_id, stride)
+        sampled = TraceViews(mask_id, recipe.seed, stride, num_views=recipe.trace_steps, stratified=recipe.stratified)
         return lambda document, index: (document, mean_of(sampled(document, index)))
 
+    def is_recorded(self, recipe: Any) -> bool:
+        return recipe.trace_stride == 1
+
     def importance_cap(self, recipe: Any) -> float | None:
-        return recipe.importance_cap
+        return recipe.importance_cap if self.is_recorded(recipe) else None
+
+    def problems(self, recipe: Any) -> Iterator[str]:
+        if not self.is_recorded(recipe) and recipe.decode.temperature not in (0, 1):
+            yield (
+                f"decode.temperature {recipe.decode.temperature:g} with {self.selector} and trace_stride "
+                f"{recipe.trace_stride}: the decoder has recorded single steps, so no weight corrects its distribution; set "
+                "one of them to 1"
+            )
+        yield from super().problems(recipe)
+
+    def notes(self, recipe: Any) -> list[str]:
+        merged = f"{recipe.trace_stride} steps as one, which the decoder has no record of: no importance weights"
+        return [*super().notes(recipe), *([] if self.is_recorded(recipe) else [merged])]
 
 
-def all_steps(mask_id: int) -> RolloutViews:
-    """Views of all of the decoder's steps."""
-    return lambda document, index: (document, every_transition(document, 1, mask_id))
+def all_steps(mask_id: int, stride: int = 1) -> RolloutViews:
+    """Views of all of the decoder's steps, `stride` neighbouring ones as one."""
+    return lambda document, index: (document, every_transition(document, stride, mask_id))
 
 
 ALGORITHMS.add(TracePolicyGradient())

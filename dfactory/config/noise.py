@@ -51,7 +51,12 @@ class NoiseKeys:
         "noise masks at random, or views are the states of a decoder's trace (files of `generate --keep-trace`)",
         choices=("mask", "trace"),
     )
-    trace_stride: int = key(1, "with view_source trace: how many decoder steps of a block are learnt as one", low=1)
+    trace_stride: int = key(
+        1,
+        "with view_source or policy_loss trace: how many neighbouring decoder steps of a block (with full attention, of the "
+        "canvas) are learnt as one",
+        low=1,
+    )
     trace_filter: str = key(
         "correct", "leave out (and count) traces with `correct: false`, or use all", choices=("correct", "all")
     )

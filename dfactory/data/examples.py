@@ -391,10 +391,17 @@ def _apply(rules: DocumentRules, record: Document, tokens: Tokens | BadRow) -> l
         return wrong
     if not isinstance(record, TokenIds) and ids[-1] != rules.eos_id:
         ids, trainable = np.append(ids, np.int32(rules.eos_id)), np.append(trainable, trainable[-1])
-    limit = rules.max_length
-    steps = record.trace.commit_step_T[:limit] if rules.traces.block_size else None
+    limit, trace = rules.max_length, _trace_of(record)
+    ids, trainable = rules.traces.whole_canvas(trace, ids, trainable, rules.mask_id)
+    steps = trace.commit_step_T[:limit] if rules.traces.block_size else None
     if len(ids) <= limit:
         return [Finished((ids, trainable), commit_step_T=steps)]
+    if steps is not None and trace.canvas:
+        return BadRow(
+            Fault.TOO_LONG,
+            f"the trace's canvas has {len(ids)} tokens, max_length is {limit}, and it cannot be cut, because every forward "
+            "saw all of it: raise max_length",
+        )
     if rules.overlong == "split":
         return _split(ids, trainable, limit, isinstance(record, Completion) and not record.prompt)
     if not trainable[:limit].any():

@@ -46,12 +46,15 @@ class Trace(NamedTuple):
     block size 4, prompt of 2      prompt |  block 0's rest |  block 1
     forward of the response                  0  1              2  2  3  4
     commit_step_T                  -1  -1    0  1              0  0  1  2
+    on a canvas                    -1  -1    0  1              2  2  3  4
     """
 
     commit_step_T: np.ndarray  # int16, over prompt and response
     block_size: int
     edited: bool  # some token was replaced after it had been committed
     correct: bool | None  # whether the response was the answer, where that is known
+    canvas: bool = False  # full attention: steps count over the response, and `masks_left` follow it
+    masks_left: int = 0
 
 
 class TokenIds(NamedTuple):

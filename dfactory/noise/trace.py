@@ -12,6 +12,9 @@ and its targets are the tokens that they committed. Its masks that came later st
 With stride 1 the log-probabilities of a document's transitions add up to the log-likelihood of its trace; with a longer
 one they are what a decoder would have to be sure of to take several steps at once. Steps count from the first forward of
 each block, so one view holds a transition of every block.
+
+With full attention the whole document is one block, and steps count over the response: later forwards saw the blocks of
+earlier ones, so a view holds one transition. It shows masks at all that came later, to the end of the canvas.
 """
 
 import dataclasses
@@ -20,7 +23,7 @@ import numpy as np
 
 from dfactory.noise.mask import view_positions
 from dfactory.noise.schedules import Purpose, draw_t, generator
-from dfactory.types import NEVER, AlignedDocument, Rollout, View
+from dfactory.types import NEVER, UNDECODED, AlignedDocument, Rollout, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,8 @@ def every_transition(document: AlignedDocument, stride: int, mask_id: int) -> li
 
 def num_transitions(document: AlignedDocument, stride: int) -> np.ndarray:
     """int64, for each response block in order: the forwards that committed something, over the stride, rounded up."""
-    steps = document.commit_step_T[view_positions(document)].reshape(-1, document.block_size).max(axis=1) + 1
+    committed_T = np.where(document.commit_step_T == UNDECODED, -1, document.commit_step_T)
+    steps = committed_T[view_positions(document)].reshape(-1, document.block_size).max(axis=1) + 1
     return -(-steps.astype(np.int64) // stride)
 
 
@@ -73,7 +77,7 @@ def transition_view(
     first_P = np.repeat(transition * stride, document.block_size)[here]
     step_P = document.commit_step_T[position_P]
     masked_P = step_P >= first_P
-    masked = masked_P.reshape(-1, document.block_size).sum(axis=1)
+    masked = (masked_P & document.trainable_T[position_P]).reshape(-1, document.block_size).sum(axis=1)
     response = document.trainable_T[position_P].reshape(-1, document.block_size).sum(axis=1)
     return View(
         position_P=position_P,

@@ -53,13 +53,14 @@ class RolloutActor:
         if recipe.use_peft:
             add_adapters(self.policy, **recipe.lora_options, seed=recipe.seed)
             self.policy.to(device).eval()
-        keys = dataclasses.replace(recipe.decode, block_size=recipe.block_size, seed=recipe.seed)
+        keys = dataclasses.replace(recipe.decode_keys, seed=recipe.seed)
         self.pipeline = Pipeline.of(self.policy, recipe_vocabulary(recipe), keys)
         self.scores = recipe.actors_score
-        masks = RandomMask(self.pipeline.rules.mask_token_id, recipe.seed, **recipe.mask_options)
-        layout = (recipe.block_size, recipe.row_length or recipe.longest_record)
+        mask_id = self.pipeline.rules.mask_token_id
+        masks = RandomMask(mask_id, recipe.seed, **recipe.mask_options)
+        layout = (recipe.aligned_block_size, recipe.row_length or recipe.longest_record, mask_id)
         self.rows = RolloutRows(rollout_views(recipe, masks), *layout, train_after_eos=recipe.train_after_eos)
-        self.trace_rows = RolloutRows(all_steps(self.pipeline.rules.mask_token_id), *layout)
+        self.trace_rows = RolloutRows(all_steps(mask_id), *layout)
         self.timeout_s = recipe.rollout_timeout_s
         self.version = -1
 

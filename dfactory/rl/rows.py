@@ -15,9 +15,9 @@ import torch
 
 from dfactory.algorithms.rollouts import RolloutViews
 from dfactory.noise import response_blocks
-from dfactory.packing import PackedDocument, collate, plan_ranks, spread
+from dfactory.packing import PackedDocument, block_of, collate, plan_ranks, spread
 from dfactory.rl.rollouts import ScoredRollout
-from dfactory.types import AlignedDocument, View, ViewBatch
+from dfactory.types import UNDECODED, WHOLE, AlignedDocument, View, ViewBatch
 
 COLUMNS = ("advantage_D", "response_blocks_D", "rollout_D", "share_D", "target_number_N")
 
@@ -27,8 +27,9 @@ class RolloutRows:
     """Makes the micro-batches of a rank from the rollouts of all ranks."""
 
     make_views: RolloutViews
-    block_size: int
+    block_size: int  # WHOLE with full attention
     row_length: int
+    mask_id: int
     world_size: int = 1
     micro_batch_rows: int = 1
     train_after_eos: bool = True
@@ -49,7 +50,7 @@ class RolloutRows:
 
     def _parts(self, number: int, scored: ScoredRollout) -> list[PackedDocument]:
         """The rollout with as many views as a row holds, as often as it takes."""
-        document, views = self.make_views(rollout_document(scored, self.block_size), scored.index)
+        document, views = self.make_views(rollout_document(scored, self.block_size, self.mask_id), scored.index)
         views = views if self.train_after_eos else _of_answer(views, document)
         parts = spread(document, _numbered(views), self.row_length)
         columns = {
@@ -97,13 +98,16 @@ def by_rollout(batches: Sequence[ViewBatch], value_N: Sequence[torch.Tensor], co
     return np.split(value, np.cumsum(np.bincount(rollout, minlength=count))[:-1])
 
 
-def rollout_document(scored: ScoredRollout, block_size: int) -> AlignedDocument:
+def rollout_document(scored: ScoredRollout, block_size: int, mask_id: int) -> AlignedDocument:
     """Prompt and response to the end of the last decoded block, which is whole; all of the response is trainable.
-    After the answer is fill, whatever the decoder put there."""
+    After the answer is fill, whatever the decoder put there. With WHOLE blocks the rest of the canvas follows as masks,
+    because every forward saw it."""
     rollout = scored.rollout
-    ids = np.array([*rollout.prompt_ids, *rollout.token_ids], np.int32)
-    prompt = len(rollout.prompt_ids)
-    steps = np.full(len(ids), -1, np.int16)
-    steps[prompt:] = rollout.step_in_block
-    real_length = prompt + len(rollout.output_ids)
-    return AlignedDocument(scored.group, ids, np.arange(len(ids)) >= prompt, block_size, steps, real_length)
+    prompt, stop = len(rollout.prompt_ids), len(rollout.prompt_ids) + len(rollout.token_ids)
+    ids = np.array([*rollout.prompt_ids, *rollout.token_ids, *[mask_id] * rollout.masks_left], np.int32)
+    steps = np.full(len(ids), UNDECODED, np.int16)
+    steps[:prompt] = -1
+    steps[prompt:stop] = rollout.step_in_document if block_size == WHOLE else rollout.step_in_block
+    place = np.arange(len(ids))
+    trainable, size = (prompt <= place) & (place < stop), int(block_of(len(ids), block_size, block_size))
+    return AlignedDocument(scored.group, ids, trainable, size, steps, prompt + len(rollout.output_ids))
