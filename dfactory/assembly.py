@@ -224,7 +224,6 @@ def make_rollout_source(recipe: Recipe, inputs: Inputs, client: RolloutClient, t
         reference=initial_score(recipe, trainer),
         block_size=recipe.aligned_block_size,
         row_length=recipe.row_length or recipe.longest_record,
-        mask_id=inputs.special.mask,
         rank=trainer.rank,
         world_size=trainer.world_size,
         micro_batch_rows=recipe.per_device_train_batch_size,

@@ -144,6 +144,9 @@ class View:
     elbo_weight_P: np.ndarray  # float32: -alpha'_t / (1 - alpha_t), that is 1/t; (n + 1) / l for exact counts
     columns_P: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """Extra columns of a view: `drafted` becomes the batch's column `drafted_N`, restricted to the targets."""
+    after_clean: bool = False
+    """Whether the left neighbour of a block is the clean token before it, as in a decoder, also where the view holds the
+    block before it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,8 +156,9 @@ class ViewBatch:
     Every objective trains on this. Documents are numbered 0..D-1 over the whole batch, so that sums by document or by
     (document, view) are one `index_add`. Positions without a token have document number -1.
 
-    The left neighbour of a target is the position before it in its own view, or where the view does not hold that one the
-    clean token at it, which may lie in a shared prefix. A document's first position is its own.
+    The left neighbour of a target is the position before it in its own view, or where the view does not hold that one (or
+    is `after_clean`, and it ends a block) the clean token at it, which may lie in a shared prefix. A document's first
+    position is its own.
 
     Documents with equal first blocks may share the clean stream of those blocks: a shared prefix, without targets,
     before the first of them. Its number is D + that of the first document, and `trunk_RS` of their tokens names it.
@@ -358,7 +362,7 @@ class Rollout:
     forwards: int  # denoising passes that this response took part in
     finish_reason: FinishReason
     block_origin: int = 0  # the position from which blocks are counted: on a canvas the end of the prompt
-    masks_left: int = 0  # on a canvas the masks after token_ids, which every forward saw
+    masks_left: tuple[int, ...] = ()  # on a canvas the masks after token_ids, which every forward saw
 
     @property
     def tokens_per_forward(self) -> float:

@@ -72,7 +72,7 @@ def trace_of(output: dict[str, Any], answer: Answer) -> dict[str, Any]:
         "block_size": rollout.block_size,
         "block_forwards": rollout.block_forwards,
         "block_origin": rollout.block_origin,
-        "masks_left": rollout.masks_left,
+        "masks_left": len(rollout.masks_left),
     }
     if isinstance(output["text"], str) and type(output.get("answer")) in (str, int, float):
         trace["correct"] = matches(output)

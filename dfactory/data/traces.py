@@ -60,7 +60,9 @@ class TraceRules:
             )
         return None
 
-    def whole_canvas(self, trace: Trace | None, ids: np.ndarray, trainable: np.ndarray, mask_id: int):
+    def whole_canvas(
+        self, trace: Trace | None, ids: np.ndarray, trainable: np.ndarray, mask_id: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """-> input_ids, trainable: with the masks after a response on a canvas, where views are made from it."""
         if self.block_size != WHOLE:
             return ids, trainable
@@ -73,22 +75,8 @@ NO_TRACES = TraceRules()
 
 def _read_trace(row: dict) -> TokenIds:
     prompt, response = (fields.integers(row[name], name) for name in ("prompt_ids", "token_ids"))
-    size, edits, correct = row.get("block_size"), row.get("edits"), row.get("correct")
-    if type(size) is not int or size < 1:
-        raise BadRow(
-            Fault.FIELD, f"block_size is {fields.show(size)}: it must be the integer that the trace was decoded with"
-        )
-    origin, masks_left = (_count(row, name) for name in ("block_origin", "masks_left"))
-    if origin not in (0, len(prompt)):
-        raise BadRow(
-            Fault.FIELD, f"block_origin is {origin}: blocks begin at 0, or on a canvas after the prompt, at {len(prompt)}"
-        )
-    if (len(prompt) + len(response) - origin) % size:
-        raise BadRow(
-            Fault.FIELD,
-            f"prompt_ids and token_ids have {len(prompt)} + {len(response)} tokens: a trace runs to the end of a block "
-            f"of block_size {size}",
-        )
+    edits, correct = row.get("edits"), row.get("correct")
+    size, canvas = _layout(row, len(prompt), len(response))
     if edits is not None and not isinstance(edits, list):
         raise BadRow(Fault.FIELD, f"edits is {fields.show(edits)}: it must be a list")
     if correct is not None and not isinstance(correct, bool):
@@ -99,13 +87,33 @@ def _read_trace(row: dict) -> TokenIds:
             Fault.FIELD,
             f"commit_step has {len(commit_step)} numbers for {len(response)} token_ids: it needs one for each",
         )
-    if origin:
+    masks_left = _count(row, "masks_left")
+    if canvas:
         steps_T = _steps_of_canvas(commit_step, len(prompt), masks_left)
     else:
         steps_T = _steps_of_blocks(commit_step, len(prompt), size)
-    return TokenIds(
-        prompt + response, len(prompt), Trace(steps_T, size, bool(edits), correct, origin > 0, masks_left)
-    )
+    return TokenIds(prompt + response, len(prompt), Trace(steps_T, size, bool(edits), correct, canvas, masks_left))
+
+
+def _layout(row: dict, num_prompt: int, num_response: int) -> tuple[int, bool]:
+    """The block size, and whether blocks are counted from the end of the prompt, as on a canvas."""
+    size, origin = row.get("block_size"), _count(row, "block_origin")
+    if type(size) is not int or size < 1:
+        raise BadRow(
+            Fault.FIELD, f"block_size is {fields.show(size)}: it must be the integer that the trace was decoded with"
+        )
+    if origin not in (0, num_prompt):
+        raise BadRow(
+            Fault.FIELD,
+            f"block_origin is {origin}: blocks begin at 0, or on a canvas after the prompt, at {num_prompt}",
+        )
+    if (num_prompt + num_response - origin) % size:
+        raise BadRow(
+            Fault.FIELD,
+            f"prompt_ids and token_ids have {num_prompt} + {num_response} tokens: a trace runs to the end of a block "
+            f"of block_size {size}",
+        )
+    return size, origin > 0
 
 
 def _count(row: dict, name: str) -> int:

@@ -85,6 +85,7 @@ def transition_view(
         target_P=masked_P & (step_P < first_P + stride),
         t_P=np.repeat(masked / response, document.block_size).astype(np.float32),
         elbo_weight_P=np.repeat(weight, document.block_size)[here].astype(np.float32),
+        after_clean=True,
     )
 
 

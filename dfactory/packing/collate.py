@@ -96,7 +96,7 @@ class _Writer:
             # fill in place of a following turn is to be predicted, and the clean stream has that turn.
             index = self.cursor + np.flatnonzero(view.target_P)
             position, noise = view.position_P[view.target_P], (view.t_P, view.elbo_weight_P)
-            left = _left_neighbours(self.cursor, view, clean_index)
+            left = _left_neighbours(self.cursor, view, document.block_size, clean_index)
             targets = (index, left, document.view_ids_T[position], real_T[position])
             self.targets.append((*targets, *(column_P[view.target_P] for column_P in noise)))
             for name, column_P in view.columns_P.items():
@@ -163,11 +163,13 @@ class _Writer:
         return found
 
 
-def _left_neighbours(start: int, view: View, clean_index: np.ndarray) -> np.ndarray:
+def _left_neighbours(start: int, view: View, block_size: int, clean_index: np.ndarray) -> np.ndarray:
     """The flattened index of each target's left neighbour, int64 [targets]; `start` is where the view begins."""
     offset = np.flatnonzero(view.target_P)
     position = view.position_P[offset].astype(np.int64)
     beside = (offset > 0) & (view.position_P[offset - 1] == position - 1)
+    if view.after_clean:
+        beside &= position % block_size > 0
     left = start + offset - beside
     apart = ~beside & (position > 0)
     left[apart] = clean_index[position[apart] - 1]

@@ -29,7 +29,6 @@ class RolloutRows:
     make_views: RolloutViews
     block_size: int  # WHOLE with full attention
     row_length: int
-    mask_id: int
     world_size: int = 1
     micro_batch_rows: int = 1
     train_after_eos: bool = True
@@ -50,7 +49,7 @@ class RolloutRows:
 
     def _parts(self, number: int, scored: ScoredRollout) -> list[PackedDocument]:
         """The rollout with as many views as a row holds, as often as it takes."""
-        document, views = self.make_views(rollout_document(scored, self.block_size, self.mask_id), scored.index)
+        document, views = self.make_views(rollout_document(scored, self.block_size), scored.index)
         views = views if self.train_after_eos else _of_answer(views, document)
         parts = spread(document, _numbered(views), self.row_length)
         columns = {
@@ -98,13 +97,13 @@ def by_rollout(batches: Sequence[ViewBatch], value_N: Sequence[torch.Tensor], co
     return np.split(value, np.cumsum(np.bincount(rollout, minlength=count))[:-1])
 
 
-def rollout_document(scored: ScoredRollout, block_size: int, mask_id: int) -> AlignedDocument:
+def rollout_document(scored: ScoredRollout, block_size: int) -> AlignedDocument:
     """Prompt and response to the end of the last decoded block, which is whole; all of the response is trainable.
     After the answer is fill, whatever the decoder put there. With WHOLE blocks the rest of the canvas follows as masks,
     because every forward saw it."""
     rollout = scored.rollout
     prompt, stop = len(rollout.prompt_ids), len(rollout.prompt_ids) + len(rollout.token_ids)
-    ids = np.array([*rollout.prompt_ids, *rollout.token_ids, *[mask_id] * rollout.masks_left], np.int32)
+    ids = np.array([*rollout.prompt_ids, *rollout.token_ids, *rollout.masks_left], np.int32)
     steps = np.full(len(ids), UNDECODED, np.int16)
     steps[:prompt] = -1
     steps[prompt:stop] = rollout.step_in_document if block_size == WHOLE else rollout.step_in_block

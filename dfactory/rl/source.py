@@ -75,7 +75,6 @@ class RolloutSource:
         *,
         block_size: int,
         row_length: int,
-        mask_id: int,
         rank: int,
         world_size: int,
         micro_batch_rows: int,
@@ -90,9 +89,7 @@ class RolloutSource:
     ):
         self.client, self.weights = client, weights
         self.score, self.reference = score, reference
-        self.rows = RolloutRows(
-            make_views, block_size, row_length, mask_id, world_size, micro_batch_rows, train_after_eos
-        )
+        self.rows = RolloutRows(make_views, block_size, row_length, world_size, micro_batch_rows, train_after_eos)
         self.rank = rank
         self.traces, self.old_policy, self.importance_cap = traces, old_policy, importance_cap
         self.compares = compares  # with old log-probabilities

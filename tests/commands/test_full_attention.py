@@ -56,17 +56,6 @@ def test_through_the_verbs(keys, tmp_path):
     "changed, said",
     [
         (["block_size=32"], "block_size 32: the model family dream has full attention, .* set block_size to null"),
-        (["view_source=trace"], "view_source trace: the model family dream has full attention, .* to mask"),
-        (
-            [
-                "stage=rl",
-                "reward_funcs=[exact_match]",
-                "loss_weight=uniform",
-                "decode.temperature=1",
-                "decode.acceptance=top",
-            ],
-            "stage rl: the model family dream has full attention",
-        ),
         (["model_name_or_path=tiny"], "block_size null: a model of the family llada2 is block-causal; set block_size"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Every algorithm of reinforcement learning trains: real rollouts, rewards and steps, in one process."""
+"""Every algorithm of reinforcement learning trains, with each pattern of attention: real rollouts, rewards and steps, in one
+process."""
 
 import json
 import math
@@ -7,9 +8,10 @@ import pytest
 
 from benchmarks.staleness import train
 from dfactory.algorithms import ALGORITHMS, Data
+from tests.rl.models import write_model
 
 KEYS = [
-    *("model_name_or_path=tiny", "num_generations=4", "prompts_per_step=2", "max_steps=2", "warmup_steps=0"),
+    *("num_generations=4", "prompts_per_step=2", "max_steps=2", "warmup_steps=0"),
     *(
         "num_iterations=2",
         "decode.max_new_tokens=16",
@@ -25,12 +27,21 @@ def capitals(prompts, completions, completion_ids, **columns):
 """
 
 
+WHOLE = ["block_size=null", "row_length=null", "decode.block_size=8"]
+PATTERNS = {
+    "block-causal": lambda folder: ["model_name_or_path=tiny"],
+    "full, shifted": lambda folder: [*write_model(folder, "Dream"), *WHOLE],
+}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", [a.name for a in ALGORITHMS if a.data is Data.PROMPTS])
-def test_two_steps_of_each(name, tmp_path):
+def test_two_steps_of_each(name, pattern, tmp_path):
     (tmp_path / "reward.py").write_text(REWARD)
     reward = f"reward_funcs=['{tmp_path}/reward.py:capitals']"
-    train("rl.yaml", tmp_path / "run", [*KEYS, reward, "reward_workers=1", f"policy_loss={name}"])
+    model = PATTERNS[pattern](tmp_path / "model")
+    train("rl.yaml", tmp_path / "run", [*KEYS, *model, reward, "reward_workers=1", f"policy_loss={name}"])
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
