@@ -32,6 +32,7 @@ from dfactory.engine.window import Measure, Source, means_by_t
 from dfactory.errors import ConfigError
 from dfactory.models import fused
 from dfactory.models.adapters import add_adapters, unreached_experts
+from dfactory.models.families.base import Noise
 from dfactory.models.hub import resolve
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy, read_family
@@ -73,6 +74,12 @@ def read_inputs(recipe: Recipe, streaming: bool = False) -> Inputs:
 def check_family(recipe: Recipe) -> None:
     """Raise ConfigError for keys that have no meaning with the model's family."""
     family = read_family(resolve(recipe.model_name_or_path, recipe.model_revision, weights=False))
+    if family.noise is Noise.UNIFORM and (recipe.algorithm.data is Data.PROMPTS or recipe.views_are_traces):
+        given = "view_source trace" if recipe.views_are_traces else recipe.algorithm.wide_selector
+        raise ConfigError(
+            f"{given}: the model family {family.name} has uniform noise instead of a mask, so nothing marks the tokens that "
+            "a step still has to predict, and answers have no likelihood here; take an algorithm that learns from records"
+        )
     if not family.sees_whole_document:
         if recipe.block_size is None:
             raise ConfigError(

@@ -377,8 +377,7 @@ class Rollout:
 
     @property
     def step_in_document(self) -> np.ndarray:
-        """`commit_step` counted over the forwards that committed something; UNDECODED for a mask that is left. int64, as long
-        as `token_ids`."""
+        """`commit_step` counted over the forwards that committed something; UNDECODED for a mask that is left. int64."""
         return steps_in_order(np.array(self.commit_step))
 
 

@@ -14,7 +14,6 @@ from dfactory.data.records import parse_row
 from dfactory.data.traces import TraceRules
 from dfactory.decoding import DecodeKeys, DecodeRules, decode
 from dfactory.noise import every_transition, state_before
-from dfactory.packing import PackedDocument, collate
 from dfactory.rl.rollouts import ScoredRollout
 from dfactory.rl.rows import RolloutRows, rollout_document
 from dfactory.rl.source import recorded
