@@ -106,6 +106,7 @@ def stream_examples(recipe: Recipe, vocabulary: Vocabulary) -> StreamedExamples:
         on_bad_row=recipe.on_bad_row,
         max_bad_fraction=recipe.max_bad_fraction,
         block_size=recipe.aligned_block_size,
+        fill_unit=recipe.fill_unit,
         paired=recipe.documents_per_record == 2,
     )
 
@@ -135,6 +136,7 @@ def _load(recipe: Recipe, vocabulary: Vocabulary, datasets, trace_block_size: in
         on_bad_row=recipe.on_bad_row,
         max_bad_fraction=recipe.max_bad_fraction,
         block_size=recipe.aligned_block_size,
+        fill_unit=recipe.fill_unit,
         paired=recipe.documents_per_record == 2,
     )
 
@@ -185,6 +187,7 @@ def _alike(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> dict[s
         "rank": rank,
         "world_size": world_size,
         "after_answer": recipe.after_answer,
+        "fill_unit": recipe.fill_unit,
     }
 
 

@@ -89,6 +89,11 @@ class Recipe(TrainingKeys, AlgorithmKeys, SelectingKeys, EditingKeys, NoiseKeys,
         return WHOLE if self.block_size is None else self.block_size
 
     @property
+    def fill_unit(self) -> int:
+        """Documents are filled with EOS to a multiple of so many tokens."""
+        return self.block_size or self.eos_fill or 1
+
+    @property
     def decode_keys(self) -> DecodeKeys:
         """How prompts are decoded, with the block size of training where `decode` states none."""
         return self.decode.in_blocks_of(self.block_size)
@@ -238,6 +243,7 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
 
     _check_noise(recipe, rule)
     _check_block_sizes(recipe, rule)
+    _check_fill(recipe, rule)
     _check_embedding_noise(recipe, rule)
     _check_lengths(recipe, rule)
     rule(
@@ -275,6 +281,26 @@ def _check_noise(recipe: Recipe, rule: Rule) -> None:
         recipe.block_size is None or recipe.max_length % recipe.block_size == 0,
         f"block_size {recipe.block_size} does not divide max_length {recipe.max_length}: "
         f"use {recipe.max_length // recipe.aligned_block_size * recipe.aligned_block_size or recipe.block_size}",
+    )
+
+
+def _check_fill(recipe: Recipe, rule: Rule) -> None:
+    """Fill with EOS where documents are no blocks."""
+    if recipe.eos_fill is None:
+        return
+    shown = f"eos_fill {recipe.eos_fill}"
+    rule(
+        recipe.block_size is None,
+        f"{shown} with block_size {recipe.block_size}: documents are filled to whole blocks anyway; set eos_fill to null",
+    )
+    rule(
+        recipe.max_length % recipe.eos_fill == 0,
+        f"{shown} does not divide max_length {recipe.max_length}: use a divisor of it",
+    )
+    rule(not recipe.views_are_traces, f"{shown} with view_source trace: a trace is as long as its decoder made it")
+    rule(
+        recipe.algorithm.data is not Data.PROMPTS,
+        f"{shown} with stage {recipe.stage}: rollouts are as long as their canvas; set it to null",
     )
 
 

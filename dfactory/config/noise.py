@@ -14,6 +14,12 @@ class NoiseKeys:
         "families with full attention only",
         low=1,
     )
+    eos_fill: Optional[int] = key(
+        None,
+        "with full attention: fill each document with EOS, which is trained where its last token is, up to a multiple of "
+        "so many tokens, so that the model learns to end an answer anywhere on its canvas; null: no fill",
+        low=1,
+    )
     block_size_schedule: Optional[list[list[int]]] = key(
         None,
         "block sizes over the run, as [first step, block size] pairs: [[0, 1], [200, 4], [400, 32]]; the first starts at "

@@ -241,6 +241,7 @@ def load_examples(
     eos_id: int,
     vocab_size: int,
     mask_id: int | None = None,
+    fill_unit: int | None = None,
     paired: bool = False,
     traces: TraceRules = NO_TRACES,
 ) -> Examples:
@@ -260,7 +261,7 @@ def load_examples(
         )
     rules = DocumentRules(max_length, overlong, eos_id, vocab_size, mask_id, traces)
     report = DataReport([entry.label for entry in datasets], unit_size=2 if paired else 1)
-    builder = ExamplesBuilder(report, on_bad_row, block_size)
+    builder = ExamplesBuilder(report, on_bad_row, block_size, fill_unit)
     with reading([entry.path for entry in datasets if entry.path], "tokenising") as advance:
         for file_index, entry in enumerate(datasets):
             records = read_records(entry, paired, advance, report.unread)
@@ -445,8 +446,9 @@ def _wrong_id(rules: DocumentRules, ids: np.ndarray) -> BadRow | None:
 class ExamplesBuilder:
     """Gathers documents, counts bad rows."""
 
-    def __init__(self, report: DataReport, on_bad_row: str, block_size: int):
-        self.report, self.on_bad_row, self.block_size = report, on_bad_row, block_size
+    def __init__(self, report: DataReport, on_bad_row: str, block_size: int, fill_unit: int | None = None):
+        self.report, self.on_bad_row = report, on_bad_row
+        self.block_size, self.fill_unit = block_size, fill_unit or block_size
         self.document_ids: list[int] = []
         self.lengths: list[int] = []
         self.chunks: list[_Columns] = []  # joined now and then: a small array a document would cost more than it holds
@@ -473,7 +475,7 @@ class ExamplesBuilder:
         report.further_parts += document.part > 0
         report.tokens += length
         report.trainable_tokens += int(tokens[1].sum())
-        size = int(block_of(length, self.block_size, self.block_size))
+        size = int(block_of(length, self.block_size, self.fill_unit))
         report.aligned_tokens += length + -length % size
         report.longest = max(report.longest, length)
 

@@ -70,10 +70,11 @@ class RecordSource:
         accumulation: int = 1,
         max_epochs: float | None = None,
         after_answer: str = "fill",
+        fill_unit: int | None = None,
     ):
         self.examples, self.make_views, self.add_columns = examples, make_views, add_columns
         self.eos_id, self.row_length, self.packing = eos_id, row_length, packing
-        self._final_block_size = block_size
+        self._final_block_size, self._fill_unit = block_size, fill_unit or block_size
         self.rank, self.world_size = rank, world_size
         self.micro_batch_rows, self.accumulation = micro_batch_rows, accumulation
         self.max_epochs, self.after_answer = max_epochs, after_answer
@@ -174,7 +175,7 @@ class RecordSource:
         them, and the response blocks of every view."""
         clean_E, response_E = examples.block_counts(block_size)
         # E documents: a short one is a block of its own size. U units: documents, or pairs.
-        size_E = block_of(examples.length_E, block_size, self._final_block_size)
+        size_E = block_of(examples.length_E, block_size, self._fill_unit)
         common_U, unit_size = examples.common_length_U, examples.unit_size
         cost_U = costs_by_length(size_E, clean_E, response_E, common_U, num_views, unit_size)
         longest = int(cost_U.argmax())
@@ -195,7 +196,7 @@ class RecordSource:
     def _pack(self, index: int, visit: int, block_size: int) -> list[PackedDocument]:
         """A unit of the examples with its views: a document, or the two sides of a pair, which share their prompt."""
         unit = [
-            align(example, block_size, self.eos_id, self._final_block_size, self.after_answer)
+            align(example, block_size, self.eos_id, self._fill_unit, self.after_answer)
             for example in self.examples.unit(index)
         ]
         columns = {"visit_D": visit}

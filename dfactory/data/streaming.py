@@ -142,13 +142,15 @@ class StreamedExamples:
         max_bad_fraction: float,
         block_size: int,
         paired: bool,
+        fill_unit: int | None = None,
     ):
         if rules.overlong == "split":
             raise ConfigError(
                 "overlong: split with streaming: true: a line is one document there; use truncate or refuse"
             )
         self._encoder, self._rules, self._paired = encoder, rules, paired
-        self._on_bad_row, self._max_bad_fraction, self._block_size = on_bad_row, max_bad_fraction, block_size
+        self._on_bad_row, self._max_bad_fraction = on_bad_row, max_bad_fraction
+        self._block_size, self._fill_unit = block_size, fill_unit
         self.unit_size = 2 if paired else 1
         with reading([entry.path for entry in datasets if entry.path], "looking for lines") as advance:
             self._files = [numbered(entry, advance) for entry in datasets]
@@ -206,7 +208,8 @@ class StreamedExamples:
 
     def _read(self, units: list[int]) -> Chunk:
         """Raises DataError for a bad line (on_bad_row "error"), and for too large a share of them ("skip")."""
-        builder = ExamplesBuilder(DataReport(self.report.files, self.unit_size), self._on_bad_row, self._block_size)
+        report = DataReport(self.report.files, self.unit_size)
+        builder = ExamplesBuilder(report, self._on_bad_row, self._block_size, self._fill_unit)
         place = dict.fromkeys(units, -1)
         for unit, row in self._rows(units):
             require_kind(row.record, self._paired, self._origin(unit))

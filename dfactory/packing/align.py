@@ -9,8 +9,8 @@ from dfactory.types import WHOLE, AlignedDocument, Example
 
 def block_of(length, block_size: int, unit: int):
     """The block size for documents of `length` tokens (a number or an array): `block_size`, or for a shorter document its
-    length, rounded up to a multiple of `unit`, whichever is smaller. WHOLE rounds nothing up."""
-    unit = 1 if block_size == WHOLE else min(unit, block_size)
+    length, rounded up to a multiple of `unit`, whichever is smaller. A `unit` of WHOLE rounds nothing up."""
+    unit = 1 if unit == WHOLE else min(unit, block_size)
     return np.minimum(block_size, -(-length // unit) * unit)
 
 
@@ -23,7 +23,8 @@ def align(
     example: Example, block_size: int, eos_id: int, unit: int | None = None, after_answer: str = "fill"
 ) -> AlignedDocument:
     """The document, filled with EOS to the next multiple of `block_size`. With `unit`, a document shorter than a block
-    becomes one block, filled to the next multiple of `unit` only.
+    becomes one block, filled to the next multiple of `unit` only. WHOLE documents, of full attention, are shorter than
+    their block: without `unit` they are not filled.
 
     The fill is trainable where the last token is: a decoder has to produce it. Block size 4, EOS = 0:
 
@@ -32,8 +33,8 @@ def align(
         real       0 0 1 1 1  ->  0 0 1 1 1 0 0 0
 
     `after_answer: fill` does the same inside a record of several turns: in views, an answer is followed in its block by EOS
-    that has to be produced. With `text` views show the record's next turn there, which no decoder sees. With WHOLE
-    blocks there is no fill of either kind: with full attention a view is the document.
+    that has to be produced. With `text` views show the record's next turn there, which no decoder sees. In WHOLE
+    documents nothing is shown in place of a turn: with full attention a view is the document.
     """
     size = int(block_of(len(example), block_size, unit or block_size))
     fill = -len(example) % size

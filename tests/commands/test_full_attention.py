@@ -4,16 +4,25 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from dfactory.assembly import check_family
+from dfactory.assembly import check_family, make_eval_source, make_source, read_inputs
 from dfactory.errors import ConfigError
 from dfactory.recipe import load_recipe
+from dfactory.types import PADDING
 from dfactory.vocabulary import recipe_vocabulary
 from tests.commands.conftest import ROOT, dfactory, write_records
 from tests.families.cases import FOLDER
 
 RECIPE = ROOT / "recipes/dream/sft.yaml"
+ROLLOUTS = [
+    "stage=rl",
+    "reward_funcs=[exact_match]",
+    "loss_weight=uniform",
+    "decode.temperature=1",
+    "decode.acceptance=top",
+]
 
 
 @pytest.fixture
@@ -62,6 +71,37 @@ def test_through_the_verbs(keys, tmp_path):
 def test_keys_without_a_meaning_are_refused(keys, changed, said):
     with pytest.raises(ConfigError, match=said):
         check_family(load_recipe(RECIPE, [*keys, *changed]))
+
+
+def test_documents_are_filled_with_eos_that_is_trained(keys):
+    """In training and evaluation, by `eos_fill`; the report of the records counts the fill."""
+    plain, filled = (load_recipe(RECIPE, [*keys, *more]) for more in ([], ["eos_fill=16"]))
+    inputs = read_inputs(filled)
+    assert inputs.train.report.aligned_tokens % 16 == 0
+    for recipe in (plain, filled):
+        for make in (make_source, make_eval_source):
+            (batch, *_) = make(recipe, inputs, 0, 1).next_window()
+            fill_D = batch.response_length_D - batch.answer_length_D
+            assert bool((fill_D > 0).any()) == (recipe is filled)
+            length_D = torch.bincount(batch.document_RS[batch.document_RS != PADDING])
+            assert (length_D % 16 == 0).all() == (recipe is filled)
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        (["eos_fill=24"], "eos_fill 24 does not divide max_length 32"),
+        (
+            ["eos_fill=16", "block_size=16"],
+            "eos_fill 16 with block_size 16: documents are filled to whole blocks anyway",
+        ),
+        (["eos_fill=16", "view_source=trace"], "eos_fill 16 with view_source trace"),
+        (["eos_fill=16", *ROLLOUTS], "eos_fill 16 with stage rl: rollouts are as long as their canvas"),
+    ],
+)
+def test_fill_without_a_meaning_is_refused(keys, changed, said):
+    with pytest.raises(ConfigError, match=said):
+        load_recipe(RECIPE, [*keys, *changed])
 
 
 def test_special_ids_are_the_familys(keys, tmp_path):

@@ -12,7 +12,7 @@ from dfactory.data.examples import load_examples
 from dfactory.data.source import RecordSource
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.packing import align
-from dfactory.types import PADDING, View
+from dfactory.types import PADDING, WHOLE, View
 
 BLOCK, EOS, MASK = 4, 1, 2
 
@@ -70,6 +70,20 @@ def all_windows(source):
 
 def visits_of(windows):
     return Counter(visit for window in windows for row in rows_of(window) for visit in row)
+
+
+@pytest.mark.parametrize("unit", [None, 8])
+def test_whole_documents_cost_what_they_take_with_their_fill(source, examples, unit):
+    """Rows are packed by lengths alone: with full attention a document, filled to a multiple of the unit, and no clean
+    stream."""
+    windows = all_windows(source(block_size=WHOLE, fill_unit=unit, max_epochs=1))
+    batches = [batch for window in windows for batch in window]
+    assert sum(len(batch.document_id_D) for batch in batches) == len(examples)
+    lengths = examples.length_E + -examples.length_E % (unit or 1)
+    assert sum(batch.num_tokens for batch in batches) == lengths.sum()
+    assert all((batch.view_RS[batch.document_RS != PADDING] == 1).all() for batch in batches)
+    fill = sum(int((batch.response_length_D - batch.answer_length_D).sum()) for batch in batches)
+    assert fill == np.maximum(lengths - examples.length_E - 1, 0).sum()  # the first EOS ends the answer
 
 
 def test_an_epoch_sees_every_document_once(source, examples):

@@ -144,6 +144,22 @@ def test_a_document_shorter_than_a_block_is_one_block():
         assert document.trainable_T.all()
 
 
+@pytest.mark.parametrize(
+    "unit, aligned", [(None, 5), (1, 5), (4, 8), (5, 5), (16, 16)], ids=["none", "one", "four", "five", "all"]
+)
+def test_a_whole_document_is_filled_to_a_unit(unit, aligned):
+    """With full attention. The fill is trained, but it is not real; the view holds it all."""
+    document = align(example([5, 6, 7, 8, EOS], [0, 0, 1, 1, 1]), WHOLE, EOS, unit)
+    assert document.input_ids_T.tolist() == [5, 6, 7, 8] + [EOS] * (aligned - 4)
+    assert document.block_size == aligned
+    assert document.trainable_T.tolist() == [False] * 2 + [True] * (aligned - 2)
+    assert document.real_T.tolist() == [False] * 2 + [True] * 3 + [False] * (aligned - 5)
+    (view, _) = VIEW_MAKERS["mask"](document, 0)[:2]
+    assert view.position_P.tolist() == list(range(aligned))
+    batch = collate([[PackedDocument(document, [view])]], WHOLE)
+    assert (int(batch.response_length_D), int(batch.answer_length_D)) == (aligned - 2, 3)
+
+
 def test_a_document_of_one_block_has_no_clean_stream():
     """Its view sees itself and the prompt that is part of it; nobody would look at a clean copy."""
     document = AlignedDocument(7, np.arange(6, dtype=np.int32), np.arange(6) >= 2, block_size=6)

@@ -111,7 +111,7 @@ def _warn_of_blocks(page: Page, recipe: Recipe, report: DataReport) -> None:
 
 
 def _warn_of_lengths(page: Page, recipe: Recipe, report: DataReport) -> None:
-    unit = recipe.block_size or 1
+    unit = recipe.fill_unit
     need = math.ceil(report.longest / unit) * unit
     if recipe.max_length >= 2 * need:
         page.warn(
@@ -140,7 +140,7 @@ def tell_example(page: Page, recipe: Recipe, inputs: Inputs) -> None:
 def _show_example(page: Page, recipe: Recipe, inputs: Inputs, name: str, index: int) -> None:
     example = inputs.train[index]
     decode = preview.decoder_of(inputs.vocabulary.tokenizer)
-    document = align(example, recipe.aligned_block_size, inputs.special.eos, after_answer=recipe.after_answer)
+    document = align(example, recipe.aligned_block_size, inputs.special.eos, recipe.fill_unit, recipe.after_answer)
     ids_T, trainable_T = document.input_ids_T, example.trainable_T
     views = make_source(recipe, inputs, rank=0, world_size=1).make_views(document, 0)
     page.line(name, preview.document_text(example, ids_T, trainable_T, decode))
