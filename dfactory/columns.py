@@ -74,6 +74,12 @@ for _column in (
     Column(
         "visit_D", torch.int64, "data/source.py", "how often the record was seen before; with its id it keys the noise"
     ),
+    Column(
+        "conditioned_N",
+        torch.bool,
+        "noise/uniform.py",
+        "whether the model's first prediction goes to this canvas token",
+    ),
     Column("drafted_N", torch.bool, "noise/edit.py", "whether the model's draft goes to this target"),
     Column(
         "embedding_noise_row_RS", torch.int64, "noise/embedding.py", "row of the table of noise; -1 at other tokens"

@@ -5,7 +5,9 @@ A plan is made once for a batch of places and used by every layer. transformers'
 """
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -37,8 +39,8 @@ class AttentionPlan(Protocol):
         [1, heads, N, d], the same keys and values -> [1, N, heads, d]."""
 
 
-def plan_attention(place_RS: Place, implementation: str = "auto") -> AttentionPlan:
-    """The plan for self-attention among `place_RS`, on the device of the places.
+def plan_attention(place_RS: Place, implementation: str = "auto", window: int | None = None) -> AttentionPlan:
+    """The plan for self-attention among `place_RS`, on the device of the places; `window`: of a layer with a sliding window.
 
     `auto` is flex_attention on CUDA and segments elsewhere. Raises ConfigError for a dense mask above DENSE_LIMIT.
     """
@@ -46,15 +48,28 @@ def plan_attention(place_RS: Place, implementation: str = "auto") -> AttentionPl
     if implementation == "auto":
         implementation = "flex" if place_RS.document.is_cuda else "segments"
     if implementation == "flex":
-        return FlexPlan.of(place_RS)
+        return FlexPlan.of(place_RS, window)
     if implementation == "segments" and length > DENSE_BELOW:
-        return SegmentPlan.of(place_RS)
+        return SegmentPlan.of(place_RS, window=window)
     if length > DENSE_LIMIT:
         raise ConfigError(
             f"attn_implementation dense with sequences of {length}: it is for tests, up to {DENSE_LIMIT}; "
             "use segments or flex"
         )
-    return MaskPlan(dense_mask(place_RS))
+    return MaskPlan(dense_mask(place_RS, window))
+
+
+class PlanByLayer:
+    """The plans of a model whose layers differ in their sliding window (None: a layer without one). Each is made when the
+    first layer asks for it."""
+
+    def __init__(self, noised_RS: torch.Tensor, plan: Callable[[int | None], AttentionPlan]):
+        self.noised_RS = noised_RS  # bool: which tokens are in a view
+        self.within = functools.cache(plan)
+
+    @classmethod
+    def of(cls, place_RS: Place, implementation: str) -> "PlanByLayer":
+        return cls(place_RS.view > 0, lambda window: plan_attention(place_RS, implementation, window))
 
 
 def _attention(query, key, value, mask, scaling):
@@ -111,10 +126,10 @@ class SegmentPlan:
     chunks_by_row: list[list[Chunk]]
 
     @classmethod
-    def of(cls, place_RS: Place, chunk: int = CHUNK) -> "SegmentPlan":
+    def of(cls, place_RS: Place, chunk: int = CHUNK, window: int | None = None) -> "SegmentPlan":
         device = place_RS.document.device
         rows = Place(*(field.cpu().numpy() for field in place_RS))
-        return cls([_chunks(rows.at(row), chunk, device) for row in range(rows.document.shape[0])])
+        return cls([_chunks(rows.at(row), chunk, device, window) for row in range(rows.document.shape[0])])
 
     def attend(self, query, key, value, scaling):
         # unbind and split instead of slices: their gradients are joined in one operation, while the gradient of every
@@ -198,7 +213,7 @@ class _Seen(torch.autograd.Function):
         return total, None
 
 
-def _chunks(place_S: Place, chunk: int, device: torch.device) -> list[Chunk]:
+def _chunks(place_S: Place, chunk: int, device: torch.device, window: int | None) -> list[Chunk]:
     """The chunks of one packed sequence: segments are merged while they hold at most `chunk` queries. A single longer
     segment is a chunk of its own, and padding is never merged with tokens."""
     length = len(place_S.document)
@@ -223,7 +238,8 @@ def _chunks(place_S: Place, chunk: int, device: torch.device) -> list[Chunk]:
             chunks.append(Chunk(queries, None, None))
         else:
             here = Place(*(field[first:last, None] for field in segment))
-            sees = visible(here, Place(*(field[None] for field in segment)))  # [segments of the chunk, all segments]
+            # [segments of the chunk, all segments]
+            sees = visible(here, Place(*(field[None] for field in segment)), window)
             seen = np.flatnonzero(sees.any(axis=0))
             keys = np.flatnonzero(np.repeat(sees.any(axis=0), sizes))
             mask = np.repeat(
@@ -252,7 +268,7 @@ class FlexPlan:
     block_mask: "torch.nn.attention.flex_attention.BlockMask"
 
     @classmethod
-    def of(cls, place_RS: Place) -> "FlexPlan":
+    def of(cls, place_RS: Place, window: int | None = None) -> "FlexPlan":
         from torch.nn.attention.flex_attention import create_block_mask
 
         rows, length = place_RS.document.shape
@@ -261,7 +277,7 @@ class FlexPlan:
         compiled = device.type == "cuda"
         return cls(
             create_block_mask(
-                flex_mask_mod(place_RS), rows, None, length, length, device=str(device), _compile=compiled
+                flex_mask_mod(place_RS, window), rows, None, length, length, device=str(device), _compile=compiled
             )
         )
 
@@ -306,11 +322,14 @@ def _compiled_flex_attention():
     return _compiled
 
 
-def _attention_function(module, query, key, value, attention_mask, scaling, visibility: AttentionPlan = None, **kwargs):
+def _attention_function(
+    module, query, key, value, attention_mask, scaling, visibility=None, sliding_window: int | None = None, **kwargs
+):
     """The attention function that transformers' modules call."""
     if visibility is None:
         raise TypeError("this model uses the visibility rule: call it through dfactory's Policy, which makes the plan")
-    return visibility.attend(query, key, value, scaling), None
+    plan = visibility.within(sliding_window) if isinstance(visibility, PlanByLayer) else visibility
+    return plan.attend(query, key, value, scaling), None
 
 
 def register() -> None:

@@ -29,7 +29,7 @@ class Rule(NamedTuple):
     words: str
 
 
-Rules = Mapping[str, Rule]
+Rules = Mapping[str, "Rule | Rules"]  # of an object, the rules of its keys
 
 
 def only(*values: Any) -> Rule:
@@ -124,6 +124,11 @@ def refuse_values(file: Path, keys: Mapping[str, Any], rules: Rules, ignored: Co
     """Raise CheckpointError for the first key without a rule that is not ignored either, or whose rule does not hold."""
     for name, value in stated_keys(keys).items():
         rule = rules.get(name)
+        if isinstance(rule, Mapping) and isinstance(value, dict):
+            refuse_values(file, value, rule, ignored, f"{name} of {whose}")
+            continue
+        if isinstance(rule, Mapping):
+            raise CheckpointError(f"{name} {shown(value)} in {file} is not supported: it must be an object")
         if rule is None and name not in ignored:
             raise CheckpointError(
                 f"{name} {shown(value)} in {file}: {whose} has no such key here, and it may change what the model computes; "

@@ -10,6 +10,8 @@ With z the logits, p = softmax(z), q = softmax(z / T) and H the entropy of q:
 
     d log p_y / dz = onehot(y) - p          d H / dz = -q * (log q + H) / T
 
+A model may bound its logits: z = c tanh(s / c) of the scores s, with dz / ds = 1 - (z / c)^2.
+
 The temperature T affects only the entropy (dParallel trains it at 0.5); all other scores use p.
 """
 
@@ -28,19 +30,52 @@ WIDTH = 4096  # minimum width of a tile; if the targets do not fit beside it, th
 
 
 class VocabularyHead(nn.Linear):
-    """`nn.Linear` over the vocabulary, with a second mode: given targets it returns TokenScores."""
+    """`nn.Linear` over the vocabulary, with a second mode: given targets it returns TokenScores. With a `softcap` c its
+    logits are c tanh(scores / c)."""
+
+    softcap: float | None = None
 
     @staticmethod
-    def adopt(head: nn.Linear) -> "VocabularyHead":
+    def adopt(head: nn.Linear, softcap: float | None = None) -> "VocabularyHead":
         """Add the second mode to an existing head; its parameters, names and ties stay."""
         head.__class__ = VocabularyHead
+        head.softcap = softcap
         return head
 
-    def forward(self, hidden: torch.Tensor, target_ids_N: torch.Tensor | None = None, entropy_temperature: float = 1.0):
-        """hidden [..., H] -> logits [..., V]; or hidden [N, H] with targets [N] -> TokenScores."""
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        target_ids_N: torch.Tensor | None = None,
+        entropy_temperature: float = 1.0,
+        averages: bool = False,
+    ):
+        """hidden [..., H] -> logits [..., V]; or hidden [N, H] with targets [N] -> TokenScores. With `averages`, the mean
+        of the rows of the weight under each distribution, [N, H]: with tied weights the expected embedding."""
+        if averages:
+            return self._averages(hidden)
         if target_ids_N is None:
-            return super().forward(hidden)
-        return TokenScores(*_Scores.apply(hidden, self.weight, target_ids_N, entropy_temperature))
+            scores = super().forward(hidden)
+            return scores if self.softcap is None else _capped(scores.float(), self.softcap)  # the last step in fp32
+        return TokenScores(*_Scores.apply(hidden, self.weight, target_ids_N, entropy_temperature, self.softcap))
+
+    def _averages(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        rows = max(1, CHUNK_BYTES[hidden_NH.device.type] // (4 * len(self.weight)))
+        parts = [expected_rows(self(part), self.weight) for part in hidden_NH.split(rows)]
+        return torch.cat(parts) if parts else hidden_NH
+
+
+def expected_rows(logits_NV: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+    """The mean of the rows of a weight under softmax(logits), [N, H]."""
+    return logits_NV.softmax(dim=-1, dtype=torch.float32).to(weight_VH.dtype) @ weight_VH
+
+
+def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _logits(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """A tile, in fp32."""
+    return _capped((hidden_NH @ weight_VH.T).float(), softcap)
 
 
 def _tiles(targets: int, weight_VH: torch.Tensor) -> Iterator[tuple[slice, list[slice]]]:
@@ -101,12 +136,12 @@ class _Sums:
 
 class _Scores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, target_ids_N, temperature):
+    def forward(ctx, hidden_NH, weight_VH, target_ids_N, temperature, softcap):
         sums = _Sums(hidden_NH, temperature)
         target_logit_N = torch.zeros_like(sums.top_N)
         for tile, parts in _tiles(len(target_ids_N), weight_VH):
             for part in parts:
-                logits = (hidden_NH[part] @ weight_VH[tile].T).float()
+                logits = _logits(hidden_NH[part], weight_VH[tile], softcap)
                 inside, column = _place(target_ids_N[part], tile)
                 target_logit_N[part] += (logits.gather(1, column) * inside)[:, 0]
                 sums.add(part, tile, logits)
@@ -114,7 +149,7 @@ class _Scores(torch.autograd.Function):
         entropy_N = log_tempered_N - sums.weighted_N / sums.tempered_N
         shift_N = log_tempered_N - log_sum_N / temperature  # log q = (log p) / T - shift
         argmax_logprob_N, log_sum_N = -log_sum_N, sums.top_N + log_sum_N
-        ctx.temperature = temperature
+        ctx.temperature, ctx.softcap = temperature, softcap
         ctx.save_for_backward(hidden_NH, weight_VH, target_ids_N, log_sum_N, shift_N, entropy_N)
         hit_N = sums.argmax_N == target_ids_N
         ctx.mark_non_differentiable(hit_N, sums.argmax_N, argmax_logprob_N)
@@ -143,14 +178,16 @@ class _Scores(torch.autograd.Function):
                     grad_tile = grad_tile + (grad_logits.T @ hidden_NH[part]).float()
             if needs_weight and len(parts) > 1:
                 grad_weight[tile] = grad_tile
-        return None if grad_hidden is None else grad_hidden.to(hidden_NH.dtype), grad_weight, None, None
+        return None if grad_hidden is None else grad_hidden.to(hidden_NH.dtype), grad_weight, None, None, None
 
 
 def _grad_logits(ctx, tile: slice, part: slice, grad_logprob_N, grad_entropy_N) -> torch.Tensor:
-    """The gradient of the loss with respect to a tile's logits, fp32: the two formulas above, times the upstream
+    """The gradient of the loss with respect to a tile's scores, fp32: the two formulas above, times the upstream
     gradients."""
     hidden_NH, weight_VH, target_ids_N, log_sum_N, shift_N, entropy_N = ctx.saved_tensors
-    log_p = (hidden_NH[part] @ weight_VH[tile].T).float().sub_(log_sum_N[part, None])
+    logits = _logits(hidden_NH[part], weight_VH[tile], ctx.softcap)
+    slope_of_cap = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
+    log_p = logits.sub_(log_sum_N[part, None])
     upstream = grad_logprob_N[part, None]
     p = log_p.exp_() if grad_entropy_N is None else log_p.exp()
     grad_logits = p.mul_(-upstream)
@@ -160,7 +197,7 @@ def _grad_logits(ctx, tile: slice, part: slice, grad_logprob_N, grad_entropy_N) 
         log_q = log_p.div_(ctx.temperature).sub_(shift_N[part, None])
         slope = log_q.exp().mul_(log_q.add_(entropy_N[part, None]))
         grad_logits.sub_(slope.mul_(grad_entropy_N[part, None] / ctx.temperature))
-    return grad_logits
+    return grad_logits if slope_of_cap is None else grad_logits.mul_(slope_of_cap)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dfactory.models import last_layer
-from dfactory.models.attention import AttentionPlan, plan_attention
-from dfactory.models.families.base import FAMILIES, Family
+from dfactory.models.attention import AttentionPlan, PlanByLayer, plan_attention
+from dfactory.models.families.base import FAMILIES, Attention, Family
 from dfactory.models.head import VocabularyHead
 from dfactory.types import NOISE_TABLE_ROWS, EmbeddingInputs, Place, TokenScores, ViewBatch
 
@@ -27,7 +27,7 @@ class Policy(nn.Module):
         self.source_dir = source_dir  # where `saving` finds the files to carry along
         self.attn_implementation = attn_implementation
         self.entropy_temperature = 1.0  # TokenScores.entropy_N is that of softmax(logits / this)
-        VocabularyHead.adopt(self._causal_lm.lm_head)
+        VocabularyHead.adopt(self._causal_lm.lm_head, getattr(self.config, "final_logit_softcapping", None))
         # whether `hidden_at` can leave the rest of the last layer out
         self.ends_at_targets = self.family.last_layer_at_targets and last_layer.adopt(self._causal_lm.model.layers[-1])
 
@@ -72,18 +72,34 @@ class Policy(nn.Module):
         read_M, row_N = (
             batch.left_index_N.unique(return_inverse=True) if self.logit_shift else (batch.target_index_N, None)
         )
+        conditioned = (
+            {"conditioning_RSH": self._first_prediction(batch, plan)} if "conditioned_N" in batch.columns else {}
+        )
         hidden_MH = self.hidden_at(
             read_M,
             batch.embedding_inputs,
             batch.position_ids_RS,
             plan,
             noise_table_TH=self._noise_table(batch),
+            **conditioned,
         )
         hidden_NH = hidden_MH if row_N is None else hidden_MH.index_select(0, row_N)
         return self._causal_lm.lm_head(hidden_NH, batch.target_ids_N, self.entropy_temperature)
 
-    def plan(self, place_RS: Place) -> AttentionPlan:
+    @torch.no_grad()
+    def _first_prediction(self, batch: ViewBatch, plan: PlanByLayer) -> torch.Tensor:
+        """The expected embedding of each target of `conditioned_N` by a pass without gradient, [R, S, H]; 0 elsewhere.
+        Where no target is conditioned the pass runs all the same: under ZeRO-3 other ranks wait for its modules."""
+        hidden_NH = self.hidden_at(batch.target_index_N, batch.embedding_inputs, batch.position_ids_RS, plan)
+        mean_NH = self._causal_lm.lm_head(hidden_NH, averages=True) * batch.columns["conditioned_N"][:, None]
+        rows, length = batch.input_ids_RS.shape
+        everywhere = mean_NH.new_zeros(rows * length, mean_NH.shape[-1])
+        return everywhere.index_copy(0, batch.target_index_N, mean_NH).unflatten(0, (rows, length))
+
+    def plan(self, place_RS: Place) -> AttentionPlan | PlanByLayer:
         """The attention among tokens of these places."""
+        if self.family.attention is Attention.CAUSAL_CONTEXT:
+            return PlanByLayer.of(place_RS, self.attn_implementation)
         return plan_attention(place_RS, self.attn_implementation)
 
     def predicting(self, index_N: torch.Tensor, position_ids_RS: torch.Tensor) -> torch.Tensor:
@@ -115,20 +131,22 @@ class Policy(nn.Module):
         visibility: AttentionPlan,
         cache=None,
         noise_table_TH: torch.Tensor | None = None,
+        **conditioned: torch.Tensor,
     ) -> torch.Tensor:
         """Final hidden states [N, H] of some positions, which ascend through the flattened rows: those of `hidden`, at less
-        cost. Keys of all positions go to the cache; the noise of `inputs_RS` are rows of `noise_table_TH`."""
+        cost. Keys of all positions go to the cache; the noise of `inputs_RS` are rows of `noise_table_TH`. A model with
+        self-conditioning takes `conditioning_RSH`, the expected embeddings by an earlier prediction."""
         inputs = (inputs_RS, position_ids_RS, visibility, cache, noise_table_TH)
         # Without any position all modules run all the same, on one: under ZeRO-3 other ranks wait for them.
         somewhere = chosen_N if len(chosen_N) else chosen_N.new_zeros(1)
         if self.ends_at_targets:
-            hidden_NH = self._backbone(*inputs, chosen_N=somewhere)[0]
+            hidden_NH = self._backbone(*inputs, chosen_N=somewhere, **conditioned)[0]
         else:
-            hidden_NH = self._backbone(*inputs).flatten(0, 1).index_select(0, somewhere)
+            hidden_NH = self._backbone(*inputs, **conditioned).flatten(0, 1).index_select(0, somewhere)
         return hidden_NH[: len(chosen_N)]
 
     def _backbone(
-        self, inputs_RS, position_ids_RS, visibility, cache, noise_table_TH=None, **for_last_layer: torch.Tensor
+        self, inputs_RS, position_ids_RS, visibility, cache, noise_table_TH=None, **further: torch.Tensor
     ) -> torch.Tensor:
         outputs = self._causal_lm.model(
             **self._embedded(inputs_RS, noise_table_TH),
@@ -136,7 +154,7 @@ class Policy(nn.Module):
             visibility=visibility,
             past_key_values=cache,
             use_cache=cache is not None,
-            **for_last_layer,
+            **further,
         )
         return outputs.last_hidden_state
 

@@ -7,12 +7,14 @@ else was next to it are copied along.
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,7 +23,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from dfactory import faults
 from dfactory.errors import CheckpointError
 from dfactory.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, whole_model_dir
-from dfactory.models.headers import INDEX, WEIGHTS, meta_model
+from dfactory.models.headers import INDEX, WEIGHTS, meta_model, open_tensors
 from dfactory.models.policy import Policy
 
 GENERATION_CONFIG = "generation_config.json"
@@ -65,7 +67,8 @@ def save_policy(
         _save_adapters(policy, directory, gathered, write)
         return
     dtype = dtype or model.dtype
-    shards = _Shards(directory, _plan_shards(model, dtype, max_shard_bytes)) if write else None
+    carried = _carried_tensors(policy) if write else {}
+    shards = _Shards(directory, _plan_shards(model, dtype, max_shard_bytes, carried)) if write else None
     for group in layer_groups(model):
         parameters = [tensor for _, tensor in group if isinstance(tensor, nn.Parameter)]
         with gathered(parameters):
@@ -73,6 +76,8 @@ def save_policy(
             if write:
                 whole = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}
                 shards.add(finish(revert_weight_conversion(model, whole)))
+    for name, file in carried.items():
+        shards.add({name: file.get_tensor(name).to(dtype)})
     if write:
         shards.close()
         _write_config(policy, directory, dtype)
@@ -140,10 +145,24 @@ class _Shards:
             _write_text(self.directory / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def _plan_shards(model: PreTrainedModel, dtype: torch.dtype, max_bytes: int) -> StateDictSplit:
+def _carried_tensors(policy: Policy) -> dict[str, safe_open]:
+    """Name -> the open file of the source's tensors that the family carries along unread."""
+    source = whole_model_dir(policy.source_dir)
+    if policy.family.carried is None or not any(
+        source.glob("*.safetensors")
+    ):  # a model drawn at random carries nothing
+        return {}
+    return {name: file for name, file in open_tensors(source).items() if re.search(policy.family.carried, name)}
+
+
+def _plan_shards(
+    model: PreTrainedModel, dtype: torch.dtype, max_bytes: int, carried: dict[str, safe_open]
+) -> StateDictSplit:
     """Which file gets which tensor, by original names in the order in which they are saved. The shapes are those of a model
     without weights: ZeRO-3 and expert parallelism leave every rank a part of the model's own."""
-    shapes: Tensors = {}
+    shapes: Tensors = {
+        name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name, file in carried.items()
+    }
     for group in layer_groups(meta_model(model.config)):
         shapes |= revert_weight_conversion(model, dict(group))
     return split_state_dict_into_shards_factory(

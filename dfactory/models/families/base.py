@@ -109,6 +109,8 @@ class Family:
     saved_keys: Callable[[dict[str, Any]], dict[str, Any]] = (
         _as_they_are  # config.json of the source -> of what is saved
     )
+    carried: str | None = None
+    """A pattern of tensor names that are not computed here: they are not loaded, and saved as the source has them."""
     save_as_read: Callable[[PreTrainedModel, Collection[str]], None] | None = None
     """Where a checkpoint may have several layouts: makes a model save in that of the tensor names that were read."""
     warnings: Callable[[PreTrainedConfig], list[str]] = lambda config: []  # what `check` has to say of a config
