@@ -80,18 +80,7 @@ def check_family(recipe: Recipe) -> None:
             f"{given}: the model family {family.name} has uniform noise instead of a mask, so nothing marks the tokens that "
             "a step still has to predict, and answers have no likelihood here; take an algorithm that learns from records"
         )
-    if not family.sees_whole_document:
-        if recipe.block_size is None:
-            raise ConfigError(
-                f"block_size null: a model of the family {family.name} is block-causal; set block_size, such as to "
-                f"{family.block_size}"
-            )
-        return
-    whose = f"the model family {family.name} has full attention"
-    if recipe.block_size is not None:
-        raise ConfigError(
-            f"block_size {recipe.block_size}: {whose}, in which a document has no blocks; set block_size to null"
-        )
+    family.has_full_attention(recipe.block_size)
 
 
 def stream_examples(recipe: Recipe, vocabulary: Vocabulary) -> StreamedExamples:

@@ -34,7 +34,7 @@ from dfactory.vocabulary import Vocabulary, read_vocabulary
 
 PROMPTS_AT_ONCE = 512  # prompts handed to the decoder together; slots are refilled among these
 ARGUMENTS = "the keyword arguments"  # where a decode key comes from, in messages
-OF_THE_MODEL = ("mask_token_id", "eos_token_id")  # keys that the vocabulary has been read with
+OF_THE_MODEL = ("mask_token_id", "eos_token_id", "full_attention")  # keys that the vocabulary has been read with
 
 Messages = list[dict[str, Any]]  # a conversation; a tool is a JSON schema
 Prompt = str | Sequence[int] | Messages
@@ -74,10 +74,16 @@ class Pipeline:
         model_dir = resolve(model, revision, weights=init_weights == "pretrained")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         policy = load_policy(model_dir, dtype=dtype, device=device, init_weights=init_weights)
-        ids = {name: getattr(keys, name) for name in OF_THE_MODEL}
-        vocabulary = read_vocabulary(model_dir, **ids, chat_template_path=chat_template_path)
-        block_size = keys.block_size or trained_block_size(model_dir)
-        self._take(policy, vocabulary, dataclasses.replace(keys, block_size=block_size))
+        vocabulary = read_vocabulary(
+            model_dir,
+            mask_token_id=keys.mask_token_id,
+            eos_token_id=keys.eos_token_id,
+            chat_template_path=chat_template_path,
+            whole=keys.full_attention,
+        )
+        if keys.block_size is None and not vocabulary.sees_whole_document:
+            keys = dataclasses.replace(keys, block_size=trained_block_size(model_dir))
+        self._take(policy, vocabulary, keys)
 
     @classmethod
     def of(cls, policy: Decodable, vocabulary: Vocabulary, keys: DecodeKeys) -> "Pipeline":
@@ -200,7 +206,7 @@ class Stream:
         length = document_length(len(prompt_ids), rules)
         self.pipeline = pipeline
         self.layout = {"block_size": rules.block_size, "max_new_tokens": rules.max_new_tokens}
-        self.decoder = make_decoder(pipeline.policy, rules.block_size, 1, length, cuda_graphs=rules.cuda_graphs)
+        self.decoder = make_decoder(pipeline.policy, rules, 1, length)
         self.decoder.add(0, prompt_ids, rules, noise_id=noise_id)
         self.denoising = Denoising(pipeline.vocabulary, rules.block_size)
 

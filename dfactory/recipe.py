@@ -336,10 +336,14 @@ def _check_run(recipe: Recipe, rule: Rule) -> None:
         recipe.eval_decode_prompts == 0 or bool(recipe.eval_datasets),
         f"eval_decode_prompts {recipe.eval_decode_prompts} and no eval_datasets to take prompts from: name a file",
     )
-    for name in ("mask_token_id", "eos_token_id"):
+    for name, here in (
+        ("mask_token_id", "mask_token_id"),
+        ("eos_token_id", "eos_token_id"),
+        ("full_attention", "block_size"),
+    ):
         rule(
             getattr(recipe.decode, name) is None,
-            f"decode.{name} belongs to generate and eval: a recipe has one {name} for training and decoding",
+            f"decode.{name} belongs to generate and eval: a recipe has one {here} for training and decoding",
         )
     rule(set(recipe.report_to) <= {"wandb"}, f"report_to {recipe.report_to}: only wandb is known")
 

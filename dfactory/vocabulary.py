@@ -6,7 +6,14 @@ from dfactory.data.chat import ChatEncoder, SpecialIds, mask_warning, read_chat_
 from dfactory.decoding import DecodeRules
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.models.hub import resolve
-from dfactory.models.registry import known_eos_id, known_mask_id, read_config, read_family, read_tokenizer
+from dfactory.models.registry import (
+    full_attention,
+    known_eos_id,
+    known_mask_id,
+    read_config,
+    read_family,
+    read_tokenizer,
+)
 from dfactory.recipe import Recipe
 from dfactory.types import Answer, Rollout
 
@@ -20,7 +27,7 @@ class Vocabulary(NamedTuple):
     special: SpecialIds
     tokenizer: Any
     encoder: ChatEncoder | None
-    sees_whole_document: bool = False  # of the model: answers are decoded on a canvas
+    sees_whole_document: bool = False  # of the model, as it is used: answers are decoded on a canvas
 
     @property
     def warnings(self) -> list[str]:
@@ -56,12 +63,15 @@ class Vocabulary(NamedTuple):
 
 
 def recipe_vocabulary(recipe: Recipe) -> Vocabulary:
+    """Raises ConfigError too where the model's family does not take the recipe's block size."""
+    model_dir = resolve(recipe.model_name_or_path, recipe.model_revision, weights=False)
     return read_vocabulary(
         recipe.model_name_or_path,
         recipe.model_revision,
         mask_token_id=recipe.mask_token_id,
         eos_token_id=recipe.eos_token_id,
         chat_template_path=recipe.chat_template_path,
+        whole=read_family(model_dir).has_full_attention(recipe.block_size),
     )
 
 
@@ -72,9 +82,11 @@ def read_vocabulary(
     mask_token_id: int | None,
     eos_token_id: int | None,
     chat_template_path: str | None = None,
+    whole: bool | None = None,
 ) -> Vocabulary:
-    """Of a model directory, or a name that stands for one; no weights are read or downloaded. Raises ConfigError where a
-    special id is neither known nor given."""
+    """Of a model directory, or a name that stands for one; no weights are read or downloaded. `whole` says whether the model
+    sees whole documents, where its family leaves that open; None: as it was trained. Raises ConfigError where a special id
+    is neither known nor given."""
     model_dir = resolve(model, revision, weights=False)
     size = read_config(model_dir).vocab_size
     tokenizer = read_tokenizer(model_dir)
@@ -82,4 +94,4 @@ def read_vocabulary(
     mask, eos = known_mask_id(model_dir, mask_token_id), known_eos_id(model_dir, eos_token_id, tokenizer)
     special = special_ids(tokenizer, mask, eos, size, template)
     encoder = ChatEncoder(tokenizer, template, special, chat_template_path) if tokenizer is not None else None
-    return Vocabulary(size, special, tokenizer, encoder, read_family(model_dir).sees_whole_document)
+    return Vocabulary(size, special, tokenizer, encoder, full_attention(model_dir, whole))

@@ -10,8 +10,8 @@ from dfactory.config.keys import key
 class NoiseKeys:
     block_size: Optional[int] = key(
         32,
-        "tokens that are denoised together; with a schedule, its last block size; null: the whole document, for model "
-        "families with full attention only",
+        "tokens that are denoised together; with a schedule, its last block size; null: the whole document, with full "
+        "attention, for model families that have it",
         low=1,
     )
     eos_fill: Optional[int] = key(

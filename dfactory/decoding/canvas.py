@@ -24,6 +24,8 @@ from dfactory.types import EmbeddingInputs, Place
 class CanvasDecoder(Slots):
     """Responses of models with full attention."""
 
+    canvas = True
+
     def __init__(self, policy: Decodable, block_size: int, slots: int, capacity: int, *, cuda_graphs: bool = False):
         if cuda_graphs:
             raise ConfigError(

@@ -33,10 +33,11 @@ from dfactory.types import EmbeddingInputs, Rollout
 CLEAN_TOKENS = 4096  # clean tokens that one forward takes beside the blocks being denoised; bounds a prefill's memory
 
 
-def make_decoder(policy: Decodable, block_size: int, slots: int, capacity: int, *, cuda_graphs: bool = False) -> Slots:
-    """The decoder for the attention of a model."""
-    decoder = CanvasDecoder if policy.sees_whole_document else BlockDecoder
-    return decoder(policy, block_size, slots, capacity, cuda_graphs=cuda_graphs)
+def make_decoder(policy: Decodable, rules: DecodeRules, slots: int, capacity: int) -> Slots:
+    """The decoder for the attention of a model; where the block size chooses, for that of the rules."""
+    whole = rules.canvas if policy.sees_whole_document is None else policy.sees_whole_document
+    decoder = CanvasDecoder if whole else BlockDecoder
+    return decoder(policy, rules.block_size, slots, capacity, cuda_graphs=rules.cuda_graphs)
 
 
 def decode(
@@ -62,7 +63,7 @@ def decode(
     noise_ids = range(len(prompt_ids)) if noise_ids is None else noise_ids
     longest = max((document_length(len(prompt), rules) for prompt in prompt_ids), default=0)
     slots = min(rules.batch_size, len(prompt_ids))
-    decoder = make_decoder(policy, rules.block_size, slots, longest, cuda_graphs=rules.cuda_graphs)
+    decoder = make_decoder(policy, rules, slots, longest)
     waiting = deque(zip(range(len(prompt_ids)), prompt_ids, drafts, noise_ids, strict=True))
     rollouts: list[Rollout | None] = [None] * len(prompt_ids)
     while waiting or decoder.live:
@@ -113,6 +114,8 @@ def _check_drafts(prompt_ids, drafts: Sequence[Sequence[int]], rules: DecodeRule
 
 class BlockDecoder(Slots):
     """Responses of block-causal models, over a cache of the blocks that are finished."""
+
+    canvas = False
 
     def __init__(self, policy: Decodable, block_size: int, slots: int, capacity: int, *, cuda_graphs: bool = False):
         super().__init__(policy, block_size, slots, capacity)

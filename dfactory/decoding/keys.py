@@ -74,6 +74,11 @@ class DecoderKeys:
     )
     batch_size: int = key(32, "slots decoded together; a finished response frees its slot", low=1)
     seed: int = key(0, "of the sampling, per prompt", low=0, high=2**63 - 1)
+    full_attention: Optional[bool] = key(
+        None,
+        "for models whose weights serve with full and with block-causal attention: which one; null: as the model was "
+        "trained; in a recipe, its block_size says it",
+    )
     mask_token_id: Optional[int] = key(None, "null: ask the tokenizer")
     eos_token_id: Optional[int] = key(None, "null: ask the tokenizer")
 

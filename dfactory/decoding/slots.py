@@ -25,7 +25,9 @@ class Decodable(Protocol):
     device: torch.device
     config: object  # with `vocab_size`
     can_be_recorded: bool  # whether forwards of fixed shape may be replayed as CUDA graphs
-    sees_whole_document: bool  # whether attention is full: decoded on a canvas (canvas.py), without a cache
+    sees_whole_document: (
+        bool | None
+    )  # whether attention is full: decoded on a canvas, without a cache; None: either way
 
     def hidden_at(
         self, chosen_N, inputs_RS: EmbeddingInputs, position_ids_RS, visibility, cache=None
@@ -33,7 +35,7 @@ class Decodable(Protocol):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
-    # Of a policy that sees whole documents:
+    # Of a policy that may see whole documents:
 
     def plan(self, place_RS: Place): ...
 
@@ -56,6 +58,8 @@ class Slots:
     """`slots` responses of up to `capacity` tokens each, prompt included, decoded together; see `document_length`. What
     inherits from it says how a forward runs."""
 
+    canvas: bool  # whether its responses lie on a canvas, each seen as a whole
+
     def __init__(self, policy: Decodable, block_size: int, slots: int, capacity: int):
         self.policy, self.block_size, self.capacity = policy, block_size, capacity
         self.free = list(reversed(range(slots)))
@@ -69,11 +73,11 @@ class Slots:
         length = document_length(len(prompt), rules)
         if rules.block_size != self.block_size:
             raise ConfigError(f"block_size {rules.block_size}: this decoder has blocks of {self.block_size}")
-        whole = self.policy.sees_whole_document
-        if rules.canvas != whole:
+        if rules.canvas != self.canvas:
+            seen = "whole documents" if self.canvas else "clean blocks"
             raise ConfigError(
-                f"DecodeRules.canvas {rules.canvas}, but the model sees {'whole documents' if whole else 'clean blocks'}: "
-                f"make the rules with its Vocabulary, or with canvas={whole}"
+                f"DecodeRules.canvas {rules.canvas}, but the model sees {seen}: make the rules with its Vocabulary, or with "
+                f"canvas={self.canvas}"
             )
         if length > self.capacity:
             raise ConfigError(

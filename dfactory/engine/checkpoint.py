@@ -85,7 +85,7 @@ def _write_model(trainer: Trainer, partial: Path) -> None:
         gathered=trainer.gathered,
         whole_layer=WholeLayers(trainer.policy, keep=trainer.rank == 0),
         write=trainer.rank == 0,
-        block_size=trainer.recipe.block_size,
+        block_size=trainer.recipe.aligned_block_size,
         mask_token_id=trainer.recipe.mask_token_id,
         chat_template=read_chat_template(trainer.recipe.chat_template_path),
     )

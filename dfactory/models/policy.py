@@ -32,8 +32,8 @@ class Policy(nn.Module):
         self.ends_at_targets = self.family.last_layer_at_targets and last_layer.adopt(self._causal_lm.model.layers[-1])
 
     @property
-    def sees_whole_document(self) -> bool:
-        """Whether attention is full: the decoder needs a canvas then, and no cache."""
+    def sees_whole_document(self) -> bool | None:
+        """Whether attention is full: the decoder needs a canvas then, and no cache. None: as the block size says."""
         return self.family.sees_whole_document
 
     @property

@@ -82,8 +82,29 @@ def _check_tokenizer(model_dir: Path) -> None:
 
 
 def trained_block_size(model_dir: Path) -> int | None:
-    """The block size that a checkpoint of ours was trained with (see `saving`), or its family's; None: whole documents."""
-    return _recorded(model_dir).get("block_size") or read_family(model_dir).block_size
+    """The block size that a checkpoint of ours was trained with (see `saving`), or that its config.json states, or its
+    family's; None: whole documents."""
+    file, keys = _read_keys(whole_model_dir(model_dir))
+    family, recorded = FAMILIES.claiming(file, keys)[0], _recorded(model_dir)
+    if family.sees_whole_document is None and "block_size" in recorded:
+        return recorded["block_size"]
+    stated = keys.get(family.block_size_key)
+    return recorded.get("block_size") or (stated if type(stated) is int and stated > 0 else family.block_size)
+
+
+def full_attention(model_dir: Path, stated: bool | None = None) -> bool:
+    """Whether a model sees whole documents: as its family does, or where the block size chooses, what was `stated`, else as
+    it was trained. Raises ConfigError for a statement that its family contradicts."""
+    family = read_family(model_dir)
+    known = family.sees_whole_document
+    if known is None:
+        return trained_block_size(model_dir) is None if stated is None else stated
+    if stated not in (None, known):
+        raise ConfigError(
+            f"decode.full_attention {str(stated).lower()}: a model of the family {family.name} is always "
+            f"{family.attention}; leave the key out"
+        )
+    return known
 
 
 def known_mask_id(model_dir: Path, stated: int | None) -> int | None:

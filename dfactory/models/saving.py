@@ -25,6 +25,7 @@ from dfactory.errors import CheckpointError
 from dfactory.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, whole_model_dir
 from dfactory.models.headers import INDEX, WEIGHTS, meta_model, open_tensors
 from dfactory.models.policy import Policy
+from dfactory.types import WHOLE
 
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"  # transformers prefers it to the template inside tokenizer_config.json
@@ -53,10 +54,10 @@ def save_policy(
     """Write the weights, config.json and the carried files of a policy; of one with LoRA adapters, the adapters only.
 
     `block_size`, `mask_token_id` and `chat_template` are what it was trained with where that is not the source's own; the
-    decoder and later training take them from there. `finish` may replace tensors, by their original names, before they are
-    written; `dtype` is then what config.json states. `gathered` makes sharded parameters whole within its context, and
-    `whole_layer` what an engine has made of a layer the model's own tensors again; every rank has to call this then, and
-    only the one with `write` touches the disk.
+    decoder and later training take them from there. A block size of WHOLE is recorded as null. `finish` may replace tensors,
+    by their original names, before they are written; `dtype` is then what config.json states. `gathered` makes sharded
+    parameters whole within its context, and `whole_layer` what an engine has made of a layer the model's own tensors again;
+    every rank has to call this then, and only the one with `write` touches the disk.
     """
     model = policy.model
     if write:
@@ -186,7 +187,7 @@ def _write_config(policy: Policy, directory: Path, dtype: torch.dtype) -> None:
 
 def _record(source_dir: Path, directory: Path, **trained_with: int | None) -> None:
     """generation_config.json is where a decoder looks for defaults; the source's other keys stay."""
-    stated = {name: value for name, value in trained_with.items() if value is not None}
+    stated = {n: None if value == WHOLE else value for n, value in trained_with.items() if value is not None}
     if stated:
         source = source_dir / GENERATION_CONFIG
         keys = json.loads(source.read_text()) if source.is_file() else {}

@@ -59,7 +59,7 @@ class Engine:
 
     def __init__(self, policy: Decodable, rules: DecodeRules, capacity: int, max_queue: int):
         """`capacity`: tokens of a slot. Of the rules, jobs have their own but for the slots and the block size."""
-        self.decoder = make_decoder(policy, rules.block_size, rules.batch_size, capacity, cuda_graphs=rules.cuda_graphs)
+        self.decoder = make_decoder(policy, rules, rules.batch_size, capacity)
         self.slots, self.max_queue = rules.batch_size, max_queue
         self.counts = Counts()
         self.changed = threading.Condition()

@@ -35,7 +35,7 @@ HELP = """\
 /keys                    the values of all of them
 /new                     forget the conversation
 /help  /quit             Ctrl-C ends an answer, Ctrl-D the conversation"""
-FIXED = ("block_size", "batch_size", "mask_token_id", "eos_token_id")
+FIXED = ("block_size", "batch_size", "mask_token_id", "eos_token_id", "full_attention")
 LINES_BESIDE = 5  # of the screen, that are not the answer's
 GLANCE_S = 0.1  # between two looks for Ctrl-C
 STYLES = {

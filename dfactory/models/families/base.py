@@ -26,11 +26,13 @@ from dfactory.seams import Table
 class Attention(enum.StrEnum):
     """Who sees whom in a model; visibility.py has the rule. With full attention a document is a single block: its views see
     all of themselves, and there is no clean stream. With causal context the clean stream is causal token by token, and a
-    view's block sees the clean tokens before it and itself."""
+    view's block sees the clean tokens before it and itself. Some models were trained either way, and the same weights serve
+    both: a block size of null means full attention then, a number block-causal."""
 
     BLOCK_CAUSAL = "block-causal"
     FULL = "full"
     CAUSAL_CONTEXT = "causal context"
+    BY_BLOCK_SIZE = "by block size"
 
 
 class Noise(enum.StrEnum):
@@ -97,8 +99,9 @@ class Family:
     )
     noise: Noise = Noise.MASK
     block_size: int | None = (
-        32  # that its checkpoints were trained with, where they do not say; None: with full attention
+        32  # that its checkpoints were trained with, where they do not say; None: they have full attention
     )
+    block_size_key: str | None = None  # of config.json, where its checkpoints state the one that they were trained with
     autoregressive: bool = (
         False  # its public checkpoints are no diffusion models yet: block_size is that of the conversion
     )
@@ -117,7 +120,7 @@ class Family:
 
     def __post_init__(self):
         full = self.attention is Attention.FULL
-        if full != (self.block_size is None):
+        if self.attention is not Attention.BY_BLOCK_SIZE and full != (self.block_size is None):
             raise ConfigError(
                 f"model family {self.name}: block_size {self.block_size} with {self.attention} attention; None belongs to "
                 "full attention, a number to the others"
@@ -126,8 +129,23 @@ class Family:
             raise ConfigError(f"model family {self.name}: logit_shift {self.logit_shift}; it is 0 or 1")
 
     @property
-    def sees_whole_document(self) -> bool:
-        return self.attention is Attention.FULL
+    def sees_whole_document(self) -> bool | None:
+        """Whether attention is full; None where the block size chooses."""
+        return None if self.attention is Attention.BY_BLOCK_SIZE else self.attention is Attention.FULL
+
+    def has_full_attention(self, block_size: int | None) -> bool:
+        """In a run with this block size, where null stands for whole documents. Raises ConfigError for what its models have
+        not."""
+        whole = block_size is None
+        if self.sees_whole_document not in (None, whole):
+            raise ConfigError(
+                f"block_size null: a model of the family {self.name} is {self.attention}; set block_size, such as to "
+                f"{self.block_size}"
+                if whole
+                else f"block_size {block_size}: the model family {self.name} has full attention, in which a document has no "
+                "blocks; set block_size to null"
+            )
+        return whole
 
     def special_tokens(self, keys: Mapping[str, Any]) -> SpecialTokens:
         """By the keys of a config.json: those that it states, else the table's where its vocabulary has them. A family

@@ -24,9 +24,9 @@ from dfactory.models.config_keys import (
     only,
     size,
 )
-from dfactory.models.families.base import FAMILIES, Family, Variant
+from dfactory.models.families.base import FAMILIES, Attention, Family, Variant
 
-_LLAMA: Rules = DECODER | {
+LLAMA: Rules = DECODER | {
     "rope_scaling": ROPE,
     "rope_parameters": ROPE,
     "attention_bias": SWITCH,
@@ -35,7 +35,7 @@ _LLAMA: Rules = DECODER | {
     "partial_rotary_factor": only(1.0),
 }
 
-_QWEN3: Rules = DECODER | {
+QWEN3: Rules = DECODER | {
     "rope_scaling": ROPE,
     "rope_parameters": ROPE,
     "attention_bias": SWITCH,
@@ -45,8 +45,8 @@ _QWEN3: Rules = DECODER | {
     "layer_types": FULL_ATTENTION,
 }
 
-_QWEN3_MOE: Rules = (
-    _QWEN3
+QWEN3_MOE: Rules = (
+    QWEN3
     | MOE
     | {
         "num_local_experts": size(10_000),  # as transformers writes num_experts
@@ -59,7 +59,8 @@ FAMILIES.add(
     Family(
         "qwen3",
         (Variant("qwen3", Qwen3Config, Qwen3ForCausalLM, checkpoints="Qwen3 dense, autoregressive"),),
-        keys=_QWEN3,
+        keys=QWEN3,
+        attention=Attention.BY_BLOCK_SIZE,
         autoregressive=True,
     )
 )
@@ -71,7 +72,8 @@ FAMILIES.add(
                 "qwen3_moe", Qwen3MoeConfig, Qwen3MoeForCausalLM, checkpoints="Qwen3 mixture of experts, autoregressive"
             ),
         ),
-        keys=_QWEN3_MOE,
+        keys=QWEN3_MOE,
+        attention=Attention.BY_BLOCK_SIZE,
         autoregressive=True,
         moe_blocks=("Qwen3MoeSparseMoeBlock",),
     )
@@ -80,7 +82,8 @@ FAMILIES.add(
     Family(
         "llama",
         (Variant("llama", LlamaConfig, LlamaForCausalLM, checkpoints="Llama, autoregressive"),),
-        keys=_LLAMA,
+        keys=LLAMA,
+        attention=Attention.BY_BLOCK_SIZE,
         autoregressive=True,
     )
 )
