@@ -1,7 +1,9 @@
-"""Slow, obvious versions of what dFactory computes quickly. The fast code must equal them; nothing here is shared with it.
+"""Slow, obvious versions of what dFactory computes quickly. The fast code must equal them; nothing here is shared with it but
+the table that says which class reads a directory.
 
     reference_model(dir)     LLaDA2-MoE in plain torch from the ORIGINAL tensor names, expert by expert. That it reads an
                              exported directory is the proof that the original layout was kept.
+    plain_model(dir)         any other family: the transformers class that reads the directory, whole logits
     step_mask, one_view_nll  one noisy ++ clean training step: 2L tokens, float mask by docs/method.md#visibility,
                              all logits, fp32 cross-entropy. K views are K such passes.
     dense_table              the same table for the rows of a ViewBatch
@@ -20,6 +22,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from dfactory.models.families.base import FAMILIES
+from dfactory.models.registry import read_config
+
 HIDDEN_FROM = torch.finfo(torch.float32).min  # what a float mask adds where nothing may be seen
 
 
@@ -37,6 +42,8 @@ def read_tensors(model_dir: Path) -> dict[str, torch.Tensor]:
 
 class ReferenceModel:
     """Callable: ids, positions [R, S] and a float mask [R, 1, S, S] that is added to the scores -> logits [R, S, V]."""
+
+    logit_shift = 0
 
     def __init__(self, config: dict, tensors: dict[str, torch.Tensor]):
         self.config = config
@@ -127,6 +134,28 @@ def reference_model(model_dir: Path) -> ReferenceModel:
     return ReferenceModel(json.loads((Path(model_dir) / "config.json").read_text()), read_tensors(model_dir))
 
 
+class PlainModel:
+    """A transformers causal LM with its own attention, by the same call as ReferenceModel."""
+
+    def __init__(self, model, logit_shift: int):
+        self.model, self.logit_shift = model, logit_shift
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return dict(self.model.named_parameters())
+
+    def __call__(self, ids_RS, position_RS, mask_R1SS):
+        return self.model(ids_RS, position_ids=position_RS, attention_mask=mask_R1SS, use_cache=False).logits
+
+
+def plain_model(model_dir: Path) -> PlainModel:
+    """In float32. Which class reads the directory, and whether its logits are shifted, is the family's to say."""
+    config = read_config(model_dir)
+    family, model_class = FAMILIES.of(config), FAMILIES.variant_of(config).model_class
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa", "experts_implementation": "eager"}
+    model = model_class.from_pretrained(model_dir, config=config, use_safetensors=True, **options)
+    return PlainModel(model.eval(), family.logit_shift)
+
+
 # --- one view, as 2L tokens ------------------------------------------------------------------------------------------
 
 
@@ -204,7 +233,24 @@ def batch_scores(model: ReferenceModel, batch, entropy_temperature: float = 1.0)
     padding = batch.document_RS < 0
     seen = seen | (torch.eye(seen.shape[1], dtype=torch.bool) & padding[:, :, None])
     logits = model(batch.input_ids_RS, batch.position_ids_RS, as_float_mask(seen))
-    return plain_scores(logits.flatten(0, 1)[batch.target_index_N], batch.target_ids_N, entropy_temperature)
+    predicting_N = left_of(batch) if model.logit_shift else batch.target_index_N
+    return plain_scores(logits.flatten(0, 1)[predicting_N], batch.target_ids_N, entropy_temperature)
+
+
+def left_of(batch) -> torch.Tensor:
+    """Which position predicts each target with shifted logits: that of the token before it in its view, else in the clean
+    stream or the trunk; of a document's first position its own."""
+    d, v, position, trunk = (
+        field.flatten().tolist() for field in (batch.document_RS, batch.view_RS, batch.position_ids_RS, batch.trunk_RS)
+    )
+    found = {(d[i], v[i], position[i]): i for i in range(len(d))}
+
+    def left(i: int) -> int:
+        before = position[i] - 1
+        places = ((d[i], v[i], before), (d[i], 0, before), (trunk[i], 0, before))
+        return i if before < 0 else next(found[place] for place in places if place in found)
+
+    return torch.tensor([left(i) for i in batch.target_index_N.tolist()], dtype=torch.int64)
 
 
 # --- training --------------------------------------------------------------------------------------------------------

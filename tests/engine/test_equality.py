@@ -8,7 +8,7 @@ import torch
 
 from dfactory.assembly import make_source, read_inputs
 from dfactory.engine.trainer import learning_rate_schedule
-from dfactory.recipe import load_recipe
+from dfactory.recipe import Recipe, load_recipe
 from tests.engine.conftest import GOLDEN, ROOT, read_metrics
 from tests.reference import reference_losses
 
@@ -26,13 +26,7 @@ def _plain_losses(recipe_file: Path, overrides: tuple[str, ...]) -> list[float]:
     steps = recipe.max_steps
     source = make_source(recipe, read_inputs(recipe), rank=0, world_size=1)
     windows = [source.next_window() for _ in range(steps)]
-    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
-    schedule = learning_rate_schedule(recipe, optimizer, steps)
-    rates = []
-    for _ in range(steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
+    rates = scheduled_rates(recipe)
     preference = {"preference_beta": recipe.beta, "sft_loss_coef": recipe.sft_loss_coef}
     confidence = {"confidence_beta": recipe.confidence_beta, "entropy_temperature": recipe.entropy_temperature}
     return reference_losses(
@@ -43,6 +37,18 @@ def _plain_losses(recipe_file: Path, overrides: tuple[str, ...]) -> list[float]:
         loss_weight=recipe.loss_weight,
         **{"cap": confidence, "dpo": preference}.get(recipe.stage, {}),
     )
+
+
+def scheduled_rates(recipe: Recipe) -> list[float]:
+    """The learning rate of each step."""
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
+    schedule = learning_rate_schedule(recipe, optimizer, recipe.max_steps)
+    rates = []
+    for _ in range(recipe.max_steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
 
 
 OBJECTIVES = {
