@@ -1,5 +1,5 @@
-"""Slow, obvious versions of what dFactory computes quickly. The fast code must equal them; nothing here is shared with it but
-the table that says which class reads a directory.
+"""Slow, obvious versions of what dFactory computes quickly. The fast code must equal them; nothing here is shared with it
+but the table that says which class reads a directory.
 
     reference_model(dir)     LLaDA2-MoE in plain torch from the ORIGINAL tensor names, expert by expert. That it reads an
                              exported directory is the proof that the original layout was kept.

@@ -1,14 +1,17 @@
 """What holds for every model, whatever its family: one test each over the whole table (tests/families/models.py)."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 
 from dfactory.algorithms.elbo import elbo
+from dfactory.algorithms.trace import all_steps
 from dfactory.assembly import make_objective, make_source, make_views, read_inputs
 from dfactory.decoding import DecodeKeys, DecodeRules, decode
-from dfactory.noise import every_transition, state_before
+from dfactory.models.families.base import Noise
+from dfactory.noise import state_before
 from dfactory.packing import PackedDocument, align, collate, share
 from dfactory.planning.memory import count_parameters
 from dfactory.recipe import Recipe
@@ -21,9 +24,10 @@ from tests.engine.test_equality import ZERO, scheduled_rates
 from tests.families.models import MODELS, Model, families_without_a_model, pairs
 from tests.reference import PlainModel, batch_scores, dpo_loss, plain_model, reference_losses, sft_loss
 
+MASKED_MODELS = [model for model in MODELS if model.family.noise is Noise.MASK]
 ALL = pytest.mark.parametrize("model", MODELS, ids=str)
-MASKED = pytest.mark.parametrize("model", [m for m in MODELS if "mask_token_id" in m.special], ids=str)
-SHARING = pytest.mark.parametrize("model", [m for m in MODELS if m.block_size is not None], ids=str)
+MASKED = pytest.mark.parametrize("model", MASKED_MODELS, ids=str)
+SHARING = pytest.mark.parametrize("model", [m for m in MASKED_MODELS if m.block_size is not None], ids=str)
 CLOSE = {"atol": 5e-5, "rtol": 0}  # what float32 leaves of these logits, whose size is about 10
 
 
@@ -39,7 +43,7 @@ def test_the_forecast_counts_the_parameters(model):
 # --- packing ----------------------------------------------------------------------------------------------------------
 
 
-def packed_documents(recipe: Recipe, count: int) -> list[list[PackedDocument]]:
+def packed_units(recipe: Recipe, count: int) -> list[list[PackedDocument]]:
     """The first records with their views: a document, or the two sides of a pair."""
     inputs = read_inputs(recipe)
     views = make_views(recipe, inputs)
@@ -51,15 +55,19 @@ def packed_documents(recipe: Recipe, count: int) -> list[list[PackedDocument]]:
     return [[packed(example) for example in inputs.train.unit(index)] for index in range(count)]
 
 
+def in_one_row(model: Model, units: Iterable[list[PackedDocument]]) -> ViewBatch:
+    return collate([[document for unit in units for document in unit]], model.block_size or 1)
+
+
 def scores_of(model: Model, rows: list[list[PackedDocument]]) -> torch.Tensor:
     with torch.no_grad():
         return model.policy(collate(rows, model.block_size or 1)).logprob_N
 
 
-@ALL
+@MASKED
 def test_packed_documents_stand_alone(model, tmp_path):
     """In one packed sequence, in sequences of one batch, and each by itself."""
-    documents = [document for (document,) in packed_documents(model.recipe(tmp_path), 5)]
+    documents = [document for (document,) in packed_units(model.recipe(tmp_path), 5)]
     alone = torch.cat([scores_of(model, [[document]]) for document in documents])
     torch.testing.assert_close(scores_of(model, [documents]), alone, **CLOSE)
     torch.testing.assert_close(scores_of(model, [documents[:2], [], documents[2:]]), alone, **CLOSE)
@@ -71,7 +79,7 @@ def dpo_recipe(model: Model, folder, *overrides: str) -> Recipe:
 
 @SHARING
 def test_a_shared_prefix_changes_nothing(model, tmp_path):
-    units = packed_documents(dpo_recipe(model, tmp_path), 6)
+    units = packed_units(dpo_recipe(model, tmp_path), 6)
     together = [share(unit) for unit in units]
     assert any(unit[-1].shared for unit in together)
     apart = scores_of(model, [[document for unit in units for document in unit]])
@@ -112,7 +120,7 @@ def loss_of(objective, batch: ViewBatch, scores: TokenScores) -> torch.Tensor:
 def test_a_step_on_records(model, stage, tmp_path):
     keys = ["stage=cap", "confidence_beta=0.5", "entropy_temperature=0.5"] if stage == "cap" else ["loss_weight=elbo"]
     recipe = model.recipe(tmp_path, *keys)
-    batch = collate([sum(packed_documents(recipe, 3), [])], model.block_size or 1)
+    batch = in_one_row(model, packed_units(recipe, 3))
     plain, policy = plain_model(model.directory), model.policy
     policy.entropy_temperature = temperature = 0.5 if stage == "cap" else 1.0
     found = loss_of(make_objective(recipe, read_inputs(recipe)), batch, policy(batch))
@@ -125,7 +133,7 @@ def test_a_step_on_records(model, stage, tmp_path):
 def test_a_step_on_pairs(model, tmp_path):
     """The reference is another model than the policy, so that the margin is not 0."""
     recipe = dpo_recipe(model, tmp_path, "beta=0.3", "sft_loss_coef=0.1", "noise_level=document")
-    batch = collate([sum((share(unit) for unit in packed_documents(recipe, 2)), [])], model.block_size or 1)
+    batch = in_one_row(model, map(share, packed_units(recipe, 2)))
     plain, start = plain_model(model.directory), plain_model(model.directory)
     with torch.no_grad():
         for parameter in start.parameters().values():
@@ -148,9 +156,7 @@ def rollouts_of(model: Model, prompts: list[list[int]], **keys) -> list[Rollout]
 
 def rows_of(model: Model, row_length: int = 300) -> RolloutRows:
     mask, recipe = model.special["mask_token_id"], Recipe(block_size=model.block_size, output_dir="")
-    return RolloutRows(
-        lambda document, index: (document, every_transition(document, 1, mask)), recipe.aligned_block_size, row_length
-    )
+    return RolloutRows(all_steps(mask), recipe.aligned_block_size, row_length)
 
 
 @MASKED
@@ -167,37 +173,32 @@ def test_the_decoder_records_what_the_learner_computes(model):
     assert count == sum(len(one.token_ids) for one in rollouts)
 
 
-def states_by_hand(rollout: Rollout, model: Model, mask: int) -> list[tuple[list[int], list[int], int]]:
-    """(tokens of the document as a forward saw them, positions that it committed, where the clean past ends), one for each
-    forward that committed something."""
+def states_by_hand(rollout: Rollout, model: Model, mask: int) -> list[tuple[list[int], list[int]]]:
+    """(tokens of the document as a forward saw them, positions that it committed), for each forward that committed some."""
     found, prompt = [], len(rollout.prompt_ids)
     for step in sorted(set(rollout.commit_step)):
         seen = [*rollout.prompt_ids, *state_before(rollout, step, mask).tolist()]
-        committed = [prompt + index for index, when in enumerate(rollout.commit_step) if when == step]
         if model.block_size is None:
-            seen += [mask] * (len(rollout.token_ids) + len(rollout.masks_left) + prompt - len(seen))
-            found.append((seen, committed, 0))
-        else:
-            found.append((seen, committed, len(seen) - model.block_size))
+            seen += [mask] * (prompt + len(rollout.token_ids) + len(rollout.masks_left) - len(seen))
+        found.append((seen, [prompt + index for index, when in enumerate(rollout.commit_step) if when == step]))
     return found
 
 
 def plain_logprobs(plain: PlainModel, rollout: Rollout, model: Model, mask: int) -> torch.Tensor:
-    """log p of each response token at the forward that wrote it: every forward by itself, with an own mask, in the order of
-    the forwards."""
+    """log p of each response token at the forward that wrote it: every forward by itself, with a mask of its own."""
     ids, found = [*rollout.prompt_ids, *rollout.token_ids], []
-    for seen, committed, clean in states_by_hand(rollout, model, mask):
-        length, position = len(seen), torch.arange(len(seen))
-        block = position // (model.block_size or length)
+    for seen, committed in states_by_hand(rollout, model, mask):
+        position = torch.arange(len(seen))
+        block = position // (model.block_size or len(seen))
         mask_SS = torch.where(block[:, None] >= block[None, :], 0.0, torch.finfo(torch.float32).min)
-        logits = plain(torch.tensor([seen]), position[None], mask_SS[None, None])[0].log_softmax(-1)
-        found += [logits[max(i - plain.logit_shift, 0), ids[i]] for i in committed]
+        logprob_SV = plain(torch.tensor([seen]), position[None], mask_SS[None, None])[0].log_softmax(-1)
+        found += [logprob_SV[max(i - plain.logit_shift, 0), ids[i]] for i in committed]
     return torch.stack(found)
 
 
 @MASKED
 def test_a_step_on_rollouts(model):
-    """Three answers of three tokens to one prompt: token ratios on the decoder's steps, of which each answer has the mean."""
+    """Three answers of three tokens to one prompt: token ratios on the decoder's steps, averaged over each answer."""
     mask = model.special["mask_token_id"]
     prompt = list(range(5, 10)) if model.block_size else list(range(5, 11))
     rollouts = rollouts_of(model, [prompt] * 3, max_new_tokens=3, **({} if model.block_size else {"block_size": 3}))
@@ -224,7 +225,7 @@ def trained(tmp_path_factory, run_jobs) -> Path:
     """20 steps of each model on two ranks, with ZeRO 0 and 3, and the first of these again from its 18th step on. One launch
     does all of them."""
     folder, jobs = tmp_path_factory.mktemp("trained"), []
-    for model in MODELS:
+    for model in MASKED_MODELS:
         file = model.recipe_file(folder)
         split = ["per_device_train_batch_size=1", "save_steps=18"]
         again = [f"resume_from_checkpoint={folder}/{model}-0/checkpoint-18", f"output_dir={folder}/{model}-again"]
@@ -235,7 +236,7 @@ def trained(tmp_path_factory, run_jobs) -> Path:
 
 
 @pytest.mark.slow
-@ALL
+@MASKED
 def test_losses_of_twenty_steps_equal_plain_torch(model, trained):
     """With ZeRO 0 and 3, on two ranks."""
     recipe = model.recipe(trained)
@@ -249,7 +250,7 @@ def test_losses_of_twenty_steps_equal_plain_torch(model, trained):
 
 
 @pytest.mark.slow
-@ALL
+@MASKED
 def test_a_resumed_run_ends_bitwise_alike(model, trained):
     whole, resumed = (trained / f"{model}-{run}" / "checkpoint-20/model.safetensors" for run in ("0", "again"))
     assert whole.read_bytes() == resumed.read_bytes()
