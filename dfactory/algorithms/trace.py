@@ -59,6 +59,14 @@ class TracePolicyGradient(TokenLevel):
             )
         yield from super().problems(recipe)
 
+    def warnings(self, recipe: Any) -> Iterator[str]:
+        yield from super().warnings(recipe)
+        if recipe.block_size is None and recipe.trace_steps is None and recipe.trace_stride == 1:
+            yield (
+                f"{self.selector} with block_size null: each forward of a rollout is a view of its whole canvas, up to "
+                f"{recipe.decode.max_new_tokens} views; trace_steps or trace_stride bounds their number"
+            )
+
     def notes(self, recipe: Any) -> list[str]:
         merged = f"{recipe.trace_stride} steps as one, which the decoder has no record of: no importance weights"
         return [*super().notes(recipe), *([] if self.is_recorded(recipe) else [merged])]

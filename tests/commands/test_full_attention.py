@@ -53,6 +53,13 @@ def test_through_the_verbs(keys, tmp_path):
     assert [json.loads(line)["forwards"] for line in out.read_text().splitlines()] == [6, 6]
     dfactory("eval", "--model", run, "--data", tmp_path / "ids.jsonl", "--elbo-pairs", 2)
 
+    traces = tmp_path / "traces.jsonl"
+    blocks = ["decode.block_size=4", "decode.max_new_tokens=12", "decode.threshold=0.3"]
+    dfactory("generate", "--keep-trace", "--model", run, "--input", prompts, "--output", traces, *blocks)
+    again = ["view_source=trace", f"datasets=[{{path: {traces}}}]", "max_steps=1"]
+    dfactory("train", RECIPE, *keys, *again, f"output_dir={tmp_path / 'traced'}")
+    assert json.loads((tmp_path / "traced/metrics.jsonl").read_text().splitlines()[0])["targets"] > 0
+
     dfactory("export", "--model", run, "--output", tmp_path / "exported")
     exported, source = (
         load_file(folder / "model.safetensors") for folder in (tmp_path / "exported", tmp_path / "model")

@@ -21,7 +21,7 @@ from dfactory.types import UNDECODED, WHOLE, Answer, FinishReason, Rollout
 from tests.families.cases import FAMILIES_WITH_GOLDENS, golden, policy_of
 
 MASK, EOS = 99, 98
-FULL = [name for name in FAMILIES_WITH_GOLDENS if policy_of(name).sees_whole_document]
+FULL = [name for name in FAMILIES_WITH_GOLDENS if policy_of(name).sees_whole_document is not False]
 
 # blocks of 2 after a prompt of 3; EOS in the first one, so that the second stays masked
 STOPPED = Rollout(

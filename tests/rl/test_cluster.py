@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from dfactory.engine.checkpoint import read_state
 from tests.engine.conftest import ROOT
+from tests.rl.models import write_model
 
 pytestmark = pytest.mark.slow
 
@@ -96,8 +97,8 @@ def base(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(base, tmp_path_factory) -> dict[str, Path]:
-    """Short runs of every policy loss; "resumed" is "whole" stopped after two steps and taken up again; "faulty" loses its
-    rollout actor and some rewards."""
+    """Short runs of every policy loss; "resumed" is "whole" stopped after two steps and taken up again; "canvas" has full
+    attention; "faulty" loses its rollout actor and some rewards."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "reward.py").write_text(REWARD + SABOTEUR)
     options = {
@@ -111,6 +112,10 @@ def runs(base, tmp_path_factory) -> dict[str, Path]:
         "diffu_grpo": [
             *("max_steps=2", "policy_loss=diffu_grpo", "loss_aggregation=dr_grpo", "use_peft=true", "kl_coef=0.1"),
             *("zero_signal=drop", "num_learners=2", f"deepspeed={ROOT}/recipes/deepspeed/zero3.json"),
+        ],
+        "canvas": [
+            *(*write_model(folder / "full", "Dream"), "block_size=null", "row_length=null", "decode.block_size=8"),
+            *("max_steps=2", "trace_steps=2", "trace_stride=2", "max_staleness=1"),
         ],
         "faulty": ["max_steps=3", f"reward_funcs=[{folder}/reward.py:saboteur]", "reward_timeout_s=10"],
     }
@@ -131,6 +136,9 @@ def test_the_ratio_is_one_at_the_first_step_on_new_rollouts(runs):
         first = metrics(folder)[0]
         assert first["ratio_spread"] < 1e-5, f"{name}: {first['ratio_spread']}"
         assert first["grad_norm"] > 0, name
+        assert first["decoder_gap"] < 0.5, (
+            name
+        )  # what the decoder recorded is what a learner computes, suppression aside
     second = metrics(runs["sampled"])[1]  # of the same rollouts
     assert second["ratio_spread"] > 0
 
