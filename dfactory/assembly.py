@@ -305,6 +305,7 @@ def load_initial(recipe: Recipe) -> Policy:
         seed=recipe.seed,
         attn_implementation=recipe.attn_implementation,
         merged=True,
+        token_ranges=recipe.token_ranges,
     )
     del zero3
     if recipe.use_liger_kernel:

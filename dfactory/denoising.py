@@ -118,7 +118,7 @@ def shown_text(vocabulary: Vocabulary, token_ids: list[int]) -> str:
     ends, parts = {*vocabulary.tokenizer.all_special_ids, vocabulary.special.eos}, []
     for is_end, run in itertools.groupby(token_ids, key=lambda token: token in ends):
         ids = list(run)
-        parts.append(END * len(ids) if is_end else vocabulary.tokenizer.decode(ids))
+        parts.append(END * len(ids) if is_end else vocabulary.ranges.written(ids, vocabulary.tokenizer.decode))
     return printable("".join(parts))
 
 

@@ -34,6 +34,7 @@ from dfactory.config.owners import combine, refuse_foreign
 from dfactory.config.training import TrainingKeys
 from dfactory.decoding.keys import DecodeKeys, decode_problem, refuse_foreign_keys
 from dfactory.errors import ConfigError
+from dfactory.ranges import TokenRanges
 from dfactory.redaction import remember
 from dfactory.types import WHOLE
 
@@ -252,6 +253,12 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
     )
     for problem in recipe.algorithm.problems(recipe):
         rule(False, problem)
+    ranges = TokenRanges.of(recipe.token_ranges, origin)
+    rule(
+        not (ranges and recipe.edits),
+        f"edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns} with token_ranges: wrong tokens are drawn from text, "
+        "whatever range a position has; set them to 0 and 1",
+    )
     _check_editing(recipe, rule)
     _check_traces(recipe, rule)
     problem = decode_problem(recipe.decode_keys, recipe.decode_keys.block_size)

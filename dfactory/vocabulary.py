@@ -1,8 +1,9 @@
 """A model's tokenizer, special ids and chat encoder, which belong together: whoever turns text to ids reads all three."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dfactory.data.chat import ChatEncoder, SpecialIds, mask_warning, read_chat_template, special_ids
+from dfactory.data.chat import ChatEncoder, SpecialIds, id_in, mask_warning, read_chat_template, special_ids
 from dfactory.decoding import DecodeRules
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.models.hub import resolve
@@ -10,10 +11,12 @@ from dfactory.models.registry import (
     full_attention,
     known_eos_id,
     known_mask_id,
+    known_ranges,
     read_config,
     read_family,
     read_tokenizer,
 )
+from dfactory.ranges import NO_RANGES, TokenRanges
 from dfactory.recipe import Recipe
 from dfactory.types import Answer, Rollout
 
@@ -28,6 +31,7 @@ class Vocabulary(NamedTuple):
     tokenizer: Any
     encoder: ChatEncoder | None
     sees_whole_document: bool = False  # of the model, as it is used: answers are decoded on a canvas
+    ranges: TokenRanges = NO_RANGES  # ids of other modalities
 
     @property
     def warnings(self) -> list[str]:
@@ -40,7 +44,10 @@ class Vocabulary(NamedTuple):
         if self.tokenizer is None:
             return None
         end = -1 if output_ids and output_ids[-1] == self.special.eos else None
-        return self.tokenizer.decode(output_ids[:end], skip_special_tokens=True)
+        return self.ranges.written(output_ids[:end], self._plain_text)
+
+    def _plain_text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def beginning(self, output_ids: list[int]) -> str | None:
         """The text of a response that goes on: half a character at the end waits for its other bytes."""
@@ -58,6 +65,7 @@ class Vocabulary(NamedTuple):
             mask_token_id=special.mask,
             eos_token_id=special.eos,
             special_ids=special.suppressed,
+            ranges=self.ranges,
             canvas=self.sees_whole_document,
         )
 
@@ -72,6 +80,7 @@ def recipe_vocabulary(recipe: Recipe) -> Vocabulary:
         eos_token_id=recipe.eos_token_id,
         chat_template_path=recipe.chat_template_path,
         whole=read_family(model_dir).has_full_attention(recipe.block_size),
+        token_ranges=recipe.token_ranges,
     )
 
 
@@ -83,6 +92,7 @@ def read_vocabulary(
     eos_token_id: int | None,
     chat_template_path: str | None = None,
     whole: bool | None = None,
+    token_ranges: Mapping[str, Any] | None = None,
 ) -> Vocabulary:
     """Of a model directory, or a name that stands for one; no weights are read or downloaded. `whole` says whether the model
     sees whole documents, where its family leaves that open; None: as it was trained. Raises ConfigError where a special id
@@ -93,5 +103,10 @@ def read_vocabulary(
     template = read_chat_template(chat_template_path)
     mask, eos = known_mask_id(model_dir, mask_token_id), known_eos_id(model_dir, eos_token_id, tokenizer)
     special = special_ids(tokenizer, mask, eos, size, template)
-    encoder = ChatEncoder(tokenizer, template, special, chat_template_path) if tokenizer is not None else None
-    return Vocabulary(size, special, tokenizer, encoder, full_attention(model_dir, whole))
+    ranges = known_ranges(model_dir, token_ranges)
+    ranges.check(size, {"mask_token_id": special.mask, "eos_token_id": special.eos}, id_in(tokenizer))
+    if tokenizer is None:
+        encoder = None
+    else:
+        encoder = ChatEncoder(tokenizer, template, special, chat_template_path, ranges)
+    return Vocabulary(size, special, tokenizer, encoder, full_attention(model_dir, whole), ranges)

@@ -30,6 +30,12 @@ class ModelKeys:
     use_liger_kernel: bool = key(False, "norms and SwiGLU as Liger's fused kernels while training; needs CUDA")
     mask_token_id: Optional[int] = key(None, "id of [M]; null: from the tokenizer")
     eos_token_id: Optional[int] = key(None, "id of EOS; null: from the tokenizer")
+    token_ranges: dict[str, Any] = key(
+        {},
+        "ids of other modalities, {name: [first, one after the last]}: a target in a range is scored among the ids of that "
+        "range alone, every other target among those of none; text holds them as <|name_0|>, <|name_1|>, ...; empty: as "
+        "the model was trained",
+    )
     use_peft: bool = key(False, "train LoRA adapters instead of all weights")
     lora_r: int = key(16, "rank of the adapters", low=1)
     lora_alpha: int = key(32, "scale of the adapters: alpha / r", low=1)

@@ -22,6 +22,7 @@ KEPT = {
     "dtype": "the optimiser's state is stored by it",
     "mask_token_id": "the model has learnt to fill the former id",
     "eos_token_id": "the model has learnt to end with the former id",
+    "token_ranges": "the model has learnt to score the former ranges apart",
     "use_peft": "the stored weights are those of adapters, or of the whole model",
     "lora_r": "the stored adapters have the former shape",
     "lora_alpha": "the stored adapters were learnt at the former scale",

@@ -14,7 +14,7 @@ Where the assistant turns are is found in templates.py.
 import copy
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from dfactory.data.records import BadRow, Completion, Conversation, Fault, TokenIds
 from dfactory.data.templates import PROBE_TURN, Template
 from dfactory.errors import ConfigError
+from dfactory.ranges import NO_RANGES, TokenRanges
 
 MASK_LITERALS = ("<|mask|>", "[MASK]", "<|MASK|>", "<|mdm_mask|>", "<mask>")
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # stand-ins for special-token literals while the template runs
@@ -126,6 +127,12 @@ def _find_mask(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     return next((literals[name] for name in MASK_LITERALS if name in literals), None)
 
 
+def id_in(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[str], int | None]:
+    """What gives the id of a whole token by its literal, None where there is none."""
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    return vocabulary.get
+
+
 def _unused_id(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int | None) -> str:
     """What to take for a mask where an autoregressive model has none, as the end of a sentence."""
     if tokenizer is None or vocab_size is None:
@@ -161,6 +168,7 @@ class ChatEncoder:
 
     `chat_template` (Jinja text) replaces the tokenizer's own; `template_origin` is what messages call it. `special` names
     ids that text must not turn into although the tokenizer does not call them special (a mask token given by the recipe).
+    `ranges` are those whose tokens any text may hold, written `<|name_17|>`.
     Raises ConfigError for a tokenizer whose ids of a text depend on the text before it.
     """
 
@@ -170,8 +178,9 @@ class ChatEncoder:
         chat_template: str | None = None,
         special: SpecialIds | None = None,
         template_origin: str | None = None,
+        ranges: TokenRanges = NO_RANGES,
     ):
-        self.tokenizer = tokenizer
+        self.tokenizer, self._ranges = tokenizer, ranges
         self._own_template = chat_template
         self._variables: dict[str, Any] = {}
         self._origin = template_origin or (
@@ -306,6 +315,8 @@ class ChatEncoder:
     # --- pieces -> ids ----------------------------------------------------------------------------------------------
 
     def _encode_pieces(self, documents: list[list[_Piece]], keep_bad: bool = False) -> list[Tokens | BadRow]:
+        if self._ranges:
+            documents = [self._with_range_tokens(pieces) for pieces in documents]
         texts = [piece.text for pieces in documents for piece in pieces if piece.token_id is None]
         encoded = iter(self._encode_plain(texts) if texts else ())
         results = []
@@ -316,6 +327,15 @@ class ChatEncoder:
                 raise bad
             results.append(bad or _join(ids, [piece.trainable for piece in pieces]))
         return results
+
+    def _with_range_tokens(self, pieces: list[_Piece]) -> list[_Piece]:
+        """The pieces with the tokens of ranges cut out of their texts."""
+        cut = []
+        for piece in pieces:
+            for part in self._ranges.split(piece.text) if piece.token_id is None else (piece.token_id,):
+                is_token = isinstance(part, int)
+                cut.append(_Piece("" if is_token else part, part if is_token else None, piece.trainable))
+        return cut
 
     def _encode_plain(self, texts: list[str]) -> list[list[int]]:
         encoded = self.tokenizer(

@@ -94,12 +94,21 @@ def _read(policy: Head, responses: Sequence[Response], hidden_NH: torch.Tensor, 
         uniform_N = torch.from_numpy(np.stack([response.uniform_B() for response in responses]))[open_RB]
     if rules.compares:
         last_NV = _last_logprobs(responses, policy.config.vocab_size, device)[open_RB.to(device)]
+    group_N = None
+    if rules.ranges:
+        group_N = torch.from_numpy(np.stack([response.group_B for response in responses]))[open_RB]
     rows = max(1, LOGITS_BYTES // (4 * policy.config.vocab_size))
     parts, logprobs = [], []
     for start in range(0, len(hidden_NH), rows):
         part = slice(start, start + rows)
-        uniform, last = (None if of_N is None else of_N[part].to(device) for of_N in (uniform_N, last_NV))
-        numbers, logprob_NV = rules.distribution.read(policy.logits(hidden_NH[part]), uniform, rules.columns, last)
+        uniform, last, group = (
+            None if of_N is None else of_N[part].to(device) for of_N in (uniform_N, last_NV, group_N)
+        )
+        logits_NV = policy.logits(hidden_NH[part])
+        if group is not None:
+            others = rules.ranges.others(group, slice(0, logits_NV.shape[-1]))
+            logits_NV = logits_NV.masked_fill(others, -torch.inf)
+        numbers, logprob_NV = rules.distribution.read(logits_NV, uniform, rules.columns, last)
         parts.append(torch.stack([of_N.double() for of_N in numbers]))
         logprobs.append(logprob_NV)
     if rules.compares:

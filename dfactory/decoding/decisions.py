@@ -20,6 +20,7 @@ from dfactory.decoding.distribution import Distribution
 from dfactory.decoding.keys import DecodeKeys, decode_problem, refuse_foreign_keys, rule_of
 from dfactory.decoding.rules.base import CONFIDENCE, Column, Decision, DecodingRule, Forward, Proposal
 from dfactory.errors import ConfigError
+from dfactory.ranges import NO_RANGES, TokenRanges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,8 @@ class DecodeRules:
     batch_size: int = 32
     seed: int = 0
     cuda_graphs: bool = False
+    ranges: TokenRanges = NO_RANGES  # of the model; no token of one comes out where a position holds another, or text
+    answer_groups: tuple[int, ...] = ()  # the range of each position of an answer, as `ranges` numbers them; then text
     canvas: bool = False  # full attention: blocks are counted from the end of the prompt, and later ones are in sight
 
     def decide(self, forward: Forward) -> Decision:
@@ -151,7 +154,7 @@ class DecodeRules:
     @property
     def deciding(self) -> tuple:
         """What makes a decision of a forward's logits: responses in which it is equal can be decided together."""
-        return self.distribution, self.acceptance, self.rule, self.editing
+        return self.distribution, self.acceptance, self.rule, self.editing, self.ranges
 
     @classmethod
     def of(
@@ -161,6 +164,7 @@ class DecodeRules:
         mask_token_id: int | None = None,
         eos_token_id: int | None = None,
         special_ids: Collection[int] = (),
+        ranges: TokenRanges = NO_RANGES,
         canvas: bool = False,
     ) -> "DecodeRules":
         """The rules that the `decode` keys state; the tokenizer's ids fill in where the keys hold null.
@@ -183,7 +187,7 @@ class DecodeRules:
                 raise ConfigError(f"decode.{name} is null and no tokenizer tells it: set decode.{name}")
         if mask == eos:
             raise ConfigError(f"decode.mask_token_id and decode.eos_token_id are both {mask}: they must differ")
-        suppressed = sorted({*special_ids, mask} - {eos}) if keys.suppress_special else []
+        suppressed = sorted({*special_ids, mask} - {eos} - ranges.ids) if keys.suppress_special else []
         editing = None
         if keys.editing_threshold is not None:
             editing = Editing(keys.editing_threshold, keys.max_post_steps)
@@ -201,5 +205,7 @@ class DecodeRules:
             batch_size=keys.batch_size,
             seed=keys.seed,
             cuda_graphs=keys.cuda_graphs,
+            ranges=ranges,
+            answer_groups=ranges.layout(keys.answer_ranges, keys.max_new_tokens),
             canvas=canvas,
         )

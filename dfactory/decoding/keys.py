@@ -33,6 +33,11 @@ class DecoderKeys:
         low=1,
     )
     max_new_tokens: int = key(512, "longest response, EOS included", low=1)
+    answer_ranges: Optional[str] = key(
+        None,
+        "which token range (token_ranges) each position of an answer holds, from its first: action*4 is four tokens of the "
+        "range `action`, then text; `text*2, action*4`; `action` without a count goes to the end; null: text alone",
+    )
     rule: str = key(
         default_rule().name,
         "which masks become tokens at each forward; the keys of the other rules have to stay at their defaults "

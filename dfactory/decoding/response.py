@@ -106,6 +106,13 @@ class Response:
         return (self.tokens_B == self.rules.mask_token_id) & self.is_response_B
 
     @property
+    def group_B(self) -> np.ndarray:
+        """The token range that each position of the block holds (ranges.py)."""
+        groups = self.rules.answer_groups
+        index_B = np.arange(self.here.start, self.here.stop) - self.start
+        return np.array([groups[index] if 0 <= index < len(groups) else 0 for index in index_B])
+
+    @property
     def open_B(self) -> np.ndarray:
         """The positions of the block that the next forward decides about: masks, or all of the response."""
         return self.is_response_B if self.rules.all_is_open else self.masked_B

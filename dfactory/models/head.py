@@ -13,6 +13,9 @@ With z the logits, p = softmax(z), q = softmax(z / T) and H the entropy of q:
 A model may bound its logits: z = c tanh(s / c) of the scores s, with dz / ds = 1 - (z / c)^2.
 
 The temperature T affects only the entropy (dParallel trains it at 0.5); all other scores use p.
+
+Where a model has ranges of ids for other modalities (ranges.py), each target is scored among the ids of its own range alone:
+the other logits of its row become ABSENT, whose exponential is 0 in every sum and in every gradient.
 """
 
 from collections.abc import Iterator
@@ -20,12 +23,14 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from dfactory.ranges import NO_RANGES, TokenRanges
 from dfactory.types import TokenScores
 
 CHUNK_BYTES = {
     "cpu": 8 * 2**20,
     "cuda": 512 * 2**20,
 }  # fp32 logits of one tile; on a CPU they should fit into the cache
+ABSENT = -1e32  # the logit of an id that a target cannot be; with -inf, 0 * ABSENT would be NaN
 WIDTH = 4096  # minimum width of a tile; if the targets do not fit beside it, they are split too
 
 
@@ -47,6 +52,7 @@ class VocabularyHead(nn.Linear):
         hidden: torch.Tensor,
         target_ids_N: torch.Tensor | None = None,
         entropy_temperature: float = 1.0,
+        ranges: TokenRanges = NO_RANGES,
         averages: bool = False,
     ):
         """hidden [..., H] -> logits [..., V]; or hidden [N, H] with targets [N] -> TokenScores. With `averages`, the mean
@@ -56,7 +62,7 @@ class VocabularyHead(nn.Linear):
         if target_ids_N is None:
             scores = super().forward(hidden)
             return scores if self.softcap is None else _capped(scores.float(), self.softcap)  # the last step in fp32
-        return TokenScores(*_Scores.apply(hidden, self.weight, target_ids_N, entropy_temperature, self.softcap))
+        return TokenScores(*_Scores.apply(hidden, self.weight, target_ids_N, entropy_temperature, self.softcap, ranges))
 
     def _averages(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         rows = max(1, CHUNK_BYTES[hidden_NH.device.type] // (4 * len(self.weight)))
@@ -134,14 +140,21 @@ class _Sums:
         return (log_tempered_N if self.temperature == 1 else self.sum_N.log()), log_tempered_N
 
 
+def _remove_others(logits: torch.Tensor, target_ids: torch.Tensor, tile: slice, ranges: TokenRanges) -> None:
+    """Make ABSENT the logits of a tile whose ids are not in the range of the row's target."""
+    if ranges:
+        logits.masked_fill_(ranges.others(ranges.group_of(target_ids), tile), ABSENT)
+
+
 class _Scores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, target_ids_N, temperature, softcap):
+    def forward(ctx, hidden_NH, weight_VH, target_ids_N, temperature, softcap, ranges):
         sums = _Sums(hidden_NH, temperature)
         target_logit_N = torch.zeros_like(sums.top_N)
         for tile, parts in _tiles(len(target_ids_N), weight_VH):
             for part in parts:
                 logits = _logits(hidden_NH[part], weight_VH[tile], softcap)
+                _remove_others(logits, target_ids_N[part], tile, ranges)
                 inside, column = _place(target_ids_N[part], tile)
                 target_logit_N[part] += (logits.gather(1, column) * inside)[:, 0]
                 sums.add(part, tile, logits)
@@ -149,7 +162,7 @@ class _Scores(torch.autograd.Function):
         entropy_N = log_tempered_N - sums.weighted_N / sums.tempered_N
         shift_N = log_tempered_N - log_sum_N / temperature  # log q = (log p) / T - shift
         argmax_logprob_N, log_sum_N = -log_sum_N, sums.top_N + log_sum_N
-        ctx.temperature, ctx.softcap = temperature, softcap
+        ctx.temperature, ctx.softcap, ctx.ranges = temperature, softcap, ranges
         ctx.save_for_backward(hidden_NH, weight_VH, target_ids_N, log_sum_N, shift_N, entropy_N)
         hit_N = sums.argmax_N == target_ids_N
         ctx.mark_non_differentiable(hit_N, sums.argmax_N, argmax_logprob_N)
@@ -178,7 +191,7 @@ class _Scores(torch.autograd.Function):
                     grad_tile = grad_tile + (grad_logits.T @ hidden_NH[part]).float()
             if needs_weight and len(parts) > 1:
                 grad_weight[tile] = grad_tile
-        return None if grad_hidden is None else grad_hidden.to(hidden_NH.dtype), grad_weight, None, None, None
+        return None if grad_hidden is None else grad_hidden.to(hidden_NH.dtype), grad_weight, None, None, None, None
 
 
 def _grad_logits(ctx, tile: slice, part: slice, grad_logprob_N, grad_entropy_N) -> torch.Tensor:
@@ -187,6 +200,7 @@ def _grad_logits(ctx, tile: slice, part: slice, grad_logprob_N, grad_entropy_N) 
     hidden_NH, weight_VH, target_ids_N, log_sum_N, shift_N, entropy_N = ctx.saved_tensors
     logits = _logits(hidden_NH[part], weight_VH[tile], ctx.softcap)
     slope_of_cap = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
+    _remove_others(logits, target_ids_N[part], tile, ctx.ranges)
     log_p = logits.sub_(log_sum_N[part, None])
     upstream = grad_logprob_N[part, None]
     p = log_p.exp_() if grad_entropy_N is None else log_p.exp()

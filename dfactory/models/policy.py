@@ -10,6 +10,7 @@ from dfactory.models import last_layer
 from dfactory.models.attention import AttentionPlan, PlanByLayer, plan_attention
 from dfactory.models.families.base import FAMILIES, Attention, Family
 from dfactory.models.head import VocabularyHead
+from dfactory.ranges import NO_RANGES
 from dfactory.types import NOISE_TABLE_ROWS, EmbeddingInputs, Place, TokenScores, ViewBatch
 
 
@@ -27,6 +28,7 @@ class Policy(nn.Module):
         self.source_dir = source_dir  # where `saving` finds the files to carry along
         self.attn_implementation = attn_implementation
         self.entropy_temperature = 1.0  # TokenScores.entropy_N is that of softmax(logits / this)
+        self.ranges = NO_RANGES  # each target is scored among the ids of its own range; saved with the model
         VocabularyHead.adopt(self._causal_lm.lm_head, getattr(self.config, "final_logit_softcapping", None))
         # whether `hidden_at` can leave the rest of the last layer out
         self.ends_at_targets = self.family.last_layer_at_targets and last_layer.adopt(self._causal_lm.model.layers[-1])
@@ -84,7 +86,7 @@ class Policy(nn.Module):
             **conditioned,
         )
         hidden_NH = hidden_MH if row_N is None else hidden_MH.index_select(0, row_N)
-        return self._causal_lm.lm_head(hidden_NH, batch.target_ids_N, self.entropy_temperature)
+        return self._causal_lm.lm_head(hidden_NH, batch.target_ids_N, self.entropy_temperature, self.ranges)
 
     @torch.no_grad()
     def _first_prediction(self, batch: ViewBatch, plan: PlanByLayer) -> torch.Tensor:

@@ -4,6 +4,7 @@ Weights come from safetensors only, code from transformers only: a directory's o
 `saving`, never run. What differs between the families lies in families/.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dfactory.models.headers import Shapes, check_counts, check_shapes, meta_mod
 from dfactory.models.hub import resolve
 from dfactory.models.policy import Policy
 from dfactory.models.saving import GENERATION_CONFIG
+from dfactory.ranges import TokenRanges
 
 attention.register()
 experts.register()
@@ -128,6 +130,14 @@ def known_eos_id(model_dir: Path, stated: int | None, tokenizer: PreTrainedToken
     return stated if stated is not None or named is not None else _special_tokens(model_dir).eos
 
 
+def known_ranges(model_dir: Path, stated: Mapping[str, Any] | None = None) -> TokenRanges:
+    """The token ranges that were `stated`, or else those of a checkpoint of ours, or the family's own. Raises ConfigError."""
+    if stated:
+        return TokenRanges.of(stated, "the recipe")
+    recorded = _recorded(model_dir).get("token_ranges")
+    return TokenRanges.of(read_family(model_dir).token_ranges if recorded is None else recorded, f"{model_dir}")
+
+
 def _special_tokens(model_dir: Path) -> SpecialTokens:
     file, keys = _read_keys(whole_model_dir(model_dir))
     return FAMILIES.claiming(file, keys)[0].special_tokens(keys)
@@ -148,11 +158,13 @@ def load_policy(
     seed: int = 0,
     attn_implementation: str = "auto",
     merged: bool = False,
+    token_ranges: Mapping[str, Any] | None = None,
 ) -> Policy:
     """Read a Policy, in evaluation mode: from a local directory, or a model of the hub at `revision`. A directory with LoRA
     adapters is read on top of its base model, and with `merged` they become part of its weights.
 
     `dtype` auto is the precision that config.json states, or else bfloat16.
+    `token_ranges` are those that the recipe states; None or empty: as the directory or the family says.
     `init_weights="random"` draws the weights from `seed` by the directory's config.json. Raises CheckpointError that
     names every tensor that is missing, unexpected or of another shape.
     """
@@ -161,6 +173,7 @@ def load_policy(
         base = adapter_base(model_dir)
         check_adapters(model_dir)
         policy = load_policy(base, dtype=dtype, attn_implementation=attn_implementation, merged=True)
+        policy.ranges = known_ranges(model_dir, token_ranges)
         attach_adapters(policy, model_dir)
         if merged:
             merge_into_base(policy)
@@ -174,7 +187,9 @@ def load_policy(
         model = _draw(config, dtype, seed)
     else:
         model = _read(model_dir, config, dtype)
-    return Policy(model.eval(), attn_implementation, source_dir=model_dir).to(device)
+    policy = Policy(model.eval(), attn_implementation, source_dir=model_dir).to(device)
+    policy.ranges = known_ranges(model_dir, token_ranges)
+    return policy
 
 
 def _options(dtype: torch.dtype) -> dict:

@@ -54,14 +54,15 @@ def save_policy(
     """Write the weights, config.json and the carried files of a policy; of one with LoRA adapters, the adapters only.
 
     `block_size`, `mask_token_id` and `chat_template` are what it was trained with where that is not the source's own; the
-    decoder and later training take them from there. A block size of WHOLE is recorded as null. `finish` may replace tensors,
-    by their original names, before they are written; `dtype` is then what config.json states. `gathered` makes sharded
-    parameters whole within its context, and `whole_layer` what an engine has made of a layer the model's own tensors again;
-    every rank has to call this then, and only the one with `write` touches the disk.
+    decoder and later training take them from there, and the policy's token ranges. A block size of WHOLE is recorded as null.
+    `finish` may replace tensors, by their original names, before they are written; `dtype` is then what config.json states.
+    `gathered` makes sharded parameters whole within its context, and `whole_layer` what an engine has made of a layer the
+    model's own tensors again; every rank has to call this then, and only the one with `write` touches the disk.
     """
     model = policy.model
     if write:
-        _record(policy.source_dir, directory, block_size=block_size, mask_token_id=mask_token_id)
+        ranges = policy.ranges.stated or None
+        _record(policy.source_dir, directory, block_size=block_size, mask_token_id=mask_token_id, token_ranges=ranges)
     if write and chat_template is not None:
         write_chat_template(directory, chat_template)
     if policy.has_adapters:
@@ -185,7 +186,7 @@ def _write_config(policy: Policy, directory: Path, dtype: torch.dtype) -> None:
     _write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def _record(source_dir: Path, directory: Path, **trained_with: int | None) -> None:
+def _record(source_dir: Path, directory: Path, **trained_with: int | dict[str, list[int]] | None) -> None:
     """generation_config.json is where a decoder looks for defaults; the source's other keys stay."""
     stated = {n: None if value == WHOLE else value for n, value in trained_with.items() if value is not None}
     if stated:

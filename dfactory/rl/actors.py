@@ -49,6 +49,7 @@ class RolloutActor:
             init_weights=recipe.init_weights,
             seed=recipe.seed,
             merged=True,
+            token_ranges=recipe.token_ranges,
         )
         if recipe.use_peft:
             add_adapters(self.policy, **recipe.lora_options, seed=recipe.seed)

@@ -106,6 +106,9 @@ class Family:
         False  # its public checkpoints are no diffusion models yet: block_size is that of the conversion
     )
     special: SpecialTokens = SpecialTokens()
+    token_ranges: Mapping[str, Sequence[int]] = dataclasses.field(
+        default_factory=dict
+    )  # name -> [start, stop]: ids of other modalities; see dfactory/ranges.py
     moe_blocks: tuple[str, ...] = ()  # module classes that ZeRO-3 gathers whole, because routing picks their children
     autoep: Mapping[str, Any] | None = None  # what DeepSpeed's AutoEP has to know of them; names as in transformers
     last_layer_at_targets: bool = True  # whether it may run where it is scored alone; see last_layer.py
