@@ -1,8 +1,8 @@
 """Ranges of token ids for other modalities: image codes, action bins (docs/method.md#ranges).
 
-A model of text learns another modality as tokens: `action: [1600, 1856]` says that the 256 ids from 1600 on are actions, not
-text. Each range is a *group* of ids, and what lies in no range is group 0, text. A position holds tokens of one group, and its
-distribution is a softmax over that group alone:
+A model of text learns another modality as tokens: `action: [1600, 1856]` says that the 256 ids from 1600 on are actions,
+not text. Each range is a *group* of ids, and what lies in no range is group 0, text. A position holds tokens of one group,
+and its distribution is a softmax over that group alone:
 
     ids      0 .. 1599 | 1600 .. 1855 | 1856 .. 2047        token_ranges: {action: [1600, 1856]}
     group        0     |      1       |      0
@@ -14,6 +14,7 @@ against the whole vocabulary.
 In text a token of a range is written `<|action_17|>`, counted from the start of the range.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ class TokenRanges(tuple[Range, ...]):
         """Of `{name: [start, stop]}`. Raises ConfigError for what is no range, and for ranges that overlap."""
         ranges = cls(_range(name, bounds, origin) for name, bounds in (stated or {}).items())
         ordered = sorted(ranges, key=lambda one: one.start)
-        for one, other in zip(ordered, ordered[1:], strict=False):
+        for one, other in itertools.pairwise(ordered):
             if other.start < one.stop:
                 raise ConfigError(
                     f"token_ranges.{one.name} {list(one[1:])} and token_ranges.{other.name} {list(other[1:])} overlap in "
@@ -72,7 +73,7 @@ class TokenRanges(tuple[Range, ...]):
                 found = id_of(self.literal(index))
                 if found not in (None, index):
                     raise ConfigError(
-                        f"{shown}: the tokenizer has {self.literal(index)} as {found}, not {index}; take the ids of the tokenizer"
+                        f"{shown}: the tokenizer has {self.literal(index)} as {found}, not {index}; take its ids"
                     )
 
     # --- groups ---------------------------------------------------------------------------------------------------------
@@ -100,8 +101,8 @@ class TokenRanges(tuple[Range, ...]):
         return next((f"<|{one.name}_{index - one.start}|>" for one in self if one.start <= index < one.stop), None)
 
     def split(self, text: str) -> list[str | int]:
-        """A text as pieces: ids where a token of a range is written, text between them. A number past the end of its range is
-        text."""
+        """A text as pieces: ids where a token of a range is written, text between them. A number past the end of its range
+        is text."""
         pieces, position = [], 0
         for match in self._pattern.finditer(text):
             one = next(one for one in self if one.name == match[1])
@@ -146,7 +147,8 @@ class TokenRanges(tuple[Range, ...]):
             match = ITEM.fullmatch(item)
             if match is None:
                 raise ConfigError(
-                    f"decode.answer_ranges {stated}: {item.strip()!r} is no part of a layout; write name*count, such as action*4"
+                    f"decode.answer_ranges {stated}: {item.strip()!r} is no part of a layout; write name*count, such as "
+                    "action*4"
                 )
             if match[1] not in numbers:
                 raise ConfigError(

@@ -256,8 +256,8 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
     ranges = TokenRanges.of(recipe.token_ranges, origin)
     rule(
         not (ranges and recipe.edits),
-        f"edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns} with token_ranges: wrong tokens are drawn from text, "
-        "whatever range a position has; set them to 0 and 1",
+        f"edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns} with token_ranges: wrong tokens are drawn from "
+        "text, whatever range a position has; set them to 0 and 1",
     )
     _check_editing(recipe, rule)
     _check_traces(recipe, rule)

@@ -6,14 +6,15 @@ Each kind has a colour and a mark of its own, so that a log file without colours
     █⟪x⟫<|role_end|>█⟨fill 3⟩
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from dfactory.types import AlignedDocument, Example, View
+from dfactory.vocabulary import Vocabulary
 
 SHOWN_TOKENS = 400  # of a long document
 SHOWN_BEFORE = 160  # prompt tokens before the first trained one, if the document is long
@@ -24,11 +25,14 @@ BLOCK_CHARACTER = "█"
 Decode = Callable[[np.ndarray], str]
 
 
-def decoder_of(tokenizer: PreTrainedTokenizerBase | None) -> Decode:
+def decoder_of(vocabulary: Vocabulary) -> Decode:
     """ids -> text, special tokens included; the ids themselves where there is no tokenizer."""
-    if tokenizer is None:
+    if vocabulary.tokenizer is None:
         return lambda ids: "".join(f"{index} " for index in ids)
-    return lambda ids: tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    whole = functools.partial(
+        vocabulary.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    return lambda ids: vocabulary.ranges.written(ids.tolist(), whole)
 
 
 def legend() -> Text:

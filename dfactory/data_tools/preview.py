@@ -45,7 +45,7 @@ def main(words: list[str] | None = None) -> int:
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     vocabulary = vocabulary_of(options)
-    special, decode = vocabulary.special, decoder_of(vocabulary.tokenizer)
+    special, decode = vocabulary.special, decoder_of(vocabulary)
     rules = DocumentRules(options.max_length, "truncate", special.eos, vocabulary.size, special.mask)
     masks = RandomMask(special.mask, 0, low=0.5, high=0.5)
     console.print(legend())

@@ -131,7 +131,8 @@ def known_eos_id(model_dir: Path, stated: int | None, tokenizer: PreTrainedToken
 
 
 def known_ranges(model_dir: Path, stated: Mapping[str, Any] | None = None) -> TokenRanges:
-    """The token ranges that were `stated`, or else those of a checkpoint of ours, or the family's own. Raises ConfigError."""
+    """The token ranges that were `stated`, or else those of a checkpoint of ours, or the family's own. Raises ConfigError
+    for what is no range."""
     if stated:
         return TokenRanges.of(stated, "the recipe")
     recorded = _recorded(model_dir).get("token_ranges")

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfactory.models import head as head_module
 from dfactory.models.head import VocabularyHead
+from dfactory.ranges import TokenRanges
 from tests.reference import plain_scores
 
 N, H, V = 37, 24, 101
@@ -43,6 +44,33 @@ def test_scores_and_gradients_of_whole_logits(monkeypatch, width, rows, temperat
     scores, grads = run(*problem(), plain=False, temperature=temperature)
     torch.testing.assert_close(scores, expected_scores, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(grads, expected_grads, atol=3e-5, rtol=1e-4)  # entries reach 30
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5], ids=lambda temperature: f"T {temperature}")
+@pytest.mark.parametrize("rows, width", [(1, 7), (5, 7), (36, 4096), (1000, 4096)])
+def test_targets_of_a_range_are_scored_among_its_ids(monkeypatch, rows, width, temperature):
+    """The same numbers as from whole logits in which the ids of other ranges are -inf; no gradient leaves the range."""
+    monkeypatch.setitem(head_module.CHUNK_BYTES, "cpu", 4 * V * rows)
+    monkeypatch.setattr(head_module, "WIDTH", width)
+    ranges = TokenRanges.of({"action": [30, 50], "image": [90, V]}, "a test")
+    head, hidden, target, upstream = problem()
+    logits = hidden @ head.weight.T
+    others = ranges.group_of(target)[:, None] != ranges.group_of(torch.arange(V))
+    allowed = logits.masked_fill(others, -1e9)
+    expected = plain_scores(allowed, target, temperature)
+    scores = head(hidden, target, temperature, ranges)
+    torch.testing.assert_close(tuple(scores[:3]), tuple(expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores.argmax_N, allowed.argmax(-1))
+    torch.testing.assert_close(scores.argmax_logprob_N, allowed.log_softmax(-1).amax(-1))
+    grads = [
+        torch.autograd.grad((upstream[0] * logprob + upstream[1] * entropy).sum(), (hidden, head.weight))
+        for logprob, entropy, *_ in (scores, expected)
+    ]
+    torch.testing.assert_close(*grads, atol=3e-5, rtol=1e-4)
+    only = torch.tensor([35, 40])
+    head(hidden[:2], only, temperature, ranges).logprob_N.sum().backward()
+    assert head.weight.grad[30:50].abs().sum() > 0
+    assert head.weight.grad[:30].abs().sum() == head.weight.grad[50:].abs().sum() == 0
 
 
 def test_by_hand():

@@ -139,7 +139,7 @@ def tell_example(page: Page, recipe: Recipe, inputs: Inputs) -> None:
 
 def _show_example(page: Page, recipe: Recipe, inputs: Inputs, name: str, index: int) -> None:
     example = inputs.train[index]
-    decode = preview.decoder_of(inputs.vocabulary.tokenizer)
+    decode = preview.decoder_of(inputs.vocabulary)
     document = align(example, recipe.aligned_block_size, inputs.special.eos, recipe.fill_unit, recipe.after_answer)
     ids_T, trainable_T = document.input_ids_T, example.trainable_T
     views = make_source(recipe, inputs, rank=0, world_size=1).make_views(document, 0)

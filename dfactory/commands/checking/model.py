@@ -18,12 +18,14 @@ from dfactory.models.registry import (
     check_tensors,
     known_eos_id,
     known_mask_id,
+    known_ranges,
     meta_model,
     read_config,
     read_tokenizer,
     trained_block_size,
 )
 from dfactory.planning.memory import ParameterCounts, count_adapters, count_parameters
+from dfactory.ranges import Range
 from dfactory.recipe import Recipe
 
 LITERALS_SHOWN = 8
@@ -97,6 +99,8 @@ def tell_tokens(page: Page, recipe: Recipe, model: Model) -> SpecialIds:
         page.warn(warning)
     page.line("mask, EOS", f"{_token(tokenizer, special.mask)}, {_token(tokenizer, special.eos)}")
     page.line("never decoded", _suppressed(tokenizer, special))
+    for one in known_ranges(model.path, recipe.token_ranges):
+        page.line(f"range {one.name}", _range(tokenizer, one))
     if tokenizer is not None:
         _template(page, recipe, tokenizer, template, special)
     return special
@@ -105,6 +109,16 @@ def tell_tokens(page: Page, recipe: Recipe, model: Model) -> SpecialIds:
 def _token(tokenizer: PreTrainedTokenizerBase | None, index: int) -> str:
     literal = None if tokenizer is None else tokenizer.convert_ids_to_tokens(index)
     return f"{index} {literal}" if literal is not None else f"{index}"
+
+
+def _range(tokenizer: PreTrainedTokenizerBase | None, one: Range) -> str:
+    """A token range, and how many of its ids mean something else to the tokenizer."""
+    count = one.stop - one.start
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    own = {f"<|{one.name}_{number}|>" for number in range(count)}
+    taken = sum(one.start <= index < one.stop and literal not in own for literal, index in vocabulary.items())
+    instead = f", {taken} of them in place of the tokenizer's tokens" if taken else ""
+    return f"{one.start} to {one.stop - 1}, <|{one.name}_0|> to <|{one.name}_{count - 1}|>{instead}"
 
 
 def _suppressed(tokenizer: PreTrainedTokenizerBase | None, special: SpecialIds) -> str:
