@@ -54,10 +54,10 @@ def save_policy(
     """Write the weights, config.json and the carried files of a policy; of one with LoRA adapters, the adapters only.
 
     `block_size`, `mask_token_id` and `chat_template` are what it was trained with where that is not the source's own; the
-    decoder and later training take them from there, and the policy's token ranges. A block size of WHOLE is recorded as null.
-    `finish` may replace tensors, by their original names, before they are written; `dtype` is then what config.json states.
-    `gathered` makes sharded parameters whole within its context, and `whole_layer` what an engine has made of a layer the
-    model's own tensors again; every rank has to call this then, and only the one with `write` touches the disk.
+    decoder and later training take them from there, and the policy's token ranges. A block size of WHOLE is recorded as
+    null. `finish` may replace tensors, by their original names, before they are written; `dtype` is then what config.json
+    states. `gathered` makes sharded parameters whole within its context, and `whole_layer` what an engine has made of a
+    layer the model's own tensors again; every rank has to call this then, and only the one with `write` touches the disk.
     """
     model = policy.model
     if write:
