@@ -4,7 +4,11 @@ Families with another noise than masks have their own file. DFACTORY_GOLDEN_DIR 
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,6 +260,30 @@ def test_adapters_merged_are_the_sum_by_hand(name, tmp_path):
         expected = before[tensor] + grown[tensor] if tensor in grown else before[tensor]
         torch.testing.assert_close(found[tensor], expected, atol=1e-6, rtol=0, msg=tensor)
     assert config_of(out) == config_of(source)
+
+
+ORIGINALS = Path(os.environ.get("DFACTORY_ORIGINAL_CODE", "/nonexistent"))
+READ_BY_ORIGINAL = [name for name in FAMILIES_WITH_GOLDENS if (ORIGINALS / name).is_dir()]
+
+
+@pytest.mark.parametrize("name", READ_BY_ORIGINAL)
+def test_the_original_code_reads_an_export(name, tmp_path):
+    """Where DFACTORY_ORIGINAL_CODE names a folder with the Python files of each original, by the names of the golden files.
+    DFACTORY_ORIGINAL_PYTHON is the interpreter that has its packages. Without a mask it computes full attention, so of
+    other families only the tensors are compared."""
+    out = saved(load_policy(golden(name).directory, dtype="float32"), tmp_path / "out")
+    for file in (ORIGINALS / name).glob("*.py"):
+        shutil.copy(file, out)
+    script = Path(__file__).with_name("read_by_original.py")
+    python = os.environ.get("DFACTORY_ORIGINAL_PYTHON", sys.executable)
+    command = [python, script, out, golden(name).directory / "forward.safetensors"]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["left"] == []
+    if policy_of(name).family.sees_whole_document:
+        assert found["difference"] < 1e-4
 
 
 @ALL
