@@ -323,6 +323,11 @@ def make_policy(recipe: Recipe) -> Policy:
     return policy
 
 
+def policy_notes(policy: Policy) -> str:
+    """What a run has to tell of a model that no family declares: what was checked of it. Empty for the others."""
+    return "\n".join(f"self-check: {finding}" for finding in policy.family.checked)
+
+
 def policy_warnings(recipe: Recipe, policy: Policy) -> list[str]:
     """What a run has to say of the model that it trains, in its first lines."""
     return unreached_experts(policy.model, recipe.lora_target_modules) if recipe.use_peft else []

@@ -21,6 +21,7 @@ from dfactory.assembly import (
     make_reference,
     make_rollout_source,
     make_source,
+    policy_notes,
     policy_warnings,
     read_inputs,
     with_drafts,
@@ -150,6 +151,8 @@ class Run:
         with MetricsLog(self.recipe, self.folder, self.num_steps, self.state.step) as self.log:
             for warning in [*self.warnings, *(f"{path} is set aside: it may be removed" for path in aside)]:
                 self.log.warn(warning)
+            if notes := policy_notes(self.trainer.policy):
+                self.log.say(notes)
             if self.records is not None:
                 self.log.say(f"{self.inputs.train.report}\n{self.records.rows_per_window} rows a step")
             if self.resumed is not None:

@@ -15,6 +15,7 @@ from dfactory.models.registry import (
     read_config,
     read_family,
     read_tokenizer,
+    refuse_foreign_tokenizer,
 )
 from dfactory.ranges import NO_RANGES, TokenRanges
 from dfactory.recipe import Recipe
@@ -100,6 +101,7 @@ def read_vocabulary(
     model_dir = resolve(model, revision, weights=False)
     size = read_config(model_dir).vocab_size
     tokenizer = read_tokenizer(model_dir)
+    refuse_foreign_tokenizer(model_dir, tokenizer)
     template = read_chat_template(chat_template_path)
     mask, eos = known_mask_id(model_dir, mask_token_id), known_eos_id(model_dir, eos_token_id, tokenizer)
     special = special_ids(tokenizer, mask, eos, size, template)

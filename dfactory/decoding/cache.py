@@ -60,9 +60,9 @@ class BlockCache(Cache):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Write keys and values [1, kv heads, N, d] of a layer to their slots; return those of all slots, uncropped."""
         if layer_idx == len(self.keys):
-            _, heads, _, width = key_states.shape
-            for stored in (self.keys, self.values):
-                stored.append(key_states.new_zeros((self.slots, heads, self.capacity, width)))
+            for stored, states in ((self.keys, key_states), (self.values, value_states)):
+                _, heads, _, width = states.shape  # which may differ between keys and values
+                stored.append(states.new_zeros((self.slots, heads, self.capacity, width)))
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys[self._slot_N, :, self._position_N] = key_states[0].transpose(0, 1)
         values[self._slot_N, :, self._position_N] = value_states[0].transpose(0, 1)

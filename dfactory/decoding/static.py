@@ -43,7 +43,7 @@ class StaticAttention:
         attended = scaled_dot_product_attention(
             query, key[:, :, :keys], value[:, :, :keys], attn_mask=mask, scale=scaling
         )
-        return attended.view(slots, heads, width, size).transpose(1, 2).flatten(0, 1)[None]
+        return attended.view(slots, heads, width, -1).transpose(1, 2).flatten(0, 1)[None]
 
     def at(self, chosen_N: torch.Tensor, shape: tuple[int, int]) -> "StaticAttention":
         """The plan for the queries of some tokens of each slot, as many of one as of another."""

@@ -16,9 +16,12 @@ from collections.abc import Iterator
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
-from transformers.integrations.moe import ExpertsInterface
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 EXPERTS = "dfactory_grouped_mm"  # what a model's config names as its experts implementation
+
+# How experts are stored that are computed here; transformers' own grouped matmul takes the others.
+_LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False}
 
 PART_BYTES = 2**20  # of float32 rows that are computed at a time
 ROUND = 64  # rows of a filled group; fewer an expert have few sizes anyway, and would mostly be filling
@@ -83,6 +86,8 @@ def _rows(rows_PH: torch.Tensor, row_TK: torch.Tensor) -> torch.Tensor:
 
 def _experts_function(module, hidden_TH, expert_TK, weight_TK) -> torch.Tensor:
     """What transformers' MoE modules call: tokens, the experts of each and their weights -> [T, H]."""
+    if any(getattr(module, name, usual) != usual for name, usual in _LAYOUT.items()):
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_TH, expert_TK, weight_TK)
     expert_S, pair_S = expert_TK.flatten().sort(stable=True)
     expert_E = torch.arange(module.num_experts, device=expert_S.device)
     end_E = torch.searchsorted(expert_S, expert_E, right=True)  # one past each expert's rows

@@ -21,15 +21,22 @@ class Policy(nn.Module):
     it whole. `hidden_at` and `logits` are the two halves, for the decoder.
     """
 
-    def __init__(self, model: PreTrainedModel, attn_implementation: str = "auto", source_dir: Path | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        attn_implementation: str = "auto",
+        source_dir: Path | None = None,
+        family: Family | None = None,
+    ):
         super().__init__()
         self.model = model
-        self.family: Family = FAMILIES.of(model.config)
+        self.family: Family = FAMILIES.of(model.config) if family is None else family
         self.source_dir = source_dir  # where `saving` finds the files to carry along
         self.attn_implementation = attn_implementation
         self.entropy_temperature = 1.0  # TokenScores.entropy_N is that of softmax(logits / this)
         self.ranges = NO_RANGES  # each target is scored among the ids of its own range; saved with the model
         VocabularyHead.adopt(self._causal_lm.lm_head, getattr(self.config, "final_logit_softcapping", None))
+        self.logit_scale = self.family.logit_scale
         # whether `hidden_at` can leave the rest of the last layer out
         self.ends_at_targets = self.family.last_layer_at_targets and last_layer.adopt(self._causal_lm.model.layers[-1])
 
@@ -86,7 +93,11 @@ class Policy(nn.Module):
             **conditioned,
         )
         hidden_NH = hidden_MH if row_N is None else hidden_MH.index_select(0, row_N)
-        return self._causal_lm.lm_head(hidden_NH, batch.target_ids_N, self.entropy_temperature, self.ranges)
+        return self.scores_of(hidden_NH, batch.target_ids_N)
+
+    def scores_of(self, hidden_NH: torch.Tensor, target_ids_N: torch.Tensor) -> TokenScores:
+        """The scores of targets, from the hidden states that predict them."""
+        return self._causal_lm.lm_head(self._scaled(hidden_NH), target_ids_N, self.entropy_temperature, self.ranges)
 
     @torch.no_grad()
     def _first_prediction(self, batch: ViewBatch, plan: PlanByLayer) -> torch.Tensor:
@@ -182,4 +193,8 @@ class Policy(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., V], in the model's precision."""
-        return self._causal_lm.lm_head(hidden)
+        return self._causal_lm.lm_head(self._scaled(hidden))
+
+    def _scaled(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scaled hidden states are scaled logits."""
+        return hidden if self.logit_scale == 1 else hidden * self.logit_scale

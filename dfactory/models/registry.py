@@ -83,6 +83,36 @@ def _check_tokenizer(model_dir: Path) -> None:
                 )
 
 
+def refuse_foreign_tokenizer(model_dir: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raise ConfigError for a tokenizer that is another model's: it has ids beyond the model's vocabulary, or the ids that
+    the model's family reserves are text in it, or it names another mask."""
+    if tokenizer is None:
+        return
+    file, keys = _read_keys(whole_model_dir(model_dir))
+    family, _ = FAMILIES.claiming(file, keys)
+    size, last = read_config(model_dir).vocab_size, max(tokenizer.get_vocab().values(), default=0)
+    foreign = f"the tokenizer in {model_dir} is another model's"
+    if last >= size:
+        raise ConfigError(
+            f"{foreign}, or the embeddings were not resized for it: its ids go up to {last}, and {file} states a "
+            f"vocabulary of {size}; put the model's own tokenizer there"
+        )
+    known = family.special_tokens(keys)
+    if None not in (known.mask, tokenizer.mask_token_id) and known.mask != tokenizer.mask_token_id:
+        raise ConfigError(
+            f"{foreign}: its mask {tokenizer.mask_token!r} is {tokenizer.mask_token_id}, and that of the family "
+            f"{family.name} {known.mask}; put the model's own tokenizer there"
+        )
+    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    for name, index in known._asdict().items():
+        token = None if index is None else tokenizer.convert_ids_to_tokens(index)
+        if token is not None and index not in special:
+            raise ConfigError(
+                f"{foreign}: {index}, the {name} of the family {family.name}, is the text {token!r} in it; put the model's "
+                "own tokenizer there"
+            )
+
+
 def trained_block_size(model_dir: Path) -> int | None:
     """The block size that a checkpoint of ours was trained with (see `saving`), or that its config.json states, or its
     family's; None: whole documents."""

@@ -17,7 +17,7 @@ where routing is uneven it gets more.
 import dataclasses
 import enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -116,7 +116,7 @@ def count_parameters(model_dir: Path) -> ParameterCounts:
     ends = {id(end.weight): end.weight.numel() for end in (model.get_input_embeddings(), model.get_output_embeddings())}
     experts = {name: p for name, p in model.named_parameters() if ".experts." in name}  # [E, ...] each
     routed = sum(p.numel() for p in experts.values())
-    chosen = sum(p.numel() // len(p) * config.num_experts_per_tok for p in experts.values())
+    chosen = sum(p.numel() // len(p) * expert_sizes(config).chosen for p in experts.values())
     largest_block, block_experts = _largest_block(model, FAMILIES.of(config).moe_blocks)
     return ParameterCounts(
         total=total,
@@ -235,6 +235,30 @@ def head_size(config: PreTrainedConfig) -> int:
     return config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
 
 
+def key_heads(config: PreTrainedConfig) -> int:
+    """Key (and value) heads; where a config has no such number, as many as query heads."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+class ExpertSizes(NamedTuple):
+    """Of a layer with routed experts: how many there are, how many a token takes, and the width of one."""
+
+    experts: int
+    chosen: int
+    inner: int
+
+
+def expert_sizes(config: PreTrainedConfig) -> ExpertSizes:
+    """By the names of transformers' configurations: some call all experts num_experts, and some give theirs no width of
+    its own."""
+    named = {
+        name: getattr(config, name, None) for name in ("num_local_experts", "num_experts", "moe_intermediate_size")
+    }
+    experts = named["num_local_experts"] or named["num_experts"] or 0
+    chosen = getattr(config, "num_experts_per_tok", None) or 0
+    return ExpertSizes(experts, chosen, named["moe_intermediate_size"] or config.intermediate_size)
+
+
 def layer_activations(config: PreTrainedConfig, dtype: str) -> tuple[int, str]:
     """Bytes that autograd keeps for one row position in one decoder layer (its largest kind), and the formula."""
     b = _bytes(dtype)
@@ -244,14 +268,14 @@ def layer_activations(config: PreTrainedConfig, dtype: str) -> tuple[int, str]:
     if half and FAMILIES.of(config).moe_blocks:
         per_h += 4  # so does the router
     head = head_size(config)
-    sizes = (config.hidden_size, config.num_attention_heads * head, config.num_key_value_heads * head)
+    sizes = (config.hidden_size, config.num_attention_heads * head, key_heads(config) * head)
     attention = sum(per * size for per, size in zip((per_h, per_a, per_c), sizes, strict=True))
     formula = f"{per_h} H + {per_a} A + {per_c} C"
     if not FAMILIES.of(config).moe_blocks:
         return attention + 4 * b * config.intermediate_size, f"{formula} + {4 * b} D"
-    experts, chosen, inner = config.num_local_experts, config.num_experts_per_tok, config.moe_intermediate_size
+    experts, chosen, inner = expert_sizes(config)
     # n_shared_experts is a name of the Glm4Moe configuration; other families have none.
-    shared = config.to_dict().get("n_shared_experts", 0) * inner
+    shared = (config.to_dict().get("n_shared_experts") or 0) * inner
     routed = chosen * (2 * b * config.hidden_size + 4 * b * inner + 56)
     formula += f" + k ({2 * b} H + {4 * b} I + 56) + {4 * b} I_shared + 5 E"
     return attention + routed + 4 * b * shared + 5 * experts, formula

@@ -7,7 +7,7 @@ from dfactory.commands.checking.model import Model
 from dfactory.commands.checking.page import Page, in_bytes
 from dfactory.engine.trainer import deepspeed_config
 from dfactory.planning.fit import FITS, at_stage, remedy_of
-from dfactory.planning.memory import MemoryForecast, Setup, forecast, head_size, setup_of
+from dfactory.planning.memory import MemoryForecast, Setup, expert_sizes, forecast, head_size, key_heads, setup_of
 from dfactory.recipe import Recipe
 
 
@@ -66,17 +66,14 @@ def _letters(recipe: Recipe, model: Model, ranks: int) -> str:
         "t positions": setup.rows * setup.row_length,
         "H hidden": sizes.hidden_size,
         "A query heads": head * sizes.num_attention_heads,
-        "C key heads": head * sizes.num_key_value_heads,
+        "C key heads": head * key_heads(sizes),
         "V vocabulary": sizes.vocab_size,
     }
     if setup.expert_parallel_size > 1:
         letters |= {"X routed experts": model.counts.experts, "m sharing a layer": setup.expert_parallel_size}
     if model.counts.experts:
-        letters |= {
-            "I expert": sizes.moe_intermediate_size,
-            "k chosen": sizes.num_experts_per_tok,
-            "E experts": sizes.num_local_experts,
-        }
+        experts = expert_sizes(sizes)
+        letters |= {"I expert": experts.inner, "k chosen": experts.chosen, "E experts": experts.experts}
     else:
         letters["D feed-forward"] = sizes.intermediate_size
     return ", ".join(f"{name} {value:,}" for name, value in letters.items())

@@ -22,6 +22,7 @@ from dfactory.models.registry import (
     meta_model,
     read_config,
     read_tokenizer,
+    refuse_foreign_tokenizer,
     trained_block_size,
 )
 from dfactory.planning.memory import ParameterCounts, count_adapters, count_parameters
@@ -47,6 +48,8 @@ def tell_model(page: Page, recipe: Recipe) -> Model:
     adapters = count_adapters(path, recipe.lora_r, tuple(recipe.lora_target_modules)) if recipe.use_peft else None
     model = Model(path, config, counts, counts.total if adapters is None else adapters)
     page.line("directory", f"{path}, model_type {config.model_type}")
+    for finding in FAMILIES.of(config).checked:
+        page.line("self-check", finding)
     page.line(
         "parameters",
         f"{in_short(counts.total)}, of which {in_short(counts.active)} active for a token: "
@@ -83,6 +86,7 @@ def tell_weights(page: Page, model: Model) -> None:
 
 def tell_tokens(page: Page, recipe: Recipe, model: Model) -> SpecialIds:
     tokenizer = read_tokenizer(model.path)
+    refuse_foreign_tokenizer(model.path, tokenizer)
     template = read_chat_template(recipe.chat_template_path)
     if tokenizer is None:
         page.line("tokenizer", "none in the directory: records have to come tokenised (input_ids, prompt_lengths)")

@@ -12,7 +12,7 @@ import dataclasses
 import enum
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -111,6 +111,7 @@ class Family:
     )  # name -> [start, stop]: ids of other modalities; see dfactory/ranges.py
     moe_blocks: tuple[str, ...] = ()  # module classes that ZeRO-3 gathers whole, because routing picks their children
     autoep: Mapping[str, Any] | None = None  # what DeepSpeed's AutoEP has to know of them; names as in transformers
+    logit_scale: float = 1.0  # by what the class multiplies the head's logits
     last_layer_at_targets: bool = True  # whether it may run where it is scored alone; see last_layer.py
     saved_keys: Callable[[dict[str, Any]], dict[str, Any]] = (
         _as_they_are  # config.json of the source -> of what is saved
@@ -120,6 +121,7 @@ class Family:
     save_as_read: Callable[[PreTrainedModel, Collection[str]], None] | None = None
     """Where a checkpoint may have several layouts: makes a model save in that of the tensor names that were read."""
     warnings: Callable[[PreTrainedConfig], list[str]] = lambda config: []  # what `check` has to say of a config
+    checked: tuple[str, ...] = ()  # of a family that no file declares: what a self-check compared, with the numbers
 
     def __post_init__(self):
         full = self.attention is Attention.FULL
@@ -160,7 +162,20 @@ class Family:
         return SpecialTokens(**{name: id for name, id in stated.items() if isinstance(id, int) and 0 <= id < size})
 
 
+class Others(Protocol):
+    """Where families come from that no file declares."""
+
+    def claim(self, file: Path, keys: Mapping[str, Any]) -> tuple[Family, Variant] | None:
+        """Whose checkpoint has this config.json, or None. Raises CheckpointError for one that is known and refused."""
+
+    def of(self, config: PreTrainedConfig) -> Family: ...
+
+    def variant_of(self, config: PreTrainedConfig) -> Variant: ...
+
+
 class _Families(Table[Family]):
+    others: Others  # set by the file that has them
+
     def add(self, entry: Family) -> Family:
         for variant in entry.variants:
             variant.register()
@@ -168,10 +183,12 @@ class _Families(Table[Family]):
 
     def of(self, config: PreTrainedConfig) -> Family:
         """Whose config this is, that `registry.read_config` has read."""
-        return next(family for family in self for v in family.variants if v.config_class is type(config))
+        declared = (family for family in self for v in family.variants if v.config_class is type(config))
+        return next(declared, None) or self.others.of(config)
 
     def variant_of(self, config: PreTrainedConfig) -> Variant:
-        return next(v for v in self.of(config).variants if v.config_class is type(config))
+        declared = (v for family in self for v in family.variants if v.config_class is type(config))
+        return next(declared, None) or self.others.variant_of(config)
 
     @property
     def model_types(self) -> list[str]:
@@ -181,10 +198,12 @@ class _Families(Table[Family]):
         """Whose checkpoint has this config.json. Raises ConfigError for nobody's."""
         model_type, architectures = keys.get("model_type"), keys.get("architectures") or []
         named = [(f, v) for f in self for v in f.variants if v.model_type == model_type]
+        if not named and (other := self.others.claim(file, keys)) is not None:
+            return other
         if not named:
             raise ConfigError(
-                f"model_type {model_type!r} in {file} is not a known family: {', '.join(self.model_types)}; "
-                "a new one is a file in dfactory/models/families/"
+                f"model_type {model_type!r} in {file} is not a known family: {', '.join(self.model_types)}; nor is it a "
+                "decoder of transformers; a new one is a file in dfactory/models/families/"
             )
         for family, variant in named:
             if variant.claims(architectures):
