@@ -1,13 +1,14 @@
 """What holds for every model, whatever its family: one test each over the whole table (tests/families/models.py)."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
 
 from dfactory.algorithms.elbo import elbo
 from dfactory.algorithms.trace import all_steps
-from dfactory.assembly import make_objective, make_views, read_inputs
+from dfactory.assembly import make_objective, make_source, make_views, read_inputs
 from dfactory.decoding import DecodeKeys, DecodeRules, decode
 from dfactory.models.families.base import Noise
 from dfactory.noise import state_before
@@ -18,14 +19,16 @@ from dfactory.rl.rollouts import ScoredRollout
 from dfactory.rl.rows import RolloutRows
 from dfactory.rl.source import recorded
 from dfactory.types import Rollout, TokenScores, ViewBatch
+from tests.engine.conftest import read_metrics
+from tests.engine.test_equality import ZERO, scheduled_rates
 from tests.families.models import MODELS, Model, families_without_a_model, pairs
-from tests.reference import PlainModel, batch_scores, dpo_loss, plain_model, sft_loss
+from tests.reference import PlainModel, batch_scores, dpo_loss, plain_model, reference_losses, sft_loss
 
 MASKED_MODELS = [model for model in MODELS if model.family.noise is Noise.MASK]
 ALL = pytest.mark.parametrize("model", MODELS, ids=str)
 MASKED = pytest.mark.parametrize("model", MASKED_MODELS, ids=str)
 DECODED = pytest.mark.parametrize(
-    "model", [m for m in MASKED_MODELS if m.block_size is None or not m.policy.logit_shift], ids=str
+    "model", [m for m in MASKED_MODELS if m.block_size is None or not m.family.logit_shift], ids=str
 )
 SHARING = pytest.mark.parametrize("model", [m for m in MASKED_MODELS if m.block_size is not None], ids=str)
 CLOSE = {"atol": 5e-5, "rtol": 0}  # what float32 leaves of these logits, whose size is about 10
@@ -215,3 +218,42 @@ def test_a_step_on_rollouts(model):
         ratio_T = (logprob_T - logprob_T.detach()).exp()
         expected = expected - advantage * ratio_T.sum() / len(one.output_ids) / len(rollouts)
     assert_same_step(found, expected, model, plain)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, run_jobs) -> Path:
+    """20 steps of each model on two ranks, with ZeRO 0 and 3, and the first of these again from its 18th step on. One launch
+    does all of them."""
+    folder, jobs = tmp_path_factory.mktemp("trained"), []
+    for model in MASKED_MODELS:
+        file = model.recipe_file(folder)
+        split = ["per_device_train_batch_size=1", "save_steps=18"]
+        again = [f"resume_from_checkpoint={folder}/{model}-0/checkpoint-18", f"output_dir={folder}/{model}-again"]
+        jobs += [(file, [*split, ZERO[stage], f"output_dir={folder}/{model}-{stage}"]) for stage in (0, 3)]
+        jobs.append((file, [*split, ZERO[0], *again]))
+    run_jobs(2, jobs)
+    return folder
+
+
+@pytest.mark.slow
+@MASKED
+def test_losses_of_twenty_steps_equal_plain_torch(model, trained):
+    """With ZeRO 0 and 3, on two ranks."""
+    recipe = model.recipe(trained)
+    source = make_source(recipe, read_inputs(recipe), rank=0, world_size=1)
+    windows = [source.next_window() for _ in range(recipe.max_steps)]
+    options = {"weight_decay": recipe.weight_decay, "model": plain_model(model.directory)}
+    expected = torch.tensor(reference_losses(model.directory, windows, scheduled_rates(recipe), **options))
+    for stage in (0, 3):
+        found = torch.tensor(read_metrics(trained / f"{model}-{stage}"))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@MASKED
+def test_a_resumed_run_ends_bitwise_alike(model, trained):
+    whole, resumed = (trained / f"{model}-{run}" / "checkpoint-20/model.safetensors" for run in ("0", "again"))
+    assert whole.read_bytes() == resumed.read_bytes()
