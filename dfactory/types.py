@@ -370,10 +370,12 @@ class Rollout:
 
     @property
     def step_in_block(self) -> np.ndarray:
-        """`commit_step` counted from the first forward of each token's block; int64, as long as `token_ids`."""
+        """`commit_step` counted from the first forward of each token's block; UNDECODED for a mask that is left. int64."""
         prompt = len(self.prompt_ids) - self.block_origin
         block = (prompt + np.arange(len(self.token_ids))) // self.block_size - prompt // self.block_size
-        return np.array(self.commit_step) - (np.cumsum(self.block_forwards) - self.block_forwards)[block]
+        steps = np.array(self.commit_step)
+        relative = steps - (np.cumsum(self.block_forwards) - self.block_forwards)[block]
+        return np.where(steps == NEVER, UNDECODED, relative)
 
     @property
     def step_in_document(self) -> np.ndarray:

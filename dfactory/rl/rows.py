@@ -98,15 +98,16 @@ def by_rollout(batches: Sequence[ViewBatch], value_N: Sequence[torch.Tensor], co
 
 
 def rollout_document(scored: ScoredRollout, block_size: int) -> AlignedDocument:
-    """Prompt and response to the end of the last decoded block, which is whole; all of the response is trainable.
-    After the answer is fill, whatever the decoder put there. With WHOLE blocks the rest of the canvas follows as masks,
-    because every forward saw it."""
+    """Prompt and response to the end of the last decoded block, which is whole; all tokens of the response are trainable,
+    masks that are left are not. After the answer is fill, whatever the decoder put there. With WHOLE blocks the rest of the
+    canvas follows as masks, because every forward saw it."""
     rollout = scored.rollout
-    prompt, stop = len(rollout.prompt_ids), len(rollout.prompt_ids) + len(rollout.token_ids)
+    prompt = len(rollout.prompt_ids)
     ids = np.array([*rollout.prompt_ids, *rollout.token_ids, *rollout.masks_left], np.int32)
     steps = np.full(len(ids), UNDECODED, np.int16)
     steps[:prompt] = -1
-    steps[prompt:stop] = rollout.step_in_document if block_size == WHOLE else rollout.step_in_block
-    place = np.arange(len(ids))
-    trainable, size = (prompt <= place) & (place < stop), int(block_of(len(ids), block_size, block_size))
+    response = rollout.step_in_document if block_size == WHOLE else rollout.step_in_block
+    steps[prompt : prompt + len(response)] = response
+    trainable = (np.arange(len(ids)) >= prompt) & (steps != UNDECODED)
+    size = int(block_of(len(ids), block_size, block_size))
     return AlignedDocument(scored.group, ids, trainable, size, steps, prompt + len(rollout.output_ids))

@@ -17,7 +17,7 @@ from dfactory.noise import every_transition, state_before
 from dfactory.rl.rollouts import ScoredRollout
 from dfactory.rl.rows import RolloutRows, rollout_document
 from dfactory.rl.source import recorded
-from dfactory.types import UNDECODED, WHOLE, Answer, FinishReason, Rollout
+from dfactory.types import NEVER, UNDECODED, WHOLE, Answer, FinishReason, Rollout
 from tests.families.cases import FAMILIES_WITH_GOLDENS, golden, policy_of
 
 MASK, EOS = 99, 98
@@ -62,6 +62,19 @@ def test_its_transitions_by_hand():
     assert (first.t_P[0], second.t_P[0]) == (1.0, 0.5)  # of the response's two tokens
     (both,) = every_transition(document, 2, MASK)
     assert np.flatnonzero(both.target_P).tolist() == [3, 4]
+
+
+def test_a_mask_that_is_left_is_no_target():
+    """As where decoding ends at EOS before its block is full."""
+    early = dataclasses.replace(STOPPED, token_ids=[EOS, MASK], commit_step=[3, NEVER], first_commit_step=[3, NEVER])
+    document = rollout_document(ScoredRollout(7, 0, early, 1.0, 1.0), WHOLE)
+    assert np.flatnonzero(document.trainable_T).tolist() == [3]
+    (view,) = every_transition(document, 1, MASK)
+    assert np.flatnonzero(view.target_P).tolist() == [3]
+    blockwise = dataclasses.replace(early, block_origin=0, block_size=5, masks_left=())
+    document = rollout_document(ScoredRollout(7, 0, blockwise, 1.0, 1.0), 5)
+    assert np.flatnonzero(document.trainable_T).tolist() == [3]
+    assert document.commit_step_T.tolist() == [-1, -1, -1, 3, UNDECODED]
 
 
 def canvas_rollouts(name: str, **keys) -> list[Rollout]:
