@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dfactory.decoding.response import Outcome, Response
-from dfactory.decoding.rules.base import Forward, Proposal
+from dfactory.decoding.rules.base import CHANCE, Forward, Proposal
 
 LOGITS_BYTES = 128 * 2**20  # float32 logits of one chunk of open positions
 PROPOSAL_TYPES = (torch.long, torch.float, torch.long, torch.float)
@@ -31,8 +31,9 @@ class Head(Protocol):
 def decide(
     policy: Head, responses: Sequence[Response], hidden_NH: torch.Tensor, open_RB: np.ndarray
 ) -> list[tuple[Response, Outcome]]:
-    """What becomes of the block of each response, given hidden states of its open positions, row by row. Responses whose
-    rules decide alike are decided together, and come one after another."""
+    """What becomes of the block of each response, given hidden states of its open positions, row by row: [N, H], or
+    [N, 2, H] with those of a forward without the prompt. Responses whose rules decide alike are decided together, and come
+    one after another."""
     alike = defaultdict(list)
     for row, response in enumerate(responses):
         alike[response.rules.deciding].append(row)
@@ -55,6 +56,8 @@ def _decide_alike(
         column.name: _spread(numbers, open_RB, torch.float)
         for column, numbers in zip(rules.columns, read[4:], strict=True)
     }
+    if rules.reads_chance:
+        columns[CHANCE.name] = torch.from_numpy(np.stack([response.chance_B() for response in responses]))
     decision = rules.decide(
         Forward(
             proposal_RB=proposal_RB,
@@ -89,7 +92,7 @@ def _remembered(responses: Sequence[Response], block_size: int) -> dict[str, tor
 def _read(policy: Head, responses: Sequence[Response], hidden_NH: torch.Tensor, open_RB: torch.Tensor) -> torch.Tensor:
     """Proposals and columns of N positions: float64 [4 + columns, N] on the host, the one transfer."""
     rules, device = responses[0].rules, hidden_NH.device
-    uniform_N, last_NV = None, None
+    uniform_N, last_NV, early_N = None, None, None
     if not rules.distribution.is_greedy:
         uniform_N = torch.from_numpy(np.stack([response.uniform_B() for response in responses]))[open_RB]
     if rules.compares:
@@ -97,18 +100,23 @@ def _read(policy: Head, responses: Sequence[Response], hidden_NH: torch.Tensor, 
     group_N = None
     if rules.ranges:
         group_N = torch.from_numpy(np.stack([response.group_B for response in responses]))[open_RB]
+    early_RB = np.stack([response.early_B for response in responses])
+    if early_RB.any():
+        early_N = torch.from_numpy(early_RB)[open_RB]
     rows = max(1, LOGITS_BYTES // (4 * policy.config.vocab_size))
     parts, logprobs = [], []
     for start in range(0, len(hidden_NH), rows):
         part = slice(start, start + rows)
-        uniform, last, group = (
-            None if of_N is None else of_N[part].to(device) for of_N in (uniform_N, last_NV, group_N)
+        uniform, last, early, group = (
+            None if of_N is None else of_N[part].to(device) for of_N in (uniform_N, last_NV, early_N, group_N)
         )
         logits_NV = policy.logits(hidden_NH[part])
+        if logits_NV.dim() == 3:
+            logits_NV = rules.distribution.guided(logits_NV)
         if group is not None:
             others = rules.ranges.others(group, slice(0, logits_NV.shape[-1]))
             logits_NV = logits_NV.masked_fill(others, -torch.inf)
-        numbers, logprob_NV = rules.distribution.read(logits_NV, uniform, rules.columns, last)
+        numbers, logprob_NV = rules.distribution.read(logits_NV, uniform, rules.columns, last, early)
         parts.append(torch.stack([of_N.double() for of_N in numbers]))
         logprobs.append(logprob_NV)
     if rules.compares:

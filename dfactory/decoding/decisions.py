@@ -12,13 +12,14 @@ Letters: R responses that are decoded together, B block size.
 """
 
 import dataclasses
+import functools
 from collections.abc import Collection
 
 import torch
 
 from dfactory.decoding.distribution import Distribution
 from dfactory.decoding.keys import DecodeKeys, decode_problem, refuse_foreign_keys, rule_of
-from dfactory.decoding.rules.base import CONFIDENCE, Column, Decision, DecodingRule, Forward, Proposal
+from dfactory.decoding.rules.base import CHANCE, CONFIDENCE, Column, Decision, DecodingRule, Forward, Proposal
 from dfactory.errors import ConfigError
 from dfactory.ranges import NO_RANGES, TokenRanges
 
@@ -35,18 +36,38 @@ class Acceptance:
 
     eos_penalty 0.6, num_steps 4    step    0    1    2    3    no mask left
                                     factor  0.4  0.6  0.8  1    1
+
+    `deferred_ids` (LLaDA's confidence_eos_eot_inf): where that token is one of them, confidence is 0, so that the position
+    comes last; elsewhere it is the probability among the other tokens.
     """
 
     by: str = "sampled"
     eos_penalty: float = 0.0
     eos_token_id: int = -1
     num_steps: int = 1
+    deferred_ids: tuple[int, ...] = ()
 
-    def confidence(self, proposal_RB: Proposal, masked_RB: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
+    def confidence(
+        self,
+        proposal_RB: Proposal,
+        masked_RB: torch.Tensor,
+        step_R: torch.Tensor,
+        deferred_RB: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Of committing, float32 [R, B]. `step_R`: forwards that the block of each row has taken with masks, before this
-        one."""
+        one. `deferred_RB`: the probability of `deferred_ids` together, where there are any."""
         logprob_RB = proposal_RB.logprob if self.by == "sampled" else proposal_RB.top_logprob
-        return self._early(self.compared(proposal_RB), logprob_RB, masked_RB, step_R)
+        compared_RB = self.compared(proposal_RB)
+        confidence_RB = self._early(compared_RB, logprob_RB, masked_RB, step_R)
+        if deferred_RB is None:
+            return confidence_RB
+        is_deferred_RB = torch.isin(compared_RB, torch.tensor(self.deferred_ids))
+        return torch.where(is_deferred_RB, 0.0, confidence_RB / (1 - deferred_RB))
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """What it reads of the distribution beside the proposal."""
+        return (_deferred(self.deferred_ids),) if self.deferred_ids else ()
 
     def edit_confidence(self, proposal_RB: Proposal, masked_RB: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
         """Of editing, float32 [R, B]."""
@@ -63,6 +84,18 @@ class Acceptance:
         progress_R = torch.where(masked_RB.any(dim=-1), step_R / max(self.num_steps - 1, 1), 1.0)
         factor_R1 = (1 - self.eos_penalty * (1 - progress_R))[:, None]
         return logprob_RB.exp() * torch.where(token_RB == self.eos_token_id, factor_R1, 1.0)
+
+
+DEFERRED = "deferred"
+
+
+@functools.cache
+def _deferred(token_ids: tuple[int, ...]) -> Column:
+    return Column(
+        DEFERRED,
+        "probability of the tokens that come last",
+        lambda logprob_NV: logprob_NV[:, token_ids].exp().sum(dim=-1),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +135,14 @@ class DecodeRules:
     ranges: TokenRanges = NO_RANGES  # of the model; no token of one comes out where a position holds another, or text
     answer_groups: tuple[int, ...] = ()  # the range of each position of an answer, as `ranges` numbers them; then text
     canvas: bool = False  # full attention: blocks are counted from the end of the prompt, and later ones are in sight
+    stop_token_ids: tuple[int, ...] = ()  # end a response as EOS does
+    min_new_tokens: int = 0  # no token that ends a response comes out before so many
 
     def decide(self, forward: Forward) -> Decision:
         """What becomes of the blocks, nothing in the decision left out; `forward` comes without the confidence."""
-        confidence_RB = self.acceptance.confidence(forward.proposal_RB, forward.masked_RB, forward.step_R)
+        confidence_RB = self.acceptance.confidence(
+            forward.proposal_RB, forward.masked_RB, forward.step_R, forward.columns.get(DEFERRED)
+        )
         forward = dataclasses.replace(forward, columns={**forward.columns, CONFIDENCE.name: confidence_RB})
         made = self.rule.decide(forward)
         nowhere_RB = torch.zeros_like(forward.masked_RB)
@@ -139,7 +176,16 @@ class DecodeRules:
     @property
     def columns(self) -> tuple[Column, ...]:
         """The columns that the decoder computes for each open position besides the proposal, on the device."""
-        return tuple(column for column in self.rule.reads if column.of is not None)
+        return *(column for column in self.rule.reads if column.of is not None), *self.acceptance.columns
+
+    @property
+    def reads_chance(self) -> bool:
+        return CHANCE in self.rule.reads
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a response."""
+        return self.eos_token_id, *self.stop_token_ids
 
     @property
     def compares(self) -> bool:
@@ -169,7 +215,7 @@ class DecodeRules:
     ) -> "DecodeRules":
         """The rules that the `decode` keys state; the tokenizer's ids fill in where the keys hold null.
 
-        `special_ids` are never emitted unless they are EOS or `suppress_special` is false; the mask is one of them
+        `special_ids` are never emitted unless they end a response or `suppress_special` is false; the mask is one of them
         without being named. Leave out the special tokens that responses are trained to hold, as the one that ends a
         turn. Raises ConfigError without a block size, where neither keys nor caller know the mask or EOS, and for keys
         that make no sense together.
@@ -187,7 +233,15 @@ class DecodeRules:
                 raise ConfigError(f"decode.{name} is null and no tokenizer tells it: set decode.{name}")
         if mask == eos:
             raise ConfigError(f"decode.mask_token_id and decode.eos_token_id are both {mask}: they must differ")
-        suppressed = sorted({*special_ids, mask} - {eos} - ranges.ids) if keys.suppress_special else []
+        if mask in keys.stop_token_ids:
+            raise ConfigError(f"decode.stop_token_ids holds the mask {mask}: a response ends at a token; leave it out")
+        if keys.cfg_scale and not canvas:
+            raise ConfigError(
+                f"decode.cfg_scale {keys.cfg_scale:g} and a model that decodes over a cache: guidance needs full attention; "
+                "set it to 0"
+            )
+        ends = (eos, *keys.stop_token_ids)
+        suppressed = sorted({*special_ids, mask} - {*ends} - ranges.ids) if keys.suppress_special else []
         editing = None
         if keys.editing_threshold is not None:
             editing = Editing(keys.editing_threshold, keys.max_post_steps)
@@ -198,8 +252,10 @@ class DecodeRules:
             max_new_tokens=keys.max_new_tokens,
             mask_token_id=mask,
             eos_token_id=eos,
-            distribution=Distribution(keys.temperature, keys.top_k, keys.top_p, tuple(suppressed)),
-            acceptance=Acceptance(keys.acceptance, keys.eos_penalty, eos, num_steps),
+            distribution=Distribution(
+                keys.temperature, keys.top_k, keys.top_p, tuple(suppressed), ends, keys.cfg_scale
+            ),
+            acceptance=Acceptance(keys.acceptance, keys.eos_penalty, eos, num_steps, ends if keys.defer_eos else ()),
             rule=rule,
             editing=editing,
             batch_size=keys.batch_size,
@@ -208,4 +264,6 @@ class DecodeRules:
             ranges=ranges,
             answer_groups=ranges.layout(keys.answer_ranges, keys.max_new_tokens),
             canvas=canvas,
+            stop_token_ids=tuple(keys.stop_token_ids),
+            min_new_tokens=keys.min_new_tokens,
         )

@@ -79,7 +79,8 @@ def decode(
 
 def check_prompts(prompt_ids: Sequence[Sequence[int]], rules: DecodeRules, vocabulary: int) -> None:
     """Raises DataError for a prompt that cannot be decoded, ConfigError for a mask or EOS outside the vocabulary."""
-    for name, token in (("mask_token_id", rules.mask_token_id), ("eos_token_id", rules.eos_token_id)):
+    stops = [("stop_token_ids", token) for token in rules.stop_token_ids]
+    for name, token in (("mask_token_id", rules.mask_token_id), ("eos_token_id", rules.eos_token_id), *stops):
         if not 0 <= token < vocabulary:
             raise ConfigError(f"{name} {token} is outside the model's vocabulary of {vocabulary}")
     for index, prompt in enumerate(prompt_ids):

@@ -1,8 +1,8 @@
 """The processed distribution of each position, and what is drawn from it (docs/method.md#decoding).
 
-Confidence, sample and recorded log-probability come from one distribution, the processed one: special tokens suppressed,
-then temperature, top-k and top-p. At temperature 0 the token is the most probable one and the distribution is the
-plain softmax, without top-k and top-p.
+Confidence, sample and recorded log-probability come from one distribution, the processed one: logits guided away from
+those without the prompt, special tokens suppressed, then temperature, top-k and top-p. At temperature 0 the token is the
+most probable one and the distribution is the plain softmax, without top-k and top-p.
 
 Letters: N scored positions, V vocabulary.
 """
@@ -16,6 +16,8 @@ import torch
 
 from dfactory.decoding.rules.base import Column, Proposal
 
+DRAWS, CHANCES = 0, 1  # streams of random numbers: which token is drawn, and what a rule leaves to chance
+
 
 @dataclasses.dataclass(frozen=True)
 class Distribution:
@@ -25,10 +27,19 @@ class Distribution:
     top_k: int | None = None
     top_p: float | None = None
     suppressed_ids: tuple[int, ...] = ()
+    end_ids: tuple[int, ...] = ()  # those that cannot come out early in a response
+    cfg_scale: float = 0.0  # classifier-free guidance
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
+
+    def guided(self, logits_N2V: torch.Tensor) -> torch.Tensor:
+        """[N, V] from logits with the prompt and without it: what the prompt adds counts 1 + cfg_scale times."""
+        logits_NV, without_NV = logits_N2V.unbind(dim=1)
+        if self.cfg_scale == 0:
+            return logits_NV
+        return without_NV + (self.cfg_scale + 1) * (logits_NV - without_NV)
 
     def propose(self, logits_NV: torch.Tensor, uniform_N: torch.Tensor | None = None) -> Proposal:
         """Draw a token for every position. `uniform_N`: float64 in [0, 1), not needed when greedy."""
@@ -40,11 +51,12 @@ class Distribution:
         uniform_N: torch.Tensor | None = None,
         columns: Sequence[Column] = (),
         last_NV: torch.Tensor | None = None,
+        early_N: torch.Tensor | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """The fields of the proposal followed by the columns, and the log-probabilities [N, V] that the columns are made of.
-        `last_NV` are those of the last forward, for columns that compare. A column costs a pass over the vocabulary, so
-        without columns there are no log-probabilities."""
-        logits_NV = self._processed(logits_NV)
+        `last_NV` are those of the last forward, for columns that compare; `early_N` says where `end_ids` cannot come out. A
+        column costs a pass over the vocabulary, so without columns there are no log-probabilities."""
+        logits_NV = self._processed(logits_NV, early_N)
         proposal = self._proposed(logits_NV, uniform_N)
         if not columns:
             return list(proposal), None
@@ -63,12 +75,13 @@ class Distribution:
         top_logprob_N, top_token_N = logprob_NV.max(dim=-1)
         return Proposal(token_N, logprob_NV.gather(-1, token_N[:, None])[:, 0], top_token_N, top_logprob_N)
 
-    def _processed(self, logits_NV: torch.Tensor) -> torch.Tensor:
+    def _processed(self, logits_NV: torch.Tensor, early_N: torch.Tensor | None = None) -> torch.Tensor:
         """float32 logits of the processed distribution: -inf where a token cannot come out."""
         logits_NV = logits_NV.float()
         if self.suppressed_ids:
-            ids = torch.tensor(self.suppressed_ids, device=logits_NV.device)
-            logits_NV = logits_NV.index_fill(-1, ids, -math.inf)
+            logits_NV = _without(logits_NV, self.suppressed_ids)
+        if early_N is not None:
+            logits_NV = torch.where(early_N[:, None], _without(logits_NV, self.end_ids), logits_NV)
         if self.is_greedy:
             return logits_NV
         logits_NV = logits_NV / self.temperature
@@ -78,6 +91,10 @@ class Distribution:
         if self.top_p is not None and self.top_p < 1:
             logits_NV = _nucleus(logits_NV, self.top_p)
         return logits_NV
+
+
+def _without(logits_NV: torch.Tensor, token_ids: tuple[int, ...]) -> torch.Tensor:
+    return logits_NV.index_fill(-1, torch.tensor(token_ids, device=logits_NV.device), -math.inf)
 
 
 def _nucleus(logits_NV: torch.Tensor, mass: float) -> torch.Tensor:
@@ -96,10 +113,10 @@ def _draw(logprob_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative_NV, goal_N1, right=True)[:, 0]
 
 
-def uniform_numbers(seed: int, prompt: int, step: int, count: int) -> np.ndarray:
-    """float64 [count] in [0, 1): the noise of one forward of one response, a pure function of (seed, prompt, step).
+def uniform_numbers(seed: int, prompt: int, step: int, count: int, stream: int = DRAWS) -> np.ndarray:
+    """float64 [count] in [0, 1): the noise of one forward of one response, a pure function of (seed, prompt, step, stream).
 
     On a grid of 2^-48, so that in float64 u * total < total always holds.
     """
-    stream = np.random.Philox(key=[seed, prompt], counter=[0, 0, 0, step])
-    return np.random.Generator(stream).integers(0, 2**48, size=count) / 2**48
+    generator = np.random.Philox(key=[seed, prompt], counter=[0, 0, stream, step])
+    return np.random.Generator(generator).integers(0, 2**48, size=count) / 2**48

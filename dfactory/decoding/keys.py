@@ -5,7 +5,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Optional, get_args
+from typing import Any, Optional, get_args, get_origin
 
 from dfactory.config.elsewhere import without_neutral
 from dfactory.config.keys import key
@@ -52,6 +52,26 @@ class DecoderKeys:
         "writes. What is drawn and its log-probability stay as they are; 0.0: off",
         low=0.0,
         high=1.0,
+    )
+    defer_eos: bool = key(
+        False,
+        "commit EOS and stop_token_ids last: confidence 0 where one of them is proposed, elsewhere the probability among "
+        "the other tokens; LLaDA's confidence_eos_eot_inf",
+    )
+    min_new_tokens: int = key(
+        0,
+        "no EOS and none of stop_token_ids at the first so many positions of a response; max_new_tokens: nowhere in it, as "
+        "LLaDA's logits_eos_inf",
+        low=0,
+    )
+    stop_token_ids: list[int] = key(
+        [], "further ids that end a response, such as the end of a turn, where they follow no mask"
+    )
+    cfg_scale: float = key(
+        0.0,
+        "classifier-free guidance: logits + cfg_scale times what the prompt adds to them, for a second forward with the "
+        "prompt masked; full attention only; 0: off",
+        low=0.0,
     )
     editing_threshold: Optional[float] = key(
         None,
@@ -127,12 +147,7 @@ def decode_keys_over(keys: DecodeKeys, values: dict[str, Any], origin: str) -> D
     refuse_unknown_keys(DecodeKeys, values, origin)
     for name, field in known_keys(DecodeKeys).items():
         if name in values:
-            kinds = get_args(field.type) or (field.type,)  # of Optional[int]: int and None
-            kinds += (int,) * (float in kinds)
-            if type(values[name]) not in kinds:
-                raise ConfigError(
-                    f"{name} in {origin}: it must be {kinds[0].__name__}, is {type(values[name]).__name__}"
-                )
+            _check_type(name, field, values[name], origin)
     changed = dataclasses.replace(keys, **values)
     check_values(changed, origin)
     refuse_foreign_keys(changed, dict.fromkeys(values, origin))
@@ -143,6 +158,18 @@ def decode_keys_over(keys: DecodeKeys, values: dict[str, Any], origin: str) -> D
     if problem is not None:
         raise ConfigError(f"{problem.replace('decode.', '')} in {origin}")
     return changed
+
+
+def _check_type(name: str, field: dataclasses.Field, value: Any, origin: str) -> None:
+    if get_origin(field.type) is list:
+        (kind,) = get_args(field.type)
+        if type(value) is not list or any(type(item) is not kind for item in value):
+            raise ConfigError(f"{name} in {origin}: it must be a list of {kind.__name__}, is {value!r}")
+        return
+    kinds = get_args(field.type) or (field.type,)  # of Optional[int]: int and None
+    kinds += (int,) * (float in kinds)
+    if type(value) not in kinds:
+        raise ConfigError(f"{name} in {origin}: it must be {kinds[0].__name__}, is {type(value).__name__}")
 
 
 def valid_keys(keys: DecodeKeys) -> dict[str, Any]:
@@ -161,6 +188,15 @@ def decode_problem(keys: DecodeKeys, block_size: int | None) -> str | None:
     rule = rule_of(keys)
     if (problem := rule.problem(block_size)) is not None:
         return problem
+    if keys.min_new_tokens > keys.max_new_tokens:
+        return (
+            f"decode.min_new_tokens {keys.min_new_tokens} > max_new_tokens {keys.max_new_tokens}: a response has no room "
+            "for so many; lower it"
+        )
+    if keys.defer_eos and CONFIDENCE not in rule.reads:
+        return (
+            f"decode.defer_eos with {rule.selector}, which does not read the confidence that it lowers: set it to false"
+        )
     if keys.eos_penalty == 0:
         return None
     penalty = f"decode.eos_penalty {keys.eos_penalty:g}"
@@ -179,6 +215,8 @@ def trace_problem(keys: DecodeKeys) -> tuple[str, str] | None:
     with acceptance `top`."""
     if keys.editing_threshold is not None:
         return f"decode.editing_threshold {keys.editing_threshold}", "the likelihood of edits is not computed"
+    if keys.cfg_scale:
+        return f"decode.cfg_scale {keys.cfg_scale:g}", "the likelihood of a guided distribution is not computed"
     rule = RULES[keys.rule]
     if rule.revises:
         return rule.selector, "the likelihood of tokens that it takes back is not computed"

@@ -21,12 +21,17 @@ import torch
 
 from dfactory.decoding.cache import Span
 from dfactory.decoding.decisions import DecodeRules
-from dfactory.decoding.distribution import uniform_numbers
+from dfactory.decoding.distribution import CHANCES, uniform_numbers
 from dfactory.types import GIVEN, NEVER, Edit, EmbeddingInputs, FinishReason, Rollout
 
 
 def document_length(prompt_length: int, rules: DecodeRules) -> int:
-    """Tokens of the longest document: prompt and max_new_tokens, rounded up to the block."""
+    """Tokens of the longest document: prompt and max_new_tokens, rounded up to the block except on a canvas, whose last
+    block may be short."""
+    return prompt_length + rules.max_new_tokens if rules.canvas else _whole_blocks(prompt_length, rules)
+
+
+def _whole_blocks(prompt_length: int, rules: DecodeRules) -> int:
     origin = block_origin(prompt_length, rules)
     blocks = -(-(prompt_length - origin + rules.max_new_tokens) // rules.block_size)
     return origin + blocks * rules.block_size
@@ -57,7 +62,8 @@ class Response:
         self.index, self.noise_id, self.slot, self.rules = index, noise_id, slot, rules
         self.start = len(prompt)  # position of the first response token
         self.origin = block_origin(self.start, rules)
-        self.tokens_T = np.full(document_length(self.start, rules), rules.mask_token_id, dtype=np.int64)
+        self.stop = document_length(self.start, rules)  # positions from here on do not exist
+        self.tokens_T = np.full(_whole_blocks(self.start, rules), rules.mask_token_id, dtype=np.int64)
         self.tokens_T[: self.start + len(draft)] = [*prompt, *draft]
         self.first_step_T = np.where(self.tokens_T == rules.mask_token_id, NEVER, GIVEN)
         self.step_T = self.first_step_T.copy()
@@ -84,7 +90,8 @@ class Response:
         self.block = block
         self.block_forwards.append(0)
         self.here = slice(self.origin + block * size, self.origin + (block + 1) * size)
-        self.is_response_B = np.arange(self.here.start, self.here.stop) >= self.start
+        position_B = np.arange(self.here.start, self.here.stop)
+        self.is_response_B = (position_B >= self.start) & (position_B < self.stop)
         self.mask_steps = self.post_steps = 0
         self._forget()
 
@@ -96,6 +103,11 @@ class Response:
         """Decode on by other rules; what the former one remembered is forgotten."""
         self.rules = rules
         self._forget()
+
+    @property
+    def decoded(self) -> slice:
+        """The positions of the response to the end of the block."""
+        return slice(self.start, min(self.here.stop, self.stop))
 
     @property
     def tokens_B(self) -> np.ndarray:
@@ -144,6 +156,15 @@ class Response:
     def uniform_B(self) -> np.ndarray:
         return uniform_numbers(self.rules.seed, self.noise_id, self.forwards, self.rules.block_size)
 
+    def chance_B(self) -> np.ndarray:
+        """What the rule leaves to chance at the next forward."""
+        return uniform_numbers(self.rules.seed, self.noise_id, self.forwards, self.rules.block_size, CHANCES)
+
+    @property
+    def early_B(self) -> np.ndarray:
+        """Where no token may come out that ends the response."""
+        return np.arange(self.here.start, self.here.stop) < self.start + self.rules.min_new_tokens
+
     def apply(self, outcome: Outcome) -> bool:
         """Write what a forward decided, and enter the next block if this one is finished. False: the response is."""
         had_masks = self.masked_B.any()
@@ -169,7 +190,7 @@ class Response:
         return not self._ends_here() and self._enter(self.block + 1)
 
     def _ends_here(self) -> bool:
-        return self.here.stop == len(self.tokens_T) or self._eos() is not None
+        return self.here.stop >= self.stop or self._eos() is not None
 
     def _record(self, changed_B: np.ndarray, old_B: np.ndarray, token_B: np.ndarray) -> None:
         """Note the changes of a forward: a first token at its position, or an edit of an earlier one. Masking a token again
@@ -190,15 +211,15 @@ class Response:
         return not had_masks and not changed
 
     def _eos(self) -> int | None:
-        """Offset of the first EOS of the response, if no mask is before it."""
-        response = self.tokens_T[self.start : self.here.stop]
-        ends = np.flatnonzero((response == self.rules.eos_token_id) | (response == self.rules.mask_token_id))
-        if len(ends) and response[ends[0]] == self.rules.eos_token_id:
+        """Offset of the first token of the response that ends it, if no mask is before it."""
+        response = self.tokens_T[self.decoded]
+        ends = np.flatnonzero(np.isin(response, (*self.rules.end_ids, self.rules.mask_token_id)))
+        if len(ends) and response[ends[0]] != self.rules.mask_token_id:
             return int(ends[0])
         return None
 
     def rollout(self) -> Rollout:
-        response = slice(self.start, self.here.stop)
+        response = self.decoded
         token_ids = self.tokens_T[response].tolist()
         eos = self._eos()
         ended = eos is not None and eos < self.rules.max_new_tokens

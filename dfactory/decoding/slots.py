@@ -125,16 +125,16 @@ class Slots:
         hidden_NH = self._denoise(open_RB)
         heard = []
         for response, outcome in decide(self.policy, self.live, hidden_NH, open_RB):
-            here = response.here
+            here, stop = response.here, response.decoded.stop
             goes_on = response.apply(outcome)
-            heard.append(self._progress(response, here, outcome, goes_on))
+            heard.append(self._progress(response, here, stop, outcome, goes_on))
             if not goes_on:
                 self.live.remove(response)
                 self.free.append(response.slot)
         return heard
 
-    def _progress(self, response: Response, here: slice, outcome: Outcome, goes_on: bool) -> Progress:
-        """`here`: the block that the forward ran over."""
+    def _progress(self, response: Response, here: slice, stop: int, outcome: Outcome, goes_on: bool) -> Progress:
+        """`here`: the block that the forward ran over, which may reach beyond `stop`, the end of the document."""
         token_T = response.tokens_T[: here.stop]
         draft_T, draft_logprob_T = token_T.copy(), np.zeros(here.stop)
         left_B = token_T[here] == response.rules.mask_token_id
@@ -143,9 +143,9 @@ class Slots:
         return Progress(
             response.index,
             response.forwards,
-            token_T[response.start :].tolist(),
-            draft_T[response.start :].tolist(),
-            draft_logprob_T[response.start :].tolist(),
-            max(response.here.start if goes_on else here.stop, response.start) - response.start,
+            token_T[response.start : stop].tolist(),
+            draft_T[response.start : stop].tolist(),
+            draft_logprob_T[response.start : stop].tolist(),
+            max(response.here.start if goes_on else stop, response.start) - response.start,
             None if goes_on else response.rollout(),
         )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dfactory.decoding import DecodeKeys, DecodeRules, decode
+from dfactory.decoding.decoder import make_decoder
 from dfactory.errors import ConfigError
 from dfactory.noise import state_before
 from dfactory.visibility import dense_mask
@@ -43,14 +44,14 @@ def test_blocks_are_filled_from_left_to_right_and_later_masks_are_in_sight():
     policy = Whole(lambda position, _: sure_of(position % 8))
     (rollout,) = decode(policy, [[1, 2, 3]], rules(max_new_tokens=5, block_size=2, threshold=0.0))
     assert policy.seen == [
-        ([1, 2, 3, MASK, MASK, MASK, MASK, MASK, MASK], list(range(9))),  # three blocks, the last one half of use
-        ([1, 2, 3, 3, 4, MASK, MASK, MASK, MASK], list(range(9))),
-        ([1, 2, 3, 3, 4, 5, 6, MASK, MASK], list(range(9))),
+        ([1, 2, 3, MASK, MASK, MASK, MASK, MASK], list(range(8))),  # three blocks, the last one of one token
+        ([1, 2, 3, 3, 4, MASK, MASK, MASK], list(range(8))),
+        ([1, 2, 3, 3, 4, 5, 6, MASK], list(range(8))),
     ]
     assert all(mask.all() for mask in policy.masks)
-    assert (rollout.output_ids, rollout.token_ids) == ([3, 4, 5, 6, 7], [3, 4, 5, 6, 7, 0])
+    assert (rollout.output_ids, rollout.token_ids) == ([3, 4, 5, 6, 7], [3, 4, 5, 6, 7])
     assert (rollout.block_origin, rollout.block_forwards) == (3, [1, 1, 1])
-    assert rollout.step_in_block.tolist() == [0] * 6
+    assert rollout.step_in_block.tolist() == [0] * 5
     assert state_before(rollout, 1, MASK).tolist() == [3, 4, MASK, MASK]
 
 
@@ -80,6 +81,33 @@ def test_eos_ends_the_response_after_its_block():
     policy = Whole(lambda position, _: sure_of(EOS if position == 2 else 1))
     (rollout,) = decode(policy, [[1]], rules(max_new_tokens=6, block_size=2, threshold=0.0))
     assert (rollout.output_ids, rollout.forwards) == ([1, EOS], 1)
+
+
+def test_further_ids_end_a_response_and_none_comes_out_early():
+    """The model would write 3 at every position, then EOS where 3 cannot come out."""
+    odds = [3.0 if token == 3 else 2.0 if token == EOS else float(token == 1) for token in range(10)]
+    policy = Whole(lambda position, _: odds)
+    keys = {"max_new_tokens": 6, "block_size": 2, "threshold": 0.0}
+    (rollout,) = decode(policy, [[1]], rules(**keys, stop_token_ids=[3]))
+    assert (rollout.output_ids, rollout.token_ids, rollout.finish_reason) == ([3], [3, 3], "eos")
+    (rollout,) = decode(policy, [[1]], rules(**keys, stop_token_ids=[3], min_new_tokens=3))
+    assert (rollout.output_ids, rollout.token_ids) == ([1, 1, 1, 3], [1, 1, 1, 3])
+    (rollout,) = decode(policy, [[1]], rules(**keys, min_new_tokens=6))
+    assert (rollout.output_ids, rollout.finish_reason) == ([3] * 6, "length")
+
+
+def test_guidance_runs_a_second_canvas_without_the_prompt():
+    """Logits are scripted by forward and position, so both canvases say the same, and guidance changes nothing."""
+    policy = Whole(lambda position, _: sure_of(position % 8))
+    guided, plain = rules(max_new_tokens=2, threshold=0.0, cfg_scale=2.0), rules(max_new_tokens=2, threshold=0.0)
+    decoder = make_decoder(policy, 2, 2, 5)
+    decoder.add(0, [1, 2, 3], guided)
+    decoder.add(1, [4], plain)
+    found = {progress.prompt: progress.rollout.output_ids for progress in decoder.step()}
+    assert found == {0: [3, 4], 1: [1, 2]}
+    (seen,) = policy.seen
+    assert seen[0] == [1, 2, 3, MASK, MASK, 4, MASK, MASK, MASK, MASK, MASK, MASK, MASK]
+    assert policy.masks[0].equal(torch.block_diag(torch.ones(5, 5), torch.ones(3, 3), torch.ones(5, 5)).bool())
 
 
 def test_rules_and_model_have_to_agree():

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from dfactory.decoding import DecodeRules
-from dfactory.decoding.keys import DecodeKeys, decode_keys_over, load_decode_keys
+from dfactory.decoding.keys import DecodeKeys, decode_keys_over, load_decode_keys, trace_problem
 from dfactory.decoding.rules.base import RULES
 from dfactory.errors import ConfigError
 from dfactory.recipe import load_recipe
@@ -40,11 +40,28 @@ def test_a_request_may_change_the_rule():
         (BOUNDED | {"eos_penalty": 0.5}, "eos_penalty 0.5 with rule entropy_bound, which does not read the confidence"),
         ({"rule": "entropy"}, "rule entropy in the request: it must be one of .*did you mean entropy_bound"),
         ({"rule": 3}, "rule in the request: it must be str, is int"),
+        ({"stop_token_ids": 3}, "stop_token_ids in the request: it must be a list of int, is 3"),
+        ({"stop_token_ids": ["a"]}, r"stop_token_ids in the request: it must be a list of int, is \['a'\]"),
+        ({"min_new_tokens": 513}, "min_new_tokens 513 > max_new_tokens 512"),
+        (BOUNDED | {"defer_eos": True}, "defer_eos with rule entropy_bound, which does not read the confidence"),
     ],
 )
 def test_keys_of_a_request_that_make_no_sense(values, message):
     with pytest.raises(ConfigError, match=message):
         decode_keys_over(DecodeKeys(), values, "the request")
+
+
+def test_a_request_may_add_ids_that_end_a_response():
+    assert decode_keys_over(DecodeKeys(), {"stop_token_ids": [3, 4]}, "the request").stop_token_ids == [3, 4]
+
+
+def test_ends_and_guidance_that_cannot_be():
+    ids = {"mask_token_id": 9, "eos_token_id": 7}
+    with pytest.raises(ConfigError, match=r"decode\.stop_token_ids holds the mask 9"):
+        DecodeRules.of(DecodeKeys(block_size=8, stop_token_ids=[9]), **ids)
+    with pytest.raises(ConfigError, match=r"decode\.cfg_scale 1 and a model that decodes over a cache"):
+        DecodeRules.of(DecodeKeys(block_size=8, cfg_scale=1.0), **ids)
+    assert trace_problem(DecodeKeys(cfg_scale=1.0))[0] == "decode.cfg_scale 1"
 
 
 def test_editing_reads_the_confidence_that_a_rule_does_not():

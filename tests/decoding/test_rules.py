@@ -1,5 +1,6 @@
 """The decoding rules on cases of four tokens that a person can check."""
 
+import dataclasses
 import itertools
 import math
 
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from dfactory.decoding.counts import SCHEDULES, least_counts
 from dfactory.decoding.decisions import Acceptance, DecodeRules, Editing
-from dfactory.decoding.distribution import Distribution, uniform_numbers
+from dfactory.decoding.distribution import CHANCES, Distribution, uniform_numbers
 from dfactory.decoding.keys import DecodeKeys, load_decode_keys
 from dfactory.decoding.rules.base import CONFIDENCE, Forward, Proposal
-from dfactory.decoding.rules.threshold import STEP_SCHEDULES, Threshold, least_counts
+from dfactory.decoding.rules.left_to_right import LeftToRight
+from dfactory.decoding.rules.threshold import Threshold
 from dfactory.errors import ConfigError
 
 
@@ -35,13 +38,14 @@ def forward_of(masked, step, columns, **others) -> Forward:
     return Forward(masked_RB=masked, step_R=torch.tensor(step), columns=columns, **fields)
 
 
-def counts_of(masks, steps, schedule) -> list[int]:
+def counts_of(masks, steps, schedule, block_size=None) -> list[int]:
     """What the steps of a block commit, one after the other, until no mask is left."""
     counts = []
     while masks:
-        (count,) = least_counts(torch.tensor([masks]), torch.tensor([steps - len(counts)]), schedule).tolist()
-        counts.append(count)
-        masks -= count
+        state = torch.tensor([masks]), torch.tensor([len(counts)])
+        (count,) = least_counts(schedule, *state, steps, block_size or masks + sum(counts)).tolist()
+        counts.append(min(count, masks))
+        masks -= counts[-1]
     return counts
 
 
@@ -85,6 +89,21 @@ def test_draw_at_the_edges_never_takes_an_impossible_token():
     assert distribution.propose(LOGITS.expand(2, -1), uniform).token.tolist() == [1, 2]
 
 
+def test_tokens_that_end_a_response_cannot_come_out_early():
+    early = torch.tensor([True, False])
+    for temperature in (0.0, 1.0):
+        distribution = Distribution(temperature, end_ids=(0, 2))
+        numbers, _ = distribution.read(LOGITS.expand(2, -1), torch.zeros(2, dtype=torch.float64), early_N=early)
+        assert numbers[0].tolist() == [1, 0]
+        assert numbers[1].exp().tolist() == pytest.approx([0.3 / 0.35, 0.5])
+
+
+def test_guidance_counts_what_the_prompt_adds_more_than_once():
+    with_and_without = torch.tensor([[[1.0, 2.0], [0.5, 3.0]]])
+    assert Distribution(cfg_scale=1.5).guided(with_and_without).tolist() == [[1.75, 0.5]]
+    assert Distribution().guided(with_and_without).tolist() == [[1.0, 2.0]]
+
+
 def test_greedy_is_the_argmax_of_what_is_not_suppressed_under_the_plain_softmax():
     drawn = Distribution(0.0, top_k=1, top_p=0.1, suppressed_ids=(0,)).propose(LOGITS)
     assert drawn.token.tolist() == [1]
@@ -121,6 +140,13 @@ def test_threshold_is_exceeded_not_reached_and_ties_go_to_the_left():
     assert torch.equal(commit(Threshold(1.0), [1.0] * 4, yes(0, 1, 1, 1)), yes(0, 1, 0, 0))
 
 
+def test_left_to_right_commits_the_first_masks():
+    masked = torch.tensor([[True, False, True, True], [False, False, False, True]])
+    committed = LeftToRight(2).commit(forward_of(masked, [0, 0], {}))
+    assert committed.tolist() == [[True, False, True, False], [False, False, False, True]]
+    assert [LeftToRight(n).most_steps(8) for n in (1, 2, 3)] == [8, 4, 3]
+
+
 def test_rows_are_judged_one_by_one():
     confidence = [[0.97, 0.20], [0.30, 0.40]]
     forward = forward_of(torch.ones(2, 2, dtype=torch.bool), [0, 1], {CONFIDENCE: confidence})
@@ -145,6 +171,18 @@ def test_confidence_of_eos_rises_over_the_steps():
     assert confidence(top, both, 0, yes(0, 0, 0, 0)) == pytest.approx([0.4, 0.8, 0.9, 0.5])  # nothing left to wait for
     assert confidence(Acceptance("top", 1.0, 7, num_steps=4), both) == pytest.approx([0.4, 0, 0, 0.5])
     assert confidence(Acceptance("top", 0.0, 7, num_steps=4), both) == pytest.approx([0.4, 0.8, 0.9, 0.5])
+
+
+def test_a_deferred_token_comes_last_and_the_others_share_its_probability():
+    """7 ends a response and has 0.5 at every position."""
+    drawn = proposal([7, 1, 1, 1], [0.5, 0.4, 0.2, 0.5], top=[7, 1, 7, 1], top_p=[0.5, 0.4, 0.5, 0.5])
+    half, step = torch.full((1, 4), 0.5), torch.tensor([0])
+    sampled, top = (Acceptance(by, deferred_ids=(7,)) for by in ("sampled", "top"))
+    assert sampled.confidence(drawn, half > 0, step, half)[0].tolist() == pytest.approx([0, 0.8, 0.4, 1.0])
+    assert top.confidence(drawn, half > 0, step, half)[0].tolist() == pytest.approx([0, 0.8, 0, 1.0])
+    (column,) = sampled.columns
+    assert column.of(torch.tensor([[0.1, 0.2, 0.7]]).log().repeat(1, 4)[:, :8]).item() == pytest.approx(0.2)
+    assert Acceptance().columns == ()
 
 
 def test_rows_are_at_their_own_step():
@@ -176,13 +214,23 @@ def test_steps_of_a_block():
         ("ascending", 32, 8, [1, 1, 1, 1, 1, 3, 8, 16]),
         ("ascending", 7, 1, [7]),
         ("ascending", 2, 4, [1, 1]),  # a block that a prompt or a draft has all but filled
+        ("rounded", 20, 9, [2, 2, 2, 2, 2, 2, 3, 2, 3]),
+        ("rounded", 8, 5, [2, 2, 1, 2, 1]),  # two halves up
+        ("rounded", 4, 3, [1, 1, 2]),  # one down
+        ("rounded", 4, 5, [1, 1, 1, 1]),  # steps that would commit nothing are left out
+        ("block", 10, 3, [4, 3, 3]),
     ],
 )
 def test_counts_of_the_steps(schedule, masks, steps, expected):
     assert counts_of(masks, steps, schedule) == expected
 
 
-@pytest.mark.parametrize("schedule", STEP_SCHEDULES)
+def test_counts_of_a_whole_block_hold_where_a_prompt_fills_part_of_it():
+    assert counts_of(4, 3, "block", block_size=8) == [3, 1]
+    assert counts_of(4, 3, "even", block_size=8) == [2, 1, 1]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_counts_add_up_and_never_fall_where_they_ascend(schedule):
     for masks, steps in [(m, s) for m in range(1, 41) for s in range(1, m + 1)] + [(4096, 4000), (4096, 13)]:
         counts = counts_of(masks, steps, schedule)
@@ -224,6 +272,7 @@ def test_noise_depends_on_seed_prompt_and_step_only():
     noise = uniform_numbers(3, 7, 5, 4)
     assert np.array_equal(noise, uniform_numbers(3, 7, 5, 4))
     others = [uniform_numbers(4, 7, 5, 4), uniform_numbers(3, 8, 5, 4), uniform_numbers(3, 7, 6, 4)]
+    others.append(uniform_numbers(3, 7, 5, 4, CHANCES))  # what rules leave to chance
     assert all(not np.intersect1d(noise, other).size for other in others)
     many = np.concatenate([uniform_numbers(0, prompt, 0, 100) for prompt in range(100)])
     assert 0 <= many.min() < many.max() < 1
@@ -237,6 +286,13 @@ def test_rules_of_keys():
     assert rules.editing == Editing(0.0, 3)
     assert rules.rule == Threshold(0.95, 2)
     assert rules.acceptance == Acceptance("top", 0.0, 7, 4)
+    ends = DecodeRules.of(
+        dataclasses.replace(keys, stop_token_ids=[5], defer_eos=True),
+        mask_token_id=9,
+        eos_token_id=7,
+        special_ids=[5, 7],
+    )
+    assert (ends.distribution.suppressed_ids, ends.end_ids, ends.acceptance.deferred_ids) == ((9,), (7, 5), (7, 5))
     assert DecodeRules.of(DecodeKeys(block_size=8), mask_token_id=9, eos_token_id=7).editing is None
 
 
@@ -254,6 +310,7 @@ def test_rules_of_keys_of_steps():
     [
         ("step_schedule=ascending", "decode.step_schedule ascending without decode.steps"),
         ("steps=4 min_commit=2", "decode.min_commit 2 with decode.steps 4: both say"),
+        ("step_schedule=rounded", "decode.step_schedule rounded without decode.steps"),
         ("steps=9", "decode.steps 9 > block_size 8"),
         ("steps=1 step_schedule=ascending", "ascending with decode.steps 1 and block_size 8: no step"),
         ("steps=8 step_schedule=ascending", "ascending with decode.steps 8 and block_size 8: no step"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dfactory.decoding.rules.base import CONFIDENCE, ENTROPY, MARGIN, Forward
+from dfactory.decoding.rules.base import CHANCE, CONFIDENCE, ENTROPY, MARGIN, Forward
 from dfactory.decoding.rules.timed import Timed
 from tests.decoding.test_rules import forward_of, yes
 
@@ -39,10 +39,15 @@ def test_the_best_come_first(order, expected):
 
 
 def test_it_computes_the_column_of_its_order_alone():
-    assert Timed.reads == (CONFIDENCE, ENTROPY, MARGIN)
+    assert Timed.reads == (CONFIDENCE, ENTROPY, MARGIN, CHANCE)
     assert Timed(time_order="margin").reads == (MARGIN,)
 
 
 def test_forwards_without_masks_and_beyond_the_last_commit_nothing_more():
     """Editing goes on after the schedule has ended."""
     assert not Timed(time_steps=2).commit(forward_of(yes(0, 0), [2], {CONFIDENCE: [[0.5, 0.5]]})).any()
+
+
+def test_random_masks_move_with_the_chance_of_the_step():
+    forward = forward_of(yes(1, 1, 0, 1), [2], {CHANCE: [[0.10, 0.4, 0.1, 0.33]]})
+    assert torch.equal(Timed(time_steps=5, time_order="random").commit(forward), yes(1, 0, 0, 1))  # 1 - 0.4 / 0.6

@@ -35,8 +35,8 @@ class Column:
     """A number for each open position. The decoder computes only the columns that a rule reads.
 
     `of` takes log-probabilities [N, V] of the processed distribution to numbers [N], on the model's device. With
-    `compares` it takes those of the block's last forward too, NaN at its first one. CONFIDENCE has no `of`: it is made of
-    the proposal, on the host.
+    `compares` it takes those of the block's last forward too, NaN at its first one. CONFIDENCE and CHANCE have no `of`:
+    they are made on the host.
     """
 
     name: str
@@ -68,7 +68,10 @@ DIVERGENCE = Column(
     _divergence,
     compares=True,
 )
-COLUMNS = (CONFIDENCE, ENTROPY, MARGIN, DIVERGENCE)
+CHANCE = Column(
+    "chance", "random number in [0, 1) of the prompt, the forward and the position; independent of the tokens drawn"
+)
+COLUMNS = (CONFIDENCE, ENTROPY, MARGIN, DIVERGENCE, CHANCE)
 
 
 @dataclasses.dataclass(frozen=True)

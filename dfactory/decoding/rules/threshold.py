@@ -1,4 +1,4 @@
-"""Commit what the model is sure enough of (LLaDA2.0; docs/method.md#commit)."""
+"""Commit what the model is sure enough of, or fixed counts (LLaDA2.0, LLaDA, SDAR, dllm; docs/method.md#commit)."""
 
 import dataclasses
 import math
@@ -7,10 +7,9 @@ from typing import Optional
 import torch
 
 from dfactory.config.keys import key
+from dfactory.decoding.counts import SCHEDULES, least_counts
 from dfactory.decoding.rules.base import CONFIDENCE, RULES, DecodingRule, Forward
 from dfactory.errors import ConfigError
-
-STEP_SCHEDULES = ("even", "ascending")
 
 
 @RULES.add
@@ -37,71 +36,54 @@ class Threshold(DecodingRule):
     )
     step_schedule: str = key(
         "even",
-        "the least that each of a block's steps commits. even: the same, what is left over with the first; ascending: "
-        "twice as much each time as far as whole tokens allow (32 in 6 steps: 1 1 2 4 8 16); both add up to the block's "
-        "masks",
-        choices=STEP_SCHEDULES,
+        "the least that each of a block's steps commits. even: the same, what is left over with the first (10 in 3 steps: "
+        "4 3 3); rounded: masks left over steps left, to the nearest number (3 3 4); ascending: twice as much each time as "
+        "far as whole tokens allow (32 in 6 steps: 1 1 2 4 8 16); these add up to the block's masks. block: even shares of "
+        "block_size, also of a block that a prompt fills in part, which then ends early",
+        choices=tuple(SCHEDULES),
     )
 
     def __post_init__(self):
         if self.min_commit < 1:
             raise ConfigError(f"min_commit {self.min_commit}: at least one token a forward, or decoding never ends")
-        if self.step_schedule not in STEP_SCHEDULES:
-            raise ConfigError(f"step_schedule {self.step_schedule}: it must be one of {', '.join(STEP_SCHEDULES)}")
+        if self.step_schedule not in SCHEDULES:
+            raise ConfigError(f"step_schedule {self.step_schedule}: it must be one of {', '.join(SCHEDULES)}")
 
     def commit(self, forward: Forward) -> torch.Tensor:
         masked_RB = forward.masked_RB
         confidence_RB = forward[CONFIDENCE].masked_fill(~masked_RB, -math.inf)
         above_RB = confidence_RB > self.threshold
         rank_RB = confidence_RB.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        least_R1 = self._least(masked_RB.sum(dim=-1), forward.step_R)[:, None]
+        least_R1 = self._least(masked_RB, forward.step_R)[:, None]
         best_RB = masked_RB & (rank_RB < least_R1)
         too_few_R1 = above_RB.sum(dim=-1, keepdim=True) < least_R1
         return torch.where(too_few_R1, best_RB, above_RB)
 
-    def _least(self, masks_R: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
+    def _least(self, masked_RB: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
+        masks_R = masked_RB.sum(dim=-1)
         if self.steps is None:
             return torch.full_like(masks_R, self.min_commit)
-        return least_counts(masks_R, (self.steps - step_R).clamp(min=1), self.step_schedule)
+        return least_counts(self.step_schedule, masks_R, step_R, self.steps, masked_RB.shape[1])
 
     def most_steps(self, block_size: int) -> int:
         return math.ceil(block_size / self.min_commit) if self.steps is None else self.steps
 
     def problem(self, block_size: int | None) -> str | None:
-        steps, ascending = self.steps, self.step_schedule == "ascending"
+        steps, schedule = self.steps, self.step_schedule
         if steps is not None and self.min_commit > 1:
             return (
                 f"decode.min_commit {self.min_commit} with decode.steps {steps}: both say how much a forward commits at "
                 "least; leave out one"
             )
-        if ascending and steps is None:
-            return (
-                "decode.step_schedule ascending without decode.steps: counts can only grow towards a last step; set "
-                "decode.steps, such as 6 for blocks of 32"
-            )
+        if schedule != "even" and steps is None:
+            return f"decode.step_schedule {schedule} without decode.steps: set decode.steps, such as 6 for blocks of 32"
         if block_size is None:
             return None
         if steps is not None and steps > block_size:
             return f"decode.steps {steps} > block_size {block_size}: a step commits at least one token; lower it"
-        if ascending and steps in (1, block_size):
+        if schedule == "ascending" and steps in (1, block_size):
             return (
                 f"decode.step_schedule ascending with decode.steps {steps} and block_size {block_size}: no step can commit "
                 "more than another; use a number between 1 and the block size, or even"
             )
         return None
-
-
-def least_counts(masks_R: torch.Tensor, steps_left_R: torch.Tensor, schedule: str) -> torch.Tensor:
-    """How many of `masks_R` masks the next of `steps_left_R` steps commits, int64 [R]; at least 1.
-
-    Computed again at every step, so that it also holds where a step commits more, and where prompt or draft fill a part of
-    the block. `ascending` (CJ-GRPO; docs/method.md#commit): as if the steps left took 1, 2, 4, ... of 2^steps - 1 equal
-    shares; a share is rounded down, and the last step takes the rest. Fewer masks than steps: one a step, and the block
-    ends early.
-
-    32 masks, 6 steps   even  6 6 5 5 5 5   ascending  1 1 2 4 8 16      10 masks, 3 steps   even  4 3 3   ascending  1 3 6
-    """
-    if schedule == "even":
-        return -(-masks_R // steps_left_R)
-    shares_R = 2 ** steps_left_R.clamp(max=62) - 1  # beyond, no share reaches one token, and int64 ends
-    return (masks_R // shares_R).clamp(min=1)
