@@ -31,7 +31,7 @@ def whole_block(masks_R: torch.Tensor, step_R: torch.Tensor, steps: int, block_s
 def rounded(masks_R: torch.Tensor, step_R: torch.Tensor, steps: int, block_size: int) -> torch.Tensor:
     """Masks left over steps left, to the nearest number (dllm). 10 in 3: 3 3 4.
 
-    The share is 1 - s / t, of times that are numbers in float32 and come from 1 - (1 - t): as in the original, their rounding
+    The share is 1 - s / t, of times in float32 that come from 1 - (1 - t): as in the original, their rounding
     errors decide where a half goes.
     """
     time_S = 1 - (1 - (torch.arange(steps + 1, device=step_R.device).double() / steps).float())
