@@ -100,7 +100,7 @@ def test_guidance_runs_a_second_canvas_without_the_prompt():
     """Logits are scripted by forward and position, so both canvases say the same, and guidance changes nothing."""
     policy = Whole(lambda position, _: sure_of(position % 8))
     guided, plain = rules(max_new_tokens=2, threshold=0.0, cfg_scale=2.0), rules(max_new_tokens=2, threshold=0.0)
-    decoder = make_decoder(policy, 2, 2, 5)
+    decoder = make_decoder(policy, guided, 2, 5)
     decoder.add(0, [1, 2, 3], guided)
     decoder.add(1, [4], plain)
     found = {progress.prompt: progress.rollout.output_ids for progress in decoder.step()}

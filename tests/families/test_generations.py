@@ -25,7 +25,7 @@ class Sampler(NamedTuple):
     """How the settings of an original sampler are said here."""
 
     keys: Callable[[dict], dict]
-    from_prompt: bool = True  # blocks are counted from the end of the prompt
+    canvas: bool = True  # full attention: blocks are counted from the end of the prompt
 
 
 def llada(case: dict) -> dict:
@@ -85,7 +85,7 @@ SAMPLERS = {
     "LLaDA generate.py": Sampler(llada),
     "Fast-dLLM v1": Sampler(fast_dllm),
     "diffusion_generate": Sampler(dream),
-    "SDAR": Sampler(sdar, from_prompt=False),
+    "SDAR": Sampler(sdar, canvas=False),
     "dllm MDLMSampler": Sampler(dllm),
 }
 
@@ -110,7 +110,7 @@ ALONE = [param for param in ALL if param.values[1]["name"] not in ("left_padded_
 def rules_of(family: str, case: dict, **keys) -> DecodeRules:
     special = {name: case[name] for name in ("mask_token_id", "eos_token_id")}
     keys = DecodeKeys(**({"suppress_special": False} | special | sampler_of(case).keys(case) | keys))
-    return DecodeRules.of(keys.in_blocks_of(None), canvas=policy_of(family).sees_whole_document)
+    return DecodeRules.of(keys.in_blocks_of(None), canvas=sampler_of(case).canvas)
 
 
 class Expected(NamedTuple):
@@ -127,7 +127,7 @@ def expected_of(case: dict, rules: DecodeRules) -> Expected:
         assert len(made) == forwards
         step = [NEVER if s == NEVER else made.index(s) for s in step]
     end = next((i for i, token in enumerate(output) if token in rules.end_ids), len(output) - 1)
-    origin = 0 if sampler_of(case).from_prompt else -len(case["prompt"])
+    origin = 0 if rules.canvas else -len(case["prompt"])
     stop = min(origin + ((end - origin) // rules.block_size + 1) * rules.block_size, len(output))
     if stop < len(output) and NEVER not in step:
         forwards = max(step[:stop]) + 1
@@ -185,14 +185,14 @@ def test_masks_that_move_by_chance(family, case):
 @pytest.mark.parametrize("family", FAMILIES_WITH_GOLDENS)
 def test_a_batch_of_all_cases_equals_each_alone(family):
     """Prompts, rules and answers of different lengths in one decoder, slots freed and taken again."""
-    by_block: dict[int, list] = {}
+    alike: dict[tuple, list] = {}
     for case in cases_of(family):
         if case["name"] not in ("left_padded_batch", "origin_seeded"):
             rules = rules_of(family, case)
-            by_block.setdefault(rules.block_size, []).append((case, rules))
-    for block_size, cases in by_block.items():
+            alike.setdefault((rules.canvas, rules.block_size), []).append((case, rules))
+    for cases in alike.values():
         longest = max(document_length(len(case["prompt"]), rules) for case, rules in cases)
-        decoder = make_decoder(policy_of(family), block_size, 3, longest)
+        decoder = make_decoder(policy_of(family), cases[0][1], 3, longest)
         waiting, found = list(enumerate(cases)), {}
         while waiting or decoder.live:
             while waiting and decoder.free:
