@@ -194,23 +194,22 @@ def one_view_nll(model, clean_RL, noisy_RL, target_RL, block_size: int) -> torch
 def dense_table(document_RS, view_RS, block_RS, trunk_RS) -> torch.Tensor:
     """The table of docs/method.md#visibility, case by case, for whole rows. [R, S, S], True where query may see key. Of
     the trunk that a document names, everything before the query's block counts as clean past."""
-    rows, length = document_RS.shape
-    seen = torch.zeros(rows, length, length, dtype=torch.bool)
-    for r in range(rows):
-        d, v, b, trunk = (field[r].tolist() for field in (document_RS, view_RS, block_RS, trunk_RS))
-        for i in range(length):
-            for j in range(length):
-                if d[i] < 0 or d[j] < 0:
-                    continue
-                if d[i] != d[j]:
-                    seen[r, i, j] = d[j] == trunk[i] and v[j] == 0 and b[j] < b[i]
-                elif v[i] == 0:
-                    seen[r, i, j] = v[j] == 0 and b[j] <= b[i]
-                elif v[j] == 0:
-                    seen[r, i, j] = b[j] < b[i]
-                else:
-                    seen[r, i, j] = v[j] == v[i] and b[j] == b[i]
-    return seen
+    seen = []
+    for d, v, b, trunk in zip(*(field.tolist() for field in (document_RS, view_RS, block_RS, trunk_RS)), strict=True):
+
+        def sees(i: int, j: int, d=d, v=v, b=b, trunk=trunk) -> bool:
+            if d[i] < 0 or d[j] < 0:
+                return False
+            if d[i] != d[j]:
+                return d[j] == trunk[i] and v[j] == 0 and b[j] < b[i]
+            if v[i] == 0:
+                return v[j] == 0 and b[j] <= b[i]
+            if v[j] == 0:
+                return b[j] < b[i]
+            return v[j] == v[i] and b[j] == b[i]
+
+        seen.append([[sees(i, j) for j in range(len(d))] for i in range(len(d))])  # item by item a tensor takes seconds
+    return torch.tensor(seen)
 
 
 class Scores(NamedTuple):
