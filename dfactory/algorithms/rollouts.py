@@ -125,9 +125,7 @@ class RolloutAlgorithm(Algorithm):
         if recipe.max_steps is None:
             yield f"max_steps null with {stage}: rollouts never end; say how many steps"
         yield from self._decoding_problems(recipe)
-        if recipe.block_size is None:
-            yield from _canvas_problems(recipe)
-        elif decode.block_size not in (None, recipe.block_size):
+        if recipe.block_size is not None and decode.block_size not in (None, recipe.block_size):
             yield f"decode.block_size with {stage}: it is block_size"
         if decode.max_new_tokens >= recipe.max_length:
             yield (
@@ -159,6 +157,11 @@ class RolloutAlgorithm(Algorithm):
         if self.recorded and (unlikely := trace_problem(decode)):
             given, why = unlikely
             yield f"{given} with {self.selector}: {why}; set it otherwise, or use another policy_loss"
+        if decode.cfg_scale:
+            yield (
+                f"decode.cfg_scale {decode.cfg_scale:g} with {stage}: the learner's likelihood is that of the distribution "
+                "without guidance; set it to 0"
+            )
         if decode.top_p is not None or decode.top_k is not None:
             yield (
                 f"decode.temperature, top_k or top_p other than 1.0, null, null with {stage}: the learner's likelihood is "
@@ -170,16 +173,6 @@ class RolloutAlgorithm(Algorithm):
                 f"{recipe.importance_cap}: the learner's likelihood is that of temperature 1.0; only {_recorded()} with an "
                 "importance_cap weighs the difference"
             )
-
-
-def _canvas_problems(recipe: Any) -> Iterator[str]:
-    """Of decoding with full attention: every view of a rollout holds the whole canvas."""
-    size, longest = recipe.decode_keys.block_size, recipe.decode.max_new_tokens
-    if longest % size:
-        yield (
-            f"decode.max_new_tokens {longest} with decode.block_size {size} and block_size null: a canvas is decoded in "
-            f"whole blocks; set decode.max_new_tokens to {longest // size * size or size}"
-        )
 
 
 def _recorded() -> str:

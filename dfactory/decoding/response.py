@@ -233,7 +233,7 @@ class Response:
             edits=self.edits,
             block_size=self.rules.block_size,
             block_origin=self.origin,
-            masks_left=tuple(self.tokens_T[self.here.stop :].tolist()) if self.rules.canvas else (),
+            masks_left=tuple(self.tokens_T[response.stop : self.stop].tolist()) if self.rules.canvas else (),
             block_forwards=self.block_forwards,
             output_ids=token_ids[: eos + 1] if ended else token_ids[: self.rules.max_new_tokens],
             forwards=self.forwards,

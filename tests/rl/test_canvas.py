@@ -91,7 +91,9 @@ def canvas_rollouts(name: str, **keys) -> list[Rollout]:
 
 
 @pytest.mark.parametrize(
-    "keys", [{"block_size": 4, "threshold": 0.1}, {"rule": "timed", "time_steps": 8}], ids=["blocks", "one"]
+    "keys",
+    [{"block_size": 4, "threshold": 0.1}, {"block_size": 5, "threshold": 0.1}, {"rule": "timed", "time_steps": 8}],
+    ids=["blocks", "a short block", "one"],
 )
 @pytest.mark.parametrize("name", FULL)
 def test_learner_and_decoder_give_a_trace_the_same_likelihood(name, keys):

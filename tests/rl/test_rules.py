@@ -21,6 +21,12 @@ EBPO = ["policy_loss=ebpo", "noise_range_low=0"]
         (["decode.top_k=5"], "decode.temperature, top_k or top_p other than"),
         (["decode.temperature=0.7", "importance_cap=null"], "decode.temperature 0.7 .* and importance_cap None"),
         (["decode.temperature=0.7", "policy_loss=diffu_grpo"], "only policy_loss trace with an importance_cap weighs"),
+        (
+            ["decode.temperature=0.7", "trace_stride=2"],
+            "decode.temperature 0.7 with policy_loss trace and trace_stride 2",
+        ),
+        (["decode.cfg_scale=1"], "decode.cfg_scale 1 with policy_loss trace: the likelihood of a guided distribution"),
+        (["decode.cfg_scale=1", "policy_loss=ebpo"], "decode.cfg_scale 1 with stage rl: the learner's likelihood is"),
         (["decode.block_size=8"], "decode.block_size with stage rl"),
         (["decode.max_new_tokens=64"], "decode.max_new_tokens 64 leaves no room for a prompt in max_length 64"),
         (["expert_parallel_size=2"], "expert_parallel_size 2 with stage rl"),
@@ -41,5 +47,11 @@ def test_what_is_allowed():
     assert load_recipe(RECIPE, ["row_length=128", "num_views=16"]).row_length == 128
     assert not load_recipe(RECIPE, ["max_staleness=1"]).actors_score
     assert load_recipe(RECIPE, ["max_staleness=1", "decode.temperature=0.7"]).actors_score
+    assert load_recipe(RECIPE, ["max_staleness=1", "trace_stride=2"]).actors_score  # the decoder recorded single steps
     assert load_recipe(RECIPE, ["noise_range_low=0"]).noise_range_low == 0
+    canvas = load_recipe(
+        RECIPE, ["block_size=null", "decode.block_size=8", "row_length=64"]
+    )  # one view, no clean stream
+    assert canvas.decode_keys.block_size == 8
+    assert canvas.algorithm.importance_cap(canvas) == 2.0
     assert load_recipe(RECIPE, [*EBPO, "noise_range_high=1", "mask_count=exact"]).mask_count == "exact"
