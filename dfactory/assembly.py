@@ -80,6 +80,11 @@ def check_family(recipe: Recipe) -> None:
             f"{given}: the model family {family.name} has uniform noise instead of a mask, so nothing marks the tokens that "
             "a step still has to predict, and answers have no likelihood here; take an algorithm that learns from records"
         )
+    if recipe.use_liger_kernel and family.checked:
+        raise ConfigError(
+            f"use_liger_kernel true: no family declares the model_type {family.name}, and what its norms and gated products "
+            "compute beside Liger's kernels is not known; set it to false"
+        )
     family.has_full_attention(recipe.block_size)
 
 

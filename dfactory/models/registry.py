@@ -84,33 +84,39 @@ def _check_tokenizer(model_dir: Path) -> None:
 
 
 def refuse_foreign_tokenizer(model_dir: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Raise ConfigError for a tokenizer that is another model's: it has ids beyond the model's vocabulary, or the ids that
-    the model's family reserves are text in it, or it names another mask."""
+    """Raise ConfigError for a tokenizer that is another model's: its text has ids beyond the model's vocabulary, it names
+    another mask than the model's family, or the ids that the family reserves are text in it."""
     if tokenizer is None:
         return
     file, keys = _read_keys(whole_model_dir(model_dir))
-    family, _ = FAMILIES.claiming(file, keys)
-    size, last = read_config(model_dir).vocab_size, max(tokenizer.get_vocab().values(), default=0)
-    foreign = f"the tokenizer in {model_dir} is another model's"
+    family, size = FAMILIES.claiming(file, keys)[0], read_config(model_dir).vocab_size
+    foreign, remedy = f"the tokenizer in {model_dir} is another model's", "put the model's own tokenizer there"
+    # Some models leave added tokens, such as those of images, without an embedding.
+    last = max(set(tokenizer.get_vocab().values()).difference(tokenizer.added_tokens_decoder), default=0)
     if last >= size:
         raise ConfigError(
             f"{foreign}, or the embeddings were not resized for it: its ids go up to {last}, and {file} states a "
-            f"vocabulary of {size}; put the model's own tokenizer there"
+            f"vocabulary of {size}; {remedy}"
         )
     known = family.special_tokens(keys)
     if None not in (known.mask, tokenizer.mask_token_id) and known.mask != tokenizer.mask_token_id:
         raise ConfigError(
             f"{foreign}: its mask {tokenizer.mask_token!r} is {tokenizer.mask_token_id}, and that of the family "
-            f"{family.name} {known.mask}; put the model's own tokenizer there"
+            f"{family.name} {known.mask}; {remedy}"
         )
-    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     for name, index in known._asdict().items():
-        token = None if index is None else tokenizer.convert_ids_to_tokens(index)
-        if token is not None and index not in special:
+        if index is not None and _is_text(tokenizer, index):
+            token = tokenizer.convert_ids_to_tokens(index)
             raise ConfigError(
-                f"{foreign}: {index}, the {name} of the family {family.name}, is the text {token!r} in it; put the model's "
-                "own tokenizer there"
+                f"{foreign}: {index}, the {name} of the family {family.name}, is the text {token!r} in it; {remedy}"
             )
+
+
+def _is_text(tokenizer: PreTrainedTokenizerBase, index: int) -> bool:
+    """Whether an id has a token that is neither special nor written like one."""
+    token = tokenizer.convert_ids_to_tokens(index)
+    special = index in tokenizer.added_tokens_decoder or index in tokenizer.all_special_ids
+    return token is not None and not special and not token.startswith(("<", "[", "|"))
 
 
 def trained_block_size(model_dir: Path) -> int | None:

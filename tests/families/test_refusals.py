@@ -143,6 +143,10 @@ CASES = {
         lambda folder: {"model_name_or_path": "tiny", "block_size": None, "mask_token_id": None, "eos_token_id": None},
         "block_size null: a model of the family llada2 is block-causal; set block_size",
     ),
+    "kernels for other modules": (
+        lambda folder: another_config(folder, **TINY_SIZES, model_type="mistral") | {"use_liger_kernel": True},
+        "use_liger_kernel true: no family declares the model_type mistral, .* set it to false",
+    ),
     "half a checkpoint": (without_a_layer, r"missing tensor model\.layers\.1\.mlp\.down_proj\.weight \[32, 64\]"),
     "a shard is missing": (without_a_shard, "lacks model-00002-of-00002.safetensors, which .*index.json names"),
     "more layers than stored": (

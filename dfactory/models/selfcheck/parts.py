@@ -101,9 +101,25 @@ def randomise(model: PreTrainedModel) -> None:
             buffer.add_(0.1 * torch.randn_like(buffer))
 
 
-def moe_block_names(model: nn.Module) -> tuple[str, ...]:
-    """The classes of modules that hold routed experts."""
-    return tuple(sorted({type(module).__name__ for module in model.modules() if hasattr(module, "experts")}))
+def moe_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold routed experts."""
+    return [module for module in model.modules() if isinstance(getattr(module, "experts", None), nn.Module)]
+
+
+def watch_experts(model: nn.Module) -> None:
+    """Let a forward raise Unfit where experts are not run as the coverage of experts reads it: tokens, and the numbers of
+    the experts that each takes."""
+    for block in moe_blocks(model):
+        block.experts.register_forward_pre_hook(_require_routing)
+
+
+def _require_routing(experts: nn.Module, arguments: tuple) -> None:
+    routed = len(arguments) > 1 and isinstance(arguments[1], torch.Tensor) and not arguments[1].is_floating_point()
+    if not routed or not hasattr(experts, "num_experts"):
+        raise Unfit(
+            f"{type(experts).__name__} is not given its tokens and the numbers of their experts, which the coverage of "
+            "experts is counted from here"
+        )
 
 
 def require_structure(model: PreTrainedModel) -> None:
