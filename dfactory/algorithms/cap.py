@@ -14,7 +14,7 @@ import dataclasses
 
 from dfactory.algorithms.base import ALGORITHMS, Needs
 from dfactory.algorithms.sft import SFT
-from dfactory.algorithms.supervised import Supervised, SupervisedKeys
+from dfactory.algorithms.supervised import CART_P, Supervised, SupervisedKeys
 from dfactory.config.keys import key
 from dfactory.types import Count, LossTerms, Mean, Objective, TokenScores, ViewBatch
 
@@ -24,13 +24,18 @@ class CAP(Objective):
     loss_weight: str = "uniform"
     confidence_beta: float = 2.0
     editing_mask_id: int | None = None  # as in SFT
+    cart_p: float = CART_P
     counts_need_scores = True
 
+    @property
+    def _sft(self) -> SFT:
+        return SFT(self.loss_weight, self.editing_mask_id, self.cart_p)
+
     def counts(self, batch: ViewBatch, scores: TokenScores) -> dict[str, Count]:
-        return SFT(self.loss_weight).counts(batch) | {"confidence": scores.hit_N.sum()}
+        return self._sft.counts(batch) | {"confidence": scores.hit_N.sum()}
 
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
-        terms = SFT(self.loss_weight, self.editing_mask_id)(batch, scores)
+        terms = self._sft(batch, scores)
         confidence = Mean((scores.entropy_N * scores.hit_N).sum(), scores.hit_N.sum())
         return LossTerms(
             loss={**terms.loss, "confidence": confidence},
@@ -55,7 +60,7 @@ class ConfidenceAwareParallel(Supervised):
         return Needs(entropy_temperature=recipe.entropy_temperature)
 
     def objective(self, recipe, editing_mask_id: int | None) -> CAP:
-        return CAP(recipe.loss_weight, recipe.confidence_beta, editing_mask_id)
+        return CAP(recipe.loss_weight, recipe.confidence_beta, editing_mask_id, recipe.cart_p)
 
 
 ALGORITHMS.add(ConfidenceAwareParallel())

@@ -2,15 +2,17 @@
 
     L = - sum over views, targets i of  w_i log p(x0_i | view)  /  Z
 
-`uniform`: w = 1, Z the number of targets; what public fine-tuning code of this family computes.
+`uniform`: w = 1, Z the number of targets; what public fine-tuning code of LLaDA2 computes.
 `elbo`: w = 1/t, Z the number of response tokens, counted once a view (equation 5 of LLaDA2.0).
+loss_weights.py has these and those of other projects.
 """
 
 import dataclasses
 
 from dfactory.algorithms.base import ALGORITHMS
+from dfactory.algorithms.loss_weights import LOSS_WEIGHTS
 from dfactory.algorithms.metrics import metrics_by_kind, token_metrics
-from dfactory.algorithms.supervised import Supervised
+from dfactory.algorithms.supervised import CART_P, Supervised
 from dfactory.types import Count, LossTerms, Mean, Objective, TokenScores, ViewBatch
 
 
@@ -18,20 +20,18 @@ from dfactory.types import Count, LossTerms, Mean, Objective, TokenScores, ViewB
 class SFT(Objective):
     loss_weight: str = "uniform"
     editing_mask_id: int | None = None  # with token editing: log masked, edited and kept targets apart
+    cart_p: float = CART_P
 
     def counts(self, batch: ViewBatch, scores: TokenScores | None = None) -> dict[str, Count]:
         """This micro-batch's share of Z, from the batch alone."""
-        if self.loss_weight == "elbo":
-            return {"nll": (batch.response_length_D * batch.num_views_D).sum()}
-        return {"nll": float(batch.num_targets)}
+        return {"nll": LOSS_WEIGHTS[self.loss_weight].count(batch)}
 
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
-        nll_N = -scores.logprob_N
-        weighted = batch.elbo_weight_N * nll_N if self.loss_weight == "elbo" else nll_N
+        weighted_N = LOSS_WEIGHTS[self.loss_weight].weigh(batch, self.cart_p) * -scores.logprob_N
         metrics = token_metrics(batch, scores)
         if self.editing_mask_id is not None:
             metrics |= metrics_by_kind(batch, scores, self.editing_mask_id)
-        return LossTerms(loss={"nll": Mean(weighted.sum(), self.counts(batch)["nll"])}, metrics=metrics)
+        return LossTerms(loss={"nll": Mean(weighted_N.sum(), self.counts(batch)["nll"])}, metrics=metrics)
 
 
 class SupervisedFineTuning(Supervised):
@@ -41,7 +41,7 @@ class SupervisedFineTuning(Supervised):
     default_of = "stage"
 
     def objective(self, recipe, editing_mask_id: int | None) -> SFT:
-        return SFT(recipe.loss_weight, editing_mask_id)
+        return SFT(recipe.loss_weight, editing_mask_id, recipe.cart_p)
 
 
 ALGORITHMS.add(SupervisedFineTuning())
