@@ -4,7 +4,7 @@
 the ranks that have its experts. Ranks are divided twice: consecutive ones into groups that hold a layer together, and
 those with the same experts into groups over which ZeRO divides them.
 
-Two things are put right here. AutoEP computes the router's logits in the precision of the stream, the original in fp32;
+Two things are put right here. AutoEP computes the router's logits in the precision of the stream, some families in fp32;
 and it knows no way back, so `whole_layer` makes from what it left the tensors that the transformers model had.
 """
 
@@ -68,7 +68,7 @@ def check_ranks(recipe: Recipe, world_size: int) -> None:
 
 
 class _RouterInFloat32(nn.Linear):
-    """The router's logits as Glm4Moe computes them, whatever the precision of the stream."""
+    """The router's logits of a family that `routes_in_float32`, whatever the precision of the stream."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden.float(), self.weight.float())
@@ -79,12 +79,12 @@ def autoep_layers(policy: Policy) -> list[AutoEPMoELayer]:
 
 
 def finish_layers(policy: Policy, block_names: list[str]) -> None:
-    """After deepspeed.initialize: all MoE blocks have to be AutoEP's, and their routers become exact."""
+    """After deepspeed.initialize: all MoE blocks have to be AutoEP's, and their routers become the family's."""
     replaced = {name for name, module in policy.named_modules() if isinstance(module, AutoEPMoELayer)}
     if replaced != set(block_names):
         left = sorted(set(block_names) ^ replaced)
         raise RuntimeError(f"AutoEP did not take the MoE blocks {left}: its moe_layer_pattern does not fit them")
-    for layer in autoep_layers(policy):
+    for layer in autoep_layers(policy) if policy.family.routes_in_float32 else ():
         layer.router.gate.__class__ = _RouterInFloat32
 
 

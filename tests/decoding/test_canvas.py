@@ -1,4 +1,4 @@
-"""Decoding with full attention, by a policy whose answers are scripted; tests/models/test_families.py has real models."""
+"""Decoding with full attention, by a policy whose answers are scripted; tests/families/ has real models."""
 
 import pytest
 import torch

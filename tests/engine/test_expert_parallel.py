@@ -19,6 +19,7 @@ from tests.engine.test_equality import ZERO
 from tests.models.conftest import CONFIGS
 from tests.planning.test_memory import MINI
 
+SOFTMAX = GOLDEN.parent / "families/llada_moe"  # its router is a softmax, not renormalised, in the model's precision
 STAGES = (1, 2, 3)
 SHARED = "expert_parallel_size=2"
 
@@ -30,6 +31,11 @@ def runs(recipe_file, run_jobs, tmp_path_factory):
     bf16 = ["dtype=bfloat16", ZERO[3], "gradient_checkpointing=true", "max_steps=2", "eval_noise_levels=[0.5]"]
     options = {"plain": [ZERO[1]], "plain_bf16": bf16, "shared_bf16": [*bf16, SHARED]}
     options |= {f"shared{stage}": [ZERO[stage], SHARED] for stage in STAGES}
+    softmax = [f"model_name_or_path={SOFTMAX}", "block_size=null", "mask_token_id=286", "eos_token_id=283"]
+    softmax += ["loss_weight=elbo", "noise_level=document", "complementary=false"]
+    options |= {"softmax": [*softmax, ZERO[1]], "softmax_bf16": [*softmax, *bf16]}
+    options |= {f"softmax_shared{stage}": [*softmax, ZERO[stage], SHARED] for stage in (1, 3)}
+    options["softmax_shared_bf16"] = [*options["softmax_bf16"], SHARED]
     for stage in (1, 3):
         options[f"resumed{stage}"] = [
             *options[f"shared{stage}"],
@@ -73,6 +79,26 @@ def test_bf16_routes_in_fp32(runs):
     weights = load_file(runs["shared_bf16"] / "checkpoint-2/model.safetensors")
     assert weights["model.layers.1.mlp.gate.expert_bias"].dtype == torch.float32
     assert weights["model.layers.1.mlp.experts.0.gate_proj.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_experts_that_a_softmax_chooses(runs, stage):
+    """Another family of experts, with full attention: the same losses, norms and tensors."""
+    names = ("softmax", f"softmax_shared{stage}")
+    for metric, tolerance in (("loss", {"abs": 1e-5, "rel": 1e-6}), ("grad_norm", {"rel": 1e-5})):
+        expected, got = (read_metrics(runs[name], metric) for name in names)
+        assert got == pytest.approx(expected, **tolerance)
+    expected, got = (load_file(runs[name] / "checkpoint-6/model.safetensors") for name in names)
+    assert got.keys() == expected.keys() == load_file(SOFTMAX / "model.safetensors").keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=5e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_bf16_routes_in_bf16_where_the_family_does(runs):
+    expected, got = (read_metrics(runs[name]) for name in ("softmax_bf16", "softmax_shared_bf16"))
+    assert got == pytest.approx(expected, rel=2e-3)
 
 
 @pytest.mark.slow

@@ -23,7 +23,6 @@ from dfactory.models.registry import load_policy
 from dfactory.models.saving import save_policy
 from dfactory.noise.mask import masked_view
 from dfactory.packing import PackedDocument, collate
-from dfactory.planning.memory import count_parameters
 from dfactory.types import PADDING, AlignedDocument, Place
 from dfactory.visibility import dense_mask
 from tests.families.cases import FAMILIES_WITH_GOLDENS, golden, policy_of
@@ -105,7 +104,7 @@ STEPS = [
     for name in FAMILIES_WITH_GOLDENS
     for step in published_steps(golden(name))
 ]
-PACKINGS = pytest.mark.parametrize("rows", [((0,), (1,)), ((0, 1),)], ids=["two rows", "one packed row"])
+PACKINGS = pytest.mark.parametrize("packed", [False, True], ids=["a row each", "one packed row"])
 
 
 def original_norms(policy) -> dict[str, float]:
@@ -116,16 +115,17 @@ def original_norms(policy) -> dict[str, float]:
 
 @PACKINGS
 @pytest.mark.parametrize("name, step", STEPS)
-def test_published_steps(name, step, rows):
+def test_published_steps(name, step, packed):
     """The loss, the nll of each target, and the norm of every tensor's gradient. Where the padding token's row of the
     embedding gets no gradient in the original, it gets none here."""
     g, policy = golden(name), policy_of(name)
-    batch = batch_of(g, step, rows)
+    documents = range(len(g.input_ids))
+    batch = batch_of(g, step, [documents] if packed else [[d] for d in documents])
     policy.zero_grad()
     with torch.set_grad_enabled(step.grad_norms is not None):
         scores = policy(batch)
         loss = SFT("elbo")(batch, scores).loss["nll"].total
-    assert loss.item() == pytest.approx(step.loss, abs=1e-5, rel=2e-6)
+    assert loss.item() == pytest.approx(step.loss, abs=1e-5, rel=1e-6)
     if (nll := expected_nll(g, step)) is not None:
         torch.testing.assert_close(-scores.logprob_N.detach(), nll, atol=5e-5, rtol=0)
     if step.grad_norms is None:
@@ -133,7 +133,7 @@ def test_published_steps(name, step, rows):
     loss.backward()
     norms = original_norms(policy)
     assert norms == pytest.approx(step.grad_norms, rel=1e-3)
-    assert sum(norm**2 for norm in norms.values()) ** 0.5 == pytest.approx(step.grad_norm_total, rel=1e-5)
+    assert sum(norm**2 for norm in norms.values()) ** 0.5 == pytest.approx(step.grad_norm_total, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [n for n in FAMILIES_WITH_GOLDENS if "log_likelihood" in golden(n).expected])
@@ -284,9 +284,3 @@ def test_the_original_code_reads_an_export(name, tmp_path):
     assert found["left"] == []
     if policy_of(name).family.sees_whole_document:
         assert found["difference"] < 1e-4
-
-
-@ALL
-def test_the_forecast_counts_the_models_parameters(name):
-    counted = count_parameters(golden(name).directory)
-    assert counted.total == sum(parameter.numel() for parameter in policy_of(name).parameters())

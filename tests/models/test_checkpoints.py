@@ -185,6 +185,8 @@ def test_weights_read_into_zero3_shards_are_saved_as_they_were(write_model, rand
         GOLDEN_DIR / "llada2_tiny",
         write_model(stacked(golden_tensors()), model_type="llada2_moe_veomni"),
         moe,
+        GOLDEN_DIR / "families/llada",
+        GOLDEN_DIR / "families/llada_moe",
     ]
     pairs = [(source, tmp_path / f"out{n}") for n, source in enumerate(sources)]
     script = Path(__file__).with_name("zero3_copy.py")

@@ -112,6 +112,9 @@ class Family:
     moe_blocks: tuple[str, ...] = ()  # module classes that ZeRO-3 gathers whole, because routing picks their children
     autoep: Mapping[str, Any] | None = None  # what DeepSpeed's AutoEP has to know of them; names as in transformers
     logit_scale: float = 1.0  # by what the class multiplies the head's logits
+    routes_in_float32: bool = (
+        False  # whether the router's logits are computed in float32, whatever the model's precision
+    )
     last_layer_at_targets: bool = True  # whether it may run where it is scored alone; see last_layer.py
     saved_keys: Callable[[dict[str, Any]], dict[str, Any]] = (
         _as_they_are  # config.json of the source -> of what is saved

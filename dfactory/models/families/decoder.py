@@ -55,6 +55,14 @@ QWEN3_MOE: Rules = (
     }
 )
 
+QWEN3_MOE_AUTOEP = {
+    "moe_layer_pattern": r"model\.layers\.\d+\.mlp",
+    "score_func": "softmax",
+    "score_apply": "post",
+    "num_experts_attr": "num_experts",
+    "has_shared_experts": False,
+}
+
 FAMILIES.add(
     Family(
         "qwen3",
@@ -76,6 +84,7 @@ FAMILIES.add(
         attention=Attention.BY_BLOCK_SIZE,
         autoregressive=True,
         moe_blocks=("Qwen3MoeSparseMoeBlock",),
+        autoep=QWEN3_MOE_AUTOEP,
     )
 )
 FAMILIES.add(

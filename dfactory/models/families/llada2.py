@@ -288,6 +288,7 @@ _LLADA2 = Family(
         "has_shared_experts": True,
         "shared_experts_pattern": "shared_experts",
     },
+    routes_in_float32=True,
     save_as_read=save_as_read,
     saved_keys=_saved_keys,
     warnings=_warnings,

@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from dfactory.models.config_keys import ANYTHING, DECODER, Rule, Rules, only, size
 from dfactory.models.families.base import FAMILIES, Attention, Family, SpecialTokens, Variant
+from dfactory.models.families.decoder import QWEN3_MOE_AUTOEP
 from dfactory.models.families.llada import LLaDAConfig
 
 _RENAMED_KEYS = {"expert_intermediate_size": "moe_intermediate_size", "dense_intermediate_size": "intermediate_size"}
@@ -89,5 +90,6 @@ FAMILIES.add(
         block_size=None,
         special=SpecialTokens(mask=156895, eos=156892),
         moe_blocks=("Qwen3MoeSparseMoeBlock",),
+        autoep=QWEN3_MOE_AUTOEP,
     )
 )

@@ -8,7 +8,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from dfactory.models.config_keys import SWITCH, Rules, size
 from dfactory.models.families.base import FAMILIES, Family, SpecialTokens, Variant
-from dfactory.models.families.decoder import QWEN3, QWEN3_MOE
+from dfactory.models.families.decoder import QWEN3, QWEN3_MOE, QWEN3_MOE_AUTOEP
 
 
 class SDARConfig(Qwen3Config):
@@ -73,5 +73,6 @@ FAMILIES.add(
         block_size_key="block_size",
         special=_SPECIAL,
         moe_blocks=("Qwen3MoeSparseMoeBlock",),
+        autoep=QWEN3_MOE_AUTOEP,
     )
 )
