@@ -13,7 +13,7 @@ from dfactory.models.headers import meta_model
 from dfactory.models.registry import known_eos_id, known_mask_id, load_policy, read_config, read_family
 from dfactory.models.saving import save_policy
 from dfactory.vocabulary import read_vocabulary
-from tests.families.cases import FOLDER
+from tests.families.cases import FOLDER, policy_of
 
 
 @pytest.fixture
@@ -54,6 +54,10 @@ def test_the_copy_with_another_model_type(config_dir, tmp_path):
         type(AutoConfig.from_pretrained(out)).__name__ == "LLaDAMoEConfig"
     )  # transformers knows the class by this name
     assert type(AutoConfig.from_pretrained(FOLDER / "llada")).__name__ == "LLaDAConfig"
+
+
+def test_the_last_layer_runs_at_targets_only():
+    assert policy_of("llada").ends_at_targets and policy_of("llada_moe").ends_at_targets
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
