@@ -57,7 +57,8 @@ def test_the_copy_with_another_model_type(config_dir, tmp_path):
 
 
 def test_the_last_layer_runs_at_targets_only():
-    assert policy_of("llada").ends_at_targets and policy_of("llada_moe").ends_at_targets
+    assert policy_of("llada").ends_at_targets
+    assert policy_of("llada_moe").ends_at_targets
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
