@@ -31,7 +31,7 @@ DECODED = pytest.mark.parametrize(
     "model", [m for m in MASKED_MODELS if m.block_size is None or not m.family.logit_shift], ids=str
 )
 SHARING = pytest.mark.parametrize("model", [m for m in MASKED_MODELS if m.block_size is not None], ids=str)
-CLOSE = {"atol": 5e-5, "rtol": 0}  # what float32 leaves of these logits, whose size is about 10
+CLOSE = {"atol": 1e-4, "rtol": 0}  # what float32 leaves of log-probabilities down to -20
 
 
 def test_every_family_has_a_model():
