@@ -348,16 +348,18 @@ class Rollout:
     first_commit_step   0    1  |  5   4   4    4
     commit_step         0    2  |  5   4   4    4      edits: (1, 2, cat, dog)
     block_forwards         4    |       3              forwards 3 and 6 changed nothing, and so ended their blocks
+
+    A step is a denoising forward. With shifted logits over a cache, the draw of a block's first token is a step of its own.
     """
 
     prompt_ids: list[int]
     token_ids: list[int]
-    commit_step: list[int]  # forward pass of the response at which each token took its final value, from 0
+    commit_step: list[int]  # step of the response at which each token took its final value, from 0
     commit_logprob: list[float]  # its log-probability there, under the processed distribution
     first_commit_step: list[int]  # the one at which it stopped being a mask; NEVER and GIVEN instead, in both lists
     edits: list[Edit]  # in the order of their steps
     block_size: int
-    block_forwards: list[int]  # denoising passes of each decoded block, the first one may hold prompt tokens too
+    block_forwards: list[int]  # steps of each decoded block, the first one may hold prompt tokens too
     output_ids: list[int]
     forwards: int  # denoising passes that this response took part in
     finish_reason: FinishReason

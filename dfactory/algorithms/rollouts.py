@@ -162,6 +162,16 @@ class RolloutAlgorithm(Algorithm):
                 f"decode.cfg_scale {decode.cfg_scale:g} with {stage}: the learner's likelihood is that of the distribution "
                 "without guidance; set it to 0"
             )
+        if decode.blocks_from != "start":
+            yield (
+                f"decode.blocks_from {decode.blocks_from} with {stage}: rollouts are trained on in blocks that are counted "
+                "from the start; set it to start"
+            )
+        if decode.early_stop and recipe.block_size is not None:
+            yield (
+                f"decode.early_stop true with {stage}: a block that is not decoded to its end leaves masks among the clean "
+                "tokens; set it to false"
+            )
         if decode.top_p is not None or decode.top_k is not None:
             yield (
                 f"decode.temperature, top_k or top_p other than 1.0, null, null with {stage}: the learner's likelihood is "

@@ -11,11 +11,15 @@ All spans are concatenated in a single sequence, so ragged slots cost nothing ou
 keys of its whole span. Those of a masked block are overwritten by the block's next pass, and at last by one over its
 clean tokens; as that one sees clean tokens only, its keys are exact and never need a refresh.
 
+With a sub-block cache a forward may run over a part of the block alone, and sees the other keys of the block as they were
+when a forward last ran over all of it.
+
 Letters: N tokens of a forward, R spans, Q blocks of a span, K blocks of a slot, B block size; d size of a head.
 """
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -34,10 +38,20 @@ class Span(NamedTuple):
     first: int  # block, counted from the start of the document
     stop: int  # one past the last block
     denoises: bool  # the last block is being denoised; all others are clean
+    origin: int = 0  # the position from which blocks are counted; below 0 the first block is short
+    end: int | None = None  # the end of the document, where that cuts the last block short
+    within: slice | None = None  # positions: the only ones that the forward runs over; None: all of the blocks
 
     @property
     def blocks(self) -> int:
         return self.stop - self.first
+
+    def positions(self, block_size: int) -> slice:
+        """What the forward runs over."""
+        if self.within is not None:
+            return self.within
+        start, stop = (self.origin + block * block_size for block in (self.first, self.stop))
+        return slice(max(start, 0), stop if self.end is None else min(stop, self.end))
 
 
 class BlockCache(Cache):
@@ -80,7 +94,7 @@ class BlockCache(Cache):
 
 def span_places(spans: list[Span]) -> tuple[Place, Place]:
     """The places of the spans' blocks [R, Q], and of all blocks of their slots [R, K], numpy, with padding."""
-    slot_R, first_R, stop_R, denoises_R = np.array(spans, dtype=np.int64).T
+    slot_R, first_R, stop_R, denoises_R = np.array([span[:4] for span in spans], dtype=np.int64).T
     denoised_R = np.where(denoises_R == 1, stop_R - 1, -1)
 
     def places(block_RX):
@@ -95,12 +109,18 @@ def span_places(spans: list[Span]) -> tuple[Place, Place]:
 
 def seen_blocks(spans: list[Span]) -> np.ndarray:
     """How many blocks each block of the spans sees, [R, Q]; they are the first ones of its slot."""
-    return _seen_RQK(spans).sum(axis=-1)
-
-
-def _seen_RQK(spans: list[Span]) -> np.ndarray:
     query_RQ, key_RK = span_places(spans)
-    return visible(Place(*(f[:, :, None] for f in query_RQ)), Place(*(f[:, None, :] for f in key_RK)))
+    seen_RQK = visible(Place(*(f[:, :, None] for f in query_RQ)), Place(*(f[:, None, :] for f in key_RK)))
+    return seen_RQK.sum(axis=-1)
+
+
+def seen_keys(spans: list[Span], block_size: int) -> Iterator[np.ndarray]:
+    """How many keys of its slot each token of a span sees; they are the first ones. An array for each span."""
+    for span, seen_Q in zip(spans, seen_blocks(spans), strict=True):
+        here = span.positions(block_size)
+        block_T = (np.arange(here.start, here.stop) - span.origin) // block_size - span.first
+        keys_T = seen_Q[block_T] * block_size + span.origin
+        yield keys_T if span.end is None else np.minimum(keys_T, span.end)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +132,11 @@ class BlockwiseAttention:
     @classmethod
     def of(cls, spans: list[Span], block_size: int, device: torch.device) -> "BlockwiseAttention":
         blocks, start = [], 0
-        keys_RQ = seen_blocks(spans) * block_size
-        for span, keys_Q in zip(spans, keys_RQ.tolist(), strict=True):
-            for keys in keys_Q[: span.blocks]:
-                blocks.append((span.slot, slice(start, start + block_size), keys))
-                start += block_size
+        for span, keys_T in zip(spans, seen_keys(spans, block_size), strict=True):
+            for keys, alike in itertools.groupby(keys_T.tolist()):
+                stop = start + len(list(alike))
+                blocks.append((span.slot, slice(start, stop), keys))
+                start = stop
         return cls(blocks)
 
     def attend(self, query, key, value, scaling):
@@ -145,14 +165,15 @@ class PaddedAttention:
 
     @classmethod
     def of(cls, spans: list[Span], block_size: int, device: torch.device) -> "PaddedAttention":
-        seen_RQK = _seen_RQK(spans)
-        mask_RSS = seen_RQK.repeat(block_size, axis=1).repeat(block_size, axis=2)
-        length_R1 = np.array([[span.blocks * block_size] for span in spans])
-        real_RS = np.arange(mask_RSS.shape[1]) < length_R1
+        keys_R = list(seen_keys(spans, block_size))
+        seen_RS = np.zeros((len(spans), max(map(len, keys_R))), dtype=np.int64)  # 0: nothing, where a span has ended
+        for seen_S, keys_T in zip(seen_RS, keys_R, strict=True):
+            seen_S[: len(keys_T)] = keys_T
+        mask_RSS = np.arange(seen_RS.max()) < seen_RS[:, :, None]
         slots = [span.slot for span in spans]
         return cls(
             torch.tensor(slots, device=device),
-            torch.from_numpy(np.flatnonzero(real_RS)).to(device),
+            torch.from_numpy(np.flatnonzero(seen_RS > 0)).to(device),
             torch.from_numpy(mask_RSS[:, None]).to(device),
         )
 

@@ -6,6 +6,7 @@ that the group's rule reads.
 Letters: R responses, B block size, N open positions, V vocabulary, H hidden.
 """
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Protocol
@@ -13,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from dfactory.decoding.distribution import Distribution
 from dfactory.decoding.response import Outcome, Response
 from dfactory.decoding.rules.base import CHANCE, Forward, Proposal
 
@@ -45,12 +47,32 @@ def decide(
     return outcomes
 
 
+def decide_leads(
+    policy: Head, responses: Sequence[Response], hidden_RH: torch.Tensor
+) -> list[tuple[Response, int, float]]:
+    """The first token of the block of each response and its log-probability, given the hidden state that predicts it. The
+    mask is never drawn: a lead is not masked again."""
+    alike = defaultdict(list)
+    for row, response in enumerate(responses):
+        alike[response.rules.deciding, response.rules.mask_token_id].append(row)
+    leads = []
+    for (_, mask), rows in alike.items():
+        group = [responses[row] for row in rows]
+        plain = group[0].rules.distribution
+        distribution = dataclasses.replace(plain, suppressed_ids=(*plain.suppressed_ids, mask))
+        first_RB = torch.zeros(len(group), group[0].rules.block_size, dtype=torch.bool)
+        first_RB[:, 0] = True
+        token_R, logprob_R = _read(policy, group, hidden_RH[rows], first_RB, distribution)[:2]
+        leads += zip(group, token_R.long().tolist(), logprob_R.tolist(), strict=True)
+    return leads
+
+
 def _decide_alike(
     policy: Head, responses: Sequence[Response], hidden_NH: torch.Tensor, open_RB: torch.Tensor
 ) -> list[Outcome]:
     rules = responses[0].rules
-    masked_RB = torch.from_numpy(np.stack([response.masked_B for response in responses]))
-    read = _read(policy, responses, hidden_NH, open_RB)
+    masked_RB = torch.from_numpy(np.stack([response.due_B for response in responses]))
+    read = _read(policy, responses, hidden_NH, open_RB, rules.distribution)
     proposal_RB = Proposal(*(_spread(n, open_RB, t) for n, t in zip(read[:4], PROPOSAL_TYPES, strict=True)))
     columns = {
         column.name: _spread(numbers, open_RB, torch.float)
@@ -89,11 +111,17 @@ def _remembered(responses: Sequence[Response], block_size: int) -> dict[str, tor
     return {name: torch.stack([r.memory.get(name, nothing_B).float() for r in responses]) for name in names}
 
 
-def _read(policy: Head, responses: Sequence[Response], hidden_NH: torch.Tensor, open_RB: torch.Tensor) -> torch.Tensor:
+def _read(
+    policy: Head,
+    responses: Sequence[Response],
+    hidden_NH: torch.Tensor,
+    open_RB: torch.Tensor,
+    distribution: Distribution,
+) -> torch.Tensor:
     """Proposals and columns of N positions: float64 [4 + columns, N] on the host, the one transfer."""
     rules, device = responses[0].rules, hidden_NH.device
     uniform_N, last_NV, early_N = None, None, None
-    if not rules.distribution.is_greedy:
+    if not distribution.is_greedy:
         uniform_N = torch.from_numpy(np.stack([response.uniform_B() for response in responses]))[open_RB]
     if rules.compares:
         last_NV = _last_logprobs(responses, policy.config.vocab_size, device)[open_RB.to(device)]
@@ -112,11 +140,11 @@ def _read(policy: Head, responses: Sequence[Response], hidden_NH: torch.Tensor, 
         )
         logits_NV = policy.logits(hidden_NH[part])
         if logits_NV.dim() == 3:
-            logits_NV = rules.distribution.guided(logits_NV)
+            logits_NV = distribution.guided(logits_NV)
         if group is not None:
             others = rules.ranges.others(group, slice(0, logits_NV.shape[-1]))
             logits_NV = logits_NV.masked_fill(others, -torch.inf)
-        numbers, logprob_NV = rules.distribution.read(logits_NV, uniform, rules.columns, last, early)
+        numbers, logprob_NV = distribution.read(logits_NV, uniform, rules.columns, last, early)
         parts.append(torch.stack([of_N.double() for of_N in numbers]))
         logprobs.append(logprob_NV)
     if rules.compares:

@@ -137,6 +137,10 @@ class DecodeRules:
     canvas: bool = False  # full attention: blocks are counted from the end of the prompt, and later ones are in sight
     stop_token_ids: tuple[int, ...] = ()  # end a response as EOS does
     min_new_tokens: int = 0  # no token that ends a response comes out before so many
+    sub_block_size: int | None = None  # parts of a block whose masks are committed one part after another
+    sub_block_cache: bool = False  # the other parts' keys stay as of a part's first forward
+    blocks_from_prompt: bool = False  # one block begins where the prompt ends
+    early_stop: bool = False  # a response ends as soon as its answer has no mask
 
     def decide(self, forward: Forward) -> Decision:
         """What becomes of the blocks, nothing in the decision left out; `forward` comes without the confidence."""
@@ -149,7 +153,7 @@ class DecodeRules:
         edit_RB, remask_RB = (nowhere_RB if chosen is None else chosen for chosen in (made.edit_RB, made.remask_RB))
         commit_RB = made.commit_RB
         if self.rule.revises or self.rule.may_wait:
-            last_R1 = (forward.step_R >= self.rule.most_steps(self.block_size) - 1)[:, None]
+            last_R1 = (forward.step_R >= self.most_steps - 1)[:, None]
             commit_RB, remask_RB = commit_RB | (forward.masked_RB & last_R1), remask_RB & ~last_R1
         self._check(made, forward.masked_RB)
         if self.editing is not None:
@@ -183,6 +187,11 @@ class DecodeRules:
         return CHANCE in self.rule.reads
 
     @property
+    def most_steps(self) -> int:
+        """Forwards within which a block, or a part of one, has lost its masks."""
+        return self.rule.most_steps(self.sub_block_size or self.block_size)
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """The tokens that end a response."""
         return self.eos_token_id, *self.stop_token_ids
@@ -200,7 +209,7 @@ class DecodeRules:
     @property
     def deciding(self) -> tuple:
         """What makes a decision of a forward's logits: responses in which it is equal can be decided together."""
-        return self.distribution, self.acceptance, self.rule, self.editing, self.ranges
+        return self.distribution, self.acceptance, self.rule, self.editing, self.ranges, self.most_steps
 
     @classmethod
     def of(
@@ -240,13 +249,15 @@ class DecodeRules:
                 f"decode.cfg_scale {keys.cfg_scale:g} and a model that decodes over a cache: guidance needs full attention; "
                 "set it to 0"
             )
+        if keys.sub_block_cache and canvas:
+            raise ConfigError("decode.sub_block_cache true with full attention, which keeps no keys: set it to false")
         ends = (eos, *keys.stop_token_ids)
         suppressed = sorted({*special_ids, mask} - {*ends} - ranges.ids) if keys.suppress_special else []
         editing = None
         if keys.editing_threshold is not None:
             editing = Editing(keys.editing_threshold, keys.max_post_steps)
         rule = rule_of(keys)
-        num_steps = rule.most_steps(keys.block_size)
+        num_steps = rule.most_steps(keys.sub_block_size or keys.block_size)
         return cls(
             block_size=keys.block_size,
             max_new_tokens=keys.max_new_tokens,
@@ -266,4 +277,8 @@ class DecodeRules:
             canvas=canvas,
             stop_token_ids=tuple(keys.stop_token_ids),
             min_new_tokens=keys.min_new_tokens,
+            sub_block_size=keys.sub_block_size,
+            sub_block_cache=keys.sub_block_cache,
+            blocks_from_prompt=keys.blocks_from == "prompt",
+            early_stop=keys.early_stop,
         )

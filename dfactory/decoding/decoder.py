@@ -23,6 +23,7 @@ import torch
 
 from dfactory.decoding.cache import BlockCache, Span, attend_spans
 from dfactory.decoding.canvas import CanvasDecoder
+from dfactory.decoding.deciding import decide_leads
 from dfactory.decoding.decisions import DecodeRules
 from dfactory.decoding.response import Response, document_length
 from dfactory.decoding.slots import Decodable, Progress, Slots
@@ -120,6 +121,7 @@ class BlockDecoder(Slots):
 
     def __init__(self, policy: Decodable, block_size: int, slots: int, capacity: int, *, cuda_graphs: bool = False):
         super().__init__(policy, block_size, slots, capacity)
+        self.has_leads = policy.logit_shift == 1
         self.cache = BlockCache(slots, capacity + block_size)  # the last block is for what stands in, see static.py
         self.static = StaticForward(policy, self.cache, block_size) if cuda_graphs else None
         self._someone_joined = False
@@ -131,13 +133,37 @@ class BlockDecoder(Slots):
         self._someone_joined |= finished is None
         return finished
 
-    def _prepare(self) -> None:
-        """Compute clean blocks, of new prompts mostly, as far as the next step's forward cannot take them along."""
+    def _prepare(self) -> list[Progress]:
+        """Compute clean blocks, of new prompts mostly, as far as the next step's forward cannot take them along, and draw
+        the leads."""
         if self._someone_joined:
             self._share_prompts()
             self._someone_joined = False
+        finished = []
+        while waiting := [response for response in self.live if response.awaits_lead]:
+            finished += self._draw_leads(waiting)
         while not self._fits_a_step():
             self._forward_clean(self.live, self._most_clean)
+        return finished
+
+    def _draw_leads(self, responses: list[Response]) -> list[Progress]:
+        """Run over the last clean block of each, which predicts the first token of the next. Returns what that finished."""
+        while any(response.pending > 1 for response in responses):
+            self._forward_clean(responses, self._most_clean, ahead=1)
+        spans = [response.clean_span(response.block - 1, response.block) for response in responses]
+        last_R = np.cumsum([self._length(span) for span in spans]) - 1
+        hidden_RH = self._forward(responses, spans, last_R)
+        finished = []
+        for response, token, logprob in decide_leads(self.policy, responses, hidden_RH):
+            if not response.lead(token, logprob):
+                finished.append(self._progress(response, response.decoded.stop, None, goes_on=False))
+                self._let_go(response)
+        return finished
+
+    def _length(self, span: Span) -> int:
+        """Tokens that a forward over the span runs over."""
+        here = span.positions(self.block_size)
+        return here.stop - here.start
 
     @property
     def _most_clean(self) -> int:
@@ -145,8 +171,8 @@ class BlockDecoder(Slots):
         return max(CLEAN_TOKENS // self.block_size, len(self.live))
 
     def _fits_a_step(self) -> bool:
-        if self.static is not None:
-            return all(response.pending <= 1 for response in self.live)
+        if self.static is not None:  # its blocks are whole
+            return all(response.pending <= (response.cached > 0 or response.origin == 0) for response in self.live)
         return sum(response.pending for response in self.live) <= self._most_clean
 
     def _share_prompts(self) -> None:
@@ -161,16 +187,17 @@ class BlockDecoder(Slots):
             while others and donor.cached < blocks:
                 self._forward_clean([donor], self._most_clean)
             for response in others:
-                self.cache.copy_prefix(donor.slot, response.slot, blocks * self.block_size)
+                self.cache.copy_prefix(donor.slot, response.slot, response.origin + blocks * self.block_size)
                 response.cached = blocks
 
-    def _forward_clean(self, responses: list[Response], most: int) -> None:
-        """One forward over the next clean blocks of `responses` that are not cached, `most` blocks at most."""
+    def _forward_clean(self, responses: list[Response], most: int, ahead: int = 0) -> None:
+        """One forward over the next clean blocks of `responses` that are not cached, `most` blocks at most; the last
+        `ahead` ones are left out."""
         spans, taken = [], []
         for response in responses:
-            stop = min(response.cached + most, response.block)
+            stop = min(response.cached + most, response.block - ahead)
             if stop > response.cached:
-                spans.append(Span(response.slot, response.cached, stop, False))
+                spans.append(response.clean_span(response.cached, stop))
                 taken.append(response)
                 most -= stop - response.cached
         self._forward(taken, spans, np.zeros(0, dtype=np.int64))
@@ -182,17 +209,20 @@ class BlockDecoder(Slots):
         spans = [response.span for response in self.live]
         if self.static is not None:
             return self.static(self.live, spans, open_RB)
-        end_R = np.cumsum([span.blocks * self.block_size for span in spans])
-        index_RB = end_R[:, None] - self.block_size + np.arange(self.block_size)
-        return self._forward(self.live, spans, index_RB[open_RB])
+        start_R = np.cumsum([0, *(self._length(span) for span in spans[:-1])])
+        first_R = np.array([span.positions(self.block_size).start for span in spans])
+        here_R = np.array([response.here.start for response in self.live])
+        index_RB = (start_R + here_R - first_R)[:, None] + np.arange(self.block_size)
+        # With shifted logits a position is predicted from the left. The first one of a block is never open then.
+        return self._forward(self.live, spans, index_RB[open_RB] - self.policy.logit_shift)
 
     def _forward(self, responses: list[Response], spans: list[Span], chosen: np.ndarray) -> torch.Tensor:
         """A forward over the concatenated spans, whose keys go to the cache. Hidden states [chosen, H]."""
         size, device = self.block_size, self.policy.device
-        parts = [slice(span.first * size, span.stop * size) for span in spans]
-        inputs = [r.embedding_inputs(span.first, span.stop) for r, span in zip(responses, spans, strict=True)]
+        parts = [span.positions(size) for span in spans]
+        inputs = [response.embedding_inputs(part) for response, part in zip(responses, parts, strict=True)]
         position_N = np.concatenate([np.arange(part.start, part.stop) for part in parts])
-        slot_N = np.repeat([span.slot for span in spans], [span.blocks * size for span in spans])
+        slot_N = np.repeat([span.slot for span in spans], [part.stop - part.start for part in parts])
         inputs_1N = EmbeddingInputs(*(_row(field, device) for field in zip(*inputs, strict=True)))
         position_N, slot_N = torch.from_numpy(np.stack([position_N, slot_N])).to(device)
         self.cache.expect(slot_N, position_N)

@@ -44,6 +44,27 @@ class DecoderKeys:
         "(docs/decoding.md)",
         choices=RULES.names,
     )
+    sub_block_size: Optional[int] = key(
+        None,
+        "commit the masks of one part of a block before those of the next, parts of so many tokens from left to right; the "
+        "rule sees each part as a block, later parts stay in sight as masks (Fast-dLLM v2's small blocks); null: off",
+        low=1,
+    )
+    sub_block_cache: bool = key(
+        False,
+        "run a part's later forwards over that part alone, with the other parts' keys as of its first forward; approximate",
+    )
+    blocks_from: str = key(
+        "start",
+        "where block-causal blocks are counted from. start: the start of the document, as in training; prompt: such that "
+        "one begins where the prompt ends, and the document's first and last block may be short (dllm's BD3LM sampler)",
+        choices=("start", "prompt"),
+    )
+    early_stop: bool = key(
+        False,
+        "end a response as soon as no mask is left before its EOS, or in it up to max_new_tokens, and leave the other masks "
+        "of the block; false: decode the block to its end",
+    )
     eos_penalty: float = key(
         0.0,
         "multiply the confidence of EOS by a factor that rises linearly over the forwards of a block, from 1 - eos_penalty "
@@ -186,6 +207,9 @@ def refuse_foreign_keys(keys: DecodeKeys, origins: Mapping[str, str], prefix: st
 def decode_problem(keys: DecodeKeys, block_size: int | None) -> str | None:
     """The first rule between keys that they break. Without a block size, the rules that need one are left out."""
     rule = rule_of(keys)
+    if (problem := _sub_block_problem(keys, rule, block_size)) is not None:
+        return problem
+    block_size = keys.sub_block_size or block_size  # what the rule takes for a block
     if (problem := rule.problem(block_size)) is not None:
         return problem
     if keys.min_new_tokens > keys.max_new_tokens:
@@ -210,11 +234,32 @@ def decode_problem(keys: DecodeKeys, block_size: int | None) -> str | None:
     return None
 
 
+def _sub_block_problem(keys: DecodeKeys, rule: DecodingRule, block_size: int | None) -> str | None:
+    size = keys.sub_block_size
+    if size is not None and block_size is not None and block_size % size:
+        return f"decode.sub_block_size {size} does not divide block_size {block_size}"
+    if not keys.sub_block_cache:
+        return None
+    cached = "decode.sub_block_cache true"
+    if size is None:
+        return f"{cached} without decode.sub_block_size: a block that is one part has nothing to keep; set both, or neither"
+    if keys.cuda_graphs:
+        return (
+            f"{cached} with decode.cuda_graphs true: its forwards have other shapes than those recorded; leave out one"
+        )
+    if keys.editing_threshold is not None or rule.revises:
+        changes = rule.selector if rule.revises else f"decode.editing_threshold {keys.editing_threshold}"
+        return f"{cached} with {changes}, which may change tokens of all parts; leave out one"
+    return None
+
+
 def trace_problem(keys: DecodeKeys) -> tuple[str, str] | None:
     """The key because of which the recorded probabilities do not multiply to that of a trace, and why; None where they do,
     with acceptance `top`."""
     if keys.editing_threshold is not None:
         return f"decode.editing_threshold {keys.editing_threshold}", "the likelihood of edits is not computed"
+    if keys.sub_block_cache:
+        return "decode.sub_block_cache true", "the keys that it keeps make the recorded probabilities approximate"
     if keys.cfg_scale:
         return f"decode.cfg_scale {keys.cfg_scale:g}", "the likelihood of a guided distribution is not computed"
     rule = RULES[keys.rule]

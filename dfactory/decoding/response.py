@@ -6,9 +6,18 @@ Formulas: docs/method.md#decoding.
     block       0         1         2         3              10 positions are decoded, 9 are the answer at most
 
 Blocks are counted from the start of the document, so the first one may begin with prompt tokens; those are never masked,
-edited or scored. On a canvas (canvas.py) they are counted from the end of the prompt. A response ends after the first
-block that holds EOS with no mask before it. It starts from masks, or from a draft followed by masks; a block that has
+edited or scored. On a canvas (canvas.py) they are counted from the end of the prompt, and with `blocks_from: prompt` such
+that one begins there; then the first and the last one may be short. A response ends after the first block that holds EOS
+with no mask before it; with `early_stop` at once. It starts from masks, or from a draft followed by masks; a block that has
 neither masks nor edits to hope for takes no forward.
+
+With `sub_block_size` a block has parts, whose masks are committed one part after another.
+
+With shifted logits over a cache the first token of a block, its *lead*, is predicted by the last position of the block
+before, in the forward that writes that one's clean keys. It is drawn there, before the block's first denoising forward. Its
+draw is a step of the response, but no denoising forward:
+
+    . . . .    step 0: lead    a . . .    step 1: forward    a b . d    step 2: forward    a b c d
 
 Letters: B block size, T document length. Everything lives on the host, in numpy.
 """
@@ -26,9 +35,10 @@ from dfactory.types import GIVEN, NEVER, Edit, EmbeddingInputs, FinishReason, Ro
 
 
 def document_length(prompt_length: int, rules: DecodeRules) -> int:
-    """Tokens of the longest document: prompt and max_new_tokens, rounded up to the block except on a canvas, whose last
-    block may be short."""
-    return prompt_length + rules.max_new_tokens if rules.canvas else _whole_blocks(prompt_length, rules)
+    """Tokens of the longest document: prompt and max_new_tokens, rounded up to the block where blocks are counted from the
+    start; else the last block may be short."""
+    exact = rules.canvas or rules.blocks_from_prompt
+    return prompt_length + rules.max_new_tokens if exact else _whole_blocks(prompt_length, rules)
 
 
 def _whole_blocks(prompt_length: int, rules: DecodeRules) -> int:
@@ -38,8 +48,11 @@ def _whole_blocks(prompt_length: int, rules: DecodeRules) -> int:
 
 
 def block_origin(prompt_length: int, rules: DecodeRules) -> int:
-    """The position from which blocks are counted: the start of the document, or on a canvas the end of the prompt."""
-    return prompt_length if rules.canvas else 0
+    """The position from which blocks are counted: the start of the document, or on a canvas the end of the prompt. Below 0
+    where the first block is short, so that another one begins where the prompt ends."""
+    if rules.canvas:
+        return prompt_length
+    return -(-prompt_length % rules.block_size) if rules.blocks_from_prompt else 0
 
 
 class Outcome(NamedTuple):
@@ -57,9 +70,16 @@ class Response:
     """A response in its slot: the document so far, its trace, and where its cache stands."""
 
     def __init__(
-        self, index: int, prompt: Sequence[int], draft: Sequence[int], noise_id: int, slot: int, rules: DecodeRules
+        self,
+        index: int,
+        prompt: Sequence[int],
+        draft: Sequence[int],
+        noise_id: int,
+        slot: int,
+        rules: DecodeRules,
+        has_leads: bool = False,
     ):
-        self.index, self.noise_id, self.slot, self.rules = index, noise_id, slot, rules
+        self.index, self.noise_id, self.slot, self.rules, self.has_leads = index, noise_id, slot, rules, has_leads
         self.start = len(prompt)  # position of the first response token
         self.origin = block_origin(self.start, rules)
         self.stop = document_length(self.start, rules)  # positions from here on do not exist
@@ -69,10 +89,10 @@ class Response:
         self.step_T = self.first_step_T.copy()
         self.logprob_T = np.zeros(len(self.tokens_T))
         self.edits: list[Edit] = []
-        self.forwards = 0
+        self.steps = self.leads = 0  # steps: forwards over masks or a whole block, and leads
         self.block_forwards: list[int] = []
         self.cached = 0  # blocks whose clean keys are in the cache
-        self.mask_steps = self.post_steps = 0  # forwards of this block with masks, and without
+        self.mask_steps = self.post_steps = 0  # forwards of this part of the block with masks; of the block without
         self.is_complete = not self._enter(self.prompt_blocks)  # before any forward
 
     def _enter(self, block: int) -> bool:
@@ -92,8 +112,24 @@ class Response:
         self.here = slice(self.origin + block * size, self.origin + (block + 1) * size)
         position_B = np.arange(self.here.start, self.here.stop)
         self.is_response_B = (position_B >= self.start) & (position_B < self.stop)
-        self.mask_steps = self.post_steps = 0
+        self.part = self.mask_steps = self.post_steps = 0
+        self._enter_part(0)
         self._forget()
+
+    def _enter_part(self, first: int) -> bool:
+        """Move to the first part of the block that has masks, from part `first` on. False if none has."""
+        for part in range(first, self.rules.block_size // self._part_size):
+            if self.masked_B[self._tokens_of(part)].any():
+                self.part, self.mask_steps = part, 0
+                return True
+        return False
+
+    @property
+    def _part_size(self) -> int:
+        return self.rules.sub_block_size or self.rules.block_size
+
+    def _tokens_of(self, part: int) -> slice:
+        return slice(part * self._part_size, (part + 1) * self._part_size)
 
     def _forget(self) -> None:
         self.memory: Mapping[str, torch.Tensor] = {}  # of the rule, about this block
@@ -101,8 +137,12 @@ class Response:
 
     def change_rules(self, rules: DecodeRules) -> None:
         """Decode on by other rules; what the former one remembered is forgotten."""
+        parts_change = rules.sub_block_size != self.rules.sub_block_size
         self.rules = rules
         self._forget()
+        if parts_change:
+            self.part = 0
+            self._enter_part(0)
 
     @property
     def decoded(self) -> slice:
@@ -125,9 +165,38 @@ class Response:
         return np.array([groups[index] if 0 <= index < len(groups) else 0 for index in index_B])
 
     @property
+    def due_B(self) -> np.ndarray:
+        """The masks that the next forward may commit: those of one part of the block."""
+        return self.masked_B & self._in_part_B
+
+    @property
+    def _in_part_B(self) -> np.ndarray:
+        return np.arange(self.rules.block_size) // self._part_size == self.part
+
+    @property
     def open_B(self) -> np.ndarray:
-        """The positions of the block that the next forward decides about: masks, or all of the response."""
-        return self.is_response_B if self.rules.all_is_open else self.masked_B
+        """The positions of the block that the next forward decides about: masks, or all of the response but its lead."""
+        if not self.rules.all_is_open:
+            return self.due_B
+        visible_B = self.is_response_B & ~self.masked_B
+        if self.rules.rule.revises:
+            visible_B &= self._in_part_B
+        visible_B[0] &= not self._begins_with_lead
+        return visible_B | self.due_B
+
+    @property
+    def forwards(self) -> int:
+        """Denoising forwards so far."""
+        return self.steps - self.leads
+
+    @property
+    def _begins_with_lead(self) -> bool:
+        return self.has_leads and self.block > 0
+
+    @property
+    def awaits_lead(self) -> bool:
+        """Whether the block's first token has to be drawn before the next forward."""
+        return self._begins_with_lead and bool(self.masked_B[0])
 
     @property
     def pending(self) -> int:
@@ -139,26 +208,42 @@ class Response:
         """Blocks that hold nothing but prompt."""
         return (self.start - self.origin) // self.rules.block_size
 
-    def embedding_inputs(self, first: int, stop: int) -> EmbeddingInputs:
-        """Of the tokens of some of its blocks, as they stand."""
-        size = self.rules.block_size
-        return EmbeddingInputs(self.tokens_T[first * size : stop * size], noise=None)
+    def embedding_inputs(self, positions: slice) -> EmbeddingInputs:
+        """Of some of its tokens, as they stand."""
+        return EmbeddingInputs(self.tokens_T[positions], noise=None)
 
     @property
     def prompt_key(self) -> tuple:
         """Equal for two responses whose `prompt_blocks` are the same, in all that enters an embedding."""
-        return self.prompt_blocks, self.embedding_inputs(0, self.prompt_blocks).key
+        whole = self.clean_span(0, self.prompt_blocks).positions(self.rules.block_size)
+        return self.prompt_blocks, self.embedding_inputs(whole).key
+
+    def clean_span(self, first: int, stop: int) -> Span:
+        """The forward over some finished blocks."""
+        return Span(self.slot, first, stop, False, self.origin)
 
     @property
     def span(self) -> Span:
-        return Span(self.slot, self.cached, self.block + 1, True)
+        """The next denoising forward."""
+        within = None
+        if self._keeps_other_parts:
+            part = self._tokens_of(self.part)
+            within = slice(self.here.start + part.start, min(self.here.start + part.stop, self.stop))
+        return Span(self.slot, self.cached, self.block + 1, True, self.origin, self.stop, within)
+
+    @property
+    def _keeps_other_parts(self) -> bool:
+        """Whether it runs over one part of the block: a forward ran over all of it, and that part predicts its own masks."""
+        if not self.rules.sub_block_cache or self.mask_steps == 0:
+            return False
+        return not (self.has_leads and self.masked_B[self._tokens_of(self.part)][0])
 
     def uniform_B(self) -> np.ndarray:
-        return uniform_numbers(self.rules.seed, self.noise_id, self.forwards, self.rules.block_size)
+        return uniform_numbers(self.rules.seed, self.noise_id, self.steps, self.rules.block_size)
 
     def chance_B(self) -> np.ndarray:
         """What the rule leaves to chance at the next forward."""
-        return uniform_numbers(self.rules.seed, self.noise_id, self.forwards, self.rules.block_size, CHANCES)
+        return uniform_numbers(self.rules.seed, self.noise_id, self.steps, self.rules.block_size, CHANCES)
 
     @property
     def early_B(self) -> np.ndarray:
@@ -173,21 +258,48 @@ class Response:
         written_B = outcome.commit_B | outcome.edit_B | outcome.remask_B
         self._record(written_B & (token_B != old_B), old_B, token_B)
         self.tokens_B[written_B] = token_B[written_B]
-        self.step_T[self.here][written_B] = self.forwards
+        self.step_T[self.here][written_B] = self.steps
         self.logprob_T[self.here][written_B] = outcome.logprob_B[written_B]
         self.memory = outcome.memory
-        self.forwards += 1
+        self.steps += 1
         self.block_forwards[-1] += 1
         self.mask_steps += had_masks
         self.post_steps += not had_masks
 
         changed = (self.tokens_B != old_B).any()
         self.cached = self.block
+        if self._stops_early():
+            return False
         if not self._block_is_finished(bool(had_masks), bool(changed)):
             return True
         if not changed:
             self.cached += 1  # this pass ran over the block's final tokens: the keys that it wrote are the clean ones
         return not self._ends_here() and self._enter(self.block + 1)
+
+    def lead(self, token: int, logprob: float) -> bool:
+        """Write the first token of the block, which the block before it predicts. False: the response is finished."""
+        first = self.here.start
+        self.tokens_T[first], self.logprob_T[first] = token, logprob
+        self.first_step_T[first] = self.step_T[first] = self.steps
+        self.steps += 1
+        self.leads += 1
+        self.block_forwards[-1] += 1
+        self.cached = self.block
+        if self._stops_early():
+            return False
+        if self.due_B.any() or self._enter_part(self.part + 1):
+            return True
+        may_edit = self.rules.editing is not None and self.rules.editing.max_post_steps > 0
+        return may_edit or (not self._ends_here() and self._enter(self.block + 1))
+
+    def _stops_early(self) -> bool:
+        """Whether the answer stands already: there is no mask before its end."""
+        if not self.rules.early_stop:
+            return False
+        answer = self.tokens_T[self.start : min(self.start + self.rules.max_new_tokens, self.stop)]
+        ends = np.flatnonzero(np.isin(answer, self.rules.end_ids))
+        until = ends[0] if len(ends) else len(answer)
+        return not (answer[:until] == self.rules.mask_token_id).any()
 
     def _ends_here(self) -> bool:
         return self.here.stop >= self.stop or self._eos() is not None
@@ -198,13 +310,17 @@ class Response:
         first_B = self.first_step_T[self.here]
         for offset in np.flatnonzero(changed_B & (first_B != NEVER)):
             index = self.here.start + int(offset) - self.start
-            self.edits.append(Edit(index, self.forwards, int(old_B[offset]), int(token_B[offset])))
-        first_B[changed_B & (first_B == NEVER)] = self.forwards
+            self.edits.append(Edit(index, self.steps, int(old_B[offset]), int(token_B[offset])))
+        first_B[changed_B & (first_B == NEVER)] = self.steps
 
     def _block_is_finished(self, had_masks: bool, changed: bool) -> bool:
+        # The steps bind only if the mask itself may be "committed": LLaDA2's own code then runs out of steps as well.
+        if self.due_B.any() and self.mask_steps < self.rules.most_steps:
+            return False
+        if had_masks and self._enter_part(self.part + 1):
+            return False
         if self.masked_B.any():
-            # Binds only if the mask itself may be "committed": LLaDA2's own code then runs out of steps as well.
-            return self.mask_steps >= self.rules.rule.most_steps(self.rules.block_size)
+            return True
         editing = self.rules.editing
         if editing is None or self.post_steps >= editing.max_post_steps:
             return True

@@ -18,12 +18,15 @@ from dfactory.decoding.response import Outcome, Response, document_length
 from dfactory.errors import ConfigError
 from dfactory.types import EmbeddingInputs, Place, Rollout
 
+LAYOUT = ("block_size", "max_new_tokens", "blocks_from_prompt")  # rules that a document is laid out by
+
 
 class Decodable(Protocol):
     """What the decoder needs of a policy."""
 
     device: torch.device
     config: object  # with `vocab_size`
+    logit_shift: int  # 1: the hidden state at i - 1 predicts the token at i
     can_be_recorded: bool  # whether forwards of fixed shape may be replayed as CUDA graphs
     sees_whole_document: (
         bool | None
@@ -54,11 +57,20 @@ class Progress(NamedTuple):
     rollout: Rollout | None  # when this forward finished it
 
 
+class _Proposed(NamedTuple):
+    """What a forward proposed in place of the masks of a block that are left."""
+
+    here: slice
+    left_B: np.ndarray
+    outcome: Outcome
+
+
 class Slots:
     """`slots` responses of up to `capacity` tokens each, prompt included, decoded together; see `document_length`. What
     inherits from it says how a forward runs."""
 
     canvas: bool  # whether its responses lie on a canvas, each seen as a whole
+    has_leads = False  # whether the first token of a block comes before its first denoising forward, see response.py
 
     def __init__(self, policy: Decodable, block_size: int, slots: int, capacity: int):
         self.policy, self.block_size, self.capacity = policy, block_size, capacity
@@ -84,7 +96,7 @@ class Slots:
                 f"prompt of {len(prompt)} tokens with max_new_tokens {rules.max_new_tokens} takes {length} positions, a "
                 f"slot has {self.capacity}: shorten the prompt or lower max_new_tokens"
             )
-        response = Response(index, prompt, draft, noise_id, self.free.pop(), rules)
+        response = Response(index, prompt, draft, noise_id, self.free.pop(), rules, self.has_leads)
         if response.is_complete:
             self.free.append(response.slot)
             return response.rollout()
@@ -93,15 +105,13 @@ class Slots:
 
     def remove(self, index: int) -> None:
         """Give up a live response; its slot is free at once."""
-        response = self._find(index)
-        self.live.remove(response)
-        self.free.append(response.slot)
+        self._let_go(self._find(index))
 
     def change_rules(self, index: int, rules: DecodeRules) -> None:
         """Decode on by other rules. What the document was laid out by, block size and max_new_tokens, has to stay."""
         response = self._find(index)
-        if (rules.block_size, rules.max_new_tokens) != (response.rules.block_size, response.rules.max_new_tokens):
-            raise ConfigError("block_size and max_new_tokens cannot change while a response is being decoded")
+        if any(getattr(rules, name) != getattr(response.rules, name) for name in LAYOUT):
+            raise ConfigError(f"{', '.join(LAYOUT)} cannot change while a response is being decoded")
         response.change_rules(rules)
 
     def _find(self, index: int) -> Response:
@@ -109,12 +119,14 @@ class Slots:
 
     @torch.no_grad()  # not inference_mode: a policy in training goes on with what its modules keep (ZeRO-3's parameters)
     def step(self) -> list[Progress]:
-        """One denoising forward of every live response, after what it needs; none for none."""
-        self._prepare()
-        return self._step() if self.live else []
+        """One denoising forward of every live response, after what it needs; none for none. Comes with the responses that
+        were finished before it."""
+        finished = self._prepare()
+        return finished + (self._step() if self.live else [])
 
-    def _prepare(self) -> None:
-        """What has to be computed before the next denoising forward."""
+    def _prepare(self) -> list[Progress]:
+        """Compute what has to be there before the next denoising forward. Returns what that finished."""
+        return []
 
     def _denoise(self, open_RB: np.ndarray) -> torch.Tensor:
         """Hidden states [N, H] that predict the open positions of the live responses' blocks, row by row."""
@@ -125,25 +137,30 @@ class Slots:
         hidden_NH = self._denoise(open_RB)
         heard = []
         for response, outcome in decide(self.policy, self.live, hidden_NH, open_RB):
-            here, stop = response.here, response.decoded.stop
+            here, stop, open_B = response.here, response.decoded.stop, response.open_B
             goes_on = response.apply(outcome)
-            heard.append(self._progress(response, here, stop, outcome, goes_on))
+            proposed = _Proposed(here, open_B & (response.tokens_T[here] == response.rules.mask_token_id), outcome)
+            heard.append(self._progress(response, stop, proposed, goes_on))
             if not goes_on:
-                self.live.remove(response)
-                self.free.append(response.slot)
+                self._let_go(response)
         return heard
 
-    def _progress(self, response: Response, here: slice, stop: int, outcome: Outcome, goes_on: bool) -> Progress:
-        """`here`: the block that the forward ran over, which may reach beyond `stop`, the end of the document."""
-        token_T = response.tokens_T[: here.stop]
-        draft_T, draft_logprob_T = token_T.copy(), np.zeros(here.stop)
-        left_B = token_T[here] == response.rules.mask_token_id
-        draft_T[here][left_B] = outcome.token_B[left_B]
-        draft_logprob_T[here][left_B] = outcome.logprob_B[left_B]
+    def _let_go(self, response: Response) -> None:
+        self.live.remove(response)
+        self.free.append(response.slot)
+
+    def _progress(self, response: Response, stop: int, proposed: _Proposed | None, goes_on: bool) -> Progress:
+        """`stop`: the end of the block that the forward ran over, or of the document."""
+        token_T = response.tokens_T[:stop]
+        draft_T, draft_logprob_T = response.tokens_T.copy(), np.zeros(len(response.tokens_T))
+        if proposed is not None:
+            here, left_B, outcome = proposed
+            draft_T[here][left_B] = outcome.token_B[left_B]
+            draft_logprob_T[here][left_B] = outcome.logprob_B[left_B]
         return Progress(
             response.index,
             response.forwards,
-            token_T[response.start : stop].tolist(),
+            token_T[response.start :].tolist(),
             draft_T[response.start : stop].tolist(),
             draft_logprob_T[response.start : stop].tolist(),
             max(response.here.start if goes_on else stop, response.start) - response.start,

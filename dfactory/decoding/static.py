@@ -117,13 +117,16 @@ class StaticForward:
         blocks_RQ = seen_blocks(spans)
         for response, span, blocks_Q in zip(responses, spans, blocks_RQ, strict=True):
             tokens = span.blocks * size
-            ids_RS[span.slot, :tokens] = response.embedding_inputs(span.first, span.stop).token
-            position_RS[span.slot] += span.first * size
-            seen_RS[span.slot, :tokens] = np.repeat(blocks_Q[: span.blocks] * size, size)
+            start = span.origin + span.first * size
+            ids_RS[span.slot, :tokens] = response.embedding_inputs(slice(start, start + tokens)).token
+            position_RS[span.slot] += start
+            seen_Q = np.minimum(blocks_Q[: span.blocks] * size + span.origin, response.stop)
+            seen_RS[span.slot, :tokens] = np.repeat(seen_Q, size)
         if (width, keys) not in self.recordings:
             self.recordings[width, keys] = Recording(self.policy, self.cache, size, width, keys)
         hidden_NH = self.recordings[width, keys](inputs_3RS, self._last_blocks(spans, width))
-        index_RB = np.array([[span.slot] for span in spans]) * size + np.arange(size)
+        # With shifted logits a position is predicted from the left. The first one of a block is never open then.
+        index_RB = np.array([[span.slot] for span in spans]) * size + np.arange(size) - self.policy.logit_shift
         return hidden_NH[torch.from_numpy(index_RB[open_RB]).to(hidden_NH.device)]
 
     def _last_blocks(self, spans: list[Span], width: int) -> np.ndarray:

@@ -107,8 +107,8 @@ def state_after(rollout: Rollout, step: int, mask_id: int) -> np.ndarray:
 
 def block_of_step(rollout: Rollout, step: int) -> int:
     """The block, counted from `block_origin`, that forward `step` ran on."""
-    if not 0 <= step < rollout.forwards:
-        raise IndexError(f"step {step} of a rollout with {rollout.forwards} forwards")
+    if not 0 <= step < sum(rollout.block_forwards):
+        raise IndexError(f"step {step} of a rollout with {sum(rollout.block_forwards)} steps")
     decoded = int(np.searchsorted(np.cumsum(rollout.block_forwards), step, side="right"))
     return (len(rollout.prompt_ids) - rollout.block_origin) // rollout.block_size + decoded
 

@@ -121,8 +121,12 @@ class InStep:
         return self.policy.config
 
     @property
-    def sees_whole_document(self) -> bool:
+    def sees_whole_document(self) -> bool | None:
         return self.policy.sees_whole_document
+
+    @property
+    def logit_shift(self) -> int:
+        return self.policy.logit_shift
 
     def plan(self, place_RS):
         return self.policy.plan(place_RS)

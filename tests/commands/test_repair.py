@@ -37,6 +37,7 @@ class Follower:
 
     device = torch.device("cpu")
     can_be_recorded = sees_whole_document = False
+    logit_shift = 0
     config = SimpleNamespace(vocab_size=40)
 
     def hidden_at(self, chosen_N, inputs_RS, position_ids_RS, visibility, cache):

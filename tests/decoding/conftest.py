@@ -56,6 +56,7 @@ class Scripted:
 
     device = torch.device("cpu")
     can_be_recorded = sees_whole_document = False
+    logit_shift = 0
 
     def __init__(self, vocab_size: int, script: Callable[[int, int], list[float]]):
         self.config = SimpleNamespace(vocab_size=vocab_size)

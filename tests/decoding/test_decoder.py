@@ -246,10 +246,10 @@ def test_prompts_that_are_embedded_otherwise_share_nothing(policy, monkeypatch):
     """Four equal prompts of five whole blocks; an input of the third one's embedding differs in one token of one block."""
     whole, asked = Response.embedding_inputs, []
 
-    def inputs(response: Response, first: int, stop: int) -> EmbeddingInputs:
-        plain = whole(response, first, stop)
+    def inputs(response: Response, positions: slice) -> EmbeddingInputs:
+        plain = whole(response, positions)
         noise = np.full(len(plain.token), -1)
-        if response.index == 2 and first == 0:
+        if response.index == 2 and positions.start == 0:
             noise[0] = 5
         return plain._replace(noise=noise)
 

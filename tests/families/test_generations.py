@@ -81,12 +81,17 @@ def dllm(case: dict) -> dict:
     }
 
 
+def bd3lm(case: dict) -> dict:
+    return dllm(case) | {"blocks_from": "prompt"}
+
+
 SAMPLERS = {
     "LLaDA generate.py": Sampler(llada),
     "Fast-dLLM v1": Sampler(fast_dllm),
     "diffusion_generate": Sampler(dream),
     "SDAR": Sampler(sdar, canvas=False),
     "dllm MDLMSampler": Sampler(dllm),
+    "dllm BD3LMSampler": Sampler(bd3lm, canvas=False),
 }
 
 
@@ -127,7 +132,7 @@ def expected_of(case: dict, rules: DecodeRules) -> Expected:
         assert len(made) == forwards
         step = [NEVER if s == NEVER else made.index(s) for s in step]
     end = next((i for i, token in enumerate(output) if token in rules.end_ids), len(output) - 1)
-    origin = 0 if rules.canvas else -len(case["prompt"])
+    origin = 0 if rules.canvas or rules.blocks_from_prompt else -len(case["prompt"])
     stop = min(origin + ((end - origin) // rules.block_size + 1) * rules.block_size, len(output))
     if stop < len(output) and NEVER not in step:
         forwards = max(step[:stop]) + 1
