@@ -16,5 +16,6 @@ BENCHMARKS = {
     "scale": "a model, not a measurement, of LLaDA2 mini and flash on 8 to 512 GPUs",
     "gpu_check": "everything that only a GPU can show, in one go",
     "dpo_variance": "how far shared noise and pairs cut the variance of a preference margin",
+    "patterns": "attention patterns: which learns what of the quickstart's tasks in the same CPU time",
     "cpt": "an autoregressive model turned into a block-diffusion one, beside training from scratch",
 }

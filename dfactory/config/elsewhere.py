@@ -1,6 +1,6 @@
 """Names that other frameworks have for keys of a recipe, and values by which they say "nothing": what both mean here."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 TRL = {
@@ -68,12 +68,99 @@ COMMON = {
     "logging_dir": "output_dir",
 }
 
+DLLM = {
+    "dataset_args": "datasets",
+    "lora": "use_peft",
+    "time_epsilon": "noise_range_low",
+    "loss_weight_type": "loss_weight",
+    "loss_norm_type": "loss_weight",
+    "mask_prompt_loss": "chat_template_path",
+    "group_by_length": "packing",
+    "canvas_length": "block_size",
+    "max_new_tokens": "decode.max_new_tokens",
+    "remasking": "decode.rule",
+    "stochastic_transfer": "decode.rule",
+}
+
+DLLM_RL = {
+    "pretrained_model": "model_name_or_path",
+    "num_task_per_step": "prompts_per_step",
+    "num_response_per_task": "num_generations",
+    "max_token": "decode.max_new_tokens",
+    "denoising_steps_per_block": "decode.steps",
+    "remasking_strategy": "decode.rule",
+    "dynamic_threshold": "decode.threshold",
+    "shrink": "trace_stride",
+    "mixed_precision": "dtype",
+    "optimization_data": "datasets",
+    "tensor_parallel_size": "num_rollout_workers",
+}
+
+DARE = {  # verl's words
+    "train_files": "datasets",
+    "val_files": "eval_datasets",
+    "train_batch_size": "prompts_per_step",
+    "ppo_mini_batch_size": "gradient_accumulation_steps",
+    "ppo_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "max_response_length": "decode.max_new_tokens",
+    "n": "num_generations",
+    "mc_num": "num_views",
+    "adv_estimator": "advantage_baseline",
+    "kl_loss_coef": "kl_coef",
+    "kl_loss_type": "kl_estimator",
+    "clip_ratio": "epsilon",
+    "clip_ratio_low": "epsilon",
+    "clip_ratio_high": "epsilon_high",
+    "loss_agg_mode": "loss_aggregation",
+    "enable_gradient_checkpointing": "gradient_checkpointing",
+    "ulysses_sequence_parallel_size": "row_length",
+    "custom_reward_function": "reward_funcs",
+    "total_epochs": "num_train_epochs",
+    "save_freq": "save_steps",
+    "test_freq": "eval_steps",
+    "default_local_dir": "output_dir",
+    "experiment_name": "run_name",
+    "logger": "report_to",
+}
+
+AUTOMODEL = {
+    "pretrained_model_name_or_path": "model_name_or_path",
+    "path_or_dataset_id": "datasets",
+    "seq_length": "max_length",
+    "local_batch_size": "per_device_train_batch_size",
+    "ckpt_every_steps": "save_steps",
+    "val_every_steps": "eval_steps",
+    "checkpoint_dir": "output_dir",
+    "activation_checkpointing": "gradient_checkpointing",
+    "ep_size": "expert_parallel_size",
+    "supervise_padding": "eos_fill",
+    "max_norm": "max_grad_norm",
+    "min_lr": "lr_min",
+    "lr_decay_style": "lr_scheduler_type",
+    "lr_warmup_steps": "warmup_steps",
+    "chat_template": "chat_template_path",
+}
+
+_ALL = AUTOMODEL | DARE | DLLM_RL | DLLM | COMMON | LLAMA_FACTORY | TRL
+
 
 def meant_by(name: str, known: Container[str]) -> str | None:
     """The key among `known` that another framework calls `name`."""
     bare = name.rpartition(".")[2]
-    meant = (COMMON | LLAMA_FACTORY | TRL).get(bare)
+    meant = _ALL.get(bare)
     return meant if meant in known else None
+
+
+def meant_in(group: str, keys: Mapping[str, Any], known: Container[str]) -> list[tuple[str, str]]:
+    """(dotted name, the key here) of what another framework's group of keys holds and is known here."""
+    found = []
+    for name, value in keys.items():
+        dotted = f"{group}.{name}"
+        if isinstance(value, Mapping):
+            found += meant_in(dotted, value, known)
+        elif here := (name if name in known else meant_by(name, known)):
+            found.append((dotted, here))
+    return found
 
 
 # Bare key -> (values that say it elsewhere, the value here). Keys of `decode` are found under their own name.

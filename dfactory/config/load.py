@@ -5,13 +5,14 @@ Knows no recipe: a schema is any dataclass of keys (keys.py).
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dfactory.config.elsewhere import meant_by, without_neutral
+from dfactory.config.elsewhere import meant_by, meant_in, without_neutral
 from dfactory.config.merge import MergeKeys
 from dfactory.errors import ConfigError
 
@@ -83,6 +84,9 @@ def refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: st
                 iter(difflib.get_close_matches(dotted, every, n=1, cutoff=0.6)), None
             )
             hint = f"; did you mean {near}?" if near else "; `dfactory schema` lists every key"
+            if isinstance(layer[name], Mapping) and (inside := meant_in(dotted, layer[name], every)):
+                told = ", ".join(f"{foreign} is {here}" for foreign, here in inside)
+                hint = f"; the keys of a recipe have no such groups: {told}"
             raise ConfigError(f"unknown key {dotted} in {origin}{hint}")
         inner = known[name].type
         if dataclasses.is_dataclass(inner) and OmegaConf.is_dict(layer[name]):

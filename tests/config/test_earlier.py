@@ -9,7 +9,7 @@ import pytest
 from dfactory.cli import main
 from dfactory.commands.schema import earlier_table, key_page
 from dfactory.config.earlier_keys import IMPLIED, RENAMED
-from dfactory.config.elsewhere import COMMON, LLAMA_FACTORY, TRL, meant_by
+from dfactory.config.elsewhere import AUTOMODEL, COMMON, DARE, DLLM, DLLM_RL, LLAMA_FACTORY, TRL, meant_by
 from dfactory.config.load import COMMAND_LINE, known_keys
 from dfactory.config.words import join_options
 from dfactory.errors import ConfigError
@@ -144,10 +144,23 @@ def test_where_a_key_comes_from(tmp_path):
 
 def test_names_of_other_frameworks_are_understood():
     known = known_keys(Recipe)
-    for names in (TRL, LLAMA_FACTORY, COMMON):
+    for names in (TRL, LLAMA_FACTORY, DLLM, DLLM_RL, DARE, AUTOMODEL, COMMON):
         for foreign in names:
             assert foreign not in known, foreign
             assert meant_by(foreign, known), foreign
+
+
+def test_groups_of_other_frameworks_are_told_key_by_key(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    rollout = "{num_task_per_step: 64, block_size: 4, engine: {max_token: 9, unheard_of: 1}}"
+    file.write_text(f"model_name_or_path: tiny\noutput_dir: x\nrollout: {rollout}\n")
+    told = (
+        "unknown key rollout in .*; the keys of a recipe have no such groups: "
+        "rollout.num_task_per_step is prompts_per_step, rollout.block_size is block_size, "
+        "rollout.engine.max_token is decode.max_new_tokens$"
+    )
+    with pytest.raises(ConfigError, match=told):
+        load_recipe(file)
 
 
 MISSPELT = {
