@@ -27,9 +27,6 @@ from tests.reference import PlainModel, batch_scores, dpo_loss, plain_model, ref
 MASKED_MODELS = [model for model in MODELS if model.family.noise is Noise.MASK]
 ALL = pytest.mark.parametrize("model", MODELS, ids=str)
 MASKED = pytest.mark.parametrize("model", MASKED_MODELS, ids=str)
-DECODED = pytest.mark.parametrize(
-    "model", [m for m in MASKED_MODELS if m.block_size is None or not m.family.logit_shift], ids=str
-)
 SHARING = pytest.mark.parametrize("model", [m for m in MASKED_MODELS if m.block_size is not None], ids=str)
 CLOSE = {"atol": 1e-4, "rtol": 0}  # what float32 leaves of log-probabilities down to -20
 
@@ -162,7 +159,7 @@ def rows_of(model: Model, row_length: int = 300) -> RolloutRows:
     return RolloutRows(all_steps(mask), recipe.aligned_block_size, row_length)
 
 
-@DECODED
+@MASKED
 def test_the_decoder_records_what_the_learner_computes(model):
     """So that the ratio is 1 at the first step: every target of every step, in packed sequences with a shared prompt."""
     rollouts = rollouts_of(model, [list(range(5, 5 + length)) for length in (1, 4, 7, 4, 4)])

@@ -136,9 +136,8 @@ def test_the_ratio_is_one_at_the_first_step_on_new_rollouts(runs):
         first = metrics(folder)[0]
         assert first["ratio_spread"] < 1e-5, f"{name}: {first['ratio_spread']}"
         assert first["grad_norm"] > 0, name
-        assert first["decoder_gap"] < 0.5, (
-            name
-        )  # what the decoder recorded is what a learner computes, suppression aside
+        # what the decoder recorded is what a learner computes; suppressed tokens are the rest
+        assert first["decoder_gap"] < 0.01, name
     second = metrics(runs["sampled"])[1]  # of the same rollouts
     assert second["ratio_spread"] > 0
 
