@@ -67,7 +67,8 @@ NO_WINDOW = Rule(lambda value: value is False, "block diffusion attends to the w
 _BOOKKEEPING = """
 architectures auto_map model_type dtype torch_dtype transformers_version _name_or_path name_or_path _commit_hash
 _attn_implementation attn_implementation _attn_implementation_autoset _experts_implementation torchscript
-use_cache initializer_range gradient_checkpointing use_bfloat16 tf_legacy_loss unsloth_fixed unsloth_version
+use_cache cache_implementation initializer_range gradient_checkpointing use_bfloat16 tf_legacy_loss
+unsloth_fixed unsloth_version
 bos_token_id eos_token_id sep_token_id cls_token_id unk_token_id mask_token_id decoder_start_token_id tokenizer_class
 output_attentions output_hidden_states output_router_logits output_scores return_dict return_dict_in_generate
 id2label label2id problem_type finetuning_task task_specific_params prefix is_decoder

@@ -184,6 +184,28 @@ def test_a_configuration_is_checked_once_a_process(tmp_path, monkeypatch):
     assert FAMILIES.of(config) is FAMILIES.of(read_config(tmp_path))
 
 
+# Keys that public checkpoints have beside those of the class, each with the value that the class computes anyway.
+PUBLISHED = {
+    "deepseek_v3": ACCEPTED["deepseek_v3"]
+    | {"ep_size": 1, "moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "pretraining_tp": 1}
+    | {"num_nextn_predict_layers": 1, "seq_aux": True, "aux_loss_alpha": 0.001, "auto_map": {"AutoConfig": "x.Y"}},
+    "deepseek_v2": ACCEPTED["deepseek_v2"] | {"scoring_func": "softmax", "moe_layer_freq": 1},
+    "phi3": ACCEPTED["phi3"] | {"attention_bias": False, "full_attn_mod": 1, "partial_rotary_factor": 0.75},
+    "glm4_moe": SIZES
+    | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+    | {"partial_rotary_factor": 0.5, "use_qk_norm": True, "num_nextn_predict_layers": 1},
+    "qwen2": PLAIN | {"use_mrope": False, "use_sliding_window": False, "sliding_window": 128, "max_window_layers": 1},
+}
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED)
+def test_keys_of_public_checkpoints_are_read(tmp_path, model_type):
+    keys = PUBLISHED[model_type] | {"model_type": model_type}
+    family, config = read_family(write_config(tmp_path, keys)), read_config(tmp_path)
+    assert family.saved_keys(keys).get("num_nextn_predict_layers", 0) == 0
+    assert bool(family.warnings(config)) == bool(keys.get("num_nextn_predict_layers"))
+
+
 WINDOW = r"^sliding_window 64 in .*: block diffusion attends to the whole clean past.*max_position_embeddings 256"
 REFUSED = {
     "made-up": (
@@ -222,6 +244,23 @@ REFUSED = {
         PLAIN | {"model_type": "qwen2", "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
         CheckpointError,
         "^rope_scaling .* its rope_type must be one of",
+    ),
+    "rotation-of-some-layers": (
+        SIZES
+        | {"model_type": "gemma3_text", "layer_types": FULL}
+        | {"rope_parameters": {"full_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}},
+        CheckpointError,
+        "^rope_parameters .* its rope_type must be one of",
+    ),
+    "router": (
+        ACCEPTED["deepseek_v3"] | {"model_type": "deepseek_v3", "scoring_func": "softmax"},
+        CheckpointError,
+        "^scoring_func 'softmax' in .* only 'sigmoid' is supported",
+    ),
+    "part-of-a-head": (
+        SIZES | {"model_type": "mistral", "partial_rotary_factor": 0.5, "sliding_window": None},
+        CheckpointError,
+        "^partial_rotary_factor 0.5 in",
     ),
     "other-head": (
         PLAIN | {"model_type": "qwen2", "architectures": ["Qwen2ForRewardModel"]},

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,20 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dfactory.errors import CheckpointError, ConfigError
-from dfactory.models.config_keys import BOOKKEEPING, DECODER, MOE, ROPE, Rule, Rules, check_keys, only, shown, size
+from dfactory.models.config_keys import (
+    BOOKKEEPING,
+    DECODER,
+    MOE,
+    POSITIVE,
+    ROPE,
+    SWITCH,
+    Rule,
+    Rules,
+    check_keys,
+    only,
+    shown,
+    size,
+)
 from dfactory.models.families.base import FAMILIES, Attention, Family, Variant
 from dfactory.models.selfcheck import UNFIT, Unfit, self_check, shrink
 
@@ -42,20 +56,37 @@ _NO_NOISE = Rule(
     lambda value: value in (0, 0.0), "two passes over one batch must agree, so nothing is dropped: set it to 0"
 )
 
-# Keys of every configuration, which transformers' classes take beside their fields.
+
+def _is_static(value: Any) -> bool:
+    """Of rope_parameters: those of all layers, or of each kind of layer."""
+    nested = [part for part in value.values() if isinstance(part, dict)] if isinstance(value, dict) else []
+    return all(ROPE.holds(part) for part in nested or [value])
+
+
+# Keys that every class takes beside its own.
 _COMMON: Rules = {
     "rope_theta": DECODER["rope_theta"],
     "rope_scaling": ROPE,
-    "rope_parameters": ROPE,
+    "rope_parameters": Rule(_is_static, ROPE.words),
     "is_encoder_decoder": only(False),
     "add_cross_attention": only(False),
     "tie_encoder_decoder": only(False),
     "chunk_size_feed_forward": only(0),
     "pruned_heads": only({}),
     "cross_attention_hidden_size": only(None),
+}
+# Keys of public checkpoints that some classes do not read, because only one value is computed: with that value they say
+# nothing new. A bias is a tensor, so that the headers of the weights tell whether there is one.
+_WITHOUT_A_PART: Rules = {
+    **dict.fromkeys(("attention_bias", "mlp_bias", "attention_out_bias", "use_bias", "lm_head_bias"), SWITCH),
+    **dict.fromkeys(("ep_size", "moe_layer_freq", "interpolate_factor", "full_attn_mod"), only(1)),
     "use_mrope": only(False),
     "pretraining_tp": size(1_000),  # the same products in slices
+    "partial_rotary_factor": only(1.0),
+    "attention_dropout": only(0.0),
+    "num_nextn_predict_layers": size(1_000, least=0),
 }
+_READ = re.compile(r"""config\.(\w+)|config,\s*["'](\w+)["']""")  # how modeling code names a key
 _TRANSIENT = {n for n in BOOKKEEPING if not n.endswith("_token_id") and n != "max_position_embeddings"}
 _SIZES: Rules = {
     name: rule for name, rule in (DECODER | MOE).items() if name not in ("hidden_act", "attention_dropout")
@@ -63,20 +94,32 @@ _SIZES: Rules = {
 
 
 def rules_of(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> Rules:
-    """What the keys of its config.json may be: the fields of the configuration class, under either of their names, and what
-    it makes of them."""
-    names = ({field.name for field in dataclasses.fields(config_class)} | set(config_class().to_dict())) - BOOKKEEPING
-    rules = {name: _rule(name) for name in names} | _COMMON
-    # Only some rotate a part of each head; the others would read past the key.
-    reads_share = "partial_rotary_factor" in inspect.getsource(sys.modules[model_class.__module__])
-    rules["partial_rotary_factor"] = DECODER["rope_theta"] if reads_share else only(1.0)
+    """What the keys of its config.json may be: the fields of the configuration class, under either of their names, what it
+    makes of them, and what the code of the model reads."""
+    source = inspect.getsource(sys.modules[model_class.__module__])
+    names = {field.name for field in dataclasses.fields(config_class)} | set(config_class().to_dict())
+    names |= {first or second for first, second in _READ.findall(source)}
+    if "partial_rotary_factor" in source:  # it moves into rope_parameters, which only some read it from
+        names.add("partial_rotary_factor")
+    rules = _WITHOUT_A_PART | _router_rules(source) | {name: _rule(name) for name in names - BOOKKEEPING} | _COMMON
     aliases = {alias: rules[name] for alias, name in config_class.attribute_map.items() if name in rules}
     return aliases | rules
+
+
+def _router_rules(source: str) -> Rules:
+    """Of keys that name the router, where the class has only one: its correction tells the two kinds apart."""
+    corrected = "e_score_correction_bias" in source
+    return {
+        "scoring_func": only("sigmoid" if corrected else "softmax"),
+        "topk_method": only("noaux_tc" if corrected else "greedy"),
+    }
 
 
 def _rule(name: str) -> Rule:
     if any(part in name for part in ("dropout", "pdrop", "jitter")) and "classifier" not in name:
         return _NO_NOISE
+    if name == "partial_rotary_factor":
+        return POSITIVE
     return _SIZES.get(name, _COMPUTED)
 
 
@@ -158,6 +201,8 @@ def _family(config_class: type[PreTrainedConfig], small: str, covered: bool) -> 
     return dataclasses.replace(
         family,
         moe_blocks=checked.moe_blocks,
+        saved_keys=_saved_keys,
+        warnings=_warnings,
         logit_scale=checked.logit_scale,
         last_layer_at_targets=checked.last_layer_at_targets,
         checked=(
@@ -166,6 +211,16 @@ def _family(config_class: type[PreTrainedConfig], small: str, covered: bool) -> 
             *(["its sliding window is as long as the longest sequence, so nothing is hidden"] if covered else []),
         ),
     )
+
+
+def _saved_keys(keys: dict[str, Any]) -> dict[str, Any]:
+    """Multi-token-prediction layers, which transformers' classes leave out, are not announced."""
+    return keys | ({"num_nextn_predict_layers": 0} if keys.get("num_nextn_predict_layers") else {})
+
+
+def _warnings(config: PreTrainedConfig) -> list[str]:
+    layers = getattr(config, "num_nextn_predict_layers", None)
+    return [f"{layers} multi-token-prediction layer(s) are neither read nor saved"] if layers else []
 
 
 # --- what config.json alone refuses ------------------------------------------------------------------------------------
