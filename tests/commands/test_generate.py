@@ -13,6 +13,7 @@ from dfactory.types import Edit, FinishReason, Rollout
 from tests.commands.conftest import GOLDEN, ROOT, dfactory, write_recipe
 
 TRACE = {"token_ids", "commit_step", "commit_logprob", "first_commit_step", "edits", "block_size", "block_forwards"}
+TRACE |= {"block_origin", "masks_left"}
 DATA = ROOT / "recipes/quickstart/data"
 QUESTIONS = ("Which day follows Monday?", "What is 3 + 4?", "Sort the letters: XRL")
 TINY = ("--model", "tiny", "--init-weights", "random", "decode.max_new_tokens=16", "decode.block_size=8")

@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.inference import Pipeline
+from dfactory.models.adapters import add_adapters, merge_into_base
 from dfactory.models.families.base import FAMILIES
 from dfactory.models.registry import load_policy, read_config, read_family
 from dfactory.models.saving import save_policy
@@ -112,6 +113,26 @@ def test_with_full_attention_it_is_decoded_on_a_canvas(tmp_path):
     (answer,) = Pipeline(source, device="cpu", full_attention=True, dtype="float32", **keys).generate([[5, 6, 7]])
     assert answer.rollout.block_origin == 3  # counted from the end of the prompt: a canvas
     assert policy.family.sees_whole_document is None
+
+
+@pytest.mark.parametrize("model_type", ["granite", "deepseek_v3"])
+def test_adapters_train_and_merge(tmp_path, model_type):
+    source = write_config(tmp_path / "source", ACCEPTED[model_type] | {"model_type": model_type})
+    policy = load_policy(source, init_weights="random", dtype="float32", seed=1)
+    batch = random_batch(policy)
+    with torch.no_grad():
+        plain = policy(batch).logprob_N
+    add_adapters(policy, r=4, alpha=8, dropout=0.0, target_modules=["o_proj"])
+    torch.testing.assert_close(policy(batch).logprob_N, plain)
+    optimiser = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        (-policy(batch).logprob_N.mean()).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    adapted = policy(batch).logprob_N.detach()
+    assert (adapted - plain).abs().max() > 1e-3
+    merge_into_base(policy)
+    torch.testing.assert_close(policy(batch).logprob_N, adapted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
