@@ -11,7 +11,7 @@ import numpy as np
 from dfactory.data import fields
 from dfactory.data.columns import Format
 from dfactory.data.fields import BadRow, Fault, TokenIds, Trace
-from dfactory.types import UNDECODED, WHOLE, steps_in_order
+from dfactory.types import NEVER, UNDECODED, WHOLE, steps_in_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +81,12 @@ def _read_trace(row: dict) -> TokenIds:
         raise BadRow(Fault.FIELD, f"edits is {fields.show(edits)}: it must be a list")
     if correct is not None and not isinstance(correct, bool):
         raise BadRow(Fault.FIELD, f"correct is {fields.show(correct)}: it must be true or false")
+    if isinstance(row["commit_step"], list) and NEVER in row["commit_step"]:
+        raise BadRow(
+            Fault.TRACE,
+            f"commit_step[{row['commit_step'].index(NEVER)}] is {NEVER}: a mask was left there; decode with "
+            "decode.early_stop=false and decode.suppress_special=true",
+        )
     commit_step = fields.integers(row["commit_step"], "commit_step", "steps")
     if len(commit_step) != len(response):
         raise BadRow(

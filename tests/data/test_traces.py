@@ -58,6 +58,7 @@ def test_wrong_traces_are_left_out_and_counted(load, write):
         (GOOD, "the record has no commit_step: view_source trace needs what `dfactory generate --keep-trace` wrote"),
         ({**TRACE, "block_size": 2}, "block_size is 2, the recipe's is 4: decode with decode.block_size=4"),
         ({**TRACE, "edits": [{"index": 0}]}, "the trace has edits"),
+        ({**TRACE, "commit_step": [1, 0, 2, 2, 3, -1]}, r"commit_step\[5\] is -1: a mask was left there; decode with"),
         ({**TRACE, "token_ids": [32, 2, 34, 35, 36, 1]}, r"input_ids\[3\] is the mask 2"),
     ],
 )
