@@ -37,7 +37,16 @@ from dfactory.models.hub import resolve
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy, read_family
 from dfactory.models.saving import carried_files
-from dfactory.noise import Drafts, EditTargets, GridMask, MaskEmbeddingNoise, RandomMask, TraceViews
+from dfactory.noise import (
+    Drafts,
+    EditTargets,
+    GridMask,
+    GridUniform,
+    MaskEmbeddingNoise,
+    RandomMask,
+    TraceViews,
+    UniformNoise,
+)
 from dfactory.recipe import Recipe
 from dfactory.rl.source import RATIO_TOLERANCE, RolloutClient, RolloutSource
 from dfactory.runs.probe import DecodingProbe, first_questions
@@ -74,8 +83,9 @@ def read_inputs(recipe: Recipe, streaming: bool = False) -> Inputs:
 def check_family(recipe: Recipe) -> None:
     """Raise ConfigError for keys that have no meaning with the model's family."""
     family = read_family(resolve(recipe.model_name_or_path, recipe.model_revision, weights=False))
-    if family.noise is Noise.UNIFORM and (recipe.algorithm.data is Data.PROMPTS or recipe.views_are_traces):
-        given = "view_source trace" if recipe.views_are_traces else recipe.algorithm.wide_selector
+    records = recipe.algorithm.data is Data.RECORDS
+    if family.noise is Noise.UNIFORM and (not records or recipe.views_are_traces):
+        given = recipe.algorithm.wide_selector if not records else "view_source trace"
         raise ConfigError(
             f"{given}: the model family {family.name} has uniform noise instead of a mask, so nothing marks the tokens that "
             "a step still has to predict, and answers have no likelihood here; take an algorithm that learns from records"
@@ -84,6 +94,11 @@ def check_family(recipe: Recipe) -> None:
         raise ConfigError(
             f"use_liger_kernel true: no family declares the model_type {family.name}, and what its norms and gated products "
             "compute beside Liger's kernels is not known; set it to false"
+        )
+    if recipe.has_canvases != (family.noise is Noise.UNIFORM):
+        raise ConfigError(
+            f"view_source {recipe.view_source}: the model family {family.name} was trained with "
+            f"{family.noise} noise; set view_source to {'uniform' if family.noise is Noise.UNIFORM else 'mask'}"
         )
     family.has_full_attention(recipe.block_size)
 
@@ -139,6 +154,8 @@ def make_views(recipe: Recipe, inputs: Inputs) -> MakeViews:
     """The views of training: masks, and with token editing wrong tokens as well; or the states of a decoder."""
     if recipe.views_are_traces:
         return TraceViews(inputs.special.mask, recipe.seed, recipe.trace_stride, recipe.num_views, recipe.stratified)
+    if recipe.has_canvases:
+        return UniformNoise(inputs.vocabulary.size, recipe.seed, **recipe.uniform_options)
     masks = RandomMask(inputs.special.mask, recipe.seed, **recipe.mask_options)
     if not recipe.edits:
         return masks
@@ -163,6 +180,7 @@ def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> R
         num_views=recipe.views_per_document,
         block_phases=recipe.block_phases,
         add_columns=make_embedding_noise(recipe, inputs.special.mask),
+        scores_context=recipe.context_loss_weight > 0,
         row_length=recipe.row_length or recipe.longest_record,
         micro_batch_rows=recipe.per_device_train_batch_size,
         accumulation=recipe.gradient_accumulation_steps,
@@ -182,6 +200,7 @@ def _alike(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> dict[s
         "world_size": world_size,
         "after_answer": recipe.after_answer,
         "fill_unit": recipe.fill_unit,
+        "canvas": recipe.block_size if recipe.has_canvases else None,
     }
 
 
@@ -196,6 +215,8 @@ def make_eval_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int)
     for pairs those of training, because what is measured then is the objective itself."""
     levels = tuple(recipe.eval_noise_levels)
     views, num_views = GridMask(inputs.special.mask, recipe.seed, levels), len(levels)
+    if recipe.has_canvases:
+        views = GridUniform(inputs.vocabulary.size, recipe.seed, levels)
     if make_objective(recipe, inputs).measure is not None:
         views, num_views = make_views(recipe, inputs), recipe.views_per_document
     return RecordSource(
@@ -203,7 +224,11 @@ def make_eval_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int)
         [1.0 for _ in recipe.eval_datasets],
         views,
         num_views=num_views,
-        row_length=recipe.documents_per_record * recipe.max_length * (1 + num_views),
+        row_length=(
+            recipe.longest_with(num_views)
+            if recipe.has_canvases
+            else recipe.documents_per_record * recipe.max_length * (1 + num_views)
+        ),
         micro_batch_rows=recipe.per_device_eval_batch_size,
         max_epochs=1,
         **_alike(recipe, inputs, rank, world_size),

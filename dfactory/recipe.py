@@ -86,13 +86,15 @@ class Recipe(TrainingKeys, AlgorithmKeys, SelectingKeys, EditingKeys, NoiseKeys,
 
     @property
     def aligned_block_size(self) -> int:
-        """What documents are aligned to."""
+        """What documents are aligned to; under canvases a clean token is a block."""
+        if self.has_canvases:
+            return 1
         return WHOLE if self.block_size is None else self.block_size
 
     @property
     def fill_unit(self) -> int:
         """Documents are filled with EOS to a multiple of so many tokens."""
-        return self.block_size or self.eos_fill or 1
+        return 1 if self.has_canvases else self.block_size or self.eos_fill or 1
 
     @property
     def decode_keys(self) -> DecodeKeys:
@@ -153,8 +155,13 @@ class Recipe(TrainingKeys, AlgorithmKeys, SelectingKeys, EditingKeys, NoiseKeys,
     @property
     def longest_record(self) -> int:
         """Row positions that a record of max_length takes at most, its views included."""
-        clean = 0 if self.block_size is None else 1
-        return self.documents_per_record * self.max_length * (clean + self.views_per_document)
+        return self.longest_with(self.views_per_document)
+
+    def longest_with(self, num_views: int) -> int:
+        """The same with so many views."""
+        clean = 0 if self.block_size is None else self.max_length
+        view = self.max_length + (self.block_size - 1 if self.has_canvases else 0)  # the last canvas may go beyond it
+        return self.documents_per_record * (clean + num_views * view)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +250,7 @@ def _check_recipe(recipe: Recipe, origin: str) -> None:
             raise ConfigError(f"{message} in {origin}")
 
     _check_noise(recipe, rule)
+    _check_canvases(recipe, rule)
     _check_block_sizes(recipe, rule)
     _check_fill(recipe, rule)
     _check_embedding_noise(recipe, rule)
@@ -285,10 +293,45 @@ def _check_noise(recipe: Recipe, rule: Rule) -> None:
             f"noise_range_high 1 with complementary views and {weighing} divides by zero: use 0.999",
         )
     rule(
-        recipe.block_size is None or recipe.max_length % recipe.block_size == 0,
+        recipe.block_size is None or recipe.max_length % recipe.aligned_block_size == 0,
         f"block_size {recipe.block_size} does not divide max_length {recipe.max_length}: "
         f"use {recipe.max_length // recipe.aligned_block_size * recipe.aligned_block_size or recipe.block_size}",
     )
+
+
+def _check_canvases(recipe: Recipe, rule: Rule) -> None:
+    """Keys that uniform noise needs, and those that only it has."""
+    shown = f"view_source {recipe.view_source}"
+    if not recipe.has_canvases:
+        for name in ("self_conditioning", "context_loss_weight"):
+            value = getattr(recipe, name)
+            rule(value == 0, f"{name} {value:g} with {shown}: only uniform noise has it; set it to 0")
+        return
+    rule(
+        recipe.algorithm.data is Data.RECORDS,
+        f"{shown} with stage {recipe.stage}: its likelihoods are those of masked tokens, and uniform noise has no mask; "
+        f"stages that train on records have a meaning: {_plain_stages()}",
+    )
+    rule(recipe.block_size is not None, f"{shown} with block_size null: a canvas has a length; set block_size")
+    rule(
+        recipe.mask_token_id is None,
+        f"mask_token_id {recipe.mask_token_id} with {shown}: there is no mask; set it to null",
+    )
+    rule(
+        not recipe.edits,
+        f"edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns} with {shown}: every token of a canvas is a target "
+        "there; set edit_share 0 and num_turns 1",
+    )
+    for name, value, remedy in (
+        ("complementary", False, "a view has no twin, because all its tokens are targets"),
+        ("mask_count", "bernoulli", "each token is replaced with chance t"),
+        ("mask_embedding_noise", 0, "there is no mask"),
+        ("loss_weight", "uniform", "all tokens of a canvas are targets and none is weighed by 1/t"),
+        ("after_answer", "fill", "a canvas ends in EOS"),
+        ("block_size_schedule", None, "a canvas has one length"),
+    ):
+        found = getattr(recipe, name)
+        rule(found == value, f"{name} {str(found).lower()} with {shown}: {remedy}; set {name}={str(value).lower()}")
 
 
 def _check_fill(recipe: Recipe, rule: Rule) -> None:

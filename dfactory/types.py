@@ -20,6 +20,7 @@ from dfactory.columns import check
 
 NOISE_TABLE_ROWS = 1024  # vectors that the noise on mask embeddings is taken from, in one step
 WHOLE = 2**30  # a block size: every document is one block, however long; full attention
+NO_MASK = -1  # the mask's id of a model without one: no token's
 PADDING = -1  # the document number of a position without a token: it sees nothing, and nothing sees it
 
 
@@ -101,6 +102,7 @@ class AlignedDocument:
     )
     real_length: int | None = None  # tokens before the fill; None: there is no fill
     shown_ids_T: np.ndarray | None = None  # int32: the tokens that views show; None: input_ids_T
+    canvas_T: np.ndarray | None = None  # int32, causal context: the first position of each one's canvas; -1: in none
     filled_T: np.ndarray | None = (
         None  # bool: where that is fill in place of a following turn, trainable too; None: nowhere
     )
@@ -108,6 +110,10 @@ class AlignedDocument:
     @property
     def num_blocks(self) -> int:
         return len(self.input_ids_T) // self.block_size
+
+    def block_of(self, position_P: np.ndarray) -> np.ndarray:
+        """The numbers of the blocks in which positions of a view lie."""
+        return position_P // self.block_size if self.canvas_T is None else self.canvas_T[position_P]
 
     @property
     def view_ids_T(self) -> np.ndarray:

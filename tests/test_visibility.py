@@ -49,6 +49,19 @@ ROWS = {
             "xx.. .. xx",
         ],
     ),
+    "causal context, and a canvas of positions 2 and 3": (
+        "0000 00",
+        "0000 11",
+        "0123 22",
+        [
+            "x... ..",
+            "xx.. ..",
+            "xxx. ..",
+            "xxxx ..",
+            "xx.. xx",
+            "xx.. xx",
+        ],
+    ),
     "a view of both blocks": (
         "00 00 0000",
         "00 00 1111",
@@ -170,3 +183,21 @@ def test_noisy_and_clean_of_one_document_is_the_table_of_the_method():
         zeros,
     )
     assert torch.equal(dense_mask(place)[:, None], step_mask(length, block_size) == 0)
+
+
+def test_a_sliding_window_counts_from_where_a_canvas_begins():
+    """Window 2: a clean token sees itself and the one before; a canvas sees one token before it, whatever its position."""
+    place = places("00000 00 00", "00000 11 11", "01234 22 44")
+    expected = [
+        "x.... .. ..",
+        "xx... .. ..",
+        ".xx.. .. ..",
+        "..xx. .. ..",
+        "...xx .. ..",
+        ".x... xx ..",
+        ".x... xx ..",
+        "...x. .. xx",
+        "...x. .. xx",
+    ]
+    assert drawn(dense_mask(place, window=2)[0]) == [row.replace(" ", "") for row in expected]
+    assert torch.equal(dense_mask(place, window=9), dense_mask(place))

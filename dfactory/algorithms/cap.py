@@ -12,6 +12,8 @@ the forward that is trained on gives it; with several, a forward without gradien
 
 import dataclasses
 
+import torch
+
 from dfactory.algorithms.base import ALGORITHMS, Needs
 from dfactory.algorithms.sft import SFT
 from dfactory.algorithms.supervised import CART_P, Supervised, SupervisedKeys
@@ -25,23 +27,28 @@ class CAP(Objective):
     confidence_beta: float = 2.0
     editing_mask_id: int | None = None  # as in SFT
     cart_p: float = CART_P
+    context_loss_weight: float = 0.0  # as in SFT
     counts_need_scores = True
 
-    @property
-    def _sft(self) -> SFT:
-        return SFT(self.loss_weight, self.editing_mask_id, self.cart_p)
-
     def counts(self, batch: ViewBatch, scores: TokenScores) -> dict[str, Count]:
-        return self._sft.counts(batch) | {"confidence": scores.hit_N.sum()}
+        return self._sft.counts(batch) | {"confidence": self._right(batch, scores).sum()}
 
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
-        terms = self._sft(batch, scores)
-        confidence = Mean((scores.entropy_N * scores.hit_N).sum(), scores.hit_N.sum())
+        terms, right_N = self._sft(batch, scores), self._right(batch, scores)
+        confidence = Mean((scores.entropy_N * right_N).sum(), right_N.sum())
         return LossTerms(
             loss={**terms.loss, "confidence": confidence},
             metrics=terms.metrics,
-            weights={"confidence": self.confidence_beta},
+            weights={**terms.weights, "confidence": self.confidence_beta},
         )
+
+    @property
+    def _sft(self) -> SFT:
+        return SFT(self.loss_weight, self.editing_mask_id, self.cart_p, self.context_loss_weight)
+
+    def _right(self, batch: ViewBatch, scores: TokenScores) -> torch.Tensor:
+        """Where the prediction of a view's target is right already."""
+        return scores.hit_N & (batch.view_N > 0) if self.context_loss_weight else scores.hit_N
 
 
 @dataclasses.dataclass
@@ -60,7 +67,9 @@ class ConfidenceAwareParallel(Supervised):
         return Needs(entropy_temperature=recipe.entropy_temperature)
 
     def objective(self, recipe, editing_mask_id: int | None) -> CAP:
-        return CAP(recipe.loss_weight, recipe.confidence_beta, editing_mask_id, recipe.cart_p)
+        return CAP(
+            recipe.loss_weight, recipe.confidence_beta, editing_mask_id, recipe.cart_p, recipe.context_loss_weight
+        )
 
 
 ALGORITHMS.add(ConfidenceAwareParallel())

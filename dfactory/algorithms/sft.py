@@ -3,6 +3,8 @@
     L = - sum over views, targets i of  w_i log p(x0_i | view)  /  Z
 
 `uniform`: w = 1, Z the number of targets; what public fine-tuning code of LLaDA2 computes.
+With causal context, `context_loss_weight` times the mean negative log-likelihood of every clean token given those before
+it is added (DiffusionGemma's encoder loss).
 `elbo`: w = 1/t, Z the number of response tokens, counted once a view (equation 5 of LLaDA2.0).
 loss_weights.py has these and those of other projects.
 """
@@ -21,9 +23,13 @@ class SFT(Objective):
     loss_weight: str = "uniform"
     editing_mask_id: int | None = None  # with token editing: log masked, edited and kept targets apart
     cart_p: float = CART_P
+    context_loss_weight: float = 0.0  # of the clean stream's own targets, where it has any
 
     def counts(self, batch: ViewBatch, scores: TokenScores | None = None) -> dict[str, Count]:
         """This micro-batch's share of Z, from the batch alone."""
+        if self.context_loss_weight:
+            noised = (batch.view_N > 0).sum()
+            return {"nll": noised, "context_nll": batch.num_targets - noised}
         return {"nll": LOSS_WEIGHTS[self.loss_weight].count(batch)}
 
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
@@ -31,7 +37,13 @@ class SFT(Objective):
         metrics = token_metrics(batch, scores)
         if self.editing_mask_id is not None:
             metrics |= metrics_by_kind(batch, scores, self.editing_mask_id)
-        return LossTerms(loss={"nll": Mean(weighted_N.sum(), self.counts(batch)["nll"])}, metrics=metrics)
+        counts = self.counts(batch)
+        if not self.context_loss_weight:
+            return LossTerms(loss={"nll": Mean(weighted_N.sum(), counts["nll"])}, metrics=metrics)
+        noised_N = batch.view_N > 0
+        parts = {"nll": weighted_N * noised_N, "context_nll": weighted_N * ~noised_N}
+        loss = {name: Mean(part_N.sum(), counts[name]) for name, part_N in parts.items()}
+        return LossTerms(loss=loss, metrics=metrics, weights={"context_nll": self.context_loss_weight})
 
 
 class SupervisedFineTuning(Supervised):
@@ -41,7 +53,7 @@ class SupervisedFineTuning(Supervised):
     default_of = "stage"
 
     def objective(self, recipe, editing_mask_id: int | None) -> SFT:
-        return SFT(recipe.loss_weight, editing_mask_id, recipe.cart_p)
+        return SFT(recipe.loss_weight, editing_mask_id, recipe.cart_p, recipe.context_loss_weight)
 
 
 ALGORITHMS.add(SupervisedFineTuning())

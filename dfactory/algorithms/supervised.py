@@ -26,6 +26,12 @@ class SupervisedKeys:
         low=0.001,
         high=0.999,
     )
+    context_loss_weight: float = key(
+        0.0,
+        "with view_source uniform: weight of the mean next-token loss of the clean text, prompt included; 1.0: as "
+        "DiffusionGemma is trained",
+        low=0.0,
+    )
 
 
 class Supervised(Algorithm):

@@ -54,8 +54,16 @@ class NoiseKeys:
     )
     view_source: str = key(
         "mask",
-        "noise masks at random, or views are the states of a decoder's trace (files of `generate --keep-trace`)",
-        choices=("mask", "trace"),
+        "noise masks at random; or views are the states of a decoder's trace (files of `generate --keep-trace`); or, for "
+        "model families with uniform noise, tokens of the response become random ones, in canvases of block_size",
+        choices=("mask", "trace", "uniform"),
+    )
+    self_conditioning: float = key(
+        0.0,
+        "with view_source uniform: share of views that get the model's own prediction of a first pass without gradient; "
+        "above 0 every step makes that pass; 0.5: as DiffusionGemma is trained",
+        low=0.0,
+        high=1.0,
     )
     trace_stride: int = key(
         1,
@@ -83,3 +91,14 @@ class NoiseKeys:
     @property
     def views_are_traces(self) -> bool:
         return self.view_source == "trace"
+
+    @property
+    def has_canvases(self) -> bool:
+        """Whether noise is uniform: views are canvases over a causal clean stream."""
+        return self.view_source == "uniform"
+
+    @property
+    def uniform_options(self) -> dict[str, Any]:
+        """How tokens are replaced, as `noise.UniformNoise` takes it."""
+        names = ("low", "high", "per_block", "num_views", "stratified")
+        return {name: self.mask_options[name] for name in names} | {"self_conditioning": self.self_conditioning}

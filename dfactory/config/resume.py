@@ -57,9 +57,10 @@ APPLIED_BY_TOPIC = {
     first_loss_check expert_coverage_steps logging_steps report_to run_name eval_steps eval_datasets eval_noise_levels
     eval_decode_prompts per_device_eval_batch_size""",
     "how it is computed": "attn_implementation gradient_checkpointing use_liger_kernel lora_dropout",
-    "rows, noise, editing": """row_length packing block_size eos_fill block_size_schedule noise_range_low noise_range_high
-    noise_level after_answer num_views complementary mask_embedding_noise mask_embedding_noise_steps stratified mask_count
-    trace_stride edit_share edit_source keep_share num_turns draft_share draft_threshold""",
+    "rows, noise, editing": """row_length packing block_size eos_fill block_size_schedule noise_range_low
+    noise_range_high noise_level self_conditioning after_answer num_views complementary mask_embedding_noise
+    mask_embedding_noise_steps stratified mask_count trace_stride edit_share edit_source keep_share num_turns
+    draft_share draft_threshold""",
     "what is optimised, where the stage stays": "policy_loss",
     "decoding": "decode.*",
 }

@@ -25,6 +25,7 @@ from dfactory.data.records import BadRow, Completion, Conversation, Fault, Token
 from dfactory.data.templates import PROBE_TURN, Template
 from dfactory.errors import ConfigError
 from dfactory.ranges import NO_RANGES, TokenRanges
+from dfactory.types import NO_MASK
 
 MASK_LITERALS = ("<|mask|>", "[MASK]", "<|MASK|>", "<|mdm_mask|>", "<mask>")
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # stand-ins for special-token literals while the template runs
@@ -35,7 +36,7 @@ Tokens = tuple[np.ndarray, np.ndarray]  # input_ids_T int32, trainable_T bool
 class SpecialIds(NamedTuple):
     """The ids that are not text."""
 
-    mask: int
+    mask: int  # NO_MASK: the model has none
     eos: int
     suppressed: tuple[int, ...]  # never decoded; ascending, with mask, without eos
     produced: tuple[int, ...]  # special, but responses are trained to hold them: the end of a turn; without eos
@@ -67,6 +68,8 @@ def special_ids(
             source = "there is no tokenizer" if tokenizer is None else "the tokenizer names none"
             hint = _unused_id(tokenizer, vocab_size) if key == "mask_token_id" else ""
             raise ConfigError(f"{key} is null and {source}: set {key}{hint}")
+        if value == NO_MASK and key == "mask_token_id":
+            continue
         if value < 0 or (vocab_size is not None and value >= vocab_size):
             bound = "0 or more" if vocab_size is None else f"below the model's vocabulary size {vocab_size}"
             raise ConfigError(f"{key} {value} is no token of the model: it must be {bound}")
@@ -75,18 +78,18 @@ def special_ids(
             f"mask_token_id {mask} equals eos_token_id {eos}: the model could not tell noise from the end"
         )
     if tokenizer is None:
-        return SpecialIds(mask, eos, (mask,), ())
+        return SpecialIds(mask, eos, () if mask == NO_MASK else (mask,), ())
     size = len(tokenizer) if vocab_size is None else vocab_size
     unnamed = set(range(size)).difference(tokenizer.get_vocab().values())
     special = {index for index in special_literals(tokenizer).values() if index < size}
     produced = _end_of_turn_ids(tokenizer, chat_template)
-    suppressed = (special | unnamed) - produced - {eos} | {mask}
+    suppressed = ((special | unnamed) - produced - {eos} | {mask}) - {NO_MASK}
     return SpecialIds(mask, eos, tuple(sorted(suppressed)), tuple(sorted(produced - {eos})))
 
 
 def mask_warning(tokenizer: PreTrainedTokenizerBase | None, mask: int) -> str | None:
     """What to say of a mask that text holds as well; None if it is special, added, or names no token."""
-    literal = tokenizer.convert_ids_to_tokens(mask) if tokenizer is not None and mask < len(tokenizer) else None
+    literal = tokenizer.convert_ids_to_tokens(mask) if tokenizer is not None and 0 <= mask < len(tokenizer) else None
     if literal is None or mask in tokenizer.added_tokens_decoder or mask in tokenizer.all_special_ids:
         return None
     shown = tokenizer.convert_tokens_to_string([literal])

@@ -25,7 +25,7 @@ from dfactory.data.progress import reading
 from dfactory.data.records import read_records
 from dfactory.data.traces import NO_TRACES, TraceRules
 from dfactory.errors import ConfigError, DataError
-from dfactory.packing import block_of, whole_blocks
+from dfactory.packing import block_of, canvases, whole_blocks
 from dfactory.types import EmbeddingInputs, Example, common_length
 
 LINE_BITS, FILE_BITS, PART_BITS = 40, 12, 11  # of a document id, from its low end
@@ -202,6 +202,14 @@ class Examples(Sequence[Example]):
             response_E[first : first + len(length)] = np.bincount(example[is_new], minlength=len(length))
             clean_E[first + example] = block  # the last one of a document stays
         return clean_E, response_E
+
+    def canvas_counts(self, canvas: int) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [E] twice: the tokens before a document's last canvas of `canvas` tokens, and those of all its canvases."""
+        counts_E2 = np.zeros((len(self), 2), np.int64)
+        for index, (start, stop) in enumerate(itertools.pairwise(self._offset_E1.tolist())):
+            canvas_T = canvases(self._trainable(start, stop), canvas)
+            counts_E2[index] = canvas_T.max(initial=0), (canvas_T >= 0).sum()
+        return counts_E2[:, 0], counts_E2[:, 1]
 
     @functools.cached_property
     def common_length_U(self) -> np.ndarray:

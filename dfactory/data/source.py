@@ -20,7 +20,17 @@ from dfactory.data.examples import Examples
 from dfactory.data.order import EpochOrder
 from dfactory.data.streaming import StreamedExamples
 from dfactory.errors import CheckpointError, ConfigError
-from dfactory.packing import CostByUnit, PackedDocument, RowStream, align, block_of, collate, costs_by_length, share
+from dfactory.packing import (
+    CostByUnit,
+    PackedDocument,
+    RowStream,
+    align,
+    align_canvases,
+    block_of,
+    collate,
+    costs_by_length,
+    share,
+)
 from dfactory.types import AlignedDocument, View, ViewBatch
 
 AddColumns = Callable[[ViewBatch, int], ViewBatch]
@@ -47,7 +57,8 @@ class RecordSource:
     hold a trainable token. `max_epochs` may be fractional; None never ends.
     `block_phases` are (first window, block size), the last being `block_size`; None is `block_size` all the time. A
     document shorter than a block is one block, with fill up to a multiple of `block_size` at most.
-    Raises ConfigError if a row cannot hold the longest document with its views.
+    `canvas` is the length of canvases, in a model with causal context (`block_size` is 1 then); with `scores_context` the
+    clean tokens are targets too. Raises ConfigError if a row cannot hold the longest document with its views.
     """
 
     def __init__(
@@ -71,9 +82,12 @@ class RecordSource:
         max_epochs: float | None = None,
         after_answer: str = "fill",
         fill_unit: int | None = None,
+        canvas: int | None = None,
+        scores_context: bool = False,
     ):
         self.examples, self.make_views, self.add_columns = examples, make_views, add_columns
         self.eos_id, self.row_length, self.packing = eos_id, row_length, packing
+        self.canvas, self.scores_context = canvas, scores_context
         self._final_block_size, self._fill_unit = block_size, fill_unit or block_size
         self.rank, self.world_size = rank, world_size
         self.micro_batch_rows, self.accumulation = micro_batch_rows, accumulation
@@ -173,7 +187,10 @@ class RecordSource:
     def _costs(self, examples: Examples, num_views: int, block_size: int) -> np.ndarray:
         """Row positions that each unit takes: the clean blocks that a view sees, once where both sides of a pair have
         them, and the response blocks of every view."""
-        clean_E, response_E = examples.block_counts(block_size)
+        clean_E, response_E = (
+            examples.block_counts(block_size) if self.canvas is None else examples.canvas_counts(self.canvas)
+        )
+        clean_E = examples.length_E if self.scores_context else clean_E
         # E documents: a short one is a block of its own size. U units: documents, or pairs.
         size_E = block_of(examples.length_E, block_size, self._fill_unit)
         common_U, unit_size = examples.common_length_U, examples.unit_size
@@ -196,8 +213,11 @@ class RecordSource:
     def _pack(self, index: int, visit: int, block_size: int) -> list[PackedDocument]:
         """A unit of the examples with its views: a document, or the two sides of a pair, which share their prompt."""
         unit = [
-            align(example, block_size, self.eos_id, self._fill_unit, self.after_answer)
+            align_canvases(example, self.canvas, self.eos_id)
+            if self.canvas is not None
+            else align(example, block_size, self.eos_id, self._fill_unit, self.after_answer)
             for example in self.examples.unit(index)
         ]
         columns = {"visit_D": visit}
-        return share([PackedDocument(document, self.make_views(document, visit), 0, columns) for document in unit])
+        views = (self.make_views(document, visit) for document in unit)
+        return share([PackedDocument(*both, 0, columns, self.scores_context) for both in zip(unit, views, strict=True)])

@@ -19,9 +19,10 @@ import torch
 
 from dfactory.decoding.distribution import Distribution
 from dfactory.decoding.keys import DecodeKeys, decode_problem, refuse_foreign_keys, rule_of
-from dfactory.decoding.rules.base import CHANCE, CONFIDENCE, Column, Decision, DecodingRule, Forward, Proposal
+from dfactory.decoding.rules.base import CHANCE, CONFIDENCE, RULES, Column, Decision, DecodingRule, Forward, Proposal
 from dfactory.errors import ConfigError
 from dfactory.ranges import NO_RANGES, TokenRanges
+from dfactory.types import NO_MASK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,11 +253,24 @@ class DecodeRules:
         if keys.sub_block_cache and canvas:
             raise ConfigError("decode.sub_block_cache true with full attention, which keeps no keys: set it to false")
         ends = (eos, *keys.stop_token_ids)
-        suppressed = sorted({*special_ids, mask} - {*ends} - ranges.ids) if keys.suppress_special else []
+        suppressed = sorted({*special_ids, mask} - {*ends, NO_MASK} - ranges.ids) if keys.suppress_special else []
         editing = None
         if keys.editing_threshold is not None:
             editing = Editing(keys.editing_threshold, keys.max_post_steps)
         rule = rule_of(keys)
+        if rule.renoises != (mask == NO_MASK):
+            fitting = next(known.name for known in RULES if known.renoises == (mask == NO_MASK))
+            noise = "uniform noise and no mask" if mask == NO_MASK else "a mask"
+            raise ConfigError(
+                f"decode.rule {rule.name}: it is not for a model with {noise}; set decode.rule, such as to {fitting}"
+            )
+        unread = ("editing_threshold", "defer_eos", "min_new_tokens", "answer_ranges", "sub_block_size", "early_stop")
+        for name in unread if rule.renoises else ():
+            if getattr(keys, name) not in (None, False, 0):
+                raise ConfigError(
+                    f"decode.{name} {getattr(keys, name)} with {rule.selector}, which writes a whole canvas at once and "
+                    "does not read it; leave it out"
+                )
         num_steps = rule.most_steps(keys.sub_block_size or keys.block_size)
         return cls(
             block_size=keys.block_size,
@@ -274,7 +288,7 @@ class DecodeRules:
             cuda_graphs=keys.cuda_graphs,
             ranges=ranges,
             answer_groups=ranges.layout(keys.answer_ranges, keys.max_new_tokens),
-            canvas=canvas,
+            canvas=canvas or rule.renoises,
             stop_token_ids=tuple(keys.stop_token_ids),
             min_new_tokens=keys.min_new_tokens,
             sub_block_size=keys.sub_block_size,

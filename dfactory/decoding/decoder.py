@@ -25,11 +25,12 @@ from dfactory.decoding.cache import BlockCache, Span, attend_spans
 from dfactory.decoding.canvas import CanvasDecoder
 from dfactory.decoding.deciding import decide_leads
 from dfactory.decoding.decisions import DecodeRules
+from dfactory.decoding.renoising import RenoisingDecoder
 from dfactory.decoding.response import Response, document_length
 from dfactory.decoding.slots import Decodable, Progress, Slots
 from dfactory.decoding.static import StaticForward
 from dfactory.errors import ConfigError, DataError
-from dfactory.types import EmbeddingInputs, Rollout
+from dfactory.types import NO_MASK, EmbeddingInputs, Rollout
 
 CLEAN_TOKENS = 4096  # clean tokens that one forward takes beside the blocks being denoised; bounds a prefill's memory
 
@@ -37,7 +38,7 @@ CLEAN_TOKENS = 4096  # clean tokens that one forward takes beside the blocks bei
 def make_decoder(policy: Decodable, rules: DecodeRules, slots: int, capacity: int) -> Slots:
     """The decoder for the attention of a model; where the block size chooses, for that of the rules."""
     whole = rules.canvas if policy.sees_whole_document is None else policy.sees_whole_document
-    decoder = CanvasDecoder if whole else BlockDecoder
+    decoder = RenoisingDecoder if rules.rule.renoises else CanvasDecoder if whole else BlockDecoder
     return decoder(policy, rules.block_size, slots, capacity, cuda_graphs=rules.cuda_graphs)
 
 
@@ -82,7 +83,7 @@ def check_prompts(prompt_ids: Sequence[Sequence[int]], rules: DecodeRules, vocab
     """Raises DataError for a prompt that cannot be decoded, ConfigError for a mask or EOS outside the vocabulary."""
     stops = [("stop_token_ids", token) for token in rules.stop_token_ids]
     for name, token in (("mask_token_id", rules.mask_token_id), ("eos_token_id", rules.eos_token_id), *stops):
-        if not 0 <= token < vocabulary:
+        if not 0 <= token < vocabulary and token != NO_MASK:
             raise ConfigError(f"{name} {token} is outside the model's vocabulary of {vocabulary}")
     for index, prompt in enumerate(prompt_ids):
         if len(prompt) == 0:

@@ -43,7 +43,7 @@ class Distribution:
 
     def propose(self, logits_NV: torch.Tensor, uniform_N: torch.Tensor | None = None) -> Proposal:
         """Draw a token for every position. `uniform_N`: float64 in [0, 1), not needed when greedy."""
-        return self._proposed(self._processed(logits_NV), uniform_N)
+        return self._proposed(self.processed(logits_NV), uniform_N)
 
     def read(
         self,
@@ -56,7 +56,7 @@ class Distribution:
         """The fields of the proposal followed by the columns, and the log-probabilities [N, V] that the columns are made of.
         `last_NV` are those of the last forward, for columns that compare; `early_N` says where `end_ids` cannot come out. A
         column costs a pass over the vocabulary, so without columns there are no log-probabilities."""
-        logits_NV = self._processed(logits_NV, early_N)
+        logits_NV = self.processed(logits_NV, early_N)
         proposal = self._proposed(logits_NV, uniform_N)
         if not columns:
             return list(proposal), None
@@ -71,11 +71,11 @@ class Distribution:
             logprob_N = top_N - logits_NV.logsumexp(dim=-1)
             return Proposal(token_N, logprob_N, token_N, logprob_N)
         logprob_NV = logits_NV.log_softmax(dim=-1)
-        token_N = _draw(logprob_NV, uniform_N)
+        token_N = draw(logprob_NV, uniform_N)
         top_logprob_N, top_token_N = logprob_NV.max(dim=-1)
         return Proposal(token_N, logprob_NV.gather(-1, token_N[:, None])[:, 0], top_token_N, top_logprob_N)
 
-    def _processed(self, logits_NV: torch.Tensor, early_N: torch.Tensor | None = None) -> torch.Tensor:
+    def processed(self, logits_NV: torch.Tensor, early_N: torch.Tensor | None = None) -> torch.Tensor:
         """float32 logits of the processed distribution: -inf where a token cannot come out."""
         logits_NV = logits_NV.float()
         if self.suppressed_ids:
@@ -106,7 +106,7 @@ def _nucleus(logits_NV: torch.Tensor, mass: float) -> torch.Tensor:
     return logits_NV.masked_fill(torch.empty_like(drop_NV).scatter_(-1, order_NV, drop_NV), -math.inf)
 
 
-def _draw(logprob_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
+def draw(logprob_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
     """The token at which the cumulative probability passes u: one number a position, and never one of probability 0."""
     cumulative_NV = logprob_NV.double().exp().cumsum(dim=-1)
     goal_N1 = uniform_N[:, None] * cumulative_NV[:, -1:]

@@ -36,8 +36,8 @@ from dfactory.types import GIVEN, NEVER, Edit, EmbeddingInputs, FinishReason, Ro
 
 def document_length(prompt_length: int, rules: DecodeRules) -> int:
     """Tokens of the longest document: prompt and max_new_tokens, rounded up to the block where blocks are counted from the
-    start; else the last block may be short."""
-    exact = rules.canvas or rules.blocks_from_prompt
+    start, or where a block is written at once; else the last block may be short."""
+    exact = (rules.canvas or rules.blocks_from_prompt) and not rules.rule.renoises
     return prompt_length + rules.max_new_tokens if exact else _whole_blocks(prompt_length, rules)
 
 

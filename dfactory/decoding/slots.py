@@ -135,14 +135,16 @@ class Slots:
     def _step(self) -> list[Progress]:
         open_RB = np.stack([response.open_B for response in self.live])
         hidden_NH = self._denoise(open_RB)
-        heard = []
-        for response, outcome in decide(self.policy, self.live, hidden_NH, open_RB):
-            here, stop, open_B = response.here, response.decoded.stop, response.open_B
-            goes_on = response.apply(outcome)
-            proposed = _Proposed(here, open_B & (response.tokens_T[here] == response.rules.mask_token_id), outcome)
-            heard.append(self._progress(response, stop, proposed, goes_on))
-            if not goes_on:
-                self._let_go(response)
+        return [self._apply(*decided) for decided in decide(self.policy, self.live, hidden_NH, open_RB)]
+
+    def _apply(self, response: Response, outcome: Outcome) -> Progress:
+        """Write what a forward decided about a response, which leaves its slot where that finishes it."""
+        here, stop, open_B = response.here, response.decoded.stop, response.open_B
+        goes_on = response.apply(outcome)
+        proposed = _Proposed(here, open_B & (response.tokens_T[here] == response.rules.mask_token_id), outcome)
+        heard = self._progress(response, stop, proposed, goes_on)
+        if not goes_on:
+            self._let_go(response)
         return heard
 
     def _let_go(self, response: Response) -> None:

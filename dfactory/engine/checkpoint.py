@@ -42,7 +42,7 @@ from dfactory.models.manifest import (
 from dfactory.models.saving import save_policy
 from dfactory.recipe import Recipe
 from dfactory.runs.folder import CONFIG, RECIPE, STATE, RunFolder, recipe_text, replace_text, writing
-from dfactory.types import TrainState
+from dfactory.types import WHOLE, TrainState
 
 ENGINE = "engine"  # the folder that only a resumed run reads
 SHARDS, UNIVERSAL = "shards", "universal"  # DeepSpeed's tags
@@ -85,7 +85,7 @@ def _write_model(trainer: Trainer, partial: Path) -> None:
         gathered=trainer.gathered,
         whole_layer=WholeLayers(trainer.policy, keep=trainer.rank == 0),
         write=trainer.rank == 0,
-        block_size=trainer.recipe.aligned_block_size,
+        block_size=WHOLE if trainer.recipe.block_size is None else trainer.recipe.block_size,
         mask_token_id=trainer.recipe.mask_token_id,
         chat_template=read_chat_template(trainer.recipe.chat_template_path),
     )

@@ -55,19 +55,14 @@ class VocabularyHead(nn.Linear):
         ranges: TokenRanges = NO_RANGES,
         averages: bool = False,
     ):
-        """hidden [..., H] -> logits [..., V]; or hidden [N, H] with targets [N] -> TokenScores. With `averages`, the mean
-        of the rows of the weight under each distribution, [N, H]: with tied weights the expected embedding."""
+        """hidden [..., H] -> logits [..., V]; or hidden [N, H] with targets [N] -> TokenScores; or with `averages` logits
+        [N, V] -> the mean of the rows of the weight under each softmax, [N, H]: with tied weights the expected embedding."""
         if averages:
-            return self._averages(hidden)
+            return expected_rows(hidden, self.weight)
         if target_ids_N is None:
             scores = super().forward(hidden)
             return scores if self.softcap is None else _capped(scores.float(), self.softcap)  # the last step in fp32
         return TokenScores(*_Scores.apply(hidden, self.weight, target_ids_N, entropy_temperature, self.softcap, ranges))
-
-    def _averages(self, hidden_NH: torch.Tensor) -> torch.Tensor:
-        rows = max(1, CHUNK_BYTES[hidden_NH.device.type] // (4 * len(self.weight)))
-        parts = [expected_rows(self(part), self.weight) for part in hidden_NH.split(rows)]
-        return torch.cat(parts) if parts else hidden_NH
 
 
 def expected_rows(logits_NV: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The model as everybody here uses it: a ViewBatch in, TokenScores out."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 from dfactory.models import last_layer
 from dfactory.models.attention import AttentionPlan, PlanByLayer, plan_attention
 from dfactory.models.families.base import FAMILIES, Attention, Family
-from dfactory.models.head import VocabularyHead
+from dfactory.models.head import CHUNK_BYTES, VocabularyHead
 from dfactory.ranges import NO_RANGES
 from dfactory.types import NOISE_TABLE_ROWS, EmbeddingInputs, Place, TokenScores, ViewBatch
 
@@ -81,6 +82,8 @@ class Policy(nn.Module):
         read_M, row_N = (
             batch.left_index_N.unique(return_inverse=True) if self.logit_shift else (batch.target_index_N, None)
         )
+        if self.family.attention is Attention.CAUSAL_CONTEXT:  # a clean token is in sight of itself
+            read_M = torch.where(batch.view_N > 0, read_M, batch.left_index_N)
         conditioned = (
             {"conditioning_RSH": self._first_prediction(batch, plan)} if "conditioned_N" in batch.columns else {}
         )
@@ -104,7 +107,9 @@ class Policy(nn.Module):
         """The expected embedding of each target of `conditioned_N` by a pass without gradient, [R, S, H]; 0 elsewhere.
         Where no target is conditioned the pass runs all the same: under ZeRO-3 other ranks wait for its modules."""
         hidden_NH = self.hidden_at(batch.target_index_N, batch.embedding_inputs, batch.position_ids_RS, plan)
-        mean_NH = self._causal_lm.lm_head(hidden_NH, averages=True) * batch.columns["conditioned_N"][:, None]
+        rows = max(1, CHUNK_BYTES[hidden_NH.device.type] // (4 * self.config.vocab_size))
+        means = [self.expected_embedding(self.logits(part)) for part in hidden_NH.split(rows)]
+        mean_NH = torch.cat(means) * batch.columns["conditioned_N"][:, None]
         rows, length = batch.input_ids_RS.shape
         everywhere = mean_NH.new_zeros(rows * length, mean_NH.shape[-1])
         return everywhere.index_copy(0, batch.target_index_N, mean_NH).unflatten(0, (rows, length))
@@ -114,6 +119,10 @@ class Policy(nn.Module):
         if self.family.attention is Attention.CAUSAL_CONTEXT:
             return PlanByLayer.of(place_RS, self.attn_implementation)
         return plan_attention(place_RS, self.attn_implementation)
+
+    def plan_by_layer(self, noised_RS: torch.Tensor, make: Callable[[int | None], AttentionPlan]) -> PlanByLayer:
+        """Attention that differs between layers: `make` takes a layer's sliding window, None where it has none."""
+        return PlanByLayer(noised_RS, make)
 
     def predicting(self, index_N: torch.Tensor, position_ids_RS: torch.Tensor) -> torch.Tensor:
         """Which of the flattened [R, S] positions predict the tokens at `index_N`: these themselves, or with shifted logits
@@ -190,6 +199,10 @@ class Policy(nn.Module):
             batch.input_ids_RS.device
         )
         return batch.columns["embedding_noise_std_1"] * table_TH
+
+    def expected_embedding(self, logits_NV: torch.Tensor) -> torch.Tensor:
+        """The mean embedding under each softmax, [N, H], without the scale that some models multiply embeddings by."""
+        return self._causal_lm.lm_head(logits_NV, averages=True)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., V], in the model's precision."""

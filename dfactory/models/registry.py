@@ -23,12 +23,13 @@ from dfactory.models.adapters import (
     whole_model_dir,
 )
 from dfactory.models.config_keys import MOST_ADDED_TOKENS, MOST_TOKENIZER_BYTES, read_object
-from dfactory.models.families.base import FAMILIES, Family, SpecialTokens
+from dfactory.models.families.base import FAMILIES, Family, Noise, SpecialTokens
 from dfactory.models.headers import Shapes, check_counts, check_shapes, meta_model, read_shapes
 from dfactory.models.hub import resolve
 from dfactory.models.policy import Policy
 from dfactory.models.saving import GENERATION_CONFIG
 from dfactory.ranges import TokenRanges
+from dfactory.types import NO_MASK
 
 attention.register()
 experts.register()
@@ -147,7 +148,15 @@ def full_attention(model_dir: Path, stated: bool | None = None) -> bool:
 
 def known_mask_id(model_dir: Path, stated: int | None) -> int | None:
     """The mask_token_id that was `stated`, or else the one that the recipe of a checkpoint of ours stated, or the family's
-    own; None where that is left to the tokenizer. Raises ConfigError for another than the family's own."""
+    own; None where that is left to the tokenizer, NO_MASK where the family has none. Raises ConfigError for another than the
+    family's own."""
+    family = read_family(model_dir)
+    if family.noise is Noise.UNIFORM:
+        if stated is not None:
+            raise ConfigError(
+                f"mask_token_id {stated}: the model family {family.name} has uniform noise and no mask; leave the key out"
+            )
+        return NO_MASK
     known = _special_tokens(model_dir).mask
     if stated is None:
         recorded = _recorded(model_dir).get("mask_token_id")

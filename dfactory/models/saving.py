@@ -60,9 +60,10 @@ def save_policy(
     layer the model's own tensors again; every rank has to call this then, and only the one with `write` touches the disk.
     """
     model = policy.model
+    in_config = {policy.family.block_size_key: block_size} if policy.family.block_size_in_config and block_size else {}
     if write:
-        ranges = policy.ranges.stated or None
-        _record(policy.source_dir, directory, block_size=block_size, mask_token_id=mask_token_id, token_ranges=ranges)
+        ranges, stated = policy.ranges.stated or None, {} if in_config else {"block_size": block_size}
+        _record(policy.source_dir, directory, **stated, mask_token_id=mask_token_id, token_ranges=ranges)
     if write and chat_template is not None:
         write_chat_template(directory, chat_template)
     if policy.has_adapters:
@@ -82,7 +83,7 @@ def save_policy(
         shards.add({name: file.get_tensor(name).to(dtype)})
     if write:
         shards.close()
-        _write_config(policy, directory, dtype)
+        _write_config(policy, directory, dtype, in_config)
         carry_files(policy.source_dir, directory)
 
 
@@ -175,11 +176,11 @@ def _plan_shards(
     )
 
 
-def _write_config(policy: Policy, directory: Path, dtype: torch.dtype) -> None:
+def _write_config(policy: Policy, directory: Path, dtype: torch.dtype, trained_with: dict[str, int]) -> None:
     """The source's own config.json with the precision of these weights; keys that only the original code reads stay.
     The family has a say: it announces no layers that are not read."""
     config = json.loads((whole_model_dir(policy.source_dir) / "config.json").read_text())
-    config = policy.family.saved_keys(config)
+    config = policy.family.saved_keys(config) | trained_with
     stated = "dtype" if "dtype" in config else "torch_dtype"  # its newer name, and the older one
     config.pop("torch_dtype", None)
     config[stated] = str(dtype).removeprefix("torch.")

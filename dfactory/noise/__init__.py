@@ -4,14 +4,17 @@ from dfactory.noise.edit import Drafts, EditTargets
 from dfactory.noise.embedding import MaskEmbeddingNoise
 from dfactory.noise.mask import GridMask, RandomMask, masked_view, response_blocks, view_positions
 from dfactory.noise.trace import TraceViews, block_of_step, every_transition, state_after, state_before, transition_view
+from dfactory.noise.uniform import GridUniform, UniformNoise
 
 __all__ = [
     "Drafts",
     "EditTargets",
     "GridMask",
+    "GridUniform",
     "MaskEmbeddingNoise",
     "RandomMask",
     "TraceViews",
+    "UniformNoise",
     "block_of_step",
     "every_transition",
     "masked_view",

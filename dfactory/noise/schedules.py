@@ -18,6 +18,8 @@ class Purpose(enum.IntEnum):
     EDIT = 2  # which visible tokens are replaced, by what, and which are targets as they are
     DRAFT = 3  # which targets carry the model's draft in the next turn
     PLANT = 4  # the error that an evaluation puts into a right answer
+    TOKEN = 5  # which tokens uniform noise puts in the place of others
+    CONDITION = 6  # which views get the model's prediction of a first pass
 
 
 def generator(seed: int, document_id: int, visit: int, view: int, purpose: Purpose) -> np.random.Generator:

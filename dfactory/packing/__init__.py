@@ -15,7 +15,7 @@ What a batch lacks after that is added by sources that wrap each other, as colum
     RolloutSource: rollout_D, advantage_D, old_logprob_N, reference_logprob_N  ->  the training step
 """
 
-from dfactory.packing.align import align, block_of, whole_blocks
+from dfactory.packing.align import align, align_canvases, block_of, canvases, whole_blocks
 from dfactory.packing.collate import collate
 from dfactory.packing.pack import LOOKAHEAD, Packer, pack_rows
 from dfactory.packing.plan import plan_ranks, share_out, spread
@@ -29,7 +29,9 @@ __all__ = [
     "Packer",
     "RowStream",
     "align",
+    "align_canvases",
     "block_of",
+    "canvases",
     "collate",
     "costs_by_length",
     "pack_rows",

@@ -55,6 +55,47 @@ def align(
     )
 
 
+def align_canvases(example: Example, canvas: int, eos_id: int) -> AlignedDocument:
+    """The document of a model with causal context: blocks of one token, and canvases of `canvas` tokens over the responses.
+
+    Canvases are counted from the start of each response and filled up with EOS that has to be produced. In a record of
+    several turns that fill ends where the next response begins. Canvases of 4, EOS = 0:
+
+        ids        5 6 7 8 9 1 0  ->  5 6 7 8 9 1 0 0 0 0
+        trainable  0 0 1 1 1 1 1  ->  0 0 1 1 1 1 1 1 1 1
+        canvas                        . . 2 2 2 2 6 6 6 6
+    """
+    canvas_T = canvases(example.trainable_T, canvas)
+    length, trainable_T = len(example), canvas_T >= 0
+    input_ids_T = np.concatenate([example.input_ids_T, np.full(len(canvas_T) - length, eos_id, np.int32)])
+    filled_T = trainable_T.copy()
+    filled_T[:length] &= ~example.trainable_T
+    filled_T[length:] = False  # the fill after the document is told by its real length
+    return AlignedDocument(
+        example.document_id,
+        input_ids_T,
+        trainable_T,
+        block_size=1,
+        real_length=length,
+        shown_ids_T=np.where(filled_T, np.int32(eos_id), input_ids_T),
+        filled_T=filled_T,
+        canvas_T=canvas_T,
+    )
+
+
+def canvases(trainable_T: np.ndarray, canvas: int) -> np.ndarray:
+    """int32: the first position of the canvas that each position lies in, -1 in none; as long as the document with the fill
+    of its last canvas."""
+    edges = np.diff(trainable_T.astype(np.int8), prepend=0, append=0)
+    starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    stops = starts + -(-(ends - starts) // canvas) * canvas
+    stops[:-1] = np.minimum(stops[:-1], starts[1:])
+    canvas_T = np.full(max(len(trainable_T), stops.max(initial=0)), -1, np.int32)
+    for start, stop in zip(starts, stops, strict=True):
+        canvas_T[start:stop] = start + np.arange(stop - start) // canvas * canvas
+    return canvas_T
+
+
 def _after_answer(trainable_T: np.ndarray, block_size: int) -> np.ndarray:
     """bool: the tokens after the last response token of each block that has one. Tokens between two answers in one block are
     kept, because the second answer needs its question."""

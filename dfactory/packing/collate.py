@@ -81,7 +81,8 @@ class _Writer:
         shared_from = self.cursor
         # Beyond the numbers of documents, so that sums by document never meet it; a document without one is its own.
         trunk = number + (self.num_documents if shared else 0)
-        self._write_stream(trunk, trunk, 0, first.block_size, np.arange(shared), first.input_ids_T[:shared])
+        clean = np.arange(shared)
+        self._write_stream(trunk, trunk, 0, clean // first.block_size, clean, first.input_ids_T[:shared])
         for packed in bundle:
             self._write_document(packed, shared, trunk, shared_from)
 
@@ -90,7 +91,10 @@ class _Writer:
         write = functools.partial(self._write_stream, len(self.per_document), trunk)
         # where the clean token of each position lies
         clean_index = np.concatenate([shared_from + np.arange(shared), self.cursor + np.arange(clean - shared)])
-        write(0, document.block_size, np.arange(shared, clean), document.input_ids_T[shared:clean])
+        position = np.arange(shared, clean)
+        if packed.scores_context:
+            self._score_context(packed, position[position > 0], clean_index)
+        write(0, position // document.block_size, position, document.input_ids_T[shared:clean])
         for number, view in enumerate(packed.views, start=1):
             # P positions of a view -> its targets. The ids to predict come from what views show, not from the clean stream:
             # fill in place of a following turn is to be predicted, and the clean stream has that turn.
@@ -101,18 +105,26 @@ class _Writer:
             self.targets.append((*targets, *(column_P[view.target_P] for column_P in noise)))
             for name, column_P in view.columns_P.items():
                 self.columns_N.setdefault(f"{name}_N", []).append(column_P[view.target_P])
-            write(number, document.block_size, view.position_P, view.input_ids_P)
+            write(number, document.block_of(view.position_P), view.position_P, view.input_ids_P)
         # Of the whole document, although a row may hold only a part of its views: losses are divided by lengths.
         lengths = int(document.trainable_T.sum()), int(real_T.sum())
         self.per_document.append((document.document_id, *lengths, len(packed.views)))
         self.columns_D.append(packed.columns)
 
-    def _write_stream(self, document: int, trunk: int, view: int, block_size: int, position_P, input_ids_P) -> None:
+    def _score_context(self, packed: PackedDocument, position: np.ndarray, clean_index: np.ndarray) -> None:
+        """Make clean tokens targets, each read from its left neighbour. They are no part of a response, so not `real`."""
+        nought = np.zeros(len(position), np.float32)
+        ids = packed.document.input_ids_T[position]
+        self.targets.append((clean_index[position], clean_index[position - 1], ids, nought != 0, nought, nought))
+        for name, column_P in packed.views[0].columns_P.items():
+            self.columns_N.setdefault(f"{name}_N", []).append(np.zeros(len(position), column_P.dtype))
+
+    def _write_stream(self, document: int, trunk: int, view: int, block_P, position_P, input_ids_P) -> None:
         span = slice(self.cursor, self.cursor + len(position_P))
         self.input_ids[span] = input_ids_P
         self.position[span] = position_P
         self.document[span], self.trunk[span], self.view[span] = document, trunk, view
-        self.block[span] = position_P // block_size
+        self.block[span] = block_P
         self.cursor = span.stop
 
     def finish(self, columns: Sequence[str]) -> ViewBatch:

@@ -22,13 +22,18 @@ class PackedDocument(NamedTuple):
     views: Sequence[View]
     shared: int = 0  # length of the prefix that it shares with the document before it, see `share`
     columns: Mapping[str, float] = NO_COLUMNS  # one number of this document for each of the batch's columns `*_D`
+    scores_context: bool = (
+        False  # whether the tokens of the clean stream are targets too, each read from the one before
+    )
 
     @property
     def clean_length(self) -> int:
         """Length of its clean stream: up to the last block that a view holds, because no token sees that block's clean
-        copy."""
-        viewed = [int(view.position_P[-1]) for view in self.views if len(view.position_P)]
-        return max(viewed, default=0) // self.document.block_size * self.document.block_size
+        copy; all its real tokens where they are targets."""
+        if self.scores_context:
+            return self.document.real_length
+        size, last = self.document.block_size, [view.position_P[-1:] for view in self.views]
+        return max((int(block) * size for position in last for block in self.document.block_of(position)), default=0)
 
     @property
     def cost(self) -> int:

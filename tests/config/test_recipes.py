@@ -32,6 +32,36 @@ def test_rules_of_trace_views(override, message):
         load_recipe(ROOT / "recipes/quickstart/trajectory.yaml", [override])
 
 
+UNIFORM = ["view_source=uniform", "complementary=false"]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["self_conditioning=0.5"], "self_conditioning 0.5 with view_source mask: only uniform noise has it"),
+        (["context_loss_weight=1"], "context_loss_weight 1 with view_source mask: only uniform noise has it"),
+        (["view_source=uniform"], "complementary true with view_source uniform: a view has no twin"),
+        ([*UNIFORM, "stage=dpo"], "view_source uniform with stage dpo: .* uniform noise has no mask"),
+        ([*UNIFORM, "stage=rl"], "view_source uniform with stage rl"),
+        ([*UNIFORM, "loss_weight=elbo"], "loss_weight elbo with view_source uniform: .* none is weighed by 1/t"),
+        ([*UNIFORM, "mask_token_id=5"], "mask_token_id 5 with view_source uniform: there is no mask"),
+        ([*UNIFORM, "edit_share=0.1"], "edit_share 0.1, num_turns 1 with view_source uniform"),
+        ([*UNIFORM, "block_size=null"], "view_source uniform with block_size null: a canvas has a length"),
+        ([*UNIFORM, "after_answer=text"], "after_answer text with view_source uniform: a canvas ends in EOS"),
+    ],
+)
+def test_rules_of_uniform_noise(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(ROOT / "recipes/quickstart/sft.yaml", overrides)
+
+
+def test_a_canvas_may_go_beyond_max_length():
+    """A row holds the clean text and a view of as many tokens, and one canvas less a token besides. Blocks need not divide
+    max_length."""
+    recipe = load_recipe(ROOT / "recipes/quickstart/sft.yaml", [*UNIFORM, "block_size=24"])
+    assert recipe.longest_record == 64 + 64 + 23
+
+
 MISSING_AT_HOME = (
     "jsonl",
     "model.safetensors",

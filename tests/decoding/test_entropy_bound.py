@@ -89,7 +89,7 @@ def test_keys_of_the_rule():
         ),
         (
             "entropy_bound=0.2",
-            "entropy_bound in the command line belongs to decode.rule entropy_bound, and this is",
+            "entropy_bound in the command line belongs to decode.rule entropy_bound or renoise, and this is",
         ),
         ("rule=entropy_bound entropy_bound=-1", "entropy_bound -1.0 in the command line: it must be at least 0"),
         ("rule=entropy_bound eos_penalty=0.5", "eos_penalty 0.5 with decode.rule entropy_bound, which does not read"),

@@ -35,7 +35,10 @@ def test_a_request_may_change_the_rule():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"entropy_bound": 0.3}, "entropy_bound in the request belongs to decode.rule entropy_bound, and this is"),
+        (
+            {"entropy_bound": 0.3},
+            "entropy_bound in the request belongs to decode.rule entropy_bound or renoise, and this is",
+        ),
         (BOUNDED | {"steps": 4}, "steps in the request belongs to decode.rule threshold, and this is"),
         (BOUNDED | {"eos_penalty": 0.5}, "eos_penalty 0.5 with rule entropy_bound, which does not read the confidence"),
         ({"rule": "entropy"}, "rule entropy in the request: it must be one of .*did you mean entropy_bound"),

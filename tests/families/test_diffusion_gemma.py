@@ -1,16 +1,21 @@
 """DiffusionGemma against what the original code computed: logits, losses, gradients, generations, saved tensors."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import DiffusionGemmaForBlockDiffusion
 
+from dfactory.algorithms.sft import SFT
+from dfactory.decoding import DecodeKeys, DecodeRules
+from dfactory.decoding.renoising import RenoisingDecoder
 from dfactory.errors import CheckpointError
 from dfactory.models import attention as attention_module
 from dfactory.models.head import expected_rows
-from dfactory.models.registry import load_policy, read_config
+from dfactory.models.registry import load_policy, read_config, trained_block_size
 from dfactory.models.saving import save_policy
-from dfactory.types import PADDING, EmbeddingInputs, Place
+from dfactory.packing import PackedDocument, align_canvases, collate
+from dfactory.types import NO_MASK, PADDING, EmbeddingInputs, Example, Place, View
 from tests.families.cases import golden, policy_of
 
 FORMS = ["segments", "dense", "flex"]
@@ -100,6 +105,9 @@ def test_training_sees_what_sampling_sees(case, policy, name):
     mean = expected_rows(last, policy.model.get_input_embeddings().weight) * mask[:, None, None]
     logits = canvas_logits(policy, *row, canvas.shape[1], mean)
     torch.testing.assert_close(logits, getattr(case, f"{name}_logits_cache_cut"), atol=1e-4, rtol=0)
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), getattr(case, f"{name}_canvas_targets").flatten())
+    cut = case.expected["diffusion_loss_with_the_cache_cut_where_the_block_begins"]
+    assert nll.item() == pytest.approx(cut if name == "train" else case.expected["short"]["diffusion_loss"], abs=1e-5)
 
 
 def test_saved_tensors_are_the_original_ones(case, tmp_path):
@@ -112,6 +120,14 @@ def test_saved_tensors_are_the_original_ones(case, tmp_path):
     with torch.no_grad():
         logits = original(input_ids=case.encoder_input_ids, decoder_input_ids=case.canvas_ids).logits
     torch.testing.assert_close(logits, case.canvas_logits, atol=1e-4, rtol=0)
+
+
+def test_a_trained_canvas_is_stated_where_the_original_reads_it(case, tmp_path):
+    """In config.json: the original refuses keys of generation_config.json that it does not know."""
+    save_policy(load_policy(case.directory, dtype="float32"), tmp_path, block_size=4)
+    assert DiffusionGemmaForBlockDiffusion.from_pretrained(tmp_path).config.canvas_length == 4
+    assert trained_block_size(tmp_path) == 4
+    assert trained_block_size(case.directory) == 8
 
 
 def test_both_spellings_of_the_config_are_one_model(case, tmp_path, write_config):
@@ -153,3 +169,112 @@ def write_config(case, tmp_path):
 def test_keys_that_are_not_computed_are_refused(write_config, key, value, words):
     with pytest.raises(CheckpointError, match=f"{key}.*{words}"):
         read_config(write_config(lambda text: text.update({key: value})))
+
+
+# --- losses and gradients, by way of views, packing and the objective -------------------------------------------------
+
+
+def batch_of(case, name, rows, size=8):
+    """The golden step: one canvas of each row, as the original drew it."""
+    get = lambda key: getattr(case, f"{name}_{key}")  # noqa: E731
+    eos = case.expected["eos_fill_id"]
+    packed = []
+    for d in range(2):
+        length = int(get("attention_mask_2d")[d].sum())
+        ids, labels = get("input_ids")[d, :length].numpy(), get("labels")[d, :length].numpy()
+        document = align_canvases(Example(d, ids.astype(np.int32), labels != -100), size, eos)
+        position = get("decoder_position_ids")[d].numpy().astype(np.int32)
+        assert (document.canvas_T[position] == position[0]).all()
+        assert (document.view_ids_T[position] == get("canvas_targets")[d].numpy()).all()
+        view = View(
+            position,
+            get("canvas_ids")[d].numpy().astype(np.int32),
+            np.ones(size, bool),
+            np.full(size, get("t")[d], np.float32),
+            np.ones(size, np.float32),
+            {"conditioned": np.full(size, get("self_conditioning_mask")[d].item())},
+        )
+        packed.append(PackedDocument(document, [view], scores_context=True))
+    return collate([[packed[d] for d in row] for row in rows], 1)
+
+
+@pytest.mark.parametrize("rows", [((0,), (1,)), ((0, 1),)], ids=["two rows", "one packed row"])
+@pytest.mark.parametrize("name", ["train", "short"])
+def test_losses_and_gradients(case, policy, name, rows):
+    """Of the canvases and of the clean tokens, the first pass included. In rows longer than the window both passes of the
+    original see another context: there only the clean tokens have the same loss."""
+    batch, objective = batch_of(case, name, rows), SFT(context_loss_weight=1.0)
+    policy.zero_grad()
+    terms = objective(batch, policy(batch))
+    losses = {key: mean.total / mean.count for key, mean in terms.loss.items()}
+    expected = case.expected if name == "train" else case.expected["short"]
+    assert losses["context_nll"].item() == pytest.approx(expected["encoder_loss"], abs=1e-5)
+    if name == "train":
+        return
+    assert losses["nll"].item() == pytest.approx(expected["diffusion_loss"], abs=1e-5)
+    sum(losses.values()).backward()
+    norms = {key: parameter.grad.norm().item() for key, parameter in policy.model.named_parameters()}
+    assert norms == pytest.approx(expected["grad_norms"], rel=1e-3)
+    assert sum(norm**2 for norm in norms.values()) ** 0.5 == pytest.approx(expected["grad_norm_total"], rel=1e-4)
+
+
+# --- generations ------------------------------------------------------------------------------------------------------
+
+KEYS = {  # the original's names, and those here
+    "max_denoising_steps": "denoising_steps",
+    "entropy_bound": "entropy_bound",
+    "t_min": "temperature_low",
+    "t_max": "temperature_high",
+    "stability_threshold": "stable_forwards",
+    "confidence_threshold": "confident_entropy",
+    "max_new_tokens": "max_new_tokens",
+}
+GENERATIONS = golden("diffusion_gemma").expected["generations"]
+
+
+def rules_of(case):
+    stated = {ours: case[theirs] for theirs, ours in KEYS.items()}
+    eos, *others = case["eos_token_id"]
+    keys = DecodeKeys(block_size=8, rule="renoise", suppress_special=False, stop_token_ids=others, **stated)
+    return DecodeRules.of(keys, mask_token_id=NO_MASK, eos_token_id=eos)
+
+
+class Drawn(RenoisingDecoder):
+    """With the random canvases of the golden files."""
+
+    def random_canvas(self, response, number):
+        return np.array(GENERATIONS[response.index]["random_canvases"][number - 1])
+
+
+def assert_is(rollout, case):
+    length = 1 + case["output"].index(53) if 53 in case["output"] else len(case["output"])  # the rest is padding
+    assert rollout.token_ids[:length] == case["output"][:length]
+    assert len(rollout.token_ids) == len(case["output"])
+    assert rollout.output_ids == case["output"][: min(length, case["max_new_tokens"])]
+    assert rollout.forwards == sum(rollout.block_forwards) == case["forwards"]
+    assert rollout.finish_reason == ("eos" if 53 in case["output"] else "length")
+
+
+@pytest.mark.parametrize("index", range(len(GENERATIONS)), ids=[case["name"] for case in GENERATIONS])
+def test_generations(policy, index):
+    """Token for token, with as many forwards."""
+    case = GENERATIONS[index]
+    decoder = Drawn(policy, 8, 1, 64)
+    decoder.add(index, case["prompt"], rules_of(case))
+    while decoder.live:
+        (progress,) = decoder.step()
+    assert_is(progress.rollout, case)
+    steps = np.cumsum(progress.rollout.block_forwards) - 1
+    assert progress.rollout.commit_step == np.repeat(steps, 8).tolist()  # a canvas is written at its last forward
+
+
+def test_generations_together(policy):
+    """Prompts of all lengths in three slots, each with rules of its own: what each gives alone."""
+    decoder, waiting, rollouts = Drawn(policy, 8, 3, 64), list(range(len(GENERATIONS))), {}
+    while waiting or decoder.live:
+        while waiting and decoder.free:
+            index = waiting.pop(0)
+            decoder.add(index, GENERATIONS[index]["prompt"], rules_of(GENERATIONS[index]))
+        rollouts |= {p.prompt: p.rollout for p in decoder.step() if p.rollout is not None}
+    for index, case in enumerate(GENERATIONS):
+        assert_is(rollouts[index], case)

@@ -83,6 +83,28 @@ def test_the_dense_plan_is_the_plain_softmax():
     assert out.isfinite().all()
 
 
+def causal_rows():
+    """Two packed documents with a canvas each, and padding; a clean token is a block of its own."""
+    clean, canvas = torch.arange(30), torch.full((8,), 20)
+    block = torch.cat([clean, canvas, clean[:12], torch.full((4,), 8), torch.zeros(6, dtype=torch.long)])[None]
+    document = torch.tensor([0] * 38 + [1] * 16 + [PADDING] * 6)[None]
+    view = torch.tensor([0] * 30 + [1] * 8 + [0] * 12 + [1] * 4 + [0] * 6)[None]
+    return Place(document, view, block, document)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 100])
+def test_windows_in_all_three_forms(monkeypatch, window):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(attention_module, "_compiled", flex_attention)
+    place = causal_rows()
+    token = place.document != PADDING
+    tensors = [tensor[:1].detach() for tensor in inputs(60)]
+    dense = MaskPlan(dense_mask(place, window)).attend(*tensors, SCALING)[token]
+    for plan in (SegmentPlan.of(place, 7, window), SegmentPlan.of(place, window=window), FlexPlan.of(place, window)):
+        torch.testing.assert_close(plan.attend(*tensors, SCALING)[token], dense, atol=1e-5, rtol=1e-5)
+
+
 def test_flex_attention_is_the_plain_softmax_uncompiled(monkeypatch):
     """The arithmetic of the GPU's plan on a CPU: the same mask and call, without the compiler."""
     from torch.nn.attention.flex_attention import flex_attention

@@ -73,6 +73,28 @@ def test_targets_of_a_range_are_scored_among_its_ids(monkeypatch, rows, width, t
     assert head.weight.grad[:30].abs().sum() == head.weight.grad[50:].abs().sum() == 0
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_softcapped_logits(monkeypatch, temperature):
+    """Scores and gradients of c tanh(z / c), tile by tile."""
+    monkeypatch.setitem(head_module.CHUNK_BYTES, "cpu", 4 * V * 5)
+    monkeypatch.setattr(head_module, "WIDTH", 7)
+    head, hidden, target, upstream = problem()
+    VocabularyHead.adopt(head, softcap=3.0)
+    logits = 3 * torch.tanh(hidden @ head.weight.T / 3)
+    torch.testing.assert_close(head(hidden), logits)
+    logprob, entropy, hit = plain_scores(logits, target, temperature)
+    expected = torch.autograd.grad((upstream[0] * logprob + upstream[1] * entropy).sum(), (hidden, head.weight))
+    scores, grads = run(head, hidden, target, upstream, plain=False, temperature=temperature)
+    torch.testing.assert_close(scores, (logprob.detach(), entropy.detach(), hit), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grads, expected, atol=3e-5, rtol=1e-4)
+
+
+def test_the_average_of_rows_under_each_distribution():
+    head, hidden, *_ = problem()
+    logits = head(hidden)
+    torch.testing.assert_close(head(logits, averages=True), logits.softmax(-1) @ head.weight)
+
+
 def test_by_hand():
     """Logits ln 1, ln 2, ln 5: p = 1/8, 2/8, 5/8. The second row's argmax is its target."""
     head = VocabularyHead.adopt(nn.Linear(1, 3, bias=False))

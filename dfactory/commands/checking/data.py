@@ -10,7 +10,7 @@ from dfactory.commands.checking.page import Page
 from dfactory.data.examples import DataReport, Examples
 from dfactory.data.pairs import SIDES
 from dfactory.errors import DataError
-from dfactory.packing import align
+from dfactory.packing import align, align_canvases
 from dfactory.recipe import Recipe
 
 RATIOS_SHOWN = 8
@@ -140,11 +140,17 @@ def tell_example(page: Page, recipe: Recipe, inputs: Inputs) -> None:
 def _show_example(page: Page, recipe: Recipe, inputs: Inputs, name: str, index: int) -> None:
     example = inputs.train[index]
     decode = preview.decoder_of(inputs.vocabulary)
-    document = align(example, recipe.aligned_block_size, inputs.special.eos, recipe.fill_unit, recipe.after_answer)
+    document = (
+        align_canvases(example, recipe.block_size, inputs.special.eos)
+        if recipe.has_canvases
+        else align(example, recipe.aligned_block_size, inputs.special.eos, recipe.fill_unit, recipe.after_answer)
+    )
     ids_T, trainable_T = document.input_ids_T, example.trainable_T
     views = make_source(recipe, inputs, rank=0, world_size=1).make_views(document, 0)
     page.line(name, preview.document_text(example, ids_T, trainable_T, decode))
     view_text = preview.view_text(views[0], document, len(example), inputs.special.mask, decode)
     page.line(f"view 1 of {len(views)}", view_text)
-    block_t = ", ".join(f"{t:.2f}" for t in views[0].t_P[:: recipe.aligned_block_size][:RATIOS_SHOWN])
+    block_t = ", ".join(
+        f"{t:.2f}" for t in views[0].t_P[:: recipe.block_size or recipe.aligned_block_size][:RATIOS_SHOWN]
+    )
     page.line("its mask ratio", f"t {block_t}, by block; {int(views[0].target_P.sum())} targets; from {example.origin}")

@@ -28,6 +28,7 @@ from dfactory.models.registry import (
 from dfactory.planning.memory import ParameterCounts, count_adapters, count_parameters
 from dfactory.ranges import Range
 from dfactory.recipe import Recipe
+from dfactory.types import NO_MASK
 
 LITERALS_SHOWN = 8
 
@@ -111,6 +112,8 @@ def tell_tokens(page: Page, recipe: Recipe, model: Model) -> SpecialIds:
 
 
 def _token(tokenizer: PreTrainedTokenizerBase | None, index: int) -> str:
+    if index == NO_MASK:
+        return "none: noise is uniform"
     literal = None if tokenizer is None else tokenizer.convert_ids_to_tokens(index)
     return f"{index} {literal}" if literal is not None else f"{index}"
 

@@ -128,6 +128,9 @@ class DecodingRule(Protocol):
     may_wait: ClassVar[bool] = False
     """Whether a forward may commit nothing. The block's forward number `most_steps` then commits all masks that are left."""
 
+    renoises: ClassVar[bool] = False
+    """Whether it is a rule of models with uniform noise, which have no masks: see renoising.py."""
+
     def commit(self, forward: Forward) -> torch.Tensor:
         """bool [R, B]: which masks become tokens. At least one of every row that has one, unless the rule revises or
         may wait."""

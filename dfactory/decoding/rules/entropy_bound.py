@@ -32,9 +32,12 @@ class EntropyBound(DecodingRule):
     )
 
     def commit(self, forward: Forward) -> torch.Tensor:
-        entropy_RB = forward[ENTROPY].masked_fill(~forward.masked_RB, torch.inf)
+        return self.within(forward[ENTROPY].masked_fill(~forward.masked_RB, torch.inf)) & forward.masked_RB
+
+    def within(self, entropy_RB: torch.Tensor) -> torch.Tensor:
+        """bool [R, B]: the positions within the bound."""
         sorted_RB, order_RB = entropy_RB.sort(dim=-1, stable=True)
         before_RB = sorted_RB.cumsum(dim=-1).roll(1, dims=-1)
         before_RB[:, 0] = 0.0
         within_RB = before_RB <= self.entropy_bound
-        return torch.zeros_like(within_RB).scatter(-1, order_RB, within_RB) & forward.masked_RB
+        return torch.zeros_like(within_RB).scatter(-1, order_RB, within_RB)

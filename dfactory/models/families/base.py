@@ -102,6 +102,9 @@ class Family:
         32  # that its checkpoints were trained with, where they do not say; None: they have full attention
     )
     block_size_key: str | None = None  # of config.json, where its checkpoints state the one that they were trained with
+    block_size_in_config: bool = (
+        False  # whether that key is where a trained checkpoint states it; else a file of ours does
+    )
     autoregressive: bool = (
         False  # its public checkpoints are no diffusion models yet: block_size is that of the conversion
     )
@@ -132,6 +135,11 @@ class Family:
             raise ConfigError(
                 f"model family {self.name}: block_size {self.block_size} with {self.attention} attention; None belongs to "
                 "full attention, a number to the others"
+            )
+        if (self.attention is Attention.CAUSAL_CONTEXT) != (self.noise is Noise.UNIFORM):
+            raise ConfigError(
+                f"model family {self.name}: {self.noise} noise with {self.attention} attention; uniform noise and causal "
+                "context go together"
             )
         if self.logit_shift not in (0, 1):
             raise ConfigError(f"model family {self.name}: logit_shift {self.logit_shift}; it is 0 or 1")

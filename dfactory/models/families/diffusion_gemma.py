@@ -24,6 +24,7 @@ from dfactory.models.families.base import FAMILIES, Attention, Family, Noise, Sp
 VISION = r"^model\.encoder\.(vision_tower|embed_vision)\."  # not computed here, and saved as they were read
 
 
+_OF_LAYERS = ("head_dim", "num_key_value_heads")  # differ between layers: the largest
 _OTHER_NAMES = {"num_experts_per_tok": "top_k_experts", "num_local_experts": "num_experts"}
 
 
@@ -33,7 +34,10 @@ class DiffusionGemmaConfig(OriginalConfig):
     def __getattr__(self, name):
         if "text_config" not in self.__dict__ or name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self.text_config, _OTHER_NAMES.get(name, name))
+        text = self.text_config
+        if name in _OF_LAYERS:
+            return max(getattr(text.per_layer_config[layer], name) for layer in range(text.num_hidden_layers))
+        return getattr(text, _OTHER_NAMES.get(name, name))
 
 
 class DiffusionGemmaLayer(DiffusionGemmaDecoderTextLayer):
@@ -192,6 +196,8 @@ FAMILIES.add(
         attention=Attention.CAUSAL_CONTEXT,
         noise=Noise.UNIFORM,
         block_size=256,
+        block_size_key="canvas_length",
+        block_size_in_config=True,  # its generation_config.json may hold no key that its own class does not know
         special=SpecialTokens(eos=1),
         moe_blocks=(DiffusionGemmaLayer.__name__,),
         last_layer_at_targets=False,
