@@ -4,19 +4,21 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from dfactory.assembly import check_family
 from dfactory.decoding import decode
 from dfactory.errors import ConfigError
 from dfactory.inference import Pipeline
 from dfactory.models.families.base import FAMILIES
-from dfactory.models.registry import full_attention, trained_block_size
+from dfactory.models.registry import full_attention, load_policy, trained_block_size
 from dfactory.models.saving import save_policy
 from dfactory.models.tiny import TINY_DIR
 from dfactory.recipe import load_recipe
 from dfactory.types import WHOLE
 from dfactory.vocabulary import recipe_vocabulary
 from tests.commands.conftest import ROOT, dfactory, write_records
+from tests.decoding.uncached import block_causal_logits
 from tests.families.cases import golden, policy_of
 
 NAME = "a2d_qwen3"
@@ -109,3 +111,17 @@ def test_a_run_on_whole_documents_is_decoded_on_a_canvas(tmp_path, ids):
     pipeline = Pipeline(tmp_path / "run", max_new_tokens=4, eos_token_id=ids["eos_token_id"])
     assert (pipeline.rules.canvas, pipeline.rules.block_size) == (True, 4)
     assert len(pipeline.generate([[1, 2, 3]])[0].token_ids) <= 4
+
+
+def test_the_qwen2_variant_computes_qwen2(tmp_path):
+    """It has no golden files of its own: another family's checkpoint with Qwen2's modules, under this name."""
+    source = golden("fast_dllm_v2")
+    keys = json.loads((source.directory / "config.json").read_text()) | {"model_type": "a2d-qwen2"}
+    for other in ("bd_size", "conplemenrary_mask"):
+        del keys[other]
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    shutil.copyfile(source.directory / "model.safetensors", tmp_path / "model.safetensors")
+    policy = load_policy(tmp_path, dtype="float32")
+    assert policy.sees_whole_document is None
+    logits = block_causal_logits(policy, source.input_ids[0], source.expected["block_size"])
+    torch.testing.assert_close(logits, source.logits[0], atol=1e-4, rtol=0)
