@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from dfactory.models.families.base import FAMILIES, Family
+from dfactory.models.families.base import FAMILIES, Family, Noise
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy, read_family
 from dfactory.models.saving import save_policy
@@ -83,8 +83,15 @@ class Model:
             "per_device_train_batch_size": 2,
             "output_dir": str(folder / str(self)),
         }
-        file.write_text(yaml.safe_dump(keys | self.special))
+        file.write_text(yaml.safe_dump(keys | self.special | self._noise))
         return file
+
+    @property
+    def _noise(self) -> dict:
+        """How the family is trained."""
+        if self.family.noise is Noise.MASK:
+            return {}
+        return {"view_source": "uniform", "complementary": False, "self_conditioning": 0.5, "context_loss_weight": 1.0}
 
 
 @functools.cache

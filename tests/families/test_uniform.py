@@ -12,7 +12,7 @@ from dfactory.assembly import make_objective, make_source, make_views, read_inpu
 from dfactory.decoding import DecodeKeys, DecodeRules, decode
 from dfactory.models.families.base import Noise
 from dfactory.noise import state_before
-from dfactory.packing import PackedDocument, align, collate, share
+from dfactory.packing import PackedDocument, align, align_canvases, collate, share
 from dfactory.planning.memory import count_parameters
 from dfactory.recipe import Recipe
 from dfactory.rl.rollouts import ScoredRollout
@@ -49,8 +49,11 @@ def packed_units(recipe: Recipe, count: int) -> list[list[PackedDocument]]:
     views = make_views(recipe, inputs)
 
     def packed(example) -> PackedDocument:
-        document = align(example, recipe.aligned_block_size, inputs.special.eos)
-        return PackedDocument(document, views(document, 0))
+        if recipe.has_canvases:
+            document = align_canvases(example, recipe.block_size, inputs.special.eos)
+        else:
+            document = align(example, recipe.aligned_block_size, inputs.special.eos)
+        return PackedDocument(document, views(document, 0), scores_context=recipe.context_loss_weight > 0)
 
     return [[packed(example) for example in inputs.train.unit(index)] for index in range(count)]
 
@@ -64,7 +67,7 @@ def scores_of(model: Model, rows: list[list[PackedDocument]]) -> torch.Tensor:
         return model.policy(collate(rows, model.block_size or 1)).logprob_N
 
 
-@MASKED
+@ALL
 def test_packed_documents_stand_alone(model, tmp_path):
     """In one packed sequence, in sequences of one batch, and each by itself."""
     documents = [document for (document,) in packed_units(model.recipe(tmp_path), 5)]
@@ -225,7 +228,7 @@ def trained(tmp_path_factory, run_jobs) -> Path:
     """20 steps of each model on two ranks, with ZeRO 0 and 3, and the first of these again from its 18th step on. One launch
     does all of them."""
     folder, jobs = tmp_path_factory.mktemp("trained"), []
-    for model in MASKED_MODELS:
+    for model in MODELS:
         file = model.recipe_file(folder)
         split = ["per_device_train_batch_size=1", "save_steps=18"]
         again = [f"resume_from_checkpoint={folder}/{model}-0/checkpoint-18", f"output_dir={folder}/{model}-again"]
@@ -250,7 +253,15 @@ def test_losses_of_twenty_steps_equal_plain_torch(model, trained):
 
 
 @pytest.mark.slow
-@MASKED
+@pytest.mark.parametrize("model", [m for m in MODELS if m not in MASKED_MODELS], ids=str)
+def test_sharding_changes_no_loss(model, trained):
+    """Of models without a plain twin here."""
+    whole, sharded = (torch.tensor(read_metrics(trained / f"{model}-{stage}")) for stage in (0, 3))
+    torch.testing.assert_close(sharded, whole, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@ALL
 def test_a_resumed_run_ends_bitwise_alike(model, trained):
     whole, resumed = (trained / f"{model}-{run}" / "checkpoint-20/model.safetensors" for run in ("0", "again"))
     assert whole.read_bytes() == resumed.read_bytes()
