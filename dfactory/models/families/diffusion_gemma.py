@@ -122,6 +122,9 @@ class DiffusionGemma(DiffusionGemmaForBlockDiffusion):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.decoder.embed_tokens
 
+    def adjust_generation_fn(self, *args, **kwargs):
+        """Leave generation_config.json alone: its class would refuse keys of others in it."""
+
     def prepare_inputs_for_generation(self, *args, **kwargs):
         """peft looks for it in every decoder. Responses are decoded in decoding/."""
         raise NotImplementedError
