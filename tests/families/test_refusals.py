@@ -136,7 +136,7 @@ CASES = {
         "the tokenizer in .* is another model's: its mask 'w5' is 5, and that of the family dream 318; put the model's own",
     ),
     "blocks with full attention": (
-        lambda folder: original(folder, "dream", mask_token_id=None, eos_token_id=None),
+        lambda folder: original(folder, "dream", mask_token_id=None),
         "block_size 8: the model family dream has full attention, in which a document has no blocks; set block_size to null",
     ),
     "no blocks with block-causal": (
@@ -146,6 +146,15 @@ CASES = {
     "kernels for other modules": (
         lambda folder: another_config(folder, **TINY_SIZES, model_type="mistral") | {"use_liger_kernel": True},
         "use_liger_kernel true: no family declares the model_type mistral, .* set it to false",
+    ),
+    "preferences without a mask": (
+        lambda folder: original(folder, "diffusion_gemma", stage="dpo", mask_token_id=None),
+        "stage dpo: the model family diffusion_gemma has uniform noise instead of a mask, .* an algorithm that learns from "
+        "records",
+    ),
+    "masks for a family without": (
+        lambda folder: original(folder, "diffusion_gemma", mask_token_id=None),
+        "view_source mask: the model family diffusion_gemma was trained with uniform noise; set view_source to uniform",
     ),
     "half a checkpoint": (without_a_layer, r"missing tensor model\.layers\.1\.mlp\.down_proj\.weight \[32, 64\]"),
     "a shard is missing": (without_a_shard, "lacks model-00002-of-00002.safetensors, which .*index.json names"),
