@@ -151,6 +151,8 @@ def known_mask_id(model_dir: Path, stated: int | None) -> int | None:
     own; None where that is left to the tokenizer, NO_MASK where the family has none. Raises ConfigError for another than the
     family's own."""
     family = read_family(model_dir)
+    if stated is not None and stated < 0:  # NO_MASK is none that a user states
+        raise ConfigError(f"mask_token_id {stated} is no token of the model: it must be 0 or more")
     if family.noise is Noise.UNIFORM:
         if stated is not None:
             raise ConfigError(

@@ -237,7 +237,7 @@ def test_overrides(tokenizer):
     [
         ({"mask_token_id": 9, "eos_token_id": 1, "vocab_size": 8}, "mask_token_id 9 .* vocabulary size 8"),
         ({"mask_token_id": 1, "eos_token_id": 8, "vocab_size": 8}, "eos_token_id 8 .* vocabulary size 8"),
-        ({"mask_token_id": -1, "eos_token_id": 1}, "mask_token_id -1"),
+        ({"mask_token_id": -2, "eos_token_id": 1}, "mask_token_id -2"),
         ({"mask_token_id": 1, "eos_token_id": 1}, "mask_token_id 1 equals eos_token_id 1"),
         ({"eos_token_id": 1}, "mask_token_id is null and there is no tokenizer: set mask_token_id"),
         ({"mask_token_id": 1}, "eos_token_id is null and there is no tokenizer: set eos_token_id"),

@@ -114,6 +114,10 @@ CASES = {
         lambda folder: {"mask_token_id": 96},
         "mask_token_id 96 is no token of the model: it must be below the model's vocabulary size 96",
     ),
+    "mask below 0": (
+        lambda folder: {"mask_token_id": -1},
+        "mask_token_id -1 is no token of the model: it must be 0 or more",
+    ),
     "mask is EOS": (
         lambda folder: {"mask_token_id": 94},
         "mask_token_id 94 equals eos_token_id 94",
