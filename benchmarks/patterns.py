@@ -1,10 +1,14 @@
-"""One table of attention patterns: which learns what of the quickstart's tasks, from random weights, in the same CPU time.
+"""One table of attention patterns: which learns what of the quickstart's tasks in the same CPU time.
 
     dfactory bench patterns --output runs/patterns
 
 A pattern is a recipe in recipes/patterns/: a small model of the family that stands for it, in the family's own format, with
-layers of equal width and about as many parameters as the others; tokenizer and chat template are the embedded model's. A
-run trains on the quickstart's records until its steps have used `--seconds` of CPU time. That is not the clock's: other
+layers of equal width and about as many parameters as the others; tokenizer and chat template are the embedded model's. With
+`--start random` its weights are drawn. With `--start base` every pattern starts from the embedded base model instead: in
+that process the base attends, shifts and corrupts as the pattern's family does. The base was trained block-causal and
+without a shift, so this compares what the patterns make of that base, and is no ranking of patterns.
+
+A run trains on the quickstart's records until its steps have used `--seconds` of CPU time. That is not the clock's: other
 processes cost a run nothing. The learning rate is a function of the share that is used. Then the run answers the held-out
 prompts as its recipe decodes. A run is a process of its own with one thread. A run that is there already is not repeated.
 
@@ -14,6 +18,7 @@ no table reports.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -31,8 +36,9 @@ from rich.table import Table
 from dfactory.console import plain_console
 from dfactory.data.prompts import read_rows
 from dfactory.inference import Pipeline
-from dfactory.models.registry import load_policy
-from dfactory.models.tiny import TINY_DIR
+from dfactory.models.families.base import FAMILIES, Family
+from dfactory.models.registry import load_policy, read_family
+from dfactory.models.tiny import TINY_DIR, TINY_NAME
 from dfactory.recipe import Recipe, load_recipe
 from dfactory.rl.rewards.exact_match import same_text
 from dfactory.runs.folder import RunFolder
@@ -42,6 +48,7 @@ from dfactory.vocabulary import recipe_vocabulary
 RECIPES = Path(__file__).parents[1] / "recipes/patterns"
 PATTERNS = [file.stem for file in sorted(RECIPES.glob("*.yaml"))]
 RESULT = "pattern.json"
+BASE_LEARNING_RATE = 1e-3  # the quickstart's
 OF_THE_MODEL = ("config.json", "generation_config.json", "model.safetensors")  # what is not the tokenizer's
 COLUMNS = ("steps", "records", "loss", "exact match", "tokens per forward", "tokens per second")
 
@@ -53,10 +60,21 @@ def write_model(name: str, directory: Path) -> Path:
     return directory
 
 
-def learn(name: str, seed: int, seconds: float, folder: Path, overrides: list[str]) -> None:
+def borrow_base(pattern: Family) -> None:
+    """Make the embedded model's family attend, shift and corrupt as another one does, in this process."""
+    base = read_family(TINY_DIR)
+    facts = {name: getattr(pattern, name) for name in ("attention", "logit_shift", "noise", "block_size")}
+    FAMILIES._entries[base.name] = dataclasses.replace(base, **facts)
+
+
+def learn(name: str, seed: int, options: argparse.Namespace, folder: Path) -> None:
     """Train one pattern, answer the held-out prompts, and leave the numbers in the run's folder."""
-    model = write_model(name, folder / "model")
+    model, seconds, overrides = write_model(name, folder / "model"), options.seconds, options.overrides
     of_run = [f"model_name_or_path={model}", f"seed={seed}", f"output_dir={folder / 'run'}"]
+    if options.start == "base":
+        borrow_base(read_family(model))
+        of_run[0] = f"model_name_or_path={TINY_NAME}"
+        of_run += ["init_weights=pretrained", f"learning_rate={BASE_LEARNING_RATE}"]
     recipe = load_recipe(RECIPES / f"{name}.yaml", [*of_run, "overwrite_output_dir=true", *overrides])
     run = Run(RunFolder(recipe.output_dir), recipe, None)
     started, used, records = time.process_time(), 0.0, 0
@@ -104,16 +122,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=PATTERNS)
+    parser.add_argument(
+        "--start", choices=("random", "base"), default="base", help="the weights that a run starts from"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=90.0, help="CPU time of a run's steps")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each has one thread")
     parser.add_argument("--one", action="store_true", help="a single run, in this process")
     parser.add_argument("overrides", nargs="*", help="key=value, of all runs")
     options = parser.parse_args(argv)
-    folders = {(name, seed): options.output / f"{name}-{seed}" for seed in options.seeds for name in options.patterns}
+    places = [(name, seed) for seed in options.seeds for name in options.patterns]
+    folders = {(name, seed): options.output / f"{name}-{options.start}-{seed}" for name, seed in places}
     if options.one:
         (((name, seed), folder),) = folders.items()
-        learn(name, seed, options.seconds, folder, options.overrides)
+        learn(name, seed, options, folder)
         return 0
     missing = [(*place, options, folder) for place, folder in folders.items() if not (folder / RESULT).is_file()]
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -124,7 +146,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def start(name: str, seed: int, options: argparse.Namespace, folder: Path) -> None:
     """A run in a process of its own with one thread."""
-    words = ["--one", "--patterns", name, "--seeds", seed, "--seconds", options.seconds, "--output", options.output]
+    words = ["--one", "--patterns", name, "--seeds", seed, "--start", options.start]
+    words += ["--seconds", options.seconds, "--output", options.output]
     command = [sys.executable, "-m", "benchmarks.patterns", *map(str, words), "--", *options.overrides]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log").open("w") as log:
@@ -137,7 +160,9 @@ def start(name: str, seed: int, options: argparse.Namespace, folder: Path) -> No
 def show(found: dict[tuple[str, int], dict[str, Any]], options: argparse.Namespace) -> None:
     by_pattern = {name: [found[name, seed] for seed in options.seeds] for name in options.patterns}
     tasks = list(next(iter(found.values()))["tasks"])
-    title = f"{options.seconds:g} s of CPU time, seeds {', '.join(map(str, options.seeds))}"
+    title = (
+        f"{options.seconds:g} s of CPU time from {options.start} weights, seeds {', '.join(map(str, options.seeds))}"
+    )
     table, by_task = Table("pattern", "parameters", *COLUMNS, title=title), Table("exact match", *tasks)
     for name, runs in by_pattern.items():
         table.add_row(name, f"{runs[0]['parameters']:,}", *cells(runs))

@@ -96,6 +96,13 @@ DLLM_RL = {
     "tensor_parallel_size": "num_rollout_workers",
 }
 
+LLADA = {  # generate.py's, and Dream's and Fast-dLLM v2's beside it
+    "logits_eos_inf": "decode.min_new_tokens",
+    "confidence_eos_eot_inf": "decode.defer_eos",
+    "alg": "decode.rule",
+    "small_block_length": "decode.sub_block_size",
+}
+
 DARE = {  # verl's words
     "train_files": "datasets",
     "val_files": "eval_datasets",
@@ -141,7 +148,7 @@ AUTOMODEL = {
     "chat_template": "chat_template_path",
 }
 
-_ALL = AUTOMODEL | DARE | DLLM_RL | DLLM | COMMON | LLAMA_FACTORY | TRL
+_ALL = AUTOMODEL | DARE | LLADA | DLLM_RL | DLLM | COMMON | LLAMA_FACTORY | TRL
 
 
 def meant_by(name: str, known: Container[str]) -> str | None:

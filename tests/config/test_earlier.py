@@ -9,7 +9,7 @@ import pytest
 from dfactory.cli import main
 from dfactory.commands.schema import earlier_table, key_page
 from dfactory.config.earlier_keys import IMPLIED, RENAMED
-from dfactory.config.elsewhere import AUTOMODEL, COMMON, DARE, DLLM, DLLM_RL, LLAMA_FACTORY, TRL, meant_by
+from dfactory.config.elsewhere import AUTOMODEL, COMMON, DARE, DLLM, DLLM_RL, LLADA, LLAMA_FACTORY, TRL, meant_by
 from dfactory.config.load import COMMAND_LINE, known_keys
 from dfactory.config.words import join_options
 from dfactory.errors import ConfigError
@@ -144,7 +144,7 @@ def test_where_a_key_comes_from(tmp_path):
 
 def test_names_of_other_frameworks_are_understood():
     known = known_keys(Recipe)
-    for names in (TRL, LLAMA_FACTORY, DLLM, DLLM_RL, DARE, AUTOMODEL, COMMON):
+    for names in (TRL, LLAMA_FACTORY, DLLM, DLLM_RL, LLADA, DARE, AUTOMODEL, COMMON):
         for foreign in names:
             assert foreign not in known, foreign
             assert meant_by(foreign, known), foreign
