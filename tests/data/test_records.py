@@ -104,7 +104,8 @@ BAD = {
     "trace: block_size": ({**TRACE, "block_size": None}, Fault.FIELD, "block_size is missing"),
     "trace: part of a block": ({**TRACE, "block_size": 5}, Fault.FIELD, "token_ids have 2 + 6 tokens: a trace runs"),
     "trace: steps": ({**TRACE, "commit_step": [0, 1]}, Fault.FIELD, "commit_step has 2 numbers for 6 token_ids"),
-    "trace: a mask was left": ({**TRACE, "commit_step": [0, 1, -1, 2, 3, 4]}, Fault.FIELD, "commit_step[2] is int -1"),
+    "trace: a mask was left": ({**TRACE, "commit_step": [0, 1, -1, 2, 3, 4]}, Fault.TRACE, "commit_step[2] is -1: a mask"),
+    "trace: below a mask": ({**TRACE, "commit_step": [0, 1, -2, 2, 3, 4]}, Fault.FIELD, "commit_step[2] is int -2"),
     "trace: order": ({**TRACE, "commit_step": [0, 2, 2, 2, 3, 4]}, Fault.FIELD, "commit_step goes back from one block"),
     "trace: tokens": ({**TRACE, "token_ids": "x"}, Fault.FIELD, "token_ids is str 'x'"),
     "trace: edits": ({**TRACE, "edits": 2}, Fault.FIELD, "edits is int 2"),
@@ -150,7 +151,7 @@ def test_a_trace_counts_the_steps_of_each_block(row, steps, edited, correct):
     assert record.prompt_length == len(row.get("prompt_ids", [5, 6]))
     assert record.trace.commit_step_T.tolist() == steps
     assert record.trace.commit_step_T.dtype == np.int16
-    assert record.trace[1:] == (4, edited, correct)
+    assert record.trace[1:] == (4, edited, correct, False, 0)  # neither a canvas nor masks left
 
 
 GOOD_LINE = b'{"prompt": "hi", "completion": "yo"}'
