@@ -63,7 +63,10 @@ def write_model(name: str, directory: Path) -> Path:
 def borrow_base(pattern: Family) -> None:
     """Make the embedded model's family attend, shift and corrupt as another one does, in this process."""
     base = read_family(TINY_DIR)
-    facts = {name: getattr(pattern, name) for name in ("attention", "logit_shift", "noise", "block_size")}
+    facts = {
+        name: getattr(pattern, name)
+        for name in ("attention", "logit_shift", "noise", "block_size", "last_layer_at_targets")
+    }
     FAMILIES._entries[base.name] = dataclasses.replace(base, **facts)
 
 
