@@ -12,6 +12,7 @@ from dfactory.models.registry import (
     known_eos_id,
     known_mask_id,
     known_ranges,
+    known_stop_ids,
     read_config,
     read_family,
     read_tokenizer,
@@ -33,6 +34,7 @@ class Vocabulary(NamedTuple):
     encoder: ChatEncoder | None
     sees_whole_document: bool = False  # of the model, as it is used: answers are decoded on a canvas
     ranges: TokenRanges = NO_RANGES  # ids of other modalities
+    stop_ids: tuple[int, ...] = ()  # that end a response beside EOS, where the keys say nothing else
 
     @property
     def warnings(self) -> list[str]:
@@ -41,10 +43,10 @@ class Vocabulary(NamedTuple):
         return [warning] if warning else []
 
     def text(self, output_ids: list[int]) -> str | None:
-        """A response as people read it: up to EOS, special tokens left out. None without a tokenizer."""
+        """A response as people read it: up to what ends it, special tokens left out. None without a tokenizer."""
         if self.tokenizer is None:
             return None
-        end = -1 if output_ids and output_ids[-1] == self.special.eos else None
+        end = -1 if output_ids and output_ids[-1] in (self.special.eos, *self.stop_ids) else None
         return self.ranges.written(output_ids[:end], self._plain_text)
 
     def _plain_text(self, ids: list[int]) -> str:
@@ -66,6 +68,7 @@ class Vocabulary(NamedTuple):
             mask_token_id=special.mask,
             eos_token_id=special.eos,
             special_ids=special.suppressed,
+            stop_token_ids=self.stop_ids,
             ranges=self.ranges,
             canvas=self.sees_whole_document,
         )
@@ -111,4 +114,5 @@ def read_vocabulary(
         encoder = None
     else:
         encoder = ChatEncoder(tokenizer, template, special, chat_template_path, ranges)
-    return Vocabulary(size, special, tokenizer, encoder, full_attention(model_dir, whole), ranges)
+    stops = known_stop_ids(model_dir, special.eos, size)
+    return Vocabulary(size, special, tokenizer, encoder, full_attention(model_dir, whole), ranges, stops)

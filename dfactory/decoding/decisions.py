@@ -220,10 +220,11 @@ class DecodeRules:
         mask_token_id: int | None = None,
         eos_token_id: int | None = None,
         special_ids: Collection[int] = (),
+        stop_token_ids: Collection[int] = (),
         ranges: TokenRanges = NO_RANGES,
         canvas: bool = False,
     ) -> "DecodeRules":
-        """The rules that the `decode` keys state; the tokenizer's ids fill in where the keys hold null.
+        """The rules that the `decode` keys state; the tokenizer's and the checkpoint's ids fill in where the keys hold null.
 
         `special_ids` are never emitted unless they end a response or `suppress_special` is false; the mask is one of them
         without being named. Leave out the special tokens that responses are trained to hold, as the one that ends a
@@ -243,7 +244,8 @@ class DecodeRules:
                 raise ConfigError(f"decode.{name} is null and no tokenizer tells it: set decode.{name}")
         if mask == eos:
             raise ConfigError(f"decode.mask_token_id and decode.eos_token_id are both {mask}: they must differ")
-        if mask in keys.stop_token_ids:
+        stops = stop_token_ids if keys.stop_token_ids is None else keys.stop_token_ids
+        if mask in stops:
             raise ConfigError(f"decode.stop_token_ids holds the mask {mask}: a response ends at a token; leave it out")
         if keys.cfg_scale and not canvas:
             raise ConfigError(
@@ -252,7 +254,7 @@ class DecodeRules:
             )
         if keys.sub_block_cache and canvas:
             raise ConfigError("decode.sub_block_cache true with full attention, which keeps no keys: set it to false")
-        ends = (eos, *keys.stop_token_ids)
+        ends = (eos, *stops)
         suppressed = sorted({*special_ids, mask} - {*ends, NO_MASK} - ranges.ids) if keys.suppress_special else []
         editing = None
         if keys.editing_threshold is not None:
@@ -289,7 +291,7 @@ class DecodeRules:
             ranges=ranges,
             answer_groups=ranges.layout(keys.answer_ranges, keys.max_new_tokens),
             canvas=canvas or rule.renoises,
-            stop_token_ids=tuple(keys.stop_token_ids),
+            stop_token_ids=tuple(stops),
             min_new_tokens=keys.min_new_tokens,
             sub_block_size=keys.sub_block_size,
             sub_block_cache=keys.sub_block_cache,

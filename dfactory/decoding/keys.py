@@ -85,8 +85,10 @@ class DecoderKeys:
         "LLaDA's logits_eos_inf",
         low=0,
     )
-    stop_token_ids: list[int] = key(
-        [], "further ids that end a response, such as the end of a turn, where they follow no mask"
+    stop_token_ids: Optional[list[int]] = key(
+        None,
+        "further ids that end a response, such as the end of a turn, where they follow no mask; null: what the checkpoint's "
+        "generation_config.json lists as eos_token_id",
     )
     cfg_scale: float = key(
         0.0,
@@ -182,12 +184,14 @@ def decode_keys_over(keys: DecodeKeys, values: dict[str, Any], origin: str) -> D
 
 
 def _check_type(name: str, field: dataclasses.Field, value: Any, origin: str) -> None:
-    if get_origin(field.type) is list:
-        (kind,) = get_args(field.type)
+    kinds = get_args(field.type) or (field.type,)  # of Optional[int]: int and None
+    if get_origin(kinds[0]) is list:
+        (kind,) = get_args(kinds[0])
+        if value is None and type(None) in kinds:
+            return
         if type(value) is not list or any(type(item) is not kind for item in value):
             raise ConfigError(f"{name} in {origin}: it must be a list of {kind.__name__}, is {value!r}")
         return
-    kinds = get_args(field.type) or (field.type,)  # of Optional[int]: int and None
     kinds += (int,) * (float in kinds)
     if type(value) not in kinds:
         raise ConfigError(f"{name} in {origin}: it must be {kinds[0].__name__}, is {type(value).__name__}")

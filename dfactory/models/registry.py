@@ -177,6 +177,14 @@ def known_eos_id(model_dir: Path, stated: int | None, tokenizer: PreTrainedToken
     return stated if stated is not None or named is not None else _special_tokens(model_dir).eos
 
 
+def known_stop_ids(model_dir: Path, eos: int, size: int) -> tuple[int, ...]:
+    """The further ids that end a response: those beside `eos` that generation_config.json lists as its eos_token_id, as
+    far as they are in the vocabulary."""
+    listed = _recorded(model_dir).get("eos_token_id")
+    ids = listed if isinstance(listed, list) else [listed]
+    return tuple(dict.fromkeys(i for i in ids if type(i) is int and 0 <= i < size and i != eos))
+
+
 def known_ranges(model_dir: Path, stated: Mapping[str, Any] | None = None) -> TokenRanges:
     """The token ranges that were `stated`, or else those of a checkpoint of ours, or the family's own. Raises ConfigError
     for what is no range."""

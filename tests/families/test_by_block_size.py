@@ -125,3 +125,11 @@ def test_the_qwen2_variant_computes_qwen2(tmp_path):
     assert policy.sees_whole_document is None
     logits = block_causal_logits(policy, source.input_ids[0], source.expected["block_size"])
     torch.testing.assert_close(logits, source.logits[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name, key", [("sdar", "block_size"), ("fast_dllm_v2", "bd_size")])
+def test_a_trained_block_size_is_where_the_original_reads_it(name, key, tmp_path):
+    """In config.json: the original code decodes in those blocks."""
+    save_policy(policy_of(name), tmp_path, block_size=8)
+    assert json.loads((tmp_path / "config.json").read_text())[key] == 8
+    assert trained_block_size(tmp_path) == 8

@@ -169,7 +169,7 @@ class Family:
         stated = {
             name: keys.get(f"{name}_token_id", id) for name, id in self.special._asdict().items() if id is not None
         }
-        size = keys.get("vocab_size", 0)
+        size = (keys if "vocab_size" in keys else keys.get("text_config") or {}).get("vocab_size", 0)
         return SpecialTokens(**{name: id for name, id in stated.items() if isinstance(id, int) and 0 <= id < size})
 
 

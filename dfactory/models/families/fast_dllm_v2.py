@@ -46,6 +46,7 @@ FAMILIES.add(
         logit_shift=1,
         block_size=32,
         block_size_key="bd_size",
+        block_size_in_config=True,
         special=SpecialTokens(mask=151665, eos=151645),
     )
 )

@@ -53,6 +53,7 @@ FAMILIES.add(
         keys=QWEN3 | _OTHERS,
         block_size=4,
         block_size_key="block_size",
+        block_size_in_config=True,
         special=_SPECIAL,
     )
 )
@@ -71,6 +72,7 @@ FAMILIES.add(
         keys=QWEN3_MOE | _OTHERS,
         block_size=4,
         block_size_key="block_size",
+        block_size_in_config=True,
         special=_SPECIAL,
         moe_blocks=("Qwen3MoeSparseMoeBlock",),
         autoep=QWEN3_MOE_AUTOEP,
