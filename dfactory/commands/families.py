@@ -1,6 +1,6 @@
 """`dfactory schema --families`: the model families, as the table of docs/families.md."""
 
-from dfactory.models.families.base import FAMILIES, Family, Variant
+from dfactory.models.families.base import FAMILIES, Family, Noise, Variant
 
 COLUMNS = "family,`model_type`,checkpoints,class of transformers,attention,shift,noise,blocks,mask,EOS"
 
@@ -28,5 +28,10 @@ def _cells(family: Family, variant: Variant) -> list[str]:
         str(family.logit_shift),
         family.noise,
         "whole document" if family.block_size is None else str(family.block_size),
-        *("tokenizer" if token is None else str(token) for token in family.special),
+        "none" if family.noise is Noise.UNIFORM else _id(family.special.mask),
+        _id(family.special.eos),
     ]
+
+
+def _id(token: int | None) -> str:
+    return "tokenizer" if token is None else str(token)
