@@ -54,11 +54,15 @@ class VocabularyHead(nn.Linear):
         entropy_temperature: float = 1.0,
         ranges: TokenRanges = NO_RANGES,
         averages: bool = False,
+        expected: bool = False,
     ):
         """hidden [..., H] -> logits [..., V]; or hidden [N, H] with targets [N] -> TokenScores; or with `averages` logits
-        [N, V] -> the mean of the rows of the weight under each softmax, [N, H]: with tied weights the expected embedding."""
+        [N, V] -> the mean of the rows of the weight under each softmax, [N, H]: with tied weights the expected embedding;
+        or with `expected` hidden [N, H] -> the same mean. Its gradient goes to the rows alone, not to the softmax."""
         if averages:
             return expected_rows(hidden, self.weight)
+        if expected:
+            return _ExpectedRows.apply(hidden, self.weight, self.softcap)
         if target_ids_N is None:
             scores = super().forward(hidden)
             return scores if self.softcap is None else _capped(scores.float(), self.softcap)  # the last step in fp32
@@ -68,6 +72,35 @@ class VocabularyHead(nn.Linear):
 def expected_rows(logits_NV: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
     """The mean of the rows of a weight under softmax(logits), [N, H]."""
     return logits_NV.softmax(dim=-1, dtype=torch.float32).to(weight_VH.dtype) @ weight_VH
+
+
+class _ExpectedRows(torch.autograd.Function):
+    """With p = softmax(z) a constant: d (p W) / d W = p. Backward computes p again, tile by tile."""
+
+    @staticmethod
+    def forward(ctx, hidden_NH, weight_VH, softcap):
+        rows = max(1, CHUNK_BYTES[weight_VH.device.type] // (4 * len(weight_VH)))
+        means, log_sums = [], []
+        for part in hidden_NH.split(rows):
+            logits = _logits(part, weight_VH, softcap)
+            means.append(expected_rows(logits, weight_VH))
+            log_sums.append(logits.logsumexp(dim=-1))
+        ctx.softcap = softcap
+        ctx.save_for_backward(hidden_NH, weight_VH, torch.cat(log_sums))
+        return torch.cat(means)
+
+    @staticmethod
+    def backward(ctx, grad_mean_NH):
+        hidden_NH, weight_VH, log_sum_N = ctx.saved_tensors
+        grad_weight = torch.zeros_like(weight_VH)
+        for tile, parts in _tiles(len(hidden_NH), weight_VH):
+            grad_tile = 0  # in fp32, as in _Scores
+            for part in parts:
+                logits = _logits(hidden_NH[part], weight_VH[tile], ctx.softcap)
+                p = logits.sub_(log_sum_N[part, None]).exp_().to(weight_VH.dtype)
+                grad_tile = grad_tile + (p.T @ grad_mean_NH[part]).float()
+            grad_weight[tile] = grad_tile
+        return None, grad_weight, None
 
 
 def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from dfactory.models import last_layer
 from dfactory.models.attention import AttentionPlan, PlanByLayer, plan_attention
 from dfactory.models.families.base import FAMILIES, Attention, Family
-from dfactory.models.head import CHUNK_BYTES, VocabularyHead
+from dfactory.models.head import VocabularyHead
 from dfactory.ranges import NO_RANGES
 from dfactory.types import NOISE_TABLE_ROWS, EmbeddingInputs, Place, TokenScores, ViewBatch
 
@@ -102,14 +102,14 @@ class Policy(nn.Module):
         """The scores of targets, from the hidden states that predict them."""
         return self._causal_lm.lm_head(self._scaled(hidden_NH), target_ids_N, self.entropy_temperature, self.ranges)
 
-    @torch.no_grad()
     def _first_prediction(self, batch: ViewBatch, plan: PlanByLayer) -> torch.Tensor:
-        """The expected embedding of each target of `conditioned_N` by a pass without gradient, [R, S, H]; 0 elsewhere.
-        Where no target is conditioned the pass runs all the same: under ZeRO-3 other ranks wait for its modules."""
-        hidden_NH = self.hidden_at(batch.target_index_N, batch.embedding_inputs, batch.position_ids_RS, plan)
-        rows = max(1, CHUNK_BYTES[hidden_NH.device.type] // (4 * self.config.vocab_size))
-        means = [self.expected_embedding(self.logits(part)) for part in hidden_NH.split(rows)]
-        mean_NH = torch.cat(means) * batch.columns["conditioned_N"][:, None]
+        """The expected embedding of each target of `conditioned_N` by a pass without gradient, [R, S, H]; 0 elsewhere. The
+        embeddings that are averaged have a gradient. Where no target is conditioned the pass runs all the same: under
+        ZeRO-3 other ranks wait for its modules."""
+        with torch.no_grad():
+            hidden_NH = self.hidden_at(batch.target_index_N, batch.embedding_inputs, batch.position_ids_RS, plan)
+        mean_NH = self._causal_lm.lm_head(self._scaled(hidden_NH), expected=True)
+        mean_NH = mean_NH * batch.columns["conditioned_N"][:, None]
         rows, length = batch.input_ids_RS.shape
         everywhere = mean_NH.new_zeros(rows * length, mean_NH.shape[-1])
         return everywhere.index_copy(0, batch.target_index_N, mean_NH).unflatten(0, (rows, length))

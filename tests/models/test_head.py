@@ -95,6 +95,29 @@ def test_the_average_of_rows_under_each_distribution():
     torch.testing.assert_close(head(logits, averages=True), logits.softmax(-1) @ head.weight)
 
 
+@pytest.mark.parametrize("rows, width", [(1, 7), (5, 7), (1000, 4096)])
+def test_expected_rows_and_their_gradient(monkeypatch, rows, width):
+    """The softmax is a constant: the rows have a gradient, the hidden states have none."""
+    monkeypatch.setitem(head_module.CHUNK_BYTES, "cpu", 4 * V * rows)
+    monkeypatch.setattr(head_module, "WIDTH", width)
+    head, hidden, *_ = problem()
+    VocabularyHead.adopt(head, softcap=3.0)
+    probability = (3 * torch.tanh(hidden @ head.weight.T / 3)).softmax(-1).detach()
+    upstream = torch.randn(N, H, generator=torch.Generator().manual_seed(1))
+    found = head(hidden, expected=True)
+    torch.testing.assert_close(found, probability @ head.weight)
+    weight, nothing = torch.autograd.grad((upstream * found).sum(), (head.weight, hidden), allow_unused=True)
+    torch.testing.assert_close(weight, probability.T @ upstream)
+    assert nothing is None
+
+
+def test_no_expected_rows_have_a_gradient_of_zeros():
+    """Under ZeRO-3 a rank without targets runs the same backward as the others."""
+    head, hidden, *_ = problem()
+    head(hidden[:0], expected=True).sum().backward()
+    assert (head.weight.grad == 0).all()
+
+
 def test_by_hand():
     """Logits ln 1, ln 2, ln 5: p = 1/8, 2/8, 5/8. The second row's argmax is its target."""
     head = VocabularyHead.adopt(nn.Linear(1, 3, bias=False))
