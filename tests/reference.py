@@ -3,7 +3,8 @@ but the table that says which class reads a directory.
 
     reference_model(dir)     LLaDA2-MoE in plain torch from the ORIGINAL tensor names, expert by expert. That it reads an
                              exported directory is the proof that the original layout was kept.
-    plain_model(dir)         any other family: the transformers class that reads the directory, whole logits
+    plain_model(dir)         any other family: the transformers class that reads the directory, whole logits; with causal
+                             context one call a canvas
     step_mask, one_view_nll  one noisy ++ clean training step: 2L tokens, float mask by docs/method.md#visibility,
                              all logits, fp32 cross-entropy. K views are K such passes.
     dense_table              the same table for the rows of a ViewBatch
@@ -21,8 +22,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from transformers import DynamicCache
 
-from dfactory.models.families.base import FAMILIES
+from dfactory.models.families.base import FAMILIES, Attention
 from dfactory.models.registry import read_config
 
 HIDDEN_FROM = torch.finfo(torch.float32).min  # what a float mask adds where nothing may be seen
@@ -40,10 +42,22 @@ def read_tensors(model_dir: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-class ReferenceModel:
+class WholeRows:
     """Callable: ids, positions [R, S] and a float mask [R, 1, S, S] that is added to the scores -> logits [R, S, V]."""
 
     logit_shift = 0
+
+    def target_logits(self, batch) -> torch.Tensor:
+        """[N, V] of a ViewBatch, through the dense mask and all logits. Padding sees itself, for a finite sum."""
+        seen = dense_table(*batch.place_RS)
+        padding = batch.document_RS < 0
+        seen = seen | (torch.eye(seen.shape[1], dtype=torch.bool) & padding[:, :, None])
+        logits = self(batch.input_ids_RS, batch.position_ids_RS, as_float_mask(seen))
+        return logits.flatten(0, 1)[left_of(batch) if self.logit_shift else batch.target_index_N]
+
+
+class ReferenceModel(WholeRows):
+    """LLaDA2-MoE by its original tensors."""
 
     def __init__(self, config: dict, tensors: dict[str, torch.Tensor]):
         self.config = config
@@ -134,8 +148,8 @@ def reference_model(model_dir: Path) -> ReferenceModel:
     return ReferenceModel(json.loads((Path(model_dir) / "config.json").read_text()), read_tensors(model_dir))
 
 
-class PlainModel:
-    """A transformers causal LM with its own attention, by the same call as ReferenceModel."""
+class PlainModel(WholeRows):
+    """A transformers causal LM with its own attention."""
 
     def __init__(self, model, logit_shift: int):
         self.model, self.logit_shift = model, logit_shift
@@ -147,12 +161,71 @@ class PlainModel:
         return self.model(ids_RS, position_ids=position_RS, attention_mask=mask_R1SS, use_cache=False).logits
 
 
-def plain_model(model_dir: Path) -> PlainModel:
+class PlainCanvasModel:
+    """transformers' own encoder and decoder of a model with causal context: an encoder pass over each document, and a
+    decoder pass over each of its canvases, with the encoder's cache cut where the canvas begins."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Under the decoder's names. The encoder's parameters are the same tensors; the vision tower is not trained."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {name: parameter for name, parameter in named if name.startswith("model.decoder.")}
+
+    def target_logits(self, batch) -> torch.Tensor:
+        """[N, V] of a ViewBatch: a canvas token is predicted at its place, a clean token at the one before it."""
+        ids, position, document, view, start, trunk = (
+            field.flatten() for field in (batch.input_ids_RS, batch.position_ids_RS, *batch.place_RS)
+        )
+        conditioned = dict(zip(batch.target_index_N.tolist(), batch.columns["conditioned_N"].tolist(), strict=True))
+        logits = {}  # by index into the flattened rows
+        for number in range(len(batch.document_id_D)):
+            own = document == number
+            clean = ((own | (document == trunk[own][0])) & (view == 0)).nonzero()[:, 0]
+            cache = DynamicCache()  # without a config it keeps all tokens in all layers
+            logits |= zip(clean.tolist(), self.clean_logits(ids[clean], cache), strict=True)
+            for v, before in torch.stack([view, start])[:, own & (view > 0)].unique(dim=1).T.tolist():
+                canvas = (own & (view == v) & (start == before)).nonzero()[:, 0]
+                inputs = {
+                    "decoder_input_ids": ids[canvas][None],
+                    "decoder_position_ids": position[canvas][None],
+                    "past_key_values": self.cut(cache, before),
+                }
+                found = self.canvas_logits(inputs, conditioned[canvas[0].item()])
+                logits |= zip(canvas.tolist(), found, strict=True)
+        predicting_N = torch.where(batch.view_N > 0, batch.target_index_N, left_of(batch))
+        return torch.stack([logits[index] for index in predicting_N.tolist()])
+
+    def clean_logits(self, ids_T, cache: DynamicCache) -> torch.Tensor:
+        hidden = self.model.model.encoder(input_ids=ids_T[None], past_key_values=cache).last_hidden_state[0]
+        most = self.model.final_logit_softcapping
+        return most * torch.tanh(self.model.lm_head(hidden) / most)
+
+    def cut(self, cache: DynamicCache, before: int) -> DynamicCache:
+        """What an encoder pass over the first `before` tokens leaves: sliding layers keep their window of these."""
+        found = DynamicCache(config=self.model.config.text_config)
+        for number, layer in enumerate(cache.layers):
+            found.update(layer.keys[:, :, :before], layer.values[:, :, :before], number)
+        return found
+
+    def canvas_logits(self, inputs: dict, conditioned: bool) -> torch.Tensor:
+        """`conditioned`: given the logits of a first pass, which has no gradient."""
+        if conditioned:
+            with torch.no_grad():
+                inputs["self_conditioning_logits"] = self.model(**inputs).logits
+        return self.model(**inputs).logits[0]
+
+
+def plain_model(model_dir: Path) -> PlainModel | PlainCanvasModel:
     """In float32. Which class reads the directory, and whether its logits are shifted, is the family's to say."""
     config = read_config(model_dir)
-    family, model_class = FAMILIES.of(config), FAMILIES.variant_of(config).model_class
-    options = {"dtype": torch.float32, "attn_implementation": "sdpa", "experts_implementation": "eager"}
-    model = model_class.from_pretrained(model_dir, config=config, use_safetensors=True, **options)
+    family, variant = FAMILIES.of(config), FAMILIES.variant_of(config)
+    options = {"dtype": torch.float32, "experts_implementation": "eager", "use_safetensors": True}
+    if family.attention is Attention.CAUSAL_CONTEXT:
+        model = variant.base_class.from_pretrained(model_dir, attn_implementation="eager", **options)
+        return PlainCanvasModel(model.eval())
+    model = variant.model_class.from_pretrained(model_dir, config=config, attn_implementation="sdpa", **options)
     return PlainModel(model.eval(), family.logit_shift)
 
 
@@ -226,14 +299,9 @@ def plain_scores(logits_NV, target_N, entropy_temperature: float = 1.0) -> Score
     return Scores(chosen, -(log_q.exp() * log_q).sum(-1), log_p.argmax(-1) == target_N)
 
 
-def batch_scores(model: ReferenceModel, batch, entropy_temperature: float = 1.0) -> Scores:
-    """The scores of a ViewBatch's targets, through the dense mask and all logits. Padding sees itself, for a finite sum."""
-    seen = dense_table(*batch.place_RS)
-    padding = batch.document_RS < 0
-    seen = seen | (torch.eye(seen.shape[1], dtype=torch.bool) & padding[:, :, None])
-    logits = model(batch.input_ids_RS, batch.position_ids_RS, as_float_mask(seen))
-    predicting_N = left_of(batch) if model.logit_shift else batch.target_index_N
-    return plain_scores(logits.flatten(0, 1)[predicting_N], batch.target_ids_N, entropy_temperature)
+def batch_scores(model, batch, entropy_temperature: float = 1.0) -> Scores:
+    """The scores of a ViewBatch's targets by a WholeRows or a PlainCanvasModel."""
+    return plain_scores(model.target_logits(batch), batch.target_ids_N, entropy_temperature)
 
 
 def left_of(batch) -> torch.Tensor:
@@ -269,15 +337,16 @@ def reference_losses(
     entropy_temperature: float = 1.0,
     preference_beta: float | None = None,
     sft_loss_coef: float = 0.0,
-    model: ReferenceModel | None = None,
+    context_loss_weight: float = 0.0,
+    model: WholeRows | PlainCanvasModel | None = None,
 ) -> list[float]:
     """The loss before each step of SFT, CAP or DPO, one step a window (a list of ViewBatches), by AdamW in plain torch.
 
     uniform: sum of -log p over the window / its number of targets. elbo: sum of -log p / t over the window / the response
-    tokens of its documents, once a view. CAP: plus confidence_beta times the mean entropy of the targets that the argmax
-    predicts. With preference_beta DPO of `dpo_loss`, against the model as it was. A list has an entry a step.
-    Gradients are clipped by their global norm; 0 is off. Norms and other vectors do not decay. Give `model` to keep its
-    trained tensors.
+    tokens of its documents, once a view. Clean targets have a mean of their own, times context_loss_weight. CAP: plus
+    confidence_beta times the mean entropy of the views' targets that the argmax predicts. With preference_beta DPO of
+    `dpo_loss`, against the model as it was. A list has an entry a step. Gradients are clipped by their global norm; 0 is
+    off. Norms and other vectors do not decay. Give `model` to keep its trained tensors.
     """
     start = reference_model(model_dir) if preference_beta is not None else None
     model = model or reference_model(model_dir)
@@ -293,7 +362,7 @@ def reference_losses(
             group["weight_decay"] = decays * _at(step, weight_decay)
         scored = [(batch, batch_scores(model, batch, entropy_temperature)) for batch in window]
         if preference_beta is None:
-            loss = sft_loss(scored, loss_weight, confidence_beta)
+            loss = sft_loss(scored, loss_weight, confidence_beta, context_loss_weight)
         else:
             loss = dpo_loss(scored, start, preference_beta, sft_loss_coef)
         optimiser.zero_grad()
@@ -309,20 +378,23 @@ def _at(step: int, value):
     return value[step] if isinstance(value, list) else value
 
 
-def sft_loss(scored: list, loss_weight: str, confidence_beta: float) -> torch.Tensor:
+def sft_loss(scored: list, loss_weight: str, confidence_beta: float, context_loss_weight: float = 0.0) -> torch.Tensor:
     """SFT and CAP of a window: (batch, scores) of each micro-batch."""
     total, count = torch.zeros(()), 0
     entropy, hits = torch.zeros(()), 0
+    context, clean = torch.zeros(()), 0
     for batch, scores in scored:
-        entropy, hits = entropy + scores.entropy[scores.hit].sum(), hits + int(scores.hit.sum())
-        nll = -scores.logprob
-        total = total + (nll / batch.t_N if loss_weight == "elbo" else nll).sum()
+        noised, nll = batch.view_N > 0, -scores.logprob
+        hit = scores.hit & noised
+        entropy, hits = entropy + scores.entropy[hit].sum(), hits + int(hit.sum())
+        context, clean = context + nll[~noised].sum(), clean + int((~noised).sum())
+        total = total + (nll / batch.t_N if loss_weight == "elbo" else nll)[noised].sum()
         responses = int((batch.response_length_D * batch.num_views_D).sum())
-        count += responses if loss_weight == "elbo" else batch.num_targets
-    return total / count + confidence_beta * entropy / max(hits, 1)
+        count += responses if loss_weight == "elbo" else int(noised.sum())
+    return total / count + confidence_beta * entropy / max(hits, 1) + context_loss_weight * context / max(clean, 1)
 
 
-def dpo_loss(scored: list, start: ReferenceModel, beta: float, sft_loss_coef: float) -> torch.Tensor:
+def dpo_loss(scored: list, start: WholeRows, beta: float, sft_loss_coef: float) -> torch.Tensor:
     """Sigmoid DPO of a window, pair by pair, with sums of -log p / t over views in place of -log p; plus the chosen answers'
     mean of it for each response token."""
     losses, nll, tokens = [], torch.zeros(()), 0
