@@ -56,7 +56,7 @@ def test_through_the_verbs(keys, tmp_path):
     traces = tmp_path / "traces.jsonl"
     blocks = ["decode.block_size=4", "decode.max_new_tokens=12", "decode.threshold=0.3"]
     dfactory("generate", "--keep-trace", "--model", run, "--input", prompts, "--output", traces, *blocks)
-    again = ["view_source=trace", f"datasets=[{{path: {traces}}}]", "max_steps=1"]
+    again = ["view_source=trace", "loss_weight=elbo", f"datasets=[{{path: {traces}}}]", "max_steps=1"]
     dfactory("train", RECIPE, *keys, *again, f"output_dir={tmp_path / 'traced'}")
     assert json.loads((tmp_path / "traced/metrics.jsonl").read_text().splitlines()[0])["targets"] > 0
 
@@ -71,7 +71,10 @@ def test_through_the_verbs(keys, tmp_path):
 @pytest.mark.parametrize(
     "changed, said",
     [
-        (["block_size=32"], "block_size 32: the model family dream has full attention, .* set block_size to null"),
+        (
+            ["block_size=32", "loss_weight=elbo"],
+            "block_size 32: the model family dream has full attention, .* set block_size to null",
+        ),
         (["model_name_or_path=tiny"], "block_size null: a model of the family llada2 is block-causal; set block_size"),
     ],
 )
