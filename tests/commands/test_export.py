@@ -120,7 +120,7 @@ def test_merging_keeps_the_precision_of_the_base(tmp_path, dtype, capsys):
     save_policy(adapted_policy(base, 0.05, dtype), directory := tmp_path / "adapters")
     export(str(directory), str(tmp_path / "out"))
     assert stored_dtype(tmp_path / "out") == getattr(torch, dtype)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == dtype
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype  # the name that the base has
     assert "6 tensors changed" in capsys.readouterr().out
 
 
@@ -130,7 +130,7 @@ def test_another_precision_is_the_checkpoint_rounded(tmp_path, capsys):
     before, after = (load_file(directory / "model.safetensors") for directory in (wide, tmp_path / "out"))
     assert set(before) == set(after)
     assert all(torch.equal(before[name].bfloat16(), after[name]) for name in before)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert (tmp_path / "out" / "NOTICE").read_text() == "carry me"
     assert "rounded from float32" in capsys.readouterr().out
     assert read_as_stranger(tmp_path / "out")["dtype"] == "torch.bfloat16"
