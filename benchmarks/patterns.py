@@ -10,7 +10,8 @@ without a shift, so this compares what the patterns make of that base, and is no
 
 A run trains on the quickstart's records until its steps have used `--seconds` of CPU time. That is not the clock's: other
 processes cost a run nothing. The learning rate is a function of the share that is used. Then the run answers the held-out
-prompts as its recipe decodes. A run is a process of its own with one thread. A run that is there already is not repeated.
+prompts as its recipe decodes. A run is a process of its own with one thread. A run that is there already is not repeated;
+where it had other settings, the command is refused.
 
 The tables have exact match on the held-out prompts, in all and by task, tokens per forward, and tokens per second of CPU
 time; means over the seeds, and of exact match the standard deviation. No setting was tuned: learning rates are the
@@ -92,6 +93,7 @@ def learn(name: str, seed: int, options: argparse.Namespace, folder: Path) -> No
             used = time.process_time() - started
         run.save()
     found = {
+        "settings": settings_of(options),
         "parameters": sum(parameter.numel() for parameter in run.trainer.policy.parameters()),
         "steps": run.state.step,
         "records": records,
@@ -141,11 +143,27 @@ def main(argv: list[str] | None = None) -> int:
         (((name, seed), folder),) = folders.items()
         learn(name, seed, options, folder)
         return 0
-    missing = [(*place, options, folder) for place, folder in folders.items() if not (folder / RESULT).is_file()]
+    missing = [(*place, options, folder) for place, folder in folders.items() if is_missing(folder, options)]
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda run: start(*run), missing))
     show({place: json.loads((folder / RESULT).read_text()) for place, folder in folders.items()}, options)
     return 0
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers of a run depend on beside its pattern, start and seed."""
+    return {"seconds": options.seconds, "overrides": options.overrides}
+
+
+def is_missing(folder: Path, options: argparse.Namespace) -> bool:
+    """Whether a run has no result yet. Ends the program where it has one with other settings."""
+    file = folder / RESULT
+    if not file.is_file():
+        return True
+    found, wanted = json.loads(file.read_text())["settings"], settings_of(options)
+    if found != wanted:
+        raise SystemExit(f"{folder} was measured with {found}, and this is {wanted}: take another --output")
+    return False
 
 
 def start(name: str, seed: int, options: argparse.Namespace, folder: Path) -> None:

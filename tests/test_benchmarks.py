@@ -20,6 +20,7 @@ from benchmarks import (
     loading,
     overlap,
     packing,
+    patterns,
     rl,
     step,
     tree,
@@ -209,3 +210,24 @@ def test_the_gpu_check_says_which_parts_there_are(capsys):
     with pytest.raises(SystemExit):
         gpu_check.main(["--dry-run", "--only", "nothing"])
     assert "the parts are tests, losses," in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_attention_patterns_are_measured_once(tmp_path, capsys):
+    """A run is left out the second time, and refused where its settings were others."""
+    words = ["--output", str(tmp_path), "--patterns", "full", "--seeds", "0", "--seconds", "2"]
+    assert patterns.main(words) == 0
+    first = capsys.readouterr().out
+    assert "2 s of CPU time from base weights, seeds 0" in first
+    assert re.search(r"│ full +│", first)
+    file = tmp_path / "full-base-0/pattern.json"
+    found = json.loads(file.read_text())
+    assert found["parameters"] == 1_264_704
+    assert found["steps"] > 2
+    assert 0 <= found["exact match"] < 0.5
+    made = file.stat().st_mtime_ns
+    assert patterns.main(words) == 0
+    assert capsys.readouterr().out == first
+    assert file.stat().st_mtime_ns == made
+    with pytest.raises(SystemExit, match=r"measured with .*2\.0.* take another --output"):
+        patterns.main([*words[:-1], "3"])

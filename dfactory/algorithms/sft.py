@@ -2,11 +2,8 @@
 
     L = - sum over views, targets i of  w_i log p(x0_i | view)  /  Z
 
-`uniform`: w = 1, Z the number of targets; what public fine-tuning code of LLaDA2 computes.
-With causal context, `context_loss_weight` times the mean negative log-likelihood of every clean token given those before
-it is added (DiffusionGemma's encoder loss).
-`elbo`: w = 1/t, Z the number of response tokens, counted once a view (equation 5 of LLaDA2.0).
-loss_weights.py has these and those of other projects.
+`loss_weight` chooses w and Z (loss_weights.py). With causal context, `context_loss_weight` times the mean negative
+log-likelihood of every clean token given those before it is added.
 """
 
 import dataclasses

@@ -237,42 +237,18 @@ class DecodeRules:
         problem = decode_problem(keys, keys.block_size)
         if problem is not None:
             raise ConfigError(problem)
-        mask = mask_token_id if keys.mask_token_id is None else keys.mask_token_id
-        eos = eos_token_id if keys.eos_token_id is None else keys.eos_token_id
-        for name, value in (("mask_token_id", mask), ("eos_token_id", eos)):
-            if value is None:
-                raise ConfigError(f"decode.{name} is null and no tokenizer tells it: set decode.{name}")
-        if mask == eos:
-            raise ConfigError(f"decode.mask_token_id and decode.eos_token_id are both {mask}: they must differ")
+        mask, eos = _mask_and_eos(keys, mask_token_id, eos_token_id)
         stops = stop_token_ids if keys.stop_token_ids is None else keys.stop_token_ids
         if mask in stops:
             raise ConfigError(f"decode.stop_token_ids holds the mask {mask}: a response ends at a token; leave it out")
-        if keys.cfg_scale and not canvas:
-            raise ConfigError(
-                f"decode.cfg_scale {keys.cfg_scale:g} and a model that decodes over a cache: guidance needs full attention; "
-                "set it to 0"
-            )
-        if keys.sub_block_cache and canvas:
-            raise ConfigError("decode.sub_block_cache true with full attention, which keeps no keys: set it to false")
+        rule = rule_of(keys)
+        _check_attention(keys, canvas)
+        _check_noise(keys, rule, mask)
         ends = (eos, *stops)
         suppressed = sorted({*special_ids, mask} - {*ends, NO_MASK} - ranges.ids) if keys.suppress_special else []
         editing = None
         if keys.editing_threshold is not None:
             editing = Editing(keys.editing_threshold, keys.max_post_steps)
-        rule = rule_of(keys)
-        if rule.renoises != (mask == NO_MASK):
-            fitting = next(known.name for known in RULES if known.renoises == (mask == NO_MASK))
-            noise = "uniform noise and no mask" if mask == NO_MASK else "a mask"
-            raise ConfigError(
-                f"decode.rule {rule.name}: it is not for a model with {noise}; set decode.rule, such as to {fitting}"
-            )
-        unread = ("editing_threshold", "defer_eos", "min_new_tokens", "answer_ranges", "sub_block_size", "early_stop")
-        for name in unread if rule.renoises else ():
-            if getattr(keys, name) not in (None, False, 0):
-                raise ConfigError(
-                    f"decode.{name} {getattr(keys, name)} with {rule.selector}, which writes a whole canvas at once and "
-                    "does not read it; leave it out"
-                )
         num_steps = rule.most_steps(keys.sub_block_size or keys.block_size)
         return cls(
             block_size=keys.block_size,
@@ -298,3 +274,43 @@ class DecodeRules:
             blocks_from_prompt=keys.blocks_from == "prompt",
             early_stop=keys.early_stop,
         )
+
+
+def _mask_and_eos(keys: DecodeKeys, mask_token_id: int | None, eos_token_id: int | None) -> tuple[int, int]:
+    """What the keys state, else what the caller knows."""
+    mask = mask_token_id if keys.mask_token_id is None else keys.mask_token_id
+    eos = eos_token_id if keys.eos_token_id is None else keys.eos_token_id
+    for name, value in (("mask_token_id", mask), ("eos_token_id", eos)):
+        if value is None:
+            raise ConfigError(f"decode.{name} is null and no tokenizer tells it: set decode.{name}")
+    if mask == eos:
+        raise ConfigError(f"decode.mask_token_id and decode.eos_token_id are both {mask}: they must differ")
+    return mask, eos
+
+
+def _check_attention(keys: DecodeKeys, canvas: bool) -> None:
+    """Refuse keys that the model's decoder has no use for."""
+    if keys.cfg_scale and not canvas:
+        raise ConfigError(
+            f"decode.cfg_scale {keys.cfg_scale:g} and a model that decodes over a cache: guidance needs full attention; "
+            "set it to 0"
+        )
+    if keys.sub_block_cache and canvas:
+        raise ConfigError("decode.sub_block_cache true with full attention, which keeps no keys: set it to false")
+
+
+def _check_noise(keys: DecodeKeys, rule: DecodingRule, mask: int) -> None:
+    """Refuse a rule for the other kind of noise, and keys that a rule without masks does not read."""
+    if rule.renoises != (mask == NO_MASK):
+        fitting = next(known.name for known in RULES if known.renoises == (mask == NO_MASK))
+        noise = "uniform noise and no mask" if mask == NO_MASK else "a mask"
+        raise ConfigError(
+            f"decode.rule {rule.name}: it is not for a model with {noise}; set decode.rule, such as to {fitting}"
+        )
+    unread = ("editing_threshold", "defer_eos", "min_new_tokens", "answer_ranges", "sub_block_size", "early_stop")
+    for name in unread if rule.renoises else ():
+        if getattr(keys, name) not in (None, False, 0):
+            raise ConfigError(
+                f"decode.{name} {getattr(keys, name)} with {rule.selector}, which writes a whole canvas at once and "
+                "does not read it; leave it out"
+            )

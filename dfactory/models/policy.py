@@ -106,13 +106,13 @@ class Policy(nn.Module):
         """The expected embedding of each target of `conditioned_N` by a pass without gradient, [R, S, H]; 0 elsewhere. The
         embeddings that are averaged have a gradient. Where no target is conditioned the pass runs all the same: under
         ZeRO-3 other ranks wait for its modules."""
+        index_M = batch.target_index_N[batch.columns["conditioned_N"]]
         with torch.no_grad():
-            hidden_NH = self.hidden_at(batch.target_index_N, batch.embedding_inputs, batch.position_ids_RS, plan)
-        mean_NH = self._causal_lm.lm_head(self._scaled(hidden_NH), expected=True)
-        mean_NH = mean_NH * batch.columns["conditioned_N"][:, None]
+            hidden_MH = self.hidden_at(index_M, batch.embedding_inputs, batch.position_ids_RS, plan)
+        mean_MH = self._causal_lm.lm_head(self._scaled(hidden_MH), expected=True)
         rows, length = batch.input_ids_RS.shape
-        everywhere = mean_NH.new_zeros(rows * length, mean_NH.shape[-1])
-        return everywhere.index_copy(0, batch.target_index_N, mean_NH).unflatten(0, (rows, length))
+        everywhere = mean_MH.new_zeros(rows * length, mean_MH.shape[-1])
+        return everywhere.index_copy(0, index_M, mean_MH).unflatten(0, (rows, length))
 
     def plan(self, place_RS: Place) -> AttentionPlan | PlanByLayer:
         """The attention among tokens of these places."""
