@@ -17,5 +17,6 @@ BENCHMARKS = {
     "gpu_check": "everything that only a GPU can show, in one go",
     "dpo_variance": "how far shared noise and pairs cut the variance of a preference margin",
     "patterns": "attention patterns: which learns what of the quickstart's tasks in the same CPU time",
+    "ar": "the autoregressive yardstick: the same weights fine-tuned, scored and decoded by transformers",
     "cpt": "an autoregressive model turned into a block-diffusion one, beside training from scratch",
 }

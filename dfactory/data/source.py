@@ -143,6 +143,15 @@ class RecordSource:
         batches = [self._build(batch, block_size) for batch in micro_batches]
         return [self.add_columns(batch, self._windows - 1) for batch in batches] if self.add_columns else batches
 
+    def next_units(self) -> list[int] | None:
+        """The units of the next window on all ranks, in place of its batches; None when the run is over. For a trainer of
+        another kind of model, which learns from the same records at the same step."""
+        rows = self._next_rows(self._stream, self._windows)
+        if not rows[0]:
+            return None
+        self._windows += 1
+        return [index for row in rows for index, _ in row]
+
     def visits(self, num_windows: int) -> Iterator[tuple[int, int]]:
         """(document id, visit) of every unit of the first windows of all ranks, counted from where this source began, found
         by packing without tokens."""
