@@ -227,7 +227,7 @@ VERBS = (
         "data",
         _data,
         words.data,
-        "convert, validate, mix, split, dedup, preferences, rollouts, preview of record files",
+        "convert, validate, mix, split, dedup, preferences, rollouts, distil, preview of record files",
     ),
     Verb(
         "bench",

@@ -22,6 +22,7 @@ VERBS = {
     "dedup": "leave out records that are there already",
     "preferences": "sample answers from a model and rank them by a reward: prompt, chosen, rejected",
     "rollouts": "decode answers with their traces and a reward's verdict, for trajectory training",
+    "distil": "write an autoregressive model's own answers to prompts as records",
     "preview": "show tokenised examples with their trained tokens marked",
 }
 
