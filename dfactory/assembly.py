@@ -19,6 +19,7 @@ from typing import Any
 
 from dfactory.algorithms import Data
 from dfactory.algorithms.rollouts import rollout_views
+from dfactory.data.answers import compiled_pattern
 from dfactory.data.chat import SpecialIds
 from dfactory.data.examples import DocumentRules, Examples, load_examples
 from dfactory.data.source import MakeViews, RecordSource
@@ -280,7 +281,8 @@ def make_probe(recipe: Recipe, inputs: Inputs) -> DecodingProbe | None:
     if not recipe.eval_decode_prompts:
         return None
     questions = first_questions(inputs.held_out, recipe.eval_decode_prompts)
-    return DecodingProbe(questions, inputs.vocabulary, recipe.decode_keys)
+    pattern = compiled_pattern(recipe.eval_answer_pattern, "eval_answer_pattern")
+    return DecodingProbe(questions, inputs.vocabulary, recipe.decode_keys, pattern)
 
 
 def make_reference(

@@ -32,6 +32,7 @@ from dfactory.config.model import ModelKeys
 from dfactory.config.noise import NoiseKeys
 from dfactory.config.owners import combine, refuse_foreign
 from dfactory.config.training import TrainingKeys
+from dfactory.data.answers import compiled_pattern
 from dfactory.decoding.keys import DecodeKeys, decode_problem, refuse_foreign_keys
 from dfactory.errors import ConfigError
 from dfactory.ranges import TokenRanges
@@ -386,6 +387,7 @@ def _check_run(recipe: Recipe, rule: Rule) -> None:
         recipe.eval_decode_prompts == 0 or bool(recipe.eval_datasets),
         f"eval_decode_prompts {recipe.eval_decode_prompts} and no eval_datasets to take prompts from: name a file",
     )
+    compiled_pattern(recipe.eval_answer_pattern, "eval_answer_pattern")
     for name, here in (
         ("mask_token_id", "mask_token_id"),
         ("eos_token_id", "eos_token_id"),

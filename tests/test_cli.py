@@ -81,6 +81,7 @@ def _fails(capsys, tmp_path, words: list[str], status: int, *expected: str) -> N
             ("datasets.split belong(s) to a dataset of the hub", "a.csv is a file"),
         ),
         ("revision=main", ("unknown key revision", "model_revision")),
+        ("eval_answer_pattern=four", ("eval_answer_pattern 'four' has no group",)),
         ("eval_decode_prompts=4", ("eval_decode_prompts 4", "no eval_datasets")),
         ("deepspeed=nowhere.json", ("deepspeed nowhere.json does not exist",)),
         ("deepspeed_overrides.gradient_clipping=7", ("gradient_clipping 7", "the recipe")),

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from dfactory.config.words import MODEL_HELP, RECORD_FILES
+from dfactory.data.answers import ANSWER_PATTERN_HELP
 
 OF_A_MODEL = ("model", "dtype", "device", "init_weights")
 
@@ -53,6 +54,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     questions.add_argument("--task", action="append", help="a task of reasoning-gym, scored by it; may be repeated")
     questions.add_argument("--lm-eval", action="append", metavar="TASK", help="a task of lm-eval; may be repeated")
     parser.add_argument("--output", help="also write the responses, each record's ELBO, the sweep or lm-eval's results")
+    parser.add_argument("--answer-pattern", metavar="REGEX", help=ANSWER_PATTERN_HELP)
     parser.add_argument("--count", type=positive, default=100, help="questions of a --task (default: %(default)s)")
     parser.add_argument("--include-path", help="folder of YAML tasks for --lm-eval")
     parser.add_argument("--limit", type=positive, help="the first so many questions of a --lm-eval task")

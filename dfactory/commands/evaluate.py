@@ -1,7 +1,8 @@
 """`dfactory eval`: how often a model answers right, with a confidence interval, and how many forwards that takes.
 
 Questions are records with an `answer` (--data; right is the same text), or those of reasoning-gym's tasks (--task; right is
-a full score by the task's own scorer, and the mean score is printed too). --sweep asks all of them at each of several
+a full score by the task's own scorer, and the mean score is printed too). --answer-pattern says which part of a response
+is its answer. --sweep asks all of them at each of several
 values of a decode key, and writes one line per value for the report to draw; --thresholds does it for the first key of the
 default decoding rule.
 """
@@ -9,6 +10,7 @@ default decoding rule.
 import argparse
 import difflib
 import math
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from dfactory.commands.arguments import model_of
 from dfactory.commands.generate import answered, matches, output_of, write_outputs
 from dfactory.commands.reporting.runs import sweep_file
 from dfactory.console import plain_console
+from dfactory.data.answers import answer_in, compiled_pattern
 from dfactory.data.prompts import Row, read_rows
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.decoding.rules.base import default_rule
@@ -98,18 +101,21 @@ def wilson_interval(hits: int, count: int) -> tuple[float, float]:
 
 
 def _questions(arguments: argparse.Namespace, keys: DecodeKeys) -> tuple[list[Row], Score]:
+    pattern = compiled_pattern(arguments.answer_pattern, "--answer-pattern")
     if arguments.task:
-        return task_questions(arguments.task, arguments.count, keys.seed)
+        return task_questions(arguments.task, arguments.count, keys.seed, pattern)
     rows = read_rows(arguments.data)
     for row in rows:
         try:
             answer_text(row.fields.get("answer"))
         except ValueError as problem:
             raise DataError(f"{row.origin} has no answer to compare the response with: {problem}") from problem
-    return rows, lambda output: float(matches(output))
+    return rows, lambda output: float(matches(output, pattern))
 
 
-def task_questions(names: list[str], count: int, seed: int) -> tuple[list[Row], Score]:
+def task_questions(
+    names: list[str], count: int, seed: int, pattern: re.Pattern | None = None
+) -> tuple[list[Row], Score]:
     """`count` questions of each of reasoning-gym's tasks, a function of the seed, and their scorers."""
     try:
         import reasoning_gym
@@ -127,7 +133,7 @@ def task_questions(names: list[str], count: int, seed: int) -> tuple[list[Row], 
             messages = [{"role": "user", "content": entry["question"]}]
             fields = {"messages": messages, "answer": entry["answer"], "metadata": entry["metadata"], "task": name}
             rows.append(Row(f"{name}:{index}", fields | {"question": entry["question"]}))
-    return rows, lambda output: score(output["task"], output["text"].strip(), output)
+    return rows, lambda output: score(output["task"], answer_in(output["text"], pattern).strip(), output)
 
 
 # --- answers -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ that a Rollout holds, and `correct` where it has an `answer`.
 """
 
 import argparse
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.progress import track
 
 from dfactory.commands.arguments import model_of
 from dfactory.console import plain_console
+from dfactory.data.answers import answer_in
 from dfactory.data.jsonlines import json_line
 from dfactory.data.prompts import Row, encode_prompt, read_rows
 from dfactory.decoding.keys import DecodeKeys
@@ -79,9 +81,10 @@ def trace_of(output: dict[str, Any], answer: Answer) -> dict[str, Any]:
     return trace
 
 
-def matches(output: dict[str, Any]) -> bool:
-    """The response is the answer, white space at the ends aside. `eval` counts by this rule."""
-    return same_text(output["text"], answer_text(output["answer"]))
+def matches(output: dict[str, Any], pattern: re.Pattern | None = None) -> bool:
+    """The response, or what the pattern captures of it, is the answer, white space at the ends aside. `eval` counts by this
+    rule."""
+    return same_text(answer_in(output["text"], pattern), answer_text(output["answer"]))
 
 
 def write_outputs(path: Path, outputs: list[dict[str, Any]]) -> None:

@@ -67,4 +67,7 @@ class TrainingKeys:
         "first held-out prompts that are decoded at every evaluation, for tokens per forward and exact match; 0: none",
         low=0,
     )
+    eval_answer_pattern: Optional[str] = key(
+        None, "regular expression whose first group is a decoded response's answer; null: all of it is compared"
+    )
     per_device_eval_batch_size: int = key(1, "packed sequences in an evaluation micro-batch", low=1)

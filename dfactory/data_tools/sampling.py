@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import yaml
+
 from dfactory.commands.arguments import add_model_arguments, model_of
 from dfactory.config.words import RECORD_FILES
 from dfactory.data.prompts import Row, encode_prompt, prompt_of, read_rows
@@ -32,12 +34,29 @@ def add_arguments(parser: argparse.ArgumentParser, generations: int) -> None:
     add_model_arguments(parser)
     parser.add_argument("--input", required=True, help=f"{RECORD_FILES}: prompts, and what the reward reads")
     parser.add_argument("--output", required=True, help=".jsonl, .jsonl.gz or .parquet")
-    parser.add_argument("--reward", action="append", required=True, help="as in reward_funcs; several are added up")
+    parser.add_argument(
+        "--reward",
+        action="append",
+        required=True,
+        type=reward_entry,
+        metavar="REWARD",
+        help="as in reward_funcs, also {name: ..., option: ...}; several are added up",
+    )
     parser.add_argument(
         "--num-generations", type=int, default=generations, help="answers a prompt (default: %(default)s)"
     )
     parser.add_argument("--allow-code-execution", action="store_true", help="for reward code_tests")
     parser.add_argument("--reward-workers", type=int, default=1, help="processes that score (default: %(default)s)")
+
+
+def reward_entry(word: str) -> str | dict[str, Any]:
+    """A name, or a mapping in YAML with options of the reward."""
+    if not word.lstrip().startswith("{"):
+        return word
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError as problem:
+        raise argparse.ArgumentTypeError(f"{word} is not YAML: {problem}") from problem
 
 
 def sample(options: argparse.Namespace, keys: DecodeKeys) -> Iterator[Group]:
@@ -64,7 +83,8 @@ def sample(options: argparse.Namespace, keys: DecodeKeys) -> Iterator[Group]:
                 yield Group(*group, result.reward_G)
             say(f"{start + len(groups):,} of {len(rows):,} prompts answered")
     if not scored:
-        raise RolloutError(f"{', '.join(options.reward)} scored none of the answers to {options.input}: see above")
+        names = ", ".join(spec.name for spec in specs)
+        raise RolloutError(f"{names} scored none of the answers to {options.input}: see above")
 
 
 def _answered(

@@ -6,6 +6,7 @@ so that rounding cannot lead two ranks apart.
 """
 
 import dataclasses
+import re
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dfactory import distributed
+from dfactory.data.answers import answer_in
 from dfactory.data.examples import Examples
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import DataError
@@ -50,12 +52,15 @@ class Question(NamedTuple):
         ids = example.input_ids_T.tolist()
         return cls(ids[:start], ids[start : start + length])
 
-    def is_answered_by(self, answer: Answer, vocabulary: Vocabulary) -> bool:
-        """Whether the tokens up to EOS are equal (as far as a cut document goes), or else the text, as in `dfactory
-        eval`."""
+    def is_answered_by(self, answer: Answer, vocabulary: Vocabulary, pattern: re.Pattern | None = None) -> bool:
+        """Whether the tokens up to EOS are equal (as far as a cut document goes), or else the text, or what the pattern
+        captures of both, as in `dfactory eval`."""
         if answer.token_ids[: len(self.answer_ids)] == self.answer_ids:
             return True
-        return answer.text is not None and answer.text.strip() == vocabulary.text(self.answer_ids).strip()
+        if answer.text is None:
+            return False
+        given, expected = (answer_in(text, pattern).strip() for text in (answer.text, vocabulary.text(self.answer_ids)))
+        return given == expected
 
 
 def first_questions(examples: Examples, count: int) -> list[Question]:
@@ -72,8 +77,10 @@ def first_questions(examples: Examples, count: int) -> list[Question]:
 class DecodingProbe:
     """Decodes a fixed list of questions at each call. All ranks must call it together."""
 
-    def __init__(self, questions: list[Question], vocabulary: Vocabulary, keys: DecodeKeys):
-        self.questions, self.vocabulary, self.keys = questions, vocabulary, keys
+    def __init__(
+        self, questions: list[Question], vocabulary: Vocabulary, keys: DecodeKeys, pattern: re.Pattern | None = None
+    ):
+        self.questions, self.vocabulary, self.keys, self.pattern = questions, vocabulary, keys, pattern
         vocabulary.rules(keys)  # invalid keys are an error now, not at the first evaluation
 
     def measure(self, trainer: Trained) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -89,7 +96,7 @@ class DecodingProbe:
         answers = list(pipeline.answers(prompts, noise_ids=noise_ids))
         trainer.engine.train()
         answered = zip(questions, answers, strict=True)
-        hits = [question.is_answered_by(answer, self.vocabulary) for question, answer in answered]
+        hits = [question.is_answered_by(answer, self.vocabulary, self.pattern) for question, answer in answered]
         tokens, forwards = (sum(len(a.token_ids) for a in answers), sum(a.forwards for a in answers))
         clipped = sum(answer.finish_reason == FinishReason.LENGTH for answer in answers)
         sums = torch.tensor([tokens, forwards, sum(hits), clipped, len(hits)], dtype=torch.float64)

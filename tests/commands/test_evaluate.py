@@ -1,6 +1,7 @@
 """`eval` on records, on reasoning-gym's tasks, and at several values of a decode key."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -85,6 +86,18 @@ def test_a_model_without_a_tokenizer(tmp_path, capsys):
     assert "there is no text to compare with an answer" in capsys.readouterr().err
 
 
+def test_a_pattern_says_which_part_of_a_response_is_its_answer(tmp_path, capsys):
+    file = tmp_path / "empty.jsonl"  # the end of every response is its answer
+    rows = [{"messages": [{"role": "user", "content": question}], "answer": ""} for question in QUESTIONS]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", *TINY, "--data", str(file)]
+    for pattern, right in (([], False), (["--answer-pattern", "()$"], True)):
+        assert main([*words, *pattern]) == 0
+        assert (" 100.0% " in capsys.readouterr().out) is right
+    assert main([*words, "--answer-pattern", "x"]) == 2
+    assert "--answer-pattern 'x' has no group: put the answer in parentheses" in capsys.readouterr().err
+
+
 def test_reasoning_gym_tasks(tmp_path, capsys):
     pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: pip install 'dfactory[rl]'")
     out = tmp_path / "out.jsonl"
@@ -102,6 +115,8 @@ def test_reasoning_gym_tasks(tmp_path, capsys):
     right = rows[0].fields | {"text": f" {rows[0].fields['answer']}\n"}
     assert score(right) == 1.0
     assert score(right | {"text": "no idea"}) < 1
+    _, score = task_questions(["chain_sum"], 3, 0, re.compile(r"is (.+)\."))
+    assert score(right | {"text": f"1 + 1 = 2\nThe answer is {rows[0].fields['answer']}."}) == 1.0
     with pytest.raises(ConfigError, match=r"--task chain_smu: .* did you mean chain_sum\?"):
         task_questions(["chain_smu"], 3, seed=0)
 

@@ -271,6 +271,17 @@ def test_pairs_of_a_models_own_answers_are_ranked_by_a_reward(tool, files, rows_
         tool("preferences", *words, "--margin", 1e9)
 
 
+def test_a_reward_has_options(tool, files, rows_of, tmp_path):
+    prompts = files("in.jsonl", {"messages": [{"role": "user", "content": "Say x"}], "answer": ""})
+    words = ["--input", prompts, "--output", tmp_path / "traces.jsonl", *SAMPLE, "--reward"]
+    assert tool("rollouts", *words, "{name: exact_match, answer_pattern: '()$', weight: 3}")[0] == 0
+    assert [row["reward"] for row in rows_of(tmp_path / "traces.jsonl")] == [3]
+    with pytest.raises(ConfigError, match="answer_pattern 'x' has no group"):
+        tool("rollouts", *words, "{name: exact_match, answer_pattern: x}")
+    with pytest.raises(SystemExit):
+        tool("rollouts", *words, "{name: exact_match")
+
+
 @pytest.mark.slow
 def test_traces_with_verdicts_are_trained_on(tool, files, rows_of, tmp_path):
     (tmp_path / "reward.py").write_text(SHORTER.replace("-float(", "0.1 * ("))

@@ -1,6 +1,7 @@
 """Decoding during training: the same numbers however the ranks share the work, and training goes on as without it."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -47,6 +48,21 @@ def test_an_answer_has_the_same_text():
     question = Question([5], [*text, end, tiny.special.eos])
     assert question.is_answered_by(answer([*text, tiny.special.eos], tiny), tiny)
     assert not question.is_answered_by(answer([*text, *text, tiny.special.eos], tiny), tiny)
+
+
+def test_an_answer_has_the_captured_text():
+    tiny = read_vocabulary("tiny", mask_token_id=None, eos_token_id=None)
+    ids = {text: [*tiny.encoder.encode_text(text), tiny.special.eos] for text in ("4. So: 7.", "3. So: 7.", "So: 8.")}
+    expected, other_way, wrong = (ids[text] for text in ids)
+    question, pattern = Question([5], expected), re.compile(r"So: (.+)\.")
+    assert question.is_answered_by(answer(other_way, tiny), tiny, pattern)
+    assert not question.is_answered_by(answer(other_way, tiny), tiny)
+    assert not question.is_answered_by(answer(wrong, tiny), tiny, pattern)
+
+
+def test_the_recipes_pattern_reaches_the_probe(recipe_file):
+    recipe = load_recipe(recipe_file, ["eval_decode_prompts=1", r"eval_answer_pattern='So: (.+)\.'"])
+    assert make_probe(recipe, read_inputs(recipe)).pattern == re.compile(r"So: (.+)\.")
 
 
 def test_documents_without_a_prompt_are_passed_over(recipe_file, tmp_path):

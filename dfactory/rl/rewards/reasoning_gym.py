@@ -11,9 +11,10 @@ import ast
 import functools
 import re
 
+from dfactory.data.answers import compiled_pattern
 from dfactory.rl.rewards.base import REWARDS, Reward
 from dfactory.rl.rewards.deadline import within
-from dfactory.rl.rewards.text import completion_text
+from dfactory.rl.rewards.text import captured_text
 
 EVALUATE_LITERALS = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
 EVALUATE_EXPRESSIONS = {
@@ -30,6 +31,7 @@ EXPRESSION = re.compile(
     re.VERBOSE,
 )
 CALL_OF_A_VALUE = re.compile(r"\)\s*\(")
+PATTERN = "reward reasoning_gym: answer_pattern"
 LONGEST_EXPRESSION = 1000
 LONGEST_LITERAL = 20_000  # the parser takes a thousand times its memory
 
@@ -44,10 +46,12 @@ def reasoning_gym(
     answer: list[str] | None = None,
     metadata: list[dict] | None = None,
     answer_tag: str | None = None,
+    answer_pattern: str | None = None,
     timeout_s: float = 5.0,
     **columns,
 ) -> list[float]:
     """The score of the task's scorer, mostly in 0 .. 1. `answer_tag`: score only the text in <tag> .. </tag>.
+    `answer_pattern`: score only the first group of its last match, where it matches.
 
     A response on which the scorer fails, or takes more than `timeout_s` of CPU time, scores 0.
     """
@@ -56,9 +60,10 @@ def reasoning_gym(
         flat = zip(question or [None] * count, answer or [None] * count, metadata or [None] * count, strict=True)
         entry = [dict(zip(("question", "answer", "metadata"), values, strict=True)) for values in flat]
     names = task or [row["metadata"]["source_dataset"] for row in entry]
-    texts = [completion_text(completion) for completion in completions]
+    pattern = compiled_pattern(answer_pattern, PATTERN)
+    texts = [captured_text(completion, pattern, timeout_s) for completion in completions]
     if answer_tag is not None:
-        texts = [tagged(text, answer_tag) for text in texts]
+        texts = [text and tagged(text, answer_tag) for text in texts]
     rows = zip(names, texts, entry, strict=True)
     return [within(timeout_s, score, name, text, row, late=0.0) for name, text, row in rows]
 
@@ -120,4 +125,10 @@ def is_arithmetic(text: str) -> bool:
     return len(text) <= LONGEST_EXPRESSION and bool(EXPRESSION.fullmatch(text)) and not CALL_OF_A_VALUE.search(text)
 
 
+def prepare(answer_pattern: str | None = None, **options) -> None:
+    """Refuse a wrong pattern before the run starts."""
+    compiled_pattern(answer_pattern, PATTERN)
+
+
+reasoning_gym.prepare = prepare
 REWARDS.add(Reward(reasoning_gym, per_rollout=True, requires=("reasoning_gym",)))

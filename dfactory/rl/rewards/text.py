@@ -1,6 +1,10 @@
 """Texts that rewards compare: that of a completion, and that of a row's answer."""
 
+import re
 from typing import Any
+
+from dfactory.data.answers import answer_in
+from dfactory.rl.rewards.deadline import within
 
 
 def completion_text(completion: str | list[dict]) -> str:
@@ -8,6 +12,12 @@ def completion_text(completion: str | list[dict]) -> str:
     if isinstance(completion, str):
         return completion
     return "".join(message["content"] for message in completion)
+
+
+def captured_text(completion: str | list[dict], pattern: re.Pattern | None, timeout_s: float) -> str | None:
+    """What `pattern` captures of a completion's text, or all of it. None if matching takes more than `timeout_s`."""
+    text = completion_text(completion)
+    return text if pattern is None else within(timeout_s, answer_in, text, pattern, late=None)
 
 
 def answer_text(answer: Any) -> str:

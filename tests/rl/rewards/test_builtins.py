@@ -7,6 +7,7 @@ import pytest
 import reasoning_gym as gym
 from reasoning_gym.factory import DATASETS
 
+from dfactory.errors import ConfigError
 from dfactory.rl.rewards.exact_match import exact_match
 from dfactory.rl.rewards.format_regex import format_regex
 from dfactory.rl.rewards.length_shaping import length_shaping
@@ -35,6 +36,34 @@ def test_exact_match():
     assert call(exact_match, ["4", "0.5", "4.0"], answer=[4, 0.5, 4]) == [1, 1, 0]
     with pytest.raises(ValueError, match="answer None is neither text nor a number"):
         call(exact_match, ["4"], answer=None)
+
+
+SOLVED = r"The answer is (.+)\."
+
+
+def test_the_answer_of_a_response_is_what_a_pattern_captures():
+    texts = ["2 + 2 = 4\nThe answer is 4.", "The answer is 5.\nNo. The answer is 4.", "4", "The answer is 4"]
+    assert exact_match([""] * 4, texts, answer=["4"] * 4, answer_pattern=SOLVED) == [1, 1, 1, 0]
+    assert exact_match([""], ["The answer is 3.5."], answer=[3.5], answer_pattern=SOLVED) == [1]
+    entry = {"answer": "4"}
+    assert reasoning_gym([""] * 3, texts[:3], task=["chain_sum"] * 3, entry=[entry] * 3, answer_pattern=SOLVED) == [
+        1,
+        1,
+        1,
+    ]
+    wrong = ["The answer is 5.", "4\nThe answer is 5."]
+    assert max(reasoning_gym([""] * 2, wrong, task=["chain_sum"] * 2, entry=[entry] * 2, answer_pattern=SOLVED)) < 1
+
+
+def test_a_pattern_that_cannot_work_is_refused_and_one_that_backtracks_is_bounded():
+    for function in (exact_match, reasoning_gym):
+        function.prepare()
+        with pytest.raises(ConfigError, match=rf"reward {function.__name__}: answer_pattern 'a' has no group"):
+            function.prepare(answer_pattern="a")
+        with pytest.raises(ConfigError, match="is no regular expression: missing"):
+            function.prepare(answer_pattern="(")
+        hostile = {"answer": ["1"], "task": ["chain_sum"], "answer_pattern": "(a|a)*b", "timeout_s": 0.2}
+        assert function([""], ["a" * 60], **hostile) == [0]
 
 
 MATH = [
