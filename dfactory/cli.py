@@ -24,6 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv, verbs))
     overrides = _overrides(parser, arguments, rest)
     try:
+        if arguments.computes:
+            from dfactory.allocator import keep_freed_memory
+
+            keep_freed_memory()
         return arguments.run(arguments, overrides) or 0
     except DFactoryError as failure:
         print(f"dfactory {arguments.verb}: {failure}", file=sys.stderr)
@@ -54,7 +58,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in VERBS:
         sub = verbs.add_parser(verb.name, help=verb.summary, description=verb.summary, allow_abbrev=False)
-        sub.set_defaults(run=verb.run, takes_overrides=bool(verb.overrides))
+        sub.set_defaults(run=verb.run, takes_overrides=bool(verb.overrides), computes=verb.computes)
         sub.epilog = f"further words: [{verb.overrides} ...]" if verb.overrides else None
         verb.add_arguments(sub)
     return parser, verbs.choices
@@ -201,21 +205,27 @@ class Verb(NamedTuple):
     add_arguments: Callable[[argparse.ArgumentParser], None]
     summary: str
     overrides: str = ""  # the form of the key=value words that it takes
+    computes: bool = False  # whether it runs a model for long, see allocator.py
 
 
 VERBS = (
-    Verb("train", _train, words.train, "train by a recipe", "key=value"),
+    Verb("train", _train, words.train, "train by a recipe", "key=value", computes=True),
     Verb("check", _check, words.check, "dry run of a recipe: keys, data, template, steps, memory", "key=value"),
-    Verb("generate", _generate, words.generate, "answer the prompts of a JSONL file", "decode.key=value"),
+    Verb(
+        "generate", _generate, words.generate, "answer the prompts of a JSONL file", "decode.key=value", computes=True
+    ),
     Verb(
         "eval",
         _eval,
         words.evaluate,
         "exact match and tokens per forward on records, tasks or lm-eval's; or the ELBO",
         "decode.key=value",
+        computes=True,
     ),
-    Verb("chat", _chat, words.chat, "talk to a model and watch it denoise", "decode.key=value"),
-    Verb("serve", _serve, words.serve, "answer over HTTP, also as OpenAI's API does", "decode.key=value"),
+    Verb("chat", _chat, words.chat, "talk to a model and watch it denoise", "decode.key=value", computes=True),
+    Verb(
+        "serve", _serve, words.serve, "answer over HTTP, also as OpenAI's API does", "decode.key=value", computes=True
+    ),
     Verb(
         "export",
         _export,

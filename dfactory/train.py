@@ -10,7 +10,7 @@ batches changes `assembly.make_source`; nothing else knows which one it is.
 import contextlib
 from collections.abc import Iterator
 
-from dfactory import distributed
+from dfactory import allocator, distributed
 from dfactory.algorithms import Data
 from dfactory.assembly import (
     make_eval_source,
@@ -151,8 +151,8 @@ class Run:
         with MetricsLog(self.recipe, self.folder, self.num_steps, self.state.step) as self.log:
             for warning in [*self.warnings, *(f"{path} is set aside: it may be removed" for path in aside)]:
                 self.log.warn(warning)
-            if notes := policy_notes(self.trainer.policy):
-                self.log.say(notes)
+            for note in filter(None, (policy_notes(self.trainer.policy), allocator.note())):
+                self.log.say(note)
             if self.records is not None:
                 self.log.say(f"{self.inputs.train.report}\n{self.records.rows_per_window} rows a step")
             if self.resumed is not None:

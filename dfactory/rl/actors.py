@@ -20,6 +20,7 @@ import torch
 
 from dfactory.algorithms.rollouts import rollout_views
 from dfactory.algorithms.trace import all_steps
+from dfactory.allocator import keep_freed_memory
 from dfactory.inference import Pipeline
 from dfactory.models.adapters import add_adapters
 from dfactory.models.registry import load_policy
@@ -40,6 +41,7 @@ class RolloutActor:
     def __init__(self, recipe: Recipe, folder: str):
         os.chdir(folder)  # relative paths in a recipe are those of the driver
         remember(recipe)
+        keep_freed_memory()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.policy = load_policy(
             recipe.model_name_or_path,
@@ -136,6 +138,7 @@ class LearnerActor:
     def run(self, recipe: Recipe, learn: Callable, address: tuple[str, int], client) -> int:
         """Train to the end; `client` reaches the controller. Returns the exit status."""
         remember(recipe)
+        keep_freed_memory()
         if int(os.environ["WORLD_SIZE"]) > 1:  # a single rank opens no port
             os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
         with beating(lambda: client.beat(self.rank)):

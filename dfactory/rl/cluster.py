@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 import ray
@@ -20,6 +21,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from dfactory import allocator
 from dfactory.errors import DFactoryError, RolloutError
 from dfactory.recipe import Recipe
 from dfactory.rl.actors import LearnerActor, RolloutActor
@@ -136,21 +138,42 @@ def _options(group: PlacementGroup, index: int, threads: int) -> dict:
         "num_cpus": bundle["CPU"],
         "num_gpus": bundle.get("GPU", 0),
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)} | _malloc()},
     }
 
 
-def _threads(recipe: Recipe) -> int:
-    """Threads of a process with a model: the node's cores, divided by the processes."""
-    processes = recipe.num_learners + recipe.num_rollout_workers
-    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, (os.cpu_count() or 1) // processes)
+def _malloc() -> dict[str, str]:
+    """The user's choice, which processes on other nodes do not inherit."""
+    return {name: os.environ[name] for name in (allocator.VARIABLE,) if name in os.environ}
+
+
+class Threads(NamedTuple):
+    """Of each process with a model."""
+
+    learner: int
+    rollout: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, cores: int, given: str | None) -> "Threads":
+        """The node's cores, divided by the processes that compute at the same time: learners and rollout actors take turns
+        where no group is decoded ahead. `given`: OMP_NUM_THREADS, which has precedence."""
+        if given:
+            return cls(int(given), int(given))
+        learners, actors = recipe.num_learners, recipe.num_rollout_workers
+        if recipe.decodes_ahead:
+            learners = actors = learners + actors
+        return cls(max(1, cores // learners), max(1, cores // actors))
+
+
+def _threads(recipe: Recipe) -> Threads:
+    return Threads.of(recipe, torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS"))
 
 
 def _start_controller(recipe: Recipe, group: PlacementGroup):
     first, threads, folder = recipe.num_learners, _threads(recipe), os.getcwd()
 
     def make_rollout_actor(index: int):
-        options = _options(group, first + index, threads) | NO_RECORD
+        options = _options(group, first + index, threads.rollout) | NO_RECORD
         return ray.remote(RolloutActor).options(**options).remote(recipe, folder)
 
     # On the driver's node, whose rewards and datasets it reads. By default Ray puts an actor without cores anywhere.
@@ -160,7 +183,7 @@ def _start_controller(recipe: Recipe, group: PlacementGroup):
 
 
 def _run_learners(recipe: Recipe, learn: Learn, controller, group: PlacementGroup) -> int:
-    threads, size = _threads(recipe), recipe.num_learners
+    threads, size = _threads(recipe).learner, recipe.num_learners
     learners = [
         ray.remote(LearnerActor).options(**_options(group, rank, threads)).remote(rank, size, os.getcwd())
         for rank in range(size)
