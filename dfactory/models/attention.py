@@ -22,7 +22,7 @@ from dfactory.visibility import dense_mask, flex_mask_mod, visible
 
 ATTENTION = "dfactory_visibility"  # the attention implementation in a model's config
 
-CHUNK = 256  # queries in one attention call of the segment plan
+CHUNK = 64  # queries in one attention call of the segment plan
 DENSE_BELOW = 512  # up to this length one masked call is faster than many small ones
 DENSE_LIMIT = 4096  # a dense mask of a longer sequence is refused
 FLOAT32_ON = {"cpu"}  # devices where torch's backward pass is several times slower in bfloat16 than in float32
