@@ -16,6 +16,7 @@ import torch
 
 from dfactory.decoding.rules.base import Column, Proposal
 
+LIKELY = 256  # tokens among which the nucleus is looked for first
 DRAWS, CHANCES = 0, 1  # streams of random numbers: which token is drawn, and what a rule leaves to chance
 
 
@@ -98,12 +99,34 @@ def _without(logits_NV: torch.Tensor, token_ids: tuple[int, ...]) -> torch.Tenso
 
 
 def _nucleus(logits_NV: torch.Tensor, mass: float) -> torch.Tensor:
-    """Keep the most probable tokens until they hold `mass`; the token that reaches it, and the first one, stay."""
+    """Keep the most probable tokens until they hold `mass`; the token that reaches it, and the first one, stay. Of equal
+    ones the lower id comes first."""
+    if logits_NV.is_cuda or logits_NV.shape[-1] <= LIKELY:
+        return _sorted_nucleus(logits_NV, mass)
+    # On a CPU sorting a vocabulary takes as long as a small model's forward, and a few of its tokens are mostly enough.
+    id_NK = logits_NV.topk(LIKELY, dim=-1).indices.sort(dim=-1).values
+    sorted_NK, order_NK = logits_NV.gather(-1, id_NK).sort(dim=-1, descending=True, stable=True)
+    drop_NK = _beyond((sorted_NK - logits_NV.logsumexp(dim=-1, keepdim=True)).exp(), mass)
+    least_N1 = sorted_NK.gather(-1, (~drop_NK).sum(dim=-1, keepdim=True) - 1)
+    kept_NK = sorted_NK.masked_fill(drop_NK, -math.inf)
+    kept_NV = torch.full_like(logits_NV, -math.inf).scatter_(-1, id_NK.gather(-1, order_NK), kept_NK)
+    short_N = least_N1[:, 0] <= sorted_NK[:, -1]  # others may belong to them, or are equal to the last
+    if short_N.any():
+        kept_NV[short_N] = _sorted_nucleus(logits_NV[short_N], mass)
+    return kept_NV
+
+
+def _sorted_nucleus(logits_NV: torch.Tensor, mass: float) -> torch.Tensor:
     sorted_NV, order_NV = logits_NV.sort(dim=-1, descending=True, stable=True)
-    p_NV = sorted_NV.softmax(dim=-1)
-    drop_NV = p_NV.cumsum(dim=-1) - p_NV >= mass
-    drop_NV[:, 0] = False
+    drop_NV = _beyond(sorted_NV.softmax(dim=-1), mass)
     return logits_NV.masked_fill(torch.empty_like(drop_NV).scatter_(-1, order_NV, drop_NV), -math.inf)
+
+
+def _beyond(p_NK: torch.Tensor, mass: float) -> torch.Tensor:
+    """bool: which of the descending probabilities come after those that hold `mass`; never the first."""
+    drop_NK = p_NK.cumsum(dim=-1) - p_NK >= mass
+    drop_NK[:, 0] = False
+    return drop_NK
 
 
 def draw(logprob_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from dfactory.decoding.counts import SCHEDULES, least_counts
 from dfactory.decoding.decisions import Acceptance, DecodeRules, Editing
-from dfactory.decoding.distribution import CHANCES, Distribution, uniform_numbers
+from dfactory.decoding.distribution import CHANCES, LIKELY, Distribution, _nucleus, _sorted_nucleus, uniform_numbers
 from dfactory.decoding.keys import DecodeKeys, load_decode_keys
 from dfactory.decoding.rules.base import CONFIDENCE, Forward, Proposal
 from dfactory.decoding.rules.left_to_right import LeftToRight
@@ -81,6 +81,19 @@ def test_processed_distribution(distribution, expected):
     torch.testing.assert_close(drawn.logprob.exp(), torch.tensor(expected)[drawn.token].float(), atol=1e-4, rtol=0)
     assert drawn.top_logprob.exp().allclose(torch.tensor(float(max(expected))), atol=1e-4)
     assert torch.equal(drawn.top_token, torch.full_like(drawn.top_token, expected.index(max(expected))))
+
+
+@pytest.mark.parametrize("mass", [0.0, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # in which many logits are equal
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_all_its_tokens_sorted(mass, dtype):
+    """Peaked rows, whose nucleus lies within the first tokens looked at, beside flat ones."""
+    scale_N1 = torch.tensor([0.0, 0.3, 2.0, 4.0, 8.0])[:, None]
+    logits_NV = (torch.randn(5, 4 * LIKELY, generator=torch.Generator().manual_seed(0)) * scale_N1).to(dtype).float()
+    expected_NV = _sorted_nucleus(logits_NV, mass)
+    assert torch.equal(_nucleus(logits_NV, mass), expected_NV)
+    size_N = expected_NV.isfinite().sum(dim=-1)
+    assert size_N[-1] < LIKELY
+    assert mass < 0.5 or size_N[0] > LIKELY
 
 
 def test_draw_at_the_edges_never_takes_an_impossible_token():
