@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import itertools
 import os
-import re
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,12 +26,14 @@ import transformers
 
 from dfactory.commands.arguments import positive
 from dfactory.config.words import MODEL_HELP, RECORD_FILES
+from dfactory.data.answers import ANSWER_PATTERN_HELP, compiled_pattern
 from dfactory.data.chat import ChatEncoder, read_chat_template
 from dfactory.data.progress import reading
 from dfactory.data_tools.asked import Prompt, read_prompts
 from dfactory.data_tools.command import fraction, parser_of, say
 from dfactory.data_tools.journal import Journal
 from dfactory.data_tools.meter import Meter
+from dfactory.data_tools.sampling import reward_entry
 from dfactory.data_tools.teacher import Reply, Request, Teacher, is_diffusion_model
 from dfactory.data_tools.verdicts import REPEATED, Judge, Verdict
 from dfactory.decoding.distribution import Distribution
@@ -250,14 +251,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="default: cuda where there is one, else cpu")
     add("--keep", default="finished", choices=("finished", "all"), help="all: also answers cut at --max-new-tokens")
     add("--drop-repeats", type=positive, metavar="N", help=f"leave out what has {REPEATED} tokens more than N times")
-    add("--reward", action="append", help="as in reward_funcs; leave out what it finds wrong; several are added up")
+    add(
+        "--reward",
+        action="append",
+        type=reward_entry,
+        metavar="REWARD",
+        help="as in reward_funcs, also {name: ..., option: ...}; leave out what it finds wrong; several are added up",
+    )
     add(
         "--correct-from",
         type=float,
         default=1.0,
         help="the reward from which an answer is right (default: %(default)g)",
     )
-    add("--answer-pattern", metavar="REGEX", help="leave out where its last match is not the row's `answer`")
+    add("--answer-pattern", metavar="REGEX", help=f"leave out what is not the row's `answer`; {ANSWER_PATTERN_HELP}")
     add("--allow-code-execution", action="store_true", help="for reward code_tests")
     return parser
 
@@ -276,10 +283,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--top-p 0 leaves no token: give a number up to 1, or --temperature 0")
     if not 0 <= options.seed < 1 << 63:
         raise ConfigError(f"--seed {options.seed}: give a number from 0 on")
-    try:
-        re.compile(options.answer_pattern or "")
-    except re.error as problem:
-        raise ConfigError(f"--answer-pattern {options.answer_pattern} is no regular expression: {problem}") from problem
+    compiled_pattern(options.answer_pattern, "--answer-pattern")
     if options.reward:
         parse_rewards(options.reward, allow_code_execution=options.allow_code_execution)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")

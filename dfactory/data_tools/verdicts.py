@@ -2,16 +2,15 @@
 
 import argparse
 import enum
-import re
 from collections import Counter
 from collections.abc import Sequence
 
+from dfactory.data.answers import compiled_pattern
 from dfactory.data_tools.asked import Prompt
 from dfactory.data_tools.teacher import Reply
-from dfactory.rl.rewards.deadline import within
 from dfactory.rl.rewards.exact_match import same_text
 from dfactory.rl.rewards.pool import RewardGroup, RewardPool, failure_messages
-from dfactory.rl.rewards.text import answer_text
+from dfactory.rl.rewards.text import answer_text, captured_text
 from dfactory.types import FinishReason
 
 REPEATED = 8  # tokens that count as a repetition when they come again
@@ -34,7 +33,7 @@ class Judge:
 
     def __init__(self, options: argparse.Namespace, pool: RewardPool | None):
         self._keeps_cut, self._most_repeats = options.keep == "all", options.drop_repeats
-        self._pattern = None if options.answer_pattern is None else re.compile(options.answer_pattern, re.DOTALL)
+        self._pattern = compiled_pattern(options.answer_pattern, "--answer-pattern")
         self._pool, self._correct_from = pool, options.correct_from
         self.failures: Counter[str] = Counter()  # messages of rewards
 
@@ -59,13 +58,13 @@ class Judge:
         return Verdict.WRITTEN if self._pattern is None else self._matched(prompt, text)
 
     def _matched(self, prompt: Prompt, text: str) -> Verdict:
-        """Whether the last match of the pattern is the row's answer."""
+        """Whether what the pattern captures is the row's answer."""
         try:
             answer = answer_text(prompt.fields.get("answer"))
         except ValueError:
             return Verdict.UNSCORED
-        matches = within(SEARCH_S, self._pattern.findall, text, late=[])
-        return Verdict.WRITTEN if matches and same_text(matches[-1], answer) else Verdict.WRONG
+        captured = captured_text(text, self._pattern, SEARCH_S)
+        return Verdict.WRITTEN if captured is not None and same_text(captured, answer) else Verdict.WRONG
 
     def _rewards(self, prompt: Prompt, replies: Sequence[Reply], texts: Sequence[str]) -> list[float | None]:
         said, completions = prompt.said, list(texts)

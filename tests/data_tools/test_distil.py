@@ -221,9 +221,9 @@ def test_only_right_answers_are_written(distil, tmp_path):
     assert right
     assert all(row["n"] % 2 and row["answer"].strip() == row["messages"][-1]["content"].strip() for row in right)
     assert f"{len(said) - len(right)} wrong" in shown
-    assert distil(rows, "--keep", "all", "--answer-pattern", "^.*$", name="pattern")[0] == right
+    assert distil(rows, "--keep", "all", "--answer-pattern", r"(?s)^(.*)$", name="pattern")[0] == right
     rows[0].pop("answer")
-    assert "1 without a score" in distil(rows, "--keep", "all", "--answer-pattern", "^(.*)$", name="unscored")[1]
+    assert "1 without a score" in distil(rows, "--keep", "all", "--answer-pattern", r"(?s)^(.*)$", name="unscored")[1]
 
 
 def _answered(rows):
