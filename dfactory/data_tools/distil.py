@@ -34,7 +34,7 @@ from dfactory.data_tools.command import fraction, parser_of, say
 from dfactory.data_tools.journal import Journal
 from dfactory.data_tools.meter import Meter
 from dfactory.data_tools.sampling import reward_entry
-from dfactory.data_tools.teacher import Reply, Request, Teacher, is_diffusion_model
+from dfactory.data_tools.teacher import Reply, Request, Teacher, fastest_dtype, is_diffusion_model
 from dfactory.data_tools.verdicts import REPEATED, Judge, Verdict
 from dfactory.decoding.distribution import Distribution
 from dfactory.errors import ConfigError, DataError, RolloutError
@@ -247,7 +247,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--chat-template", metavar="FILE", help="Jinja file used instead of the tokenizer's own template")
     add("--limit", type=positive, metavar="N", help="the first so many prompts")
     add("--batch-size", type=positive, default=32, help="answers at once (default: %(default)s)")
-    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: bfloat16 on a GPU")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float32"),
+        help="auto: bfloat16 where the device has units for it",
+    )
     add("--device", help="default: cuda where there is one, else cpu")
     add("--keep", default="finished", choices=("finished", "all"), help="all: also answers cut at --max-new-tokens")
     add("--drop-repeats", type=positive, metavar="N", help=f"leave out what has {REPEATED} tokens more than N times")
@@ -288,7 +293,7 @@ def _check(options: argparse.Namespace) -> None:
         parse_rewards(options.reward, allow_code_execution=options.allow_code_execution)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.dtype == "auto":
-        options.dtype = "bfloat16" if options.device.startswith("cuda") else "float32"
+        options.dtype = fastest_dtype(options.device)
 
 
 SETTINGS = (

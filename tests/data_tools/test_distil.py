@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from dfactory.data.chat import ChatEncoder
 from dfactory.data.records import read_records
 from dfactory.data_tools.distil import EXIT_TERMINATED
+from dfactory.data_tools.teacher import fastest_dtype
 from dfactory.data_tools.verdicts import most_repeats
 from dfactory.errors import CheckpointError, ConfigError, DataError, RolloutError
 
@@ -94,7 +95,7 @@ def distil(teacher, tool, files, rows_of, tmp_path):
     def call(rows, *words, name="out"):
         path = files(f"{name}_in.jsonl", *rows)
         defaults = ["--model", teacher, "--prompts", path, "--output", tmp_path / f"{name}.jsonl"]
-        defaults += ["--max-new-tokens", 20, "--batch-size", 4, "--device", "cpu"]
+        defaults += ["--max-new-tokens", 20, "--batch-size", 4, "--device", "cpu", "--dtype", "float32"]
         status, shown = tool("distil", *defaults, *words)
         assert status == 0, shown
         return rows_of(tmp_path / f"{name}.jsonl"), shown
@@ -176,6 +177,13 @@ def test_every_format_of_a_prompt_becomes_a_record_whose_last_answer_is_trained(
             trained = [m["content"] for m in record.messages if m["role"] == "assistant" and m.get("weight") != 0]
             assert trained == [row["messages"][-1]["content"]]
     assert records[2] == ("Once upon", written[2]["completion"])
+
+
+def test_the_precision_is_what_the_processor_has_units_for():
+    units = torch.cpu.get_capabilities()
+    fast = units.get("amx_bf16") or units.get("avx512_bf16")
+    assert fastest_dtype("cpu") == ("bfloat16" if fast else "float32")
+    assert fastest_dtype("cuda:1") == "bfloat16"
 
 
 def test_files_follow_each_other_up_to_a_limit(endless, tool, files, rows_of, tmp_path):
@@ -260,7 +268,7 @@ def interrupt(prompts, completions, **columns):
 def test_interrupted_work_goes_on_and_ends_with_the_same_bytes(number, status, teacher, tool, files, tmp_path):
     """A reward interrupts the process that waits for it, in the middle of a window."""
     words = ["--model", teacher, "--prompts", files("in.jsonl", *PROMPTS), "--max-new-tokens", 20, "--keep", "all"]
-    words += ["--batch-size", 2, "--temperature", 1, "--num-samples", 2]
+    words += ["--dtype", "bfloat16", "--batch-size", 2, "--temperature", 1, "--num-samples", 2]
     for name, call in (("whole", 0), ("cut", 15)):
         (tmp_path / f"{name}.py").write_text(REWARD.format(call=call, number=int(number)))
     rewards = {name: f"{tmp_path}/{name}.py:interrupt" for name in ("whole", "cut")}
