@@ -338,6 +338,7 @@ def load_initial(recipe: Recipe) -> Policy:
         attn_implementation=recipe.attn_implementation,
         merged=True,
         token_ranges=recipe.token_ranges,
+        logit_shift=recipe.logit_shift,
     )
     del zero3
     if recipe.use_liger_kernel:

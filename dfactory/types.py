@@ -178,6 +178,9 @@ class ViewBatch:
     trunk_RS: torch.Tensor  # int64: the number of the document's shared prefix, or its own
     target_index_N: torch.Tensor  # int64 into the flattened rows, ascending
     left_index_N: torch.Tensor  # int64 into the flattened rows: the left neighbours, which predict with shifted logits
+    clean_left_index_N: (
+        torch.Tensor
+    )  # int64: the same, but at a block's first position always the clean token before it
     target_ids_N: torch.Tensor  # int64: the token to predict there (no shift)
     real_N: torch.Tensor  # bool: whether that token is real, not fill
     t_N: torch.Tensor  # float32

@@ -35,7 +35,7 @@ class Document:
 def make_batch(rows: list[list[Document]], row_length: int | None = None, pad_id: int = 0) -> ViewBatch:
     """Rows of documents, each [clean | view 1 | ... | view K], padded on the right to one length."""
     columns = [[[] for _ in range(6)] for _ in rows]  # ids, positions, document, view, block, trunk
-    targets, lefts, ids, document_ids, responses, views = [], [], [], [], [], []
+    targets, lefts, clean_lefts, ids, document_ids, responses, views = [], [], [], [], [], [], []
     for r, row in enumerate(rows):
         for document in row:
             number = len(document_ids)
@@ -53,6 +53,12 @@ def make_batch(rows: list[list[Document]], row_length: int | None = None, pad_id
                 targets += [(r, start + i) for i in here]
                 before = int(position[kept][0]) - 1  # the clean token before the view
                 lefts += [(r, start + i - 1 if i else clean + before if before >= 0 else start) for i in here]
+                at = [before + 1 + i for i in here]  # positions
+                inside = [i > 0 and p % document.block_size > 0 for i, p in zip(here, at, strict=True)]
+                clean_lefts += [
+                    (r, start + i - 1 if within else clean + p - 1 if p else start)
+                    for i, p, within in zip(here, at, inside, strict=True)
+                ]
                 ids += document.ids[target & kept].tolist()
                 scored |= target
             responses.append(int(scored.sum()))
@@ -67,6 +73,7 @@ def make_batch(rows: list[list[Document]], row_length: int | None = None, pad_id
         *fields,
         target_index_N=torch.tensor([r * length + i for r, i in targets], dtype=torch.int64),
         left_index_N=torch.tensor([r * length + i for r, i in lefts], dtype=torch.int64),
+        clean_left_index_N=torch.tensor([r * length + i for r, i in clean_lefts], dtype=torch.int64),
         target_ids_N=torch.tensor(ids, dtype=torch.int64),
         real_N=torch.ones(len(ids), dtype=torch.bool),
         t_N=weight,

@@ -46,6 +46,7 @@ class WholeRows:
     """Callable: ids, positions [R, S] and a float mask [R, 1, S, S] that is added to the scores -> logits [R, S, V]."""
 
     logit_shift = 0
+    within_views = False
 
     def target_logits(self, batch) -> torch.Tensor:
         """[N, V] of a ViewBatch, through the dense mask and all logits. Padding sees itself, for a finite sum."""
@@ -53,7 +54,7 @@ class WholeRows:
         padding = batch.document_RS < 0
         seen = seen | (torch.eye(seen.shape[1], dtype=torch.bool) & padding[:, :, None])
         logits = self(batch.input_ids_RS, batch.position_ids_RS, as_float_mask(seen))
-        return logits.flatten(0, 1)[left_of(batch) if self.logit_shift else batch.target_index_N]
+        return logits.flatten(0, 1)[left_of(batch, self.within_views) if self.logit_shift else batch.target_index_N]
 
 
 class ReferenceModel(WholeRows):
@@ -151,8 +152,8 @@ def reference_model(model_dir: Path) -> ReferenceModel:
 class PlainModel(WholeRows):
     """A transformers causal LM with its own attention."""
 
-    def __init__(self, model, logit_shift: int):
-        self.model, self.logit_shift = model, logit_shift
+    def __init__(self, model, logit_shift: int, within_views: bool):
+        self.model, self.logit_shift, self.within_views = model, logit_shift, within_views
 
     def parameters(self) -> dict[str, torch.Tensor]:
         return dict(self.model.named_parameters())
@@ -226,7 +227,7 @@ def plain_model(model_dir: Path) -> PlainModel | PlainCanvasModel:
         model = variant.base_class.from_pretrained(model_dir, attn_implementation="eager", **options)
         return PlainCanvasModel(model.eval())
     model = variant.model_class.from_pretrained(model_dir, config=config, attn_implementation="sdpa", **options)
-    return PlainModel(model.eval(), family.logit_shift)
+    return PlainModel(model.eval(), family.logit_shift, family.shifts_within_views)
 
 
 # --- one view, as 2L tokens ------------------------------------------------------------------------------------------
@@ -304,17 +305,21 @@ def batch_scores(model, batch, entropy_temperature: float = 1.0) -> Scores:
     return plain_scores(model.target_logits(batch), batch.target_ids_N, entropy_temperature)
 
 
-def left_of(batch) -> torch.Tensor:
+def left_of(batch, within_views: bool = True) -> torch.Tensor:
     """Which position predicts each target with shifted logits: that of the token before it in its view, else in the clean
-    stream or the trunk; of a document's first position its own."""
-    d, v, position, trunk = (
-        field.flatten().tolist() for field in (batch.document_RS, batch.view_RS, batch.position_ids_RS, batch.trunk_RS)
+    stream or the trunk; of a document's first position its own. Not `within_views`: a view's other blocks do not count."""
+    d, v, position, trunk, block = (
+        field.flatten().tolist()
+        for field in (batch.document_RS, batch.view_RS, batch.position_ids_RS, batch.trunk_RS, batch.block_RS)
     )
     found = {(d[i], v[i], position[i]): i for i in range(len(d))}
 
     def left(i: int) -> int:
         before = position[i] - 1
-        places = ((d[i], v[i], before), (d[i], 0, before), (trunk[i], 0, before))
+        places = [(d[i], v[i], before), (d[i], 0, before), (trunk[i], 0, before)]
+        beside = found.get(places[0])
+        if beside is not None and block[beside] != block[i] and not within_views:
+            del places[0]
         return i if before < 0 else next(found[place] for place in places if place in found)
 
     return torch.tensor([left(i) for i in batch.target_index_N.tolist()], dtype=torch.int64)

@@ -205,7 +205,9 @@ def _write_merged(merged: Policy, source: Path, partial: Path, dtype: torch.dtyp
             written[name] = (original if is_base else tensor).to(precision)
         return written
 
-    save_policy(Policy(merged.model, source_dir=merged.source_dir), partial, finish=as_stored, dtype=dtype)
+    whole = Policy(merged.model, source_dir=merged.source_dir)
+    whole.logit_shift = merged.logit_shift
+    save_policy(whole, partial, finish=as_stored, dtype=dtype)
     return changed
 
 

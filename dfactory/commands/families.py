@@ -25,7 +25,7 @@ def _cells(family: Family, variant: Variant) -> list[str]:
         variant.checkpoints,
         f"`{variant.base_class.__name__}`",
         family.attention,
-        str(family.logit_shift),
+        "0 or 1" if family.autoregressive else str(family.logit_shift),
         family.noise,
         "whole document" if family.block_size is None else str(family.block_size),
         "none" if family.noise is Noise.UNIFORM else _id(family.special.mask),

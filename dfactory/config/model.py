@@ -36,6 +36,14 @@ class ModelKeys:
         "range alone, every other target among those of none; text holds them as <|name_0|>, <|name_1|>, ...; empty: as "
         "the model was trained",
     )
+    logit_shift: Optional[int] = key(
+        None,
+        "where the logits of a token come from, for autoregressive models, which take either. 1: the hidden state to its "
+        "left, as they were trained, so that what they know is there from the first step; 0: its own position. The "
+        "checkpoint records it; null: as the model was trained, and 0 for an autoregressive one",
+        low=0,
+        high=1,
+    )
     use_peft: bool = key(False, "train LoRA adapters instead of all weights")
     lora_r: int = key(16, "rank of the adapters", low=1)
     lora_alpha: int = key(32, "scale of the adapters: alpha / r", low=1)

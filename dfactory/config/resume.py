@@ -23,6 +23,7 @@ KEPT = {
     "mask_token_id": "the model has learnt to fill the former id",
     "eos_token_id": "the model has learnt to end with the former id",
     "token_ranges": "the model has learnt to score the former ranges apart",
+    "logit_shift": "the model has learnt to predict from the former position",
     "use_peft": "the stored weights are those of adapters, or of the whole model",
     "lora_r": "the stored adapters have the former shape",
     "lora_alpha": "the stored adapters were learnt at the former scale",

@@ -64,20 +64,21 @@ def join(window: list[ViewBatch]) -> ViewBatch:
     Documents of the result have the numbers 0..total-1, in order. Shared prefixes, which every batch numbers from its own
     document count on, come after all documents.
     """
-    places, index_N, left_N, documents, positions = [], [], [], 0, 0
+    places, documents, positions = [], 0, 0
+    indices: dict[str, list[torch.Tensor]] = {"target_index_N": [], "left_index_N": [], "clean_left_index_N": []}
     total = sum(len(batch.document_id_D) for batch in window)
     for batch in window:
         here = torch.stack([batch.document_RS, batch.trunk_RS]).flatten(1)  # [2, R * S]
         count = len(batch.document_id_D)
         on = documents + torch.where(here < count, 0, total - count)  # shared prefixes move to after all documents
         places.append(torch.where(here == PADDING, PADDING, here + on))
-        index_N.append(batch.target_index_N + positions)
-        left_N.append(batch.left_index_N + positions)
+        for name, parts in indices.items():
+            parts.append(getattr(batch, name) + positions)
         documents += count
         positions += here.shape[1]
     document_RS, trunk_RS = torch.cat(places, dim=1)[:, None]
     joined = {"document_RS": document_RS, "trunk_RS": trunk_RS}
-    joined |= {"target_index_N": torch.cat(index_N), "left_index_N": torch.cat(left_N)}
+    joined |= {name: torch.cat(parts) for name, parts in indices.items()}
     for field in dataclasses.fields(ViewBatch):
         if field.name not in (*joined, "columns"):
             joined[field.name] = _joined(field.name, [getattr(batch, field.name) for batch in window])

@@ -35,6 +35,7 @@ class Policy(nn.Module):
         self.source_dir = source_dir  # where `saving` finds the files to carry along
         self.attn_implementation = attn_implementation
         self.entropy_temperature = 1.0  # TokenScores.entropy_N is that of softmax(logits / this)
+        self.logit_shift = self.family.logit_shift  # the family's, or where that is open, the run's
         self.ranges = NO_RANGES  # each target is scored among the ids of its own range; saved with the model
         VocabularyHead.adopt(self._causal_lm.lm_head, getattr(self.config, "final_logit_softcapping", None))
         self.logit_scale = self.family.logit_scale
@@ -45,10 +46,6 @@ class Policy(nn.Module):
     def sees_whole_document(self) -> bool | None:
         """Whether attention is full: the decoder needs a canvas then, and no cache. None: as the block size says."""
         return self.family.sees_whole_document
-
-    @property
-    def logit_shift(self) -> int:
-        return self.family.logit_shift
 
     @property
     def has_adapters(self) -> bool:
@@ -78,10 +75,10 @@ class Policy(nn.Module):
     def forward(self, batch: ViewBatch) -> TokenScores:
         """log p, entropy and hit of every target of the batch, in the batch's target order."""
         plan = self.plan(batch.place_RS)
-        # With a shift two targets may be predicted from the same position, which is computed once.
-        read_M, row_N = (
-            batch.left_index_N.unique(return_inverse=True) if self.logit_shift else (batch.target_index_N, None)
-        )
+        read_M, row_N = batch.target_index_N, None
+        if self.logit_shift:
+            left_N = batch.left_index_N if self.family.shifts_within_views else batch.clean_left_index_N
+            read_M, row_N = left_N.unique(return_inverse=True)  # what predicts two targets is computed once
         if self.family.attention is Attention.CAUSAL_CONTEXT:  # a clean token is in sight of itself
             read_M = torch.where(batch.view_N > 0, read_M, batch.left_index_N)
         conditioned = (

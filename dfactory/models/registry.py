@@ -27,7 +27,7 @@ from dfactory.models.families.base import FAMILIES, Family, Noise, SpecialTokens
 from dfactory.models.headers import Shapes, check_counts, check_shapes, meta_model, read_shapes
 from dfactory.models.hub import resolve
 from dfactory.models.policy import Policy
-from dfactory.models.saving import GENERATION_CONFIG
+from dfactory.models.saving import GENERATION_CONFIG, LOGIT_SHIFT
 from dfactory.ranges import TokenRanges
 from dfactory.types import NO_MASK
 
@@ -194,6 +194,20 @@ def known_ranges(model_dir: Path, stated: Mapping[str, Any] | None = None) -> To
     return TokenRanges.of(read_family(model_dir).token_ranges if recorded is None else recorded, f"{model_dir}")
 
 
+def known_shift(model_dir: Path, stated: int | None = None) -> int:
+    """The logit_shift that was `stated`, or else that of a checkpoint of ours, or the family's own. Raises ConfigError for
+    another than the family's own, unless its models are autoregressive: they can be converted either way."""
+    family = read_family(model_dir)
+    if stated is None:
+        return _recorded(model_dir).get(LOGIT_SHIFT, family.logit_shift)
+    if stated != family.logit_shift and not family.autoregressive:
+        raise ConfigError(
+            f"logit_shift {stated}: that of the family {family.name}, whose models are diffusion models already, is "
+            f"{family.logit_shift}; leave the key out"
+        )
+    return stated
+
+
 def _special_tokens(model_dir: Path) -> SpecialTokens:
     file, keys = _read_keys(whole_model_dir(model_dir))
     return FAMILIES.claiming(file, keys)[0].special_tokens(keys)
@@ -215,12 +229,13 @@ def load_policy(
     attn_implementation: str = "auto",
     merged: bool = False,
     token_ranges: Mapping[str, Any] | None = None,
+    logit_shift: int | None = None,
 ) -> Policy:
     """Read a Policy, in evaluation mode: from a local directory, or a model of the hub at `revision`. A directory with LoRA
     adapters is read on top of its base model, and with `merged` they become part of its weights.
 
     `dtype` auto is the precision that config.json states, or else bfloat16.
-    `token_ranges` are those that the recipe states; None or empty: as the directory or the family says.
+    `token_ranges` and `logit_shift` are those that the recipe states; None or empty: as the directory or the family says.
     `init_weights="random"` draws the weights from `seed` by the directory's config.json. Raises CheckpointError that
     names every tensor that is missing, unexpected or of another shape.
     """
@@ -230,6 +245,7 @@ def load_policy(
         check_adapters(model_dir)
         policy = load_policy(base, dtype=dtype, attn_implementation=attn_implementation, merged=True)
         policy.ranges = known_ranges(model_dir, token_ranges)
+        policy.logit_shift = known_shift(model_dir, logit_shift)
         attach_adapters(policy, model_dir)
         if merged:
             merge_into_base(policy)
@@ -244,7 +260,7 @@ def load_policy(
     else:
         model = _read(model_dir, config, dtype)
     policy = Policy(model.eval(), attn_implementation, source_dir=model_dir).to(device)
-    policy.ranges = known_ranges(model_dir, token_ranges)
+    policy.ranges, policy.logit_shift = known_ranges(model_dir, token_ranges), known_shift(model_dir, logit_shift)
     return policy
 
 

@@ -28,6 +28,7 @@ from dfactory.models.policy import Policy
 from dfactory.types import WHOLE
 
 GENERATION_CONFIG = "generation_config.json"
+LOGIT_SHIFT = "logit_shift"  # its key where a model was trained with another shift than its family's
 CHAT_TEMPLATE = "chat_template.jinja"  # transformers prefers it to the template inside tokenizer_config.json
 NAMED_TEMPLATES = "additional_chat_templates"  # folder of the others, such as tool_use.jinja
 _NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -63,7 +64,8 @@ def save_policy(
     in_config = {policy.family.block_size_key: block_size} if policy.family.block_size_in_config and block_size else {}
     if write:
         ranges, stated = policy.ranges.stated or None, {} if in_config else {"block_size": block_size}
-        _record(policy.source_dir, directory, **stated, mask_token_id=mask_token_id, token_ranges=ranges)
+        stated |= {"mask_token_id": mask_token_id, "token_ranges": ranges, LOGIT_SHIFT: _shift_to_record(policy)}
+        _record(policy.source_dir, directory, **stated)
     if write and chat_template is not None:
         write_chat_template(directory, chat_template)
     if policy.has_adapters:
@@ -194,6 +196,13 @@ def _record(source_dir: Path, directory: Path, **trained_with: int | dict[str, l
         source = source_dir / GENERATION_CONFIG
         keys = json.loads(source.read_text()) if source.is_file() else {}
         _write_text(directory / GENERATION_CONFIG, json.dumps(keys | stated, indent=2) + "\n")
+
+
+def _shift_to_record(policy: Policy) -> int | None:
+    """The family's own needs no record, unless the source records another."""
+    source = policy.source_dir / GENERATION_CONFIG
+    recorded = source.is_file() and LOGIT_SHIFT in json.loads(source.read_text())
+    return policy.logit_shift if recorded or policy.logit_shift != policy.family.logit_shift else None
 
 
 def write_chat_template(directory: Path, text: str) -> None:

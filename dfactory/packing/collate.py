@@ -67,7 +67,7 @@ class _Writer:
         size = num_rows * width  # flat, so that a target's index needs no row; `finish` makes [R, S] of it
         self.input_ids, self.position, self.view, self.block = (np.zeros(size, np.int64) for _ in range(4))
         self.document, self.trunk = (np.full(size, PADDING, np.int64) for _ in range(2))
-        self.targets: list[tuple[np.ndarray, ...]] = []  # (index, left, ids, real, t, elbo_weight) of each view
+        self.targets: list[tuple[np.ndarray, ...]] = []  # (index, left, clean left, ids, real, t, elbo_weight)
         self.columns_N: dict[str, list[np.ndarray]] = {}  # what views add, at their targets
         self.per_document: list[tuple[int, ...]] = []  # (id, response length, answer length, number of views)
         self.columns_D: list[Mapping[str, float]] = []  # what documents add
@@ -100,8 +100,8 @@ class _Writer:
             # fill in place of a following turn is to be predicted, and the clean stream has that turn.
             index = self.cursor + np.flatnonzero(view.target_P)
             position, noise = view.position_P[view.target_P], (view.t_P, view.elbo_weight_P)
-            left = _left_neighbours(self.cursor, view, document.block_size, clean_index)
-            targets = (index, left, document.view_ids_T[position], real_T[position])
+            lefts = _left_neighbours(self.cursor, view, document.block_of(view.position_P), clean_index)
+            targets = (index, *lefts, document.view_ids_T[position], real_T[position])
             self.targets.append((*targets, *(column_P[view.target_P] for column_P in noise)))
             for name, column_P in view.columns_P.items():
                 self.columns_N.setdefault(f"{name}_N", []).append(column_P[view.target_P])
@@ -115,7 +115,8 @@ class _Writer:
         """Make clean tokens targets, each read from its left neighbour. They are no part of a response, so not `real`."""
         nought = np.zeros(len(position), np.float32)
         ids = packed.document.input_ids_T[position]
-        self.targets.append((clean_index[position], clean_index[position - 1], ids, nought != 0, nought, nought))
+        left = clean_index[position - 1]
+        self.targets.append((clean_index[position], left, left, ids, nought != 0, nought, nought))
         for name, column_P in packed.views[0].columns_P.items():
             self.columns_N.setdefault(f"{name}_N", []).append(np.zeros(len(position), column_P.dtype))
 
@@ -146,10 +147,11 @@ class _Writer:
             trunk_RS=grid(self.trunk),
             target_index_N=targets(0, np.int64),
             left_index_N=targets(1, np.int64),
-            target_ids_N=targets(2, np.int64),
-            real_N=targets(3, np.bool_),
-            t_N=targets(4, np.float32),
-            elbo_weight_N=targets(5, np.float32),
+            clean_left_index_N=targets(2, np.int64),
+            target_ids_N=targets(3, np.int64),
+            real_N=targets(4, np.bool_),
+            t_N=targets(5, np.float32),
+            elbo_weight_N=targets(6, np.float32),
             document_id_D=ids,
             response_length_D=responses,
             answer_length_D=answers,
@@ -175,14 +177,20 @@ class _Writer:
         return found
 
 
-def _left_neighbours(start: int, view: View, block_size: int, clean_index: np.ndarray) -> np.ndarray:
-    """The flattened index of each target's left neighbour, int64 [targets]; `start` is where the view begins."""
+def _left_neighbours(
+    start: int, view: View, block_P: np.ndarray, clean_index: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The flattened index of each target's left neighbour, int64 [targets], twice: in its own view, and in the clean stream
+    where the target is its block's first; `start` is where the view begins."""
     offset = np.flatnonzero(view.target_P)
     position = view.position_P[offset].astype(np.int64)
     beside = (offset > 0) & (view.position_P[offset - 1] == position - 1)
-    if view.after_clean:
-        beside &= position % block_size > 0
-    left = start + offset - beside
-    apart = ~beside & (position > 0)
-    left[apart] = clean_index[position[apart] - 1]
-    return left
+    inside = beside & (block_P[offset] == block_P[offset - 1])
+
+    def neighbours(beside: np.ndarray) -> np.ndarray:
+        left = start + offset - beside
+        apart = ~beside & (position > 0)
+        left[apart] = clean_index[position[apart] - 1]
+        return left
+
+    return neighbours(inside if view.after_clean else beside), neighbours(inside)

@@ -52,6 +52,7 @@ class RolloutActor:
             seed=recipe.seed,
             merged=True,
             token_ranges=recipe.token_ranges,
+            logit_shift=recipe.logit_shift,
         )
         if recipe.use_peft:
             add_adapters(self.policy, **recipe.lora_options, seed=recipe.seed)

@@ -43,6 +43,7 @@ def pairs(reference_D, target_document_N, answer_length_D, t=0.5, num_views=2, f
         trunk_RS=document_RS,
         target_index_N=4 * torch.tensor(target_document_N, dtype=torch.long),
         left_index_N=4 * torch.tensor(target_document_N, dtype=torch.long),
+        clean_left_index_N=4 * torch.tensor(target_document_N, dtype=torch.long),
         target_ids_N=torch.zeros(targets, dtype=torch.long),
         real_N=torch.ones(targets, dtype=torch.bool),
         t_N=torch.full((targets,), t),

@@ -26,6 +26,7 @@ def batch() -> ViewBatch:
         trunk_RS=zeros,
         target_index_N=torch.tensor([4, 5, 10, 11]),
         left_index_N=torch.tensor([4, 5, 10, 11]),
+        clean_left_index_N=torch.tensor([4, 5, 10, 11]),
         target_ids_N=index,
         real_N=torch.ones(4, dtype=torch.bool),
         t_N=torch.full((4,), 0.5),

@@ -387,15 +387,17 @@ def test_a_row_that_does_not_fit():
         collate([[FIRST, SECOND]], block_size=2, pad_to=6)
 
 
-def left_neighbours(batch) -> list[int]:
+def left_neighbours(batch, within_views: bool) -> list[int]:
     """The obvious search for each target's left neighbour."""
-    document, view, position, trunk = (
-        field.flatten().tolist() for field in (batch.document_RS, batch.view_RS, batch.position_ids_RS, batch.trunk_RS)
+    document, view, position, trunk, block = (
+        field.flatten().tolist()
+        for field in (batch.document_RS, batch.view_RS, batch.position_ids_RS, batch.trunk_RS, batch.block_RS)
     )
     found = []
     for index in batch.target_index_N.tolist():
         before = [i for i in range(len(position)) if position[i] == position[index] - 1 and document[i] >= 0]
         own = [i for i in before if (document[i], view[i]) == (document[index], view[index])]
+        own = [i for i in own if within_views or block[i] == block[index]]
         clean = [i for i in before if view[i] == 0 and document[i] in (document[index], trunk[index])]
         found.append((own or clean or [index])[0])
     return found
@@ -415,4 +417,5 @@ def test_left_neighbours(block_size):
     assert block_size == WHOLE or shared[1].shared > 0
     batch = collate([[*shared, packed[2]], [packed[0]]], block_size)
     assert batch.num_targets > 30
-    assert batch.left_index_N.tolist() == left_neighbours(batch)
+    assert batch.left_index_N.tolist() == left_neighbours(batch, within_views=True)
+    assert batch.clean_left_index_N.tolist() == left_neighbours(batch, within_views=False)

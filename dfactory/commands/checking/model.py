@@ -19,6 +19,7 @@ from dfactory.models.registry import (
     known_eos_id,
     known_mask_id,
     known_ranges,
+    known_shift,
     meta_model,
     read_config,
     read_tokenizer,
@@ -64,6 +65,12 @@ def tell_model(page: Page, recipe: Recipe) -> Model:
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and recipe.max_length > limit:
         page.warn(f"max_length {recipe.max_length} is beyond the model's max_position_embeddings {limit}: lower it")
+    if FAMILIES.of(config).autoregressive:
+        shift = known_shift(path, recipe.logit_shift)
+        left = "the hidden state to its left (logit_shift 1)" if shift else "its own hidden state (logit_shift 0)"
+        page.line("predicts", f"a token from {left}")
+    else:
+        known_shift(path, recipe.logit_shift)
     recorded = trained_block_size(path)
     trained = recipe.init_weights == "pretrained" and not FAMILIES.of(config).autoregressive
     if trained and None not in (recorded, recipe.block_size) and recorded != recipe.block_size:

@@ -97,6 +97,10 @@ class Family:
     logit_shift: int = (
         0  # 1: the hidden state at i - 1 predicts the token at i; a document's first position predicts itself
     )
+    shifts_within_views: bool = (
+        False  # whether a block's first token is predicted from its own view in training too; else as in decoding, from the
+        # clean token before it
+    )
     noise: Noise = Noise.MASK
     block_size: int | None = (
         32  # that its checkpoints were trained with, where they do not say; None: they have full attention

@@ -44,6 +44,7 @@ FAMILIES.add(
             "conplemenrary_mask": SWITCH,  # so written; nothing reads it
         },
         logit_shift=1,
+        shifts_within_views=True,
         block_size=32,
         block_size_key="bd_size",
         block_size_in_config=True,
