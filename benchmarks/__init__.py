@@ -18,5 +18,6 @@ BENCHMARKS = {
     "dpo_variance": "how far shared noise and pairs cut the variance of a preference margin",
     "patterns": "attention patterns: which learns what of the quickstart's tasks in the same CPU time",
     "ar": "the autoregressive yardstick: the same weights fine-tuned, scored and decoded by transformers",
+    "conversion": "what a conversion of an autoregressive model buys, by block size, shift, LoRA, rate and length",
     "cpt": "an autoregressive model turned into a block-diffusion one, beside training from scratch",
 }

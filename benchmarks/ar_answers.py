@@ -1,6 +1,7 @@
 """`dfactory bench ar answer`: greedy answers of an autoregressive model to held-out prompts, and how many are right."""
 
 import argparse
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from benchmarks.autoregressive import PADDING, read_model, vocabulary_of
 from dfactory.commands.evaluate import wilson_interval
 from dfactory.commands.generate import matches, write_outputs
 from dfactory.console import plain_console
+from dfactory.data.answers import ANSWER_PATTERN_HELP, compiled_pattern
 from dfactory.data.jsonlines import json_line
 from dfactory.data.prompts import Row, encode_prompt, read_rows
 from dfactory.errors import DataError
@@ -31,13 +33,14 @@ def add_parser(commands) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)")
+    parser.add_argument("--answer-pattern", metavar="REGEX", help=ANSWER_PATTERN_HELP)
     parser.add_argument("--limit", type=int, help="the first records of the file alone")
     parser.set_defaults(run=answer)
 
 
 def answer(options: argparse.Namespace) -> int:
     """Answer what --output lacks, then print the table. Raises DataError for a record without an answer."""
-    console = plain_console()
+    console, pattern = plain_console(), compiled_pattern(options.answer_pattern, "--answer-pattern")
     rows = rows_of(options.data)[: options.limit]
     directory = resolve(options.model)
     vocabulary, partial = vocabulary_of(directory), options.output.with_name(options.output.name + ".started")
@@ -55,7 +58,7 @@ def answer(options: argparse.Namespace) -> int:
                 file.flush()
         write_outputs(options.output, [done[index] for index in range(len(rows))])
         partial.unlink()
-    console.print(table_of(read_lines(options.output)))
+    console.print(table_of(read_lines(options.output), pattern))
     return 0
 
 
@@ -139,21 +142,21 @@ def until_stop(ids: list[int], stops: list[int]) -> list[int]:
     return ids[: end + 1]
 
 
-def table_of(lines: list[dict[str, Any]]) -> Table:
+def table_of(lines: list[dict[str, Any]], pattern: re.Pattern | None = None) -> Table:
     """Exact match by task with its interval, tokens an answer, tokens per second of CPU time."""
     table = Table("", "records", "exact match", "95% interval", "tokens an answer", "tokens / CPU second")
     for column in table.columns[1:]:
         column.justify = "right"
     tasks = sorted({str(line.get("task", "")) for line in lines})
     for task in tasks if len(tasks) > 1 else ():
-        table.add_row(task, *_cells([line for line in lines if str(line.get("task", "")) == task]))
+        table.add_row(task, *_cells([line for line in lines if str(line.get("task", "")) == task], pattern))
     table.add_section()
-    table.add_row("all", *_cells(lines))
+    table.add_row("all", *_cells(lines, pattern))
     return table
 
 
-def _cells(lines: list[dict[str, Any]]) -> list[str]:
-    hits, tokens = sum(map(matches, lines)), sum(len(line["output_ids"]) for line in lines)
+def _cells(lines: list[dict[str, Any]], pattern: re.Pattern | None) -> list[str]:
+    hits, tokens = sum(matches(line, pattern) for line in lines), sum(len(line["output_ids"]) for line in lines)
     low, high = wilson_interval(hits, len(lines))
     seconds = sum(line["cpu_seconds"] for line in lines)
     shares = [f"{hits / len(lines):.1%}", f"{low:.1%} .. {high:.1%}"]

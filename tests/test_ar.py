@@ -1,6 +1,7 @@
 """benchmarks/ar.py on a Llama of random weights: the same records as dfactory's training, exact scores, greedy answers."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks import ar, ar_scores, ar_training, autoregressive
+from benchmarks import ar, ar_answers, ar_scores, ar_training, autoregressive
 from dfactory.assembly import make_source, read_inputs
 from dfactory.cli import main
 from dfactory.errors import ConfigError
@@ -188,6 +189,14 @@ def test_answers_are_greedy_whatever_the_batch_and_are_not_decoded_again(model, 
     again = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["output_ids"] for line in again] == [line["output_ids"] for line in lines]
     assert again[:7] == lines[:7]  # with their seconds
+
+
+def test_an_answer_may_be_what_a_pattern_captures():
+    line = {"text": "3 + 4 = 7.\nThe answer is 7.", "answer": "7", "output_ids": [1, 2], "cpu_seconds": 1.0}
+    cells = [
+        list(ar_answers.table_of([line], pattern).columns[2].cells) for pattern in (None, re.compile(r"is (\d+)\.$"))
+    ]
+    assert cells == [["0.0%"], ["100.0%"]]
 
 
 def greedy_by_hand(network, vocabulary, messages, count: int) -> list[int]:
