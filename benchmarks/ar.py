@@ -3,6 +3,7 @@
     dfactory bench ar train recipes/smollm2/cpt.yaml --model AR --output runs/ar      # on the recipe's own records
     dfactory bench ar score --model runs/ar --data heldout.jsonl --elbo elbo.jsonl    # exact log-likelihood
     dfactory bench ar answer --model runs/ar --data heldout.jsonl --output a.jsonl    # greedy, exact match
+    dfactory bench ar speed --ar runs/ar --diffusion runs/cap --data heldout.jsonl --output speed.jsonl
 
 **train** takes a recipe of dfactory and trains next-token prediction instead. A step has the records of the recipe's step:
 the same documents in the same order and mixture, so equal steps see equal response tokens. The loss is the mean over the
@@ -17,23 +18,27 @@ tokens, and adds the bound and its gap. The ELBO also holds the EOS fill of the 
 tokens alone, so the gap includes the fill's price.
 
 **answer** decodes greedily with a cache, left padded, in batches of prompts of about one length. Right is what
-`dfactory eval` calls right. Lines are written batch by batch; what is there already is not decoded again.
+`dfactory eval` calls right, with the same `--answer-pattern`. Lines are written batch by batch; what is there already is
+not decoded again.
+
+**speed** compares tokens per second with dfactory's decoder on diffusion weights: `dfactory bench ar speed --help`.
 """
 
 import argparse
 import sys
 
-from benchmarks import ar_answers, ar_scores, ar_training
+from benchmarks import ar_answers, ar_scores, ar_speed, ar_training
 from dfactory.errors import DFactoryError
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="train | score | answer")
-    for part in (ar_training, ar_scores, ar_answers):
+    commands = parser.add_subparsers(required=True, metavar="train | score | answer | speed")
+    for part in (ar_training, ar_scores, ar_answers, ar_speed):
         part.add_parser(commands)
     options, options.overrides = parser.parse_known_args(arguments)
-    keys = options.run is ar_training.train and all("=" in word and word[0] != "-" for word in options.overrides)
+    with_keys = options.run in (ar_training.train, ar_speed.speed)
+    keys = with_keys and all("=" in word and word[0] != "-" for word in options.overrides)
     if options.overrides and not keys:
         parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
     try:

@@ -199,6 +199,39 @@ def test_an_answer_may_be_what_a_pattern_captures():
     assert cells == [["0.0%"], ["100.0%"]]
 
 
+def test_speed_takes_turns_on_the_same_prompts_and_goes_on(model, held_out, tmp_path, capsys):
+    output = tmp_path / "speed.jsonl"
+    words = ["speed", "--ar", str(model), "--diffusion", "tiny", "--data", str(held_out), "--output", str(output)]
+    words += [
+        "--dtypes",
+        "float32",
+        "--block-sizes",
+        "1",
+        "8",
+        "--prompts",
+        "3",
+        "--new-tokens",
+        "16",
+        "--longest",
+        "8",
+    ]
+    words += ["--rounds", "1", "decode.threshold=0.0"]
+    assert ar.main([*words, "--batches", "1", "--kinds", "fixed"]) == 0
+    assert ar.main([*words, "--batches", "1", "2", "--kinds", "fixed", "natural"]) == 0
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(line["batch"], line["kind"]) for line in lines[::3]] == [
+        (1, "fixed"),
+        (1, "natural"),
+        (2, "fixed"),
+        (2, "natural"),
+    ]
+    assert [line["side"] for line in lines[:3]] == ["transformers", "block size 1", "block size 8"]
+    assert {line["tokens"] for line in lines if line["kind"] == "fixed"} == {3 * 16}
+    assert lines[0]["tokens_per_forward"] == 1
+    assert lines[2]["tokens_per_forward"] > 2  # a whole block at once
+    assert "| 1.00 |" in output.with_suffix(".md").read_text()
+
+
 def greedy_by_hand(network, vocabulary, messages, count: int) -> list[int]:
     ids = vocabulary.encoder.encode_prompt(messages)
     start = len(ids)
