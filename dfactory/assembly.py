@@ -35,6 +35,7 @@ from dfactory.models import fused
 from dfactory.models.adapters import add_adapters, unreached_experts
 from dfactory.models.families.base import Noise
 from dfactory.models.hub import resolve
+from dfactory.models.mask_token import MaskToken, untrained_mask
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy, read_family
 from dfactory.models.saving import carried_files
@@ -312,22 +313,23 @@ def initial_score(recipe: Recipe, trainer: Trainer) -> Score | None:
     checkpoint is loaded."""
     makers = {
         None: lambda: None,
-        "copy": lambda: load_frozen(recipe, "reference"),
+        "copy": lambda: load_frozen(recipe, "reference", trainer.policy.mask),
         "adapter": lambda: adapter_off(trainer),
         "precomputed": lambda: trainer.score,  # as long as no step was made
     }
     return makers[recipe.reference_kind]()
 
 
-def load_frozen(recipe: Recipe, name: str) -> Score:
+def load_frozen(recipe: Recipe, name: str, mask: MaskToken | None = None) -> Score:
     """The initial model as one of the recipe's `frozen_models`, which the memory forecast counts."""
     if name not in recipe.frozen_models:
         raise ValueError(f"{name} is not among Recipe.frozen_models {recipe.frozen_models}: declare it there")
-    return frozen_copy(recipe, load_initial(recipe))
+    return frozen_copy(recipe, load_initial(recipe, mask))
 
 
-def load_initial(recipe: Recipe) -> Policy:
-    """The model that a run starts from; the adapters of an earlier run are part of its weights."""
+def load_initial(recipe: Recipe, mask: MaskToken | None = None) -> Policy:
+    """The model that a run starts from; the adapters of an earlier run are part of its weights. `mask` is the one that it is
+    given (`Vocabulary.new_mask`)."""
     zero3 = keep_zero3_config(recipe)  # has to outlive the loading
     policy = load_policy(
         recipe.model_name_or_path,
@@ -339,6 +341,7 @@ def load_initial(recipe: Recipe) -> Policy:
         merged=True,
         token_ranges=recipe.token_ranges,
         logit_shift=recipe.logit_shift,
+        mask=mask,
     )
     del zero3
     if recipe.use_liger_kernel:
@@ -346,9 +349,9 @@ def load_initial(recipe: Recipe) -> Policy:
     return policy
 
 
-def make_policy(recipe: Recipe) -> Policy:
-    """The model to be trained."""
-    policy = load_initial(recipe)
+def make_policy(recipe: Recipe, mask: MaskToken | None = None) -> Policy:
+    """The model to be trained, with the mask that it is given."""
+    policy = load_initial(recipe, mask)
     carried_files(policy.source_dir)  # or the first checkpoint would tell that one of them cannot be copied
     policy.entropy_temperature = recipe.algorithm.needs(recipe).entropy_temperature or 1.0
     if recipe.use_peft:
@@ -361,6 +364,8 @@ def policy_notes(policy: Policy) -> str:
     return "\n".join(f"self-check: {finding}" for finding in policy.family.checked)
 
 
-def policy_warnings(recipe: Recipe, policy: Policy) -> list[str]:
+def policy_warnings(recipe: Recipe, policy: Policy, mask_id: int) -> list[str]:
     """What a run has to say of the model that it trains, in its first lines."""
-    return unreached_experts(policy.model, recipe.lora_target_modules) if recipe.use_peft else []
+    if recipe.use_peft:
+        return unreached_experts(policy.model, recipe.lora_target_modules)
+    return untrained_mask(policy.model, mask_id)

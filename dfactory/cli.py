@@ -132,6 +132,8 @@ def _export(arguments, overrides) -> int:
     if arguments.merge is not None:
         if arguments.dtype != "auto":
             raise ConfigError("--dtype with --merge: a mean keeps its checkpoints' precision; export it once more")
+        if arguments.mask_token is not None:
+            raise ConfigError("--mask-token with --merge: the checkpoints of a run have their mask; leave it out")
         from dfactory.config.load import load_merge_keys
 
         keys = load_merge_keys(arguments.merge)
@@ -140,7 +142,7 @@ def _export(arguments, overrides) -> int:
         return merge(arguments.model, arguments.output, keys)
     from dfactory.commands.export import export
 
-    return export(arguments.model, arguments.output, arguments.dtype)
+    return export(arguments.model, arguments.output, arguments.dtype, arguments.mask_token)
 
 
 def _schema(arguments, overrides) -> int:

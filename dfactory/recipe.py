@@ -314,10 +314,9 @@ def _check_canvases(recipe: Recipe, rule: Rule) -> None:
         f"stages that train on records have a meaning: {_plain_stages()}",
     )
     rule(recipe.block_size is not None, f"{shown} with block_size null: a canvas has a length; set block_size")
-    rule(
-        recipe.mask_token_id is None,
-        f"mask_token_id {recipe.mask_token_id} with {shown}: there is no mask; set it to null",
-    )
+    for name in ("mask_token_id", "mask_token"):
+        value = getattr(recipe, name)
+        rule(value is None, f"{name} {value} with {shown}: there is no mask; set it to null")
     rule(
         not recipe.edits,
         f"edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns} with {shown}: every token of a canvas is a target "
@@ -388,6 +387,15 @@ def _check_run(recipe: Recipe, rule: Rule) -> None:
         f"eval_decode_prompts {recipe.eval_decode_prompts} and no eval_datasets to take prompts from: name a file",
     )
     compiled_pattern(recipe.eval_answer_pattern, "eval_answer_pattern")
+    rule(
+        recipe.mask_token is None or recipe.mask_token_id is None,
+        f"mask_token {recipe.mask_token} with mask_token_id {recipe.mask_token_id}: both say which token is the mask; set "
+        "one of them to null",
+    )
+    rule(
+        recipe.mask_token is None or recipe.mask_token.strip() == recipe.mask_token != "",
+        f"mask_token {recipe.mask_token!r} is no text of a token: give it without spaces around it, auto, or null",
+    )
     for name, here in (
         ("mask_token_id", "mask_token_id"),
         ("eos_token_id", "eos_token_id"),

@@ -112,6 +112,8 @@ class Run:
         recipe = self.recipe
         self.inputs = inputs = read_inputs(recipe, recipe.streaming)
         self.warnings += inputs.vocabulary.warnings
+        if self.resumed is not None and inputs.vocabulary.chosen_mask is not None:
+            checkpoint.refuse_other_mask(self.resumed.path, inputs.special.mask)
         self.records = make_source(recipe, inputs, self.rank, self.world_size) if inputs.train is not None else None
         if self.records is not None and self.resumed is not None:
             with self.resumed.naming_changes():
@@ -126,8 +128,9 @@ class Run:
         universal = resumed is not None and checkpoint.needs_universal(
             resumed.path, zero_stage(recipe), self.world_size, recipe.expert_parallel_size
         )
-        self.trainer = trainer = Trainer(recipe, make_policy(recipe), self.num_steps, load_universal=universal)
-        self.warnings += policy_warnings(recipe, trainer.policy)
+        policy = make_policy(recipe, inputs.vocabulary.new_mask)
+        self.trainer = trainer = Trainer(recipe, policy, self.num_steps, load_universal=universal)
+        self.warnings += policy_warnings(recipe, trainer.policy, inputs.special.mask)
         self.with_reference = make_reference(recipe, inputs, trainer, self.num_steps - self.state.step, self.cursor)
         if client is None:
             self.source = self.with_reference(with_drafts(recipe, inputs, self.records, trainer))
@@ -151,7 +154,8 @@ class Run:
         with MetricsLog(self.recipe, self.folder, self.num_steps, self.state.step) as self.log:
             for warning in [*self.warnings, *(f"{path} is set aside: it may be removed" for path in aside)]:
                 self.log.warn(warning)
-            for note in filter(None, (policy_notes(self.trainer.policy), allocator.note())):
+            notes = (self.inputs.vocabulary.mask_note, policy_notes(self.trainer.policy), allocator.note())
+            for note in filter(None, notes):
                 self.log.say(note)
             if self.records is not None:
                 self.log.say(f"{self.inputs.train.report}\n{self.records.rows_per_window} rows a step")

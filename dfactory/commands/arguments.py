@@ -120,6 +120,11 @@ def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: the checkpoint's"
     )
+    parser.add_argument(
+        "--mask-token",
+        metavar="auto|TEXT",
+        help="give an autoregressive model its mask token, as the recipe's key does",
+    )
 
 
 def schema(parser: argparse.ArgumentParser) -> None:

@@ -40,11 +40,12 @@ def check(loaded: Loaded, gpus: int | None, imports_s: float = 0.0) -> int:
     if model is not None:
         if recipe.init_weights == "pretrained":
             page.section("weights", tell_weights, model)
-        special = page.section("tokens", tell_tokens, recipe, model)
+        sized = page.section("tokens", tell_tokens, recipe, model)
+        model = sized or model
         if recipe.algorithm.data is Data.PROMPTS:
             page.section("rollouts", tell_rollouts, recipe)
         began = time.monotonic()
-        inputs = page.section("data", tell_data, recipe) if special is not None else None
+        inputs = page.section("data", tell_data, recipe) if sized is not None else None
         reading = time.monotonic() - began
         if inputs is not None and inputs.train is not None:
             page.section("example", tell_example, recipe, inputs)

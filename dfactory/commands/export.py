@@ -4,7 +4,8 @@ A full checkpoint is copied without its engine state; every tensor, loaded from 
 checkpoint, rounded where another precision was asked for. LoRA adapters are merged into their base. Each merged weight has
 to compute what base and adapter compute (models/adapters.py); loaded from the copy it has to be that sum, rounded once;
 every other tensor has to be the base's own, in the base's precision; and the model's scores on a fixed probe have to be
-those of base and adapters. The directory appears under its name when all of this holds.
+those of base and adapters. The directory appears under its name when all of this holds. `--mask-token` gives a model
+without a mask its token: its tensors stay, but for rows that are appended.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from dfactory.errors import CheckpointError, ConfigError
 from dfactory.models.adapters import Merge, is_adapters, merge_into_base, whole_model_dir
 from dfactory.models.headers import INDEX, WEIGHTS, dtype_name, open_tensors, stored_dtype, weight_files
 from dfactory.models.hub import resolve
+from dfactory.models.mask_token import SPECIAL_TOKENS, TOKENIZER, TOKENIZER_CONFIG
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy
 from dfactory.models.saving import CHAT_TEMPLATE, GENERATION_CONFIG, carry_files, layer_groups, save_policy
@@ -31,17 +33,21 @@ from dfactory.noise import masked_view
 from dfactory.packing import PackedDocument, collate
 from dfactory.runs.folder import sync_tree
 from dfactory.types import AlignedDocument, TokenScores, ViewBatch
+from dfactory.vocabulary import read_vocabulary
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 """By how much the median log-probability of the probe's targets may change through merging. The median, because rounding
 turns near ties of a router, and then a few targets change by any amount; the weights themselves are compared exactly."""
+AS_TRAINED = (GENERATION_CONFIG, CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS)
+"""Files that a run may have written otherwise than its model has them."""
 PROBE_BLOCK, PROBE_LENGTH, PROBE_DOCUMENTS = 8, 64, 8
 
 
-def export(model: str, output: str, dtype: str = "auto") -> int:
+def export(model: str, output: str, dtype: str = "auto", mask_token: str | None = None) -> int:
     """Write `model` (checkpoint, or run folder: its newest checkpoint) as the plain model directory `output`.
 
-    `dtype` is float32, bfloat16, or auto: the checkpoint's own, of adapters that of their base.
+    `dtype` is float32, bfloat16, or auto: the checkpoint's own, of adapters that of their base. `mask_token` is the recipe's
+    key: what becomes the mask of a model that knows none.
     Raises ConfigError if `output` is not free, CheckpointError if the checkpoint cannot be read or a proof fails; then
     no files are left.
     """
@@ -49,6 +55,8 @@ def export(model: str, output: str, dtype: str = "auto") -> int:
     wanted = None if dtype == "auto" else getattr(torch, dtype)
 
     def write(partial: Path) -> list[str]:
+        if mask_token is not None:
+            return _give_mask(source, partial, wanted or stored_dtype(source), mask_token)
         if is_adapters(source):
             return merge_adapters(lambda dtype: load_policy(source, dtype=dtype), source, partial, wanted)
         is_as_stored = wanted in (None, stored_dtype(source))
@@ -111,12 +119,29 @@ def _cast_checkpoint(source: Path, partial: Path, dtype: torch.dtype) -> list[st
     return [f"cast and loaded again: {count} tensors ({dtype_name(dtype)}) are the checkpoint's, rounded from {was}"]
 
 
-def _require_same_tensors(policy: Policy, stored: dict[str, safe_open]) -> int:
-    """Compare a loaded policy with stored tensors, a layer at a time. Returns how many there are."""
+def _give_mask(source: Path, partial: Path, dtype: torch.dtype, mask_token: str) -> list[str]:
+    if is_adapters(source):
+        raise ConfigError(f"--mask-token with the adapters {source}: export them first, then the model that comes out")
+    mask = read_vocabulary(source, mask_token_id=None, eos_token_id=None, mask_token=mask_token).chosen_mask
+    if not mask.is_new:
+        raise ConfigError(f"{source} has a mask token, {mask}: leave --mask-token out")
+    save_policy(load_policy(source, dtype=dtype, mask=mask), partial)
+    count = _require_same_tensors(load_policy(partial, dtype=dtype), open_tensors(source), mask.new_rows)
+    found = read_vocabulary(partial, mask_token_id=None, eos_token_id=None).special.mask
+    if found != mask.id:
+        raise CheckpointError(f"the copy's mask came back as {found} instead of {mask.id}: nothing was exported")
+    return [f"mask token: {mask}", f"loaded again: {count} tensors ({dtype_name(dtype)}) are the model's own"]
+
+
+def _require_same_tensors(policy: Policy, stored: dict[str, safe_open], new_rows: int = 0) -> int:
+    """Compare a loaded policy with stored tensors, a layer at a time, but for rows of the vocabulary that these lack.
+    Returns how many tensors there are."""
     count = 0
     for group in layer_groups(policy.model):
         for name, loaded in revert_weight_conversion(policy.model, dict(group)).items():
             original = stored[name].get_tensor(name)
+            if new_rows and len(loaded) == len(original) + new_rows:
+                loaded = loaded[: len(original)]
             if not torch.equal(_bits(original.to(loaded.dtype)), _bits(loaded.detach())):
                 raise CheckpointError(f"{name} came back differently from the copy: check the disk, then export again")
             count += 1
@@ -189,7 +214,7 @@ def _merge(read: Callable[[torch.dtype], Policy], source: Path, partial: Path, d
 def _write_merged(merged: Policy, source: Path, partial: Path, dtype: torch.dtype) -> set[str]:
     """Returns the names of the tensors that are not the base's. Those are written as they lie in its files; where `dtype`
     is wider than most of them, those are widened."""
-    for name in (GENERATION_CONFIG, CHAT_TEMPLATE):  # before the base's own are carried along: these are as trained
+    for name in AS_TRAINED:  # before the base's own are carried along
         if (source / name).is_file():
             shutil.copyfile(source / name, partial / name)
     base_dir = whole_model_dir(source)

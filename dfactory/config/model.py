@@ -29,6 +29,11 @@ class ModelKeys:
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass")
     use_liger_kernel: bool = key(False, "norms and SwiGLU as Liger's fused kernels while training; needs CUDA")
     mask_token_id: Optional[int] = key(None, "id of [M]; null: from the tokenizer")
+    mask_token: Optional[str] = key(
+        None,
+        "text of the token that becomes the mask of a model that knows none, or `auto`: a reserved token, else an unused "
+        "row of the embedding, else a new row; saved with the model",
+    )
     eos_token_id: Optional[int] = key(None, "id of EOS; null: from the tokenizer")
     token_ranges: dict[str, Any] = key(
         {},

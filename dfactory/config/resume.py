@@ -21,6 +21,7 @@ KEPT = {
     "init_weights": "the model that the run started from would be another",
     "dtype": "the optimiser's state is stored by it",
     "mask_token_id": "the model has learnt to fill the former id",
+    "mask_token": "the model has learnt to fill the former token",
     "eos_token_id": "the model has learnt to end with the former id",
     "token_ranges": "the model has learnt to score the former ranges apart",
     "logit_shift": "the model has learnt to predict from the former position",

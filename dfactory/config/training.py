@@ -49,7 +49,8 @@ class TrainingKeys:
     resume_from_checkpoint: Any = key(False, "true: the newest whole checkpoint of output_dir; or a path")
     first_loss_check: str = key(
         "warn",
-        "what to do if weights were loaded and the first loss is that of guessing, log V",
+        "what to do if weights were loaded and the first loss is that of guessing, log V; an autoregressive model has never "
+        "seen a mask and is not checked",
         choices=("warn", "stop", "off"),
     )
     expert_coverage_steps: int = key(

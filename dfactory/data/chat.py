@@ -61,12 +61,14 @@ def special_ids(
     writes inside an assistant turn (its end-of-turn token): the model is trained to produce that.
     Raises ConfigError naming mask_token_id or eos_token_id when one is not to be had or makes no sense.
     """
-    mask = mask_token_id if mask_token_id is not None else _find_mask(tokenizer)
+    mask = mask_token_id if mask_token_id is not None else find_mask(tokenizer)
     eos = eos_token_id if eos_token_id is not None else getattr(tokenizer, "eos_token_id", None)
     for key, value in (("mask_token_id", mask), ("eos_token_id", eos)):
         if value is None:
             source = "there is no tokenizer" if tokenizer is None else "the tokenizer names none"
-            hint = _unused_id(tokenizer, vocab_size) if key == "mask_token_id" else ""
+            hint = ""
+            if key == "mask_token_id":
+                hint = f"{_unused_id(tokenizer, vocab_size)}, or let a recipe choose a token: mask_token auto"
             raise ConfigError(f"{key} is null and {source}: set {key}{hint}")
         if value == NO_MASK and key == "mask_token_id":
             continue
@@ -121,7 +123,8 @@ def special_literals(tokenizer: PreTrainedTokenizerBase, also: Iterable[int] = (
     return literals
 
 
-def _find_mask(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+def find_mask(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """The mask that a tokenizer names, by its role or by its text."""
     if tokenizer is None:
         return None
     if tokenizer.mask_token_id is not None:

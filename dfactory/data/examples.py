@@ -446,7 +446,9 @@ def _wrong_id(rules: DocumentRules, ids: np.ndarray) -> BadRow | None:
     if rules.mask_id is not None and (ids == rules.mask_id).any():
         where = int((ids == rules.mask_id).argmax())
         return BadRow(
-            Fault.SPECIAL_TOKEN, f"input_ids[{where}] is the mask {rules.mask_id}: only noise may put it there"
+            Fault.SPECIAL_TOKEN,
+            f"input_ids[{where}] is the mask {rules.mask_id}: only noise may put it there; drop the record, or where the "
+            "recipe chooses the mask (mask_token) name another token",
         )
     return None
 

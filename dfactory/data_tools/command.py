@@ -62,17 +62,21 @@ def add_vocabulary_arguments(parser: argparse.ArgumentParser, required: bool) ->
     parser.add_argument(
         "--chat-template", metavar="FILE", help="Jinja file used instead of the tokenizer's own template"
     )
-    parser.add_argument("--mask-token-id", type=int, help="where the tokenizer names none")
+    parser.add_argument(
+        "--mask-token-id", type=int, help="where the model knows none; default: as mask_token auto chooses"
+    )
     parser.add_argument("--eos-token-id", type=int, help="where the tokenizer names none")
 
 
 def vocabulary_of(options: argparse.Namespace):
     """The Vocabulary of `add_vocabulary_arguments`."""
-    from dfactory.vocabulary import read_vocabulary  # transformers takes seconds
+    from dfactory.data.mask_choice import AUTO  # transformers takes seconds
+    from dfactory.vocabulary import read_vocabulary
 
     return read_vocabulary(
         options.model,
         mask_token_id=options.mask_token_id,
+        mask_token=AUTO if options.mask_token_id is None else None,
         eos_token_id=options.eos_token_id,
         chat_template_path=options.chat_template,
     )

@@ -99,7 +99,7 @@ class Distillation:
     def run(self) -> None:
         """Raises RolloutError if no answer is left to write."""
         journal, first = self.journal, next(self._prompts())
-        if "total" not in journal.source:  # so that a bad row is told before the first answer, not hours later
+        if "total" not in journal.source:  # so that a bad row is an error before the first answer
             with reading(self.options.prompts, "checking prompts"):
                 journal.source |= {"total": sum(1 for _ in self._prompts())}
             journal.save()

@@ -64,7 +64,7 @@ class Journal:
         for name in {**known, **self.settings}:
             if known.get(name) != self.settings.get(name):
                 raise ConfigError(
-                    f"{self.output} was begun with {name} {json.dumps(known.get(name))}, and is now asked for with "
+                    f"{self.output} was started with {name} {json.dumps(known.get(name))}, and is now asked for with "
                     f"{json.dumps(self.settings.get(name))}: give the same, name another --output, or remove "
                     f"{self.record}"
                 )
@@ -79,7 +79,7 @@ class Journal:
             )
         found = self.output if self.is_finished else self.partial
         if (found.stat().st_size if found.is_file() else 0) < self.size:
-            raise DataError(f"{found} lacks rows that {self.record} counts: remove both to begin again")
+            raise DataError(f"{found} lacks rows that {self.record} counts: remove both to start again")
 
     def __enter__(self) -> "Journal":
         self.output.parent.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,10 @@ answer only as far as it changes the rounding of its scores.
 Letters: R requests, T tokens, V vocabulary.
 """
 
+import collections
+import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,37 +91,19 @@ class Teacher:
     @torch.inference_mode()
     def answer(self, requests: Sequence[Request], on_tokens: Callable[[int], None] = lambda count: None) -> list[Reply]:
         """One batch -> its replies, in order. `on_tokens` is called with the number of further tokens."""
-        input_ids_RT, mask_RT = self._padded(requests)
-        cache = DynamicCache(config=self.model.config)
-        replies: dict[int, Reply] = {}
-        token_ids: list[list[int]] = [[] for _ in requests]
-        live = list(range(len(requests)))
+        batch = _Batch(*self._padded(requests), DynamicCache(config=self.model.config), list(range(len(requests))))
         for first in range(0, self.max_new_tokens, STEPS):
-            steps = min(STEPS, self.max_new_tokens - first)
             longer_RT = self.model.generate(
-                input_ids_RT,
-                attention_mask=mask_RT,
-                past_key_values=cache,
-                max_new_tokens=steps,
-                logits_processor=self._processors([requests[index].number for index in live], first),
+                batch.input_ids_RT,
+                attention_mask=batch.mask_RT,
+                past_key_values=batch.cache,
+                max_new_tokens=min(STEPS, self.max_new_tokens - first),
+                logits_processor=self._processors([requests[index].number for index in batch.live], first),
             )
-            before = sum(map(len, token_ids))
-            for index, new_ids in zip(live, longer_RT[:, input_ids_RT.shape[1] :].tolist(), strict=True):
-                end = next((at for at, token in enumerate(new_ids) if token in self.end_ids), None)
-                token_ids[index] += new_ids[:end]
-                if end is not None:
-                    replies[index] = Reply(token_ids[index], is_finished=True)
-            on_tokens(sum(map(len, token_ids)) - before)
-            kept = [row for row, index in enumerate(live) if index not in replies]
-            live = [live[row] for row in kept]
-            if not live:
+            on_tokens(batch.take(longer_RT, self.end_ids))
+            if not batch.live:
                 break
-            kept_R = torch.tensor(kept, device=longer_RT.device)
-            if len(kept) < len(longer_RT):
-                cache.batch_select_indices(kept_R)
-            mask_RT = torch.cat([mask_RT[kept_R], mask_RT.new_ones(len(kept), steps)], dim=1)
-            input_ids_RT = longer_RT[kept_R]
-        return [replies.get(index, Reply(token_ids[index], is_finished=False)) for index in range(len(requests))]
+        return [Reply(batch.token_ids[index], index not in batch.live) for index in range(len(requests))]
 
     def _padded(self, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
         """input_ids_RT and its attention mask, both int64."""
@@ -133,6 +117,34 @@ class Teacher:
         if self._distribution.is_greedy:
             return LogitsProcessorList()
         return LogitsProcessorList([_DrawByRow(self._distribution, self._seed, numbers, first)])
+
+
+@dataclasses.dataclass
+class _Batch:
+    """The requests whose answers go on, as `generate` takes them; `live` are their places among all requests."""
+
+    input_ids_RT: torch.Tensor
+    mask_RT: torch.Tensor
+    cache: DynamicCache
+    live: list[int]
+    token_ids: dict[int, list[int]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
+
+    def take(self, longer_RT: torch.Tensor, end_ids: Collection[int]) -> int:
+        """Add the new tokens to the answers, and leave out the rows that have ended. Returns the number of new tokens."""
+        new_RT, count, kept = longer_RT[:, self.input_ids_RT.shape[1] :], 0, []
+        for row, (index, new_ids) in enumerate(zip(self.live, new_RT.tolist(), strict=True)):
+            end = next((at for at, token in enumerate(new_ids) if token in end_ids), None)
+            self.token_ids[index] += new_ids[:end]
+            count += len(new_ids[:end])
+            if end is None:
+                kept.append(row)
+        kept_R = torch.tensor(kept, dtype=torch.int64, device=longer_RT.device)
+        if 0 < len(kept) < len(self.live):
+            self.cache.batch_select_indices(kept_R)
+        self.live = [self.live[row] for row in kept]
+        self.mask_RT = torch.cat([self.mask_RT[kept_R], torch.ones_like(new_RT[kept_R])], dim=1)
+        self.input_ids_RT = longer_RT[kept_R]
+        return count
 
 
 class _DrawByRow(LogitsProcessor):

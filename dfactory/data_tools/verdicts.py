@@ -23,9 +23,9 @@ class Verdict(enum.StrEnum):
     WRITTEN = "written"
     CUT = "cut at --max-new-tokens"
     EMPTY = "empty"
-    REPEATING = "repeating itself"
+    REPEATING = "repetitive"
     WRONG = "wrong"
-    UNSCORED = "without a score"
+    UNSCORED = "unscored"
 
 
 class Judge:

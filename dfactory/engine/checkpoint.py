@@ -39,6 +39,7 @@ from dfactory.models.manifest import (
     read_manifest,
     size_problems,
 )
+from dfactory.models.registry import known_mask_id
 from dfactory.models.saving import save_policy
 from dfactory.recipe import Recipe
 from dfactory.runs.folder import CONFIG, RECIPE, STATE, RunFolder, recipe_text, replace_text, writing
@@ -264,6 +265,16 @@ def resume_from(path: Path, recipe: Recipe) -> Resumed:
     changes = changes_between(_keys(text, file), _keys(recipe_text(recipe))) if file is not None else []
     refuse_kept(changes, path)
     return Resumed(path, state, text, changes)
+
+
+def refuse_other_mask(checkpoint: Path, mask_id: int) -> None:
+    """Raise ConfigError where a checkpoint was trained with another mask than the recipe's `mask_token` stands for now."""
+    recorded = known_mask_id(checkpoint, None)
+    if recorded not in (None, mask_id):
+        raise ConfigError(
+            f"mask_token stands for {mask_id} now, and {checkpoint} was trained with {recorded}: the tokenizer or the chat "
+            "template has changed; put the former one back, or start a new run from its weights with model_name_or_path"
+        )
 
 
 def _keys(text: str, file: Path | None = None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 from transformers import get_scheduler
@@ -289,7 +290,8 @@ def start_engine(policy: Policy, config: dict[str, Any], **options) -> deepspeed
     engine.config = redacted(engine.config)  # DeepSpeed writes it into every checkpoint
     for buffer in policy.buffers():
         buffer.data = buffer.data.to(engine.device)
-    if engine.zero_optimization_stage() == 0 and engine.dp_world_size == 1:
+    whole = engine.zero_optimization_stage() == 0 or isinstance(engine.optimizer, BF16_Optimizer)
+    if whole and engine.dp_world_size == 1:
         engine.enable_backward_allreduce = False  # with one rank it would only copy all gradients to a buffer and back
     return engine
 

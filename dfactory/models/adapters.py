@@ -21,6 +21,7 @@ from dfactory.models.config_keys import POSITIVE, SWITCH, Rule, Rules, only, rea
 from dfactory.models.headers import refuse_large_headers
 from dfactory.models.hub import hub_name, resolve
 from dfactory.models.policy import Policy
+from dfactory.models.sharded import whole
 
 ADAPTER_CONFIG = "adapter_config.json"  # peft's mark of a directory that holds adapters only
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -209,7 +210,7 @@ def merge_into_base(policy: Policy, round_once: bool = True) -> Merge:
     weights, changed = {}, 0
     for name, layer in layers.items():
         weight = layer.get_base_layer().weight
-        with _whole(weight):
+        with whole(weight):
             merged = weight.float() + _product(layer).to(weight.device)
             _require_same_outputs(name, layer, merged)
             rounded = merged.to(weight.dtype)
@@ -252,12 +253,3 @@ def _require_same_outputs(name: str, layer: nn.Module, merged: torch.Tensor) -> 
             f"{name}: the merged weight's outputs are {float(difference):.3g} away from those of base and adapter, whose "
             f"largest is {float(expected.abs().max()):.3g}; nothing was merged"
         )
-
-
-def _whole(weight: nn.Parameter) -> contextlib.AbstractContextManager:
-    """A context in which a weight that ZeRO-3 has sharded is whole; what is written there is kept."""
-    if not hasattr(weight, "ds_id"):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)

@@ -31,7 +31,7 @@ CHUNK_BYTES = {
     "cuda": 512 * 2**20,
 }  # fp32 logits of one tile; on a CPU they should fit into the cache
 ABSENT = -1e32  # the logit of an id that a target cannot be; with -inf, 0 * ABSENT would be NaN
-WIDTH = 4096  # minimum width of a tile; if the targets do not fit beside it, they are split too
+WIDTH = 2048  # minimum width of a tile; if the targets do not fit beside it, they are split too
 
 
 class VocabularyHead(nn.Linear):

@@ -11,6 +11,7 @@ from dfactory.models import last_layer
 from dfactory.models.attention import AttentionPlan, PlanByLayer, plan_attention
 from dfactory.models.families.base import FAMILIES, Attention, Family
 from dfactory.models.head import VocabularyHead
+from dfactory.models.mask_token import MaskToken
 from dfactory.ranges import NO_RANGES
 from dfactory.types import NOISE_TABLE_ROWS, EmbeddingInputs, Place, TokenScores, ViewBatch
 
@@ -36,6 +37,7 @@ class Policy(nn.Module):
         self.attn_implementation = attn_implementation
         self.entropy_temperature = 1.0  # TokenScores.entropy_N is that of softmax(logits / this)
         self.logit_shift = self.family.logit_shift  # the family's, or where that is open, the run's
+        self.mask: MaskToken | None = None  # that a model without one was given; saved with it
         self.ranges = NO_RANGES  # each target is scored among the ids of its own range; saved with the model
         VocabularyHead.adopt(self._causal_lm.lm_head, getattr(self.config, "final_logit_softcapping", None))
         self.logit_scale = self.family.logit_scale

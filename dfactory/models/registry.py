@@ -26,6 +26,7 @@ from dfactory.models.config_keys import MOST_ADDED_TOKENS, MOST_TOKENIZER_BYTES,
 from dfactory.models.families.base import FAMILIES, Family, Noise, SpecialTokens
 from dfactory.models.headers import Shapes, check_counts, check_shapes, meta_model, read_shapes
 from dfactory.models.hub import resolve
+from dfactory.models.mask_token import MaskToken, append_rows
 from dfactory.models.policy import Policy
 from dfactory.models.saving import GENERATION_CONFIG, LOGIT_SHIFT
 from dfactory.ranges import TokenRanges
@@ -36,17 +37,20 @@ experts.register()
 transformers_logging.disable_progress_bar()
 
 
-def read_config(model_dir: Path) -> PreTrainedConfig:
-    """config.json, of adapters that of their base -> a transformers config of a known family. Raises CheckpointError or
-    ConfigError."""
+def read_config(model_dir: Path, new_rows: int = 0) -> PreTrainedConfig:
+    """config.json, of adapters that of their base -> a transformers config of a known family, its vocabulary larger by
+    `new_rows`. Raises CheckpointError or ConfigError."""
     model_dir = whole_model_dir(model_dir)
     file, keys = _read_keys(model_dir)
     family, variant = FAMILIES.claiming(file, keys)
     config_keys.check_keys(file, keys, family.keys)
     try:
-        return variant.config_class.from_dict(keys)
+        config = variant.config_class.from_dict(keys)
     except (ValueError, TypeError) as problem:
         raise CheckpointError(f"{file} is refused by transformers: {problem}") from problem
+    if new_rows:
+        config.vocab_size += new_rows
+    return config
 
 
 def read_family(model_dir: Path) -> Family:
@@ -131,6 +135,11 @@ def trained_block_size(model_dir: Path) -> int | None:
     return recorded.get("block_size") or (stated if type(stated) is int and stated > 0 else family.block_size)
 
 
+def is_unconverted(model_dir: Path) -> bool:
+    """Whether a checkpoint is autoregressive: of such a family, and of no run of ours, which records its block size."""
+    return read_family(model_dir).autoregressive and "block_size" not in _recorded(model_dir)
+
+
 def full_attention(model_dir: Path, stated: bool | None = None) -> bool:
     """Whether a model sees whole documents: as its family does, or where the block size chooses, what was `stated`, else as
     it was trained. Raises ConfigError for a statement that its family contradicts."""
@@ -185,6 +194,14 @@ def known_stop_ids(model_dir: Path, eos: int, size: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in ids if type(i) is int and 0 <= i < size and i != eos))
 
 
+def stated_ids(model_dir: Path) -> set[int]:
+    """Every id that config.json or generation_config.json gives a meaning to, such as bos_token_id and pad_token_id."""
+    _, keys = _read_keys(whole_model_dir(model_dir))
+    stated = (v for file in (keys, _recorded(model_dir)) for name, v in file.items() if name.endswith("_token_id"))
+    flat = (one for value in stated for one in (value if isinstance(value, list) else [value]))
+    return {one for one in flat if type(one) is int}
+
+
 def known_ranges(model_dir: Path, stated: Mapping[str, Any] | None = None) -> TokenRanges:
     """The token ranges that were `stated`, or else those of a checkpoint of ours, or the family's own. Raises ConfigError
     for what is no range."""
@@ -230,12 +247,15 @@ def load_policy(
     merged: bool = False,
     token_ranges: Mapping[str, Any] | None = None,
     logit_shift: int | None = None,
+    mask: MaskToken | None = None,
 ) -> Policy:
     """Read a Policy, in evaluation mode: from a local directory, or a model of the hub at `revision`. A directory with LoRA
     adapters is read on top of its base model, and with `merged` they become part of its weights.
 
     `dtype` auto is the precision that config.json states, or else bfloat16.
     `token_ranges` and `logit_shift` are those that the recipe states; None or empty: as the directory or the family says.
+    `mask` is the mask token that a model without one is given: its row is appended where it needs one, and it is saved with
+    the model.
     `init_weights="random"` draws the weights from `seed` by the directory's config.json. Raises CheckpointError that
     names every tensor that is missing, unexpected or of another shape.
     """
@@ -243,7 +263,7 @@ def load_policy(
     if is_adapters(model_dir):
         base = adapter_base(model_dir)
         check_adapters(model_dir)
-        policy = load_policy(base, dtype=dtype, attn_implementation=attn_implementation, merged=True)
+        policy = load_policy(base, dtype=dtype, attn_implementation=attn_implementation, merged=True, mask=mask)
         policy.ranges = known_ranges(model_dir, token_ranges)
         policy.logit_shift = known_shift(model_dir, logit_shift)
         attach_adapters(policy, model_dir)
@@ -251,16 +271,16 @@ def load_policy(
             merge_into_base(policy)
             policy.source_dir = model_dir
         return policy.to(device)
-    config = read_config(model_dir)
+    config, new_rows = read_config(model_dir), mask.new_rows if mask is not None else 0
     if dtype == "auto":
         dtype = config.dtype or torch.bfloat16
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    if init_weights == "random":
-        model = _draw(config, dtype, seed)
-    else:
-        model = _read(model_dir, config, dtype)
+    model = _draw(config, dtype, seed) if init_weights == "random" else _read(model_dir, config, dtype)
+    if new_rows:
+        append_rows(model, new_rows)
     policy = Policy(model.eval(), attn_implementation, source_dir=model_dir).to(device)
     policy.ranges, policy.logit_shift = known_ranges(model_dir, token_ranges), known_shift(model_dir, logit_shift)
+    policy.mask = mask
     return policy
 
 

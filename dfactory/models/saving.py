@@ -24,6 +24,7 @@ from dfactory import faults
 from dfactory.errors import CheckpointError
 from dfactory.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, whole_model_dir
 from dfactory.models.headers import INDEX, WEIGHTS, meta_model, open_tensors
+from dfactory.models.mask_token import tokenizer_files
 from dfactory.models.policy import Policy
 from dfactory.types import WHOLE
 
@@ -55,14 +56,17 @@ def save_policy(
     """Write the weights, config.json and the carried files of a policy; of one with LoRA adapters, the adapters only.
 
     `block_size`, `mask_token_id` and `chat_template` are what it was trained with where that is not the source's own; the
-    decoder and later training take them from there, and the policy's token ranges. A block size of WHOLE is recorded as
-    null. `finish` may replace tensors, by their original names, before they are written; `dtype` is then what config.json
-    states. `gathered` makes sharded parameters whole within its context, and `whole_layer` what an engine has made of a
-    layer the model's own tensors again; every rank has to call this then, and only the one with `write` touches the disk.
+    decoder and later training take them from there, and the policy's token ranges and mask. A block size of WHOLE is
+    recorded as null. `finish` may replace tensors, by their original names, before they are written; `dtype` is then what
+    config.json states. `gathered` makes sharded parameters whole within its context, and `whole_layer` what an engine has
+    made of a layer the model's own tensors again; every rank has to call this then, and only the one with `write` touches
+    the disk.
     """
     model = policy.model
     in_config = {policy.family.block_size_key: block_size} if policy.family.block_size_in_config and block_size else {}
     if write:
+        _write_mask(policy, directory)
+        mask_token_id = mask_token_id if policy.mask is None else policy.mask.id
         ranges, stated = policy.ranges.stated or None, {} if in_config else {"block_size": block_size}
         stated |= {"mask_token_id": mask_token_id, "token_ranges": ranges, LOGIT_SHIFT: _shift_to_record(policy)}
         _record(policy.source_dir, directory, **stated)
@@ -183,10 +187,19 @@ def _write_config(policy: Policy, directory: Path, dtype: torch.dtype, trained_w
     The family has a say: it announces no layers that are not read."""
     config = json.loads((whole_model_dir(policy.source_dir) / "config.json").read_text())
     config = policy.family.saved_keys(config) | trained_with
+    if policy.mask is not None and policy.mask.new_rows:
+        config["vocab_size"] = policy.config.vocab_size
     stated = "dtype" if "dtype" in config else "torch_dtype"  # its newer name, and the older one
     config.pop("torch_dtype", None)
     config[stated] = str(dtype).removeprefix("torch.")
     _write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _write_mask(policy: Policy, directory: Path) -> None:
+    """The tokenizer's files, with the mask token that the model was given."""
+    if policy.mask is not None and policy.mask.is_special:
+        for name, text in tokenizer_files(policy.source_dir, policy.mask).items():
+            _write_text(directory / name, text)
 
 
 def _record(source_dir: Path, directory: Path, **trained_with: int | dict[str, list[int]] | None) -> None:

@@ -70,6 +70,7 @@ class Setup:
     trains_entropy: bool = False  # whose gradient is a further chunk
     reduce_bucket: int = REDUCE_BUCKET  # elements
     prefetch_bucket: int = PREFETCH_BUCKET  # elements
+    new_rows: int = 0  # of the vocabulary, beyond the checkpoint's
 
 
 class Phase(enum.StrEnum):
@@ -108,9 +109,10 @@ class MemoryForecast:
         return sum(line.bytes for line in self.lines if line.phase is phase)
 
 
-def count_parameters(model_dir: Path) -> ParameterCounts:
-    """Count the parameters of a model directory by its config.json. Raises CheckpointError or ConfigError."""
-    config = read_config(Path(model_dir))
+def count_parameters(model_dir: Path, new_rows: int = 0) -> ParameterCounts:
+    """Count the parameters of a model directory by its config.json, with so many more rows of the vocabulary. Raises
+    CheckpointError or ConfigError."""
+    config = read_config(Path(model_dir), new_rows)
     model = meta_model(config)
     total = sum(p.numel() for p in model.parameters())
     ends = {id(end.weight): end.weight.numel() for end in (model.get_input_embeddings(), model.get_output_embeddings())}
@@ -144,7 +146,7 @@ def count_adapters(model_dir: Path, r: int, target_modules: tuple[str, ...]) -> 
     return sum(r * (module.in_features + module.out_features) for module in linears.values())
 
 
-def setup_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Setup:
+def setup_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, new_rows: int = 0) -> Setup:
     """The setup of a recipe on `world_size` ranks; `deepspeed` is its DeepSpeed configuration."""
     zero = deepspeed.get("zero_optimization", {})
     gradient_dtype = deepspeed.get("data_types", {}).get("grad_accum_dtype")
@@ -165,12 +167,13 @@ def setup_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Setu
         trains_entropy=recipe.algorithm.needs(recipe).entropy_temperature is not None,
         reduce_bucket=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
         prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET)),
+        new_rows=new_rows,
     )
 
 
 def forecast(model_dir: Path, setup: Setup) -> MemoryForecast:
     """The memory of one rank, line by line. Raises CheckpointError or ConfigError for a directory that is no model."""
-    config, counts = read_config(Path(model_dir)), count_parameters(model_dir)
+    config, counts = read_config(Path(model_dir), setup.new_rows), count_parameters(model_dir, setup.new_rows)
     if setup.lora_r is None:
         return forecast_sizes(config, counts, setup)
     return forecast_sizes(config, counts, setup, count_adapters(model_dir, setup.lora_r, setup.lora_target_modules))

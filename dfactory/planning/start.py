@@ -45,10 +45,10 @@ class Checkpoints(NamedTuple):
 
 
 def checkpoints_of(
-    recipe: Recipe, path: Path, deepspeed: dict[str, Any], trained: int, steps: int | None
+    recipe: Recipe, path: Path, deepspeed: dict[str, Any], trained: int, steps: int | None, new_rows: int = 0
 ) -> Checkpoints:
     """Trained weights twice, for readers and for the engine, and the optimiser's state; then of all that is kept."""
-    lines = forecast(path, setup_of(recipe, deepspeed, 1)).lines
+    lines = forecast(path, setup_of(recipe, deepspeed, 1, new_rows)).lines
     optimiser = next(line.bytes for line in lines if line.name == "optimiser")
     weights = trained * {"bfloat16": 2, "float32": 4}[recipe.dtype]
     saved = math.ceil(steps / recipe.save_steps) if steps and recipe.save_steps else 1

@@ -43,6 +43,7 @@ class RolloutActor:
         remember(recipe)
         keep_freed_memory()
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        vocabulary = recipe_vocabulary(recipe)
         self.policy = load_policy(
             recipe.model_name_or_path,
             revision=recipe.model_revision,
@@ -53,12 +54,13 @@ class RolloutActor:
             merged=True,
             token_ranges=recipe.token_ranges,
             logit_shift=recipe.logit_shift,
+            mask=vocabulary.new_mask,
         )
         if recipe.use_peft:
             add_adapters(self.policy, **recipe.lora_options, seed=recipe.seed)
             self.policy.to(device).eval()
         keys = dataclasses.replace(recipe.decode_keys, seed=recipe.seed)
-        self.pipeline = Pipeline.of(self.policy, recipe_vocabulary(recipe), keys)
+        self.pipeline = Pipeline.of(self.policy, vocabulary, keys)
         self.scores = recipe.actors_score
         mask_id = self.pipeline.rules.mask_token_id
         masks = RandomMask(mask_id, recipe.seed, **recipe.mask_options)

@@ -21,6 +21,7 @@ from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 from dfactory import distributed
 from dfactory.errors import SilentFailureError
 from dfactory.models.policy import Policy
+from dfactory.models.registry import is_unconverted
 from dfactory.recipe import Recipe
 from dfactory.types import Mean, TokenScores, ViewBatch
 
@@ -82,6 +83,11 @@ class SanityChecks:
         guess, loss = math.log(self.vocab_size), metrics["token_nll"]
         check = self.recipe.first_loss_check
         if self.recipe.init_weights == "random" or check == "off" or loss < GUESSING * guess:
+            return []
+        source = self.trainer.policy.source_dir
+        if source is not None and is_unconverted(
+            source
+        ):  # it has never seen a mask: its first guesses are worse than none
             return []
         problem = (
             f"token_nll {loss:.2f} at step {step}, the first one on weights that were read from "

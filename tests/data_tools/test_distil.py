@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from dfactory.data.chat import ChatEncoder
 from dfactory.data.records import read_records
+from dfactory.data_tools import meter
 from dfactory.data_tools.distil import EXIT_TERMINATED
+from dfactory.data_tools.journal import Journal
 from dfactory.data_tools.teacher import fastest_dtype
 from dfactory.data_tools.verdicts import most_repeats
 from dfactory.errors import CheckpointError, ConfigError, DataError, RolloutError
@@ -205,7 +208,7 @@ def test_what_is_left_out_is_counted(distil, looping):
     assert [row for row in everything if row in finished] == finished
 
     words = ["--model", looping, "--keep", "all", "--drop-repeats", 3]
-    with pytest.raises(RolloutError, match=r"no answer is left to write: .* 21 repeating itself"):
+    with pytest.raises(RolloutError, match=r"no answer is left to write: .* 21 repetitive"):
         distil(PROMPTS, *words, name="loops")
     assert len(distil(PROMPTS, *words[:-1], 20, name="patient")[0]) == 21
 
@@ -231,7 +234,7 @@ def test_only_right_answers_are_written(distil, tmp_path):
     assert f"{len(said) - len(right)} wrong" in shown
     assert distil(rows, "--keep", "all", "--answer-pattern", r"(?s)^(.*)$", name="pattern")[0] == right
     rows[0].pop("answer")
-    assert "1 without a score" in distil(rows, "--keep", "all", "--answer-pattern", r"(?s)^(.*)$", name="unscored")[1]
+    assert "1 unscored" in distil(rows, "--keep", "all", "--answer-pattern", r"(?s)^(.*)$", name="unscored")[1]
 
 
 def _answered(rows):
@@ -310,6 +313,33 @@ def test_a_real_process_is_interrupted(endless, tool, files, tmp_path):
     assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_an_output_has_one_writer_and_its_name_when_it_is_whole(tmp_path):
+    output = tmp_path / "new" / "rows.jsonl"
+    with Journal.of(output, "verb", {"a": 1}) as journal:
+        with pytest.raises(ConfigError, match="another process writes"), Journal.of(output, "verb", {"a": 1}):
+            pass
+        journal.write({"n": 1})
+        journal.save()
+        journal.write({"n": 2})
+    assert journal.partial.read_text() == '{"n": 1}\n'
+    before = journal.record.read_bytes()
+    with Journal.of(output, "verb", {"a": 1}) as journal:
+        journal.finish()
+    assert Journal.of(output, "verb", {"a": 1}).is_finished
+    journal.record.write_bytes(before)  # the process ended after the rename
+    assert Journal.of(output, "verb", {"a": 1}).is_finished
+    output.unlink()
+    with pytest.raises(DataError, match=r"rows.jsonl.partial lacks rows that .*rows.jsonl.verb.json counts"):
+        Journal.of(output, "verb", {"a": 1})
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(distil, monkeypatch):
+    line = re.compile(r"\d+ of 21 prompts, \d+ written, [\d,]+ tokens/s, about 0 min left")
+    assert not line.search(distil(PROMPTS, name="a")[1])
+    monkeypatch.setattr(meter, "LINE_S", 0.0)
+    assert line.search(distil(PROMPTS, name="b")[1])
+
+
 def test_other_settings_are_refused_by_key(distil, tmp_path):
     distil(PROMPTS[:3], "--keep", "all")
     for words, named in (
@@ -317,9 +347,9 @@ def test_other_settings_are_refused_by_key(distil, tmp_path):
         (["--max-new-tokens", 21], "max_new_tokens 20"),
         (["--system", "Be kind."], "system null"),
     ):
-        with pytest.raises(ConfigError, match=f"was begun with {named}"):
+        with pytest.raises(ConfigError, match=f"was started with {named}"):
             distil(PROMPTS[:3], "--keep", "all", *words)
-    with pytest.raises(ConfigError, match="was begun with prompts_sha256"):
+    with pytest.raises(ConfigError, match="was started with prompts_sha256"):
         distil(PROMPTS[:2], "--keep", "all")
     (tmp_path / "out.jsonl.distil.json").write_text("{")
     with pytest.raises(DataError, match=r"out.jsonl.distil.json is damaged"):

@@ -22,14 +22,14 @@ def tell_memory(page: Page, recipe: Recipe, model: Model, ranks: tuple[int, ...]
         column.justify = "right"
     forecasts = {}
     for count in ranks:
-        setup = setup_of(recipe, deepspeed, count)
+        setup = setup_of(recipe, deepspeed, count, model.new_rows)
         forecasts[count] = [forecast(model.path, at_stage(setup, stage)) for stage in range(4)]
         table.add_row(f"{count}", *map(_peak, forecasts[count]))
     page.line("GPU of a rank", table)
     page.line("", "> the recipe's <; forecast, not measured; leave 10% for the CUDA context, NCCL and fragments")
     shown = next((n for n in ranks if forecasts[n][own].device_bytes < FITS), ranks[-1])
     if forecasts[shown][own].device_bytes >= FITS:
-        _warn_of_size(page, recipe, model, setup_of(recipe, deepspeed, shown))
+        _warn_of_size(page, recipe, model, setup_of(recipe, deepspeed, shown, model.new_rows))
     page.line(f"on {shown} rank(s)", _breakdown(forecasts[shown][own]), _letters(recipe, model, shown))
 
 

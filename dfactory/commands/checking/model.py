@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dfactory.commands.checking.page import Page, in_bytes, in_short
-from dfactory.data.chat import ChatEncoder, SpecialIds, mask_warning, read_chat_template, special_ids
+from dfactory.data.chat import ChatEncoder, SpecialIds, mask_warning, read_chat_template
 from dfactory.data.records import BadRow
 from dfactory.data.rendering import DATE
 from dfactory.data.templates import GENERATION_MARKER, PROBE_TURN
@@ -14,9 +14,9 @@ from dfactory.models.adapters import unreached_experts, whole_model_dir
 from dfactory.models.families.base import FAMILIES
 from dfactory.models.headers import weight_files
 from dfactory.models.hub import is_downloaded, resolve
+from dfactory.models.mask_token import untrained_mask
 from dfactory.models.registry import (
     check_tensors,
-    known_eos_id,
     known_mask_id,
     known_ranges,
     known_shift,
@@ -30,6 +30,7 @@ from dfactory.planning.memory import ParameterCounts, count_adapters, count_para
 from dfactory.ranges import Range
 from dfactory.recipe import Recipe
 from dfactory.types import NO_MASK
+from dfactory.vocabulary import find_special
 
 LITERALS_SHOWN = 8
 
@@ -42,6 +43,14 @@ class Model:
     config: PreTrainedConfig
     counts: ParameterCounts
     trained: int  # parameters: all of them, or the adapters'
+    new_rows: int = 0  # that the vocabulary has beyond the checkpoint's; they are counted
+
+    def with_rows(self, new_rows: int) -> "Model":
+        """The same with more rows, all of whose parameters are trained."""
+        if not new_rows:
+            return self
+        counts = count_parameters(self.path, new_rows)
+        return Model(self.path, read_config(self.path, new_rows), counts, counts.total, new_rows)
 
 
 def tell_model(page: Page, recipe: Recipe) -> Model:
@@ -92,7 +101,8 @@ def tell_weights(page: Page, model: Model) -> None:
         page.warn(warning)
 
 
-def tell_tokens(page: Page, recipe: Recipe, model: Model) -> SpecialIds:
+def tell_tokens(page: Page, recipe: Recipe, model: Model) -> Model:
+    """Returns the model with the rows that its mask needs."""
     tokenizer = read_tokenizer(model.path)
     refuse_foreign_tokenizer(model.path, tokenizer)
     template = read_chat_template(recipe.chat_template_path)
@@ -100,22 +110,33 @@ def tell_tokens(page: Page, recipe: Recipe, model: Model) -> SpecialIds:
         page.line("tokenizer", "none in the directory: records have to come tokenised (input_ids, prompt_lengths)")
     else:
         page.line("tokenizer", f"{type(tokenizer).__name__}, {len(tokenizer)} tokens")
-    vocab_size = model.config.vocab_size
+    ranges = known_ranges(model.path, recipe.token_ranges)
+    special, chosen = find_special(
+        model.path,
+        tokenizer,
+        mask_token_id=recipe.mask_token_id,
+        mask_token=recipe.mask_token,
+        mask_is_not={*ranges.ids, *(recipe.decode.stop_token_ids or ())},
+        eos_token_id=recipe.eos_token_id,
+        template=template,
+    )
     recorded = known_mask_id(model.path, None)
-    mask_id = known_mask_id(model.path, recipe.mask_token_id)
-    if recorded is not None and mask_id != recorded:
-        page.warn(f"mask_token_id {mask_id}, but the model was trained with {recorded}: leave the key out")
-    eos_id = known_eos_id(model.path, recipe.eos_token_id, tokenizer)
-    special = special_ids(tokenizer, mask_id, eos_id, vocab_size, template)
+    if recorded is not None and special.mask != recorded:
+        page.warn(f"mask_token_id {special.mask}, but the model was trained with {recorded}: leave the key out")
     if warning := mask_warning(tokenizer, special.mask):
         page.warn(warning)
+    if not recipe.use_peft:
+        for warning in untrained_mask(meta_model(model.config), special.mask):
+            page.warn(warning)
+    if chosen is not None:
+        page.line("mask token", f"{chosen}")
     page.line("mask, EOS", f"{_token(tokenizer, special.mask)}, {_token(tokenizer, special.eos)}")
     page.line("never decoded", _suppressed(tokenizer, special))
-    for one in known_ranges(model.path, recipe.token_ranges):
+    for one in ranges:
         page.line(f"range {one.name}", _range(tokenizer, one))
     if tokenizer is not None:
         _template(page, recipe, tokenizer, template, special)
-    return special
+    return model.with_rows(0 if chosen is None else chosen.new_rows)
 
 
 def _token(tokenizer: PreTrainedTokenizerBase | None, index: int) -> str:
@@ -157,11 +178,6 @@ def _template(
     page.line("chat template", f"{origin}, {'with' if marked else 'without'} generation markers")
     if "strftime_now" in str(text):
         page.line("its date", f"{DATE:%d %B %Y}, always: a resumed run has to see the same tokens")
-    if not marked:
-        page.warn(
-            "the chat template has no {% generation %} markers: assistant turns are found by rendering each conversation "
-            "turn by turn; look at the example above"
-        )
     encoder = ChatEncoder(tokenizer, own, special, recipe.chat_template_path)
     try:
         ids_T, trainable_T = encoder.encode_messages(PROBE_TURN)
@@ -173,6 +189,11 @@ def _template(
     if turns != 2:
         page.warn(
             f"of two assistant turns the chat template marks {turns}: earlier answers of a conversation are not trained"
+        )
+    elif not marked:
+        page.line(
+            "assistant turns",
+            "found by rendering each conversation turn by turn, as there are no {% generation %} markers; both of two were",
         )
     _tell_end(page, tokenizer, special, ids_T, trainable_T)
 

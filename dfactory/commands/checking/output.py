@@ -77,7 +77,7 @@ def _files(recipe: Recipe) -> Table:
 
 
 def _checkpoint_size(page: Page, recipe: Recipe, model: Model, parent: Path, steps: int | None) -> None:
-    plan = checkpoints_of(recipe, model.path, deepspeed_config(recipe), model.trained, steps)
+    plan = checkpoints_of(recipe, model.path, deepspeed_config(recipe), model.trained, steps, model.new_rows)
     free = shutil.disk_usage(parent).free
     page.line(
         "size",

@@ -10,6 +10,8 @@ from dfactory.algorithms.base import choices_of
 from dfactory.assembly import Inputs, make_source
 from dfactory.commands.checking.page import Page, right_aligned
 from dfactory.data.source import RecordSource
+from dfactory.models.hub import resolve
+from dfactory.models.registry import is_unconverted
 from dfactory.planning.steps import BlockPhase, phases_of, steps_on
 from dfactory.recipe import Recipe
 
@@ -89,11 +91,21 @@ def _schedule(page: Page, recipe: Recipe, steps: int) -> None:
             page.warn(f"{name} {every} is more than the {steps} steps of the run: it will happen at the last step only")
 
 
+def _usual_rates(recipe: Recipe) -> tuple[str, float, float]:
+    """What is trained, and the rates that are common for it."""
+    if recipe.use_peft:
+        return "LoRA", 1e-5, 2e-3
+    if recipe.init_weights == "random":
+        return "random weights", 1e-5, 1e-2
+    if is_unconverted(resolve(recipe.model_name_or_path, recipe.model_revision, weights=False)):
+        return "converting all weights of an autoregressive model", 1e-6, 2e-3
+    return "fine-tuning all weights", 1e-7, 1e-4
+
+
 def _warn_of_rate(page: Page, recipe: Recipe) -> None:
     """A rate that is unusual, or of a preference stage above that of the run it starts from."""
-    rate, fresh = recipe.learning_rate, recipe.init_weights == "random"
-    low, high = (1e-5, 2e-3) if recipe.use_peft else (1e-5, 1e-2) if fresh else (1e-7, 1e-4)
-    kind = "LoRA" if recipe.use_peft else "random weights" if fresh else "fine-tuning all weights"
+    rate = recipe.learning_rate
+    kind, low, high = _usual_rates(recipe)
     if not low <= rate <= high:
         page.warn(f"learning_rate {rate:g} is unusual for {kind}: {low:g} to {high:g} is common")
     if recipe.algorithm.data is not Data.PAIRS or recipe.model_name_or_path == "tiny":
