@@ -21,7 +21,9 @@ from dfactory.redaction import guard_output
 def main(argv: list[str] | None = None) -> int:
     guard_output()
     parser, verbs = _parser()
-    arguments, rest = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv, verbs))
+    typed = sys.argv[1:] if argv is None else argv
+    arguments, rest = parser.parse_known_args(_joined(typed, verbs))
+    arguments.typed = typed
     overrides = _overrides(parser, arguments, rest)
     try:
         if arguments.computes:
@@ -137,12 +139,14 @@ def _export(arguments, overrides) -> int:
         from dfactory.config.load import load_merge_keys
 
         keys = load_merge_keys(arguments.merge)
-        from dfactory.commands.merge import merge
+    from dfactory.commands.export import About, export
 
-        return merge(arguments.model, arguments.output, keys)
-    from dfactory.commands.export import export
+    about = About(not arguments.no_card, arguments.license)
+    if arguments.merge is None:
+        return export(arguments.model, arguments.output, arguments.dtype, arguments.mask_token, about)
+    from dfactory.commands.merge import merge
 
-    return export(arguments.model, arguments.output, arguments.dtype, arguments.mask_token)
+    return merge(arguments.model, arguments.output, keys, about)
 
 
 def _schema(arguments, overrides) -> int:
@@ -178,7 +182,7 @@ def _bench(arguments, overrides) -> int:
 def _report(arguments, overrides) -> int:
     from dfactory.commands.report import report
 
-    return report(arguments.runs, arguments.output)
+    return report(arguments.runs, arguments.output, arguments.chain)
 
 
 def _read(arguments, overrides, ranks: int | None = None):

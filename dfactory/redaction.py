@@ -5,6 +5,8 @@ text. Text with the shape of a token, of a password in a URL or of a private key
 `guard_output` sends everything that Python prints through it, uncaught exceptions included; code that writes a recipe or
 a message to a file calls `redact` or `redacted` itself.
 
+`shareable` hides more, for what leaves the machine with a model: where its files lie, and the hosts of addresses.
+
 Not covered: what native code writes to file descriptors, values in running text shorter than SHORTEST, parts of a secret,
 and the text of records and rollouts.
 """
@@ -19,6 +21,7 @@ import re
 import sys
 import urllib.parse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 MARK = "<redacted>"
@@ -83,6 +86,10 @@ VALUE = re.compile(  # after a name: a list, a mapping, something in quotes, or 
 )
 COOKIE = re.compile(r"(?i:\b((?:set-)?cookie[\"']?\s*+:\s*+[\"']?))[^\r\n\"']{8,}")
 
+HOST = re.compile(r"(?<=://)[^\s/'\"]+")
+PATH = re.compile(r"(?<![\w.~/<>:^-])(?:~|\.\.)?/(?:[\w.@+-]+/)+[\w.@+-]*")  # in a text: of two names at least
+SPELT_AS_PATH = re.compile(r"(?:[~/]|\.\./|[A-Za-z]:\\)")
+
 _remembered: set[str] = set()
 
 
@@ -108,6 +115,32 @@ def redacted(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(redacted, value)) if type(value) in (list, tuple) else [redacted(v) for v in value]
     return redact(value) if isinstance(value, str) else value
+
+
+def shareable(value: Any) -> Any:
+    """`redacted`, with paths of this machine relative to the working directory or by name, and addresses without host."""
+    if isinstance(value, dict):
+        return {name: shareable(inner) for name, inner in redacted(value).items()}
+    if isinstance(value, list | tuple):
+        return [shareable(inner) for inner in value]
+    return _without_place(redact(value)) if isinstance(value, str) else value
+
+
+def _without_place(text: str) -> str:
+    text = HOST.sub(MARK, text)
+    name, sign, path = text.partition("=")
+    if sign and SPELT_AS_PATH.match(path) and " " not in name:
+        return f"{name}={_by_name(path)}"
+    return _by_name(text) if SPELT_AS_PATH.match(text) else PATH.sub(lambda found: _by_name(found[0]), text)
+
+
+def _by_name(path: str) -> str:
+    """A path as a stranger may read it."""
+    here, spelt = Path.cwd(), Path(os.path.expanduser(path))
+    below_home = here == Path.home() or not Path.home().is_relative_to(here)  # else the first names are those of users
+    if spelt.is_absolute() and spelt.is_relative_to(here) and spelt != here and below_home and ".." not in spelt.parts:
+        return str(spelt.relative_to(here))
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path
 
 
 def remember(value: Any) -> None:

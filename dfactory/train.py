@@ -33,7 +33,9 @@ from dfactory.recipe import Recipe
 from dfactory.rl.access import lock_local_cluster
 from dfactory.rl.scoring import check_rewards
 from dfactory.rl.source import RolloutClient
+from dfactory.runs.account import Account, Before, rows_of_files
 from dfactory.runs.folder import RunFolder
+from dfactory.runs.lineage import HELD_OUT, TRAINED_ON
 from dfactory.runs.metrics import MetricsLog
 from dfactory.runs.nonfinite import NonFiniteGuard
 from dfactory.runs.ownership import held_by_run, one_run
@@ -104,6 +106,7 @@ class Run:
         self.state = self.resumed.state if self.resumed is not None else TrainState()
         self.cursor = self.state.source if self.resumed is not None else None
         self._read()
+        self.account = self._open_account() if self.rank == 0 else None
         self._assemble(client)
         self.evaluated = self.saved = self.state.step
 
@@ -121,6 +124,15 @@ class Run:
         self.objective = make_objective(recipe, inputs)
         self.probe = make_probe(recipe, inputs)
         self.num_steps = recipe.max_steps or self.state.step + self.records.num_windows
+
+    def _open_account(self) -> Account:
+        """What the checkpoints will say of where the model comes from."""
+        known = {TRAINED_ON: self.inputs.train, HELD_OUT: self.inputs.held_out}
+        rows = {use: rows_of_files(examples) for use, examples in known.items() if examples is not None}
+        before = None
+        if self.resumed is not None:
+            before = Before(self.resumed.path, self.resumed.state.step, self.resumed.other_recipe)
+        return Account(self.recipe, rows, self.world_size, before)
 
     def _assemble(self, client: RolloutClient | None) -> None:
         """The engine, the source and what watches them, at the step where the run begins."""
@@ -171,6 +183,7 @@ class Run:
         self.source.check(metrics)
         found, warnings = self.sanity.check(state.step, metrics, last)
         if self.log is not None:
+            self.account.stepped(metrics)
             self.log.step(state.step, self.source.epoch, metrics | found, warnings)
 
     def evaluate(self) -> None:
@@ -182,12 +195,14 @@ class Run:
         results = self.trainer.evaluate(held_out, make_measure(self.recipe, self.objective))
         decoded, previews = self.probe.measure(self.trainer) if self.probe is not None else ({}, [])
         if self.log is not None:
+            self.account.evaluated(self.state.step, results | decoded)
             self.log.evaluation(self.state.step, results | decoded, previews)
 
     def save(self) -> None:
         """Write a checkpoint, from which the run can be resumed."""
-        self.state.source = self.source.state_dict()
-        saved = checkpoint.save(self.trainer, self.folder, self.state, self.recipe.save_total_limit)
+        self.state.source, state = self.source.state_dict(), self.state
+        lineage = self.account and self.account.text(state.step, state.tokens, last=state.step == self.num_steps)
+        saved = checkpoint.save(self.trainer, self.folder, state, self.recipe.save_total_limit, lineage)
         self.saved = self.state.step
         if self.log is not None:
             self.log.say(f"saved {saved}")

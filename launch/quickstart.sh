@@ -65,4 +65,5 @@ stage rl "${root}_dpo" "$@"
 
 runs=("$root" "${root}_cap" "${root}_dpo" "${root}_rl")
 dfactory report "${runs[@]}"
+dfactory report --chain "${runs[@]}"
 python -m data_tools.quickstart_table "${runs[@]}"

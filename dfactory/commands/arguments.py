@@ -1,6 +1,7 @@
 """The arguments of each verb, and those that data tools share with verbs. Light: `--help` imports nothing else."""
 
 import argparse
+import re
 from typing import Any
 
 from dfactory.config.words import MODEL_HELP, RECORD_FILES
@@ -125,6 +126,17 @@ def export(parser: argparse.ArgumentParser) -> None:
         metavar="auto|TEXT",
         help="give an autoregressive model its mask token, as the recipe's key does",
     )
+    parser.add_argument(
+        "--license",
+        type=licence,
+        metavar="ID",
+        help="of the model card, as the hub spells it: apache-2.0 (default: that of what the model was made from)",
+    )
+    parser.add_argument(
+        "--no-card",
+        action="store_true",
+        help="write neither README.md, the model card, nor dfactory.json: recipe, data and numbers stay here",
+    )
 
 
 def schema(parser: argparse.ArgumentParser) -> None:
@@ -152,6 +164,11 @@ def bench(parser: argparse.ArgumentParser) -> None:
 def report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument("--output", help="folder of the report (default: report/ of the first run)")
+    parser.add_argument(
+        "--chain",
+        action="store_true",
+        help="a page of stages that start from each other: the runs and all that they were made from, a section each",
+    )
 
 
 # --- values ------------------------------------------------------------------------------------------------------------
@@ -167,6 +184,12 @@ def port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text} is not a port from 0 to 65535")
     return int(text)
+
+
+def licence(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", text):
+        raise argparse.ArgumentTypeError(f"{text} is not an identifier of a licence such as apache-2.0, mit or other")
+    return text
 
 
 def seconds(text: str) -> float:

@@ -23,6 +23,7 @@ from rich.table import Table
 from dfactory.algorithms.elbo import elbo_by_view
 from dfactory.commands.arguments import model_of
 from dfactory.commands.generate import write_outputs
+from dfactory.commands.measured import keep
 from dfactory.config.data import DatasetKeys
 from dfactory.console import plain_console
 from dfactory.data.examples import Examples, load_examples
@@ -31,6 +32,7 @@ from dfactory.decoding.keys import DecodeKeys
 from dfactory.inference import Pipeline
 from dfactory.noise import RandomMask
 from dfactory.packing import block_of, whole_blocks
+from dfactory.runs.lineage import Result
 from dfactory.types import AlignedDocument, View
 
 ROW_LENGTH = 8192  # positions that are scored together, unless one record takes more
@@ -84,6 +86,7 @@ def evaluate_elbo(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     if arguments.output:
         write_outputs(Path(arguments.output), _lines(examples, bounds))
     console.print(_table(bounds, time.perf_counter() - started))
+    keep(arguments, pipeline.keys, _results(bounds))
     return 0
 
 
@@ -201,6 +204,15 @@ def _table(bounds: Bounds, seconds: float) -> Table:
     table.add_row("perplexity, at most", f"{np.exp(-nats):.4f}")
     table.caption = f"{pairs} complementary pair(s) of views a document, {seconds:.1f} s"
     return table
+
+
+def _results(bounds: Bounds) -> list[Result]:
+    nats, error, count = bounds.per_token, bounds.error_of_documents, len(bounds.tokens_D)
+    interval = () if np.isnan(error) else (float(nats - 1.96 * error), float(nats + 1.96 * error))
+    return [
+        Result("elbo_nats_per_token", float(nats), "", *interval, records=count),
+        Result("perplexity_at_most", float(np.exp(-nats)), records=count),
+    ]
 
 
 def _number(value: float) -> str:

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from dfactory.commands.arguments import model_of
 from dfactory.commands.generate import answered, matches, output_of, write_outputs
+from dfactory.commands.measured import keep, parted, shares
 from dfactory.commands.reporting.runs import sweep_file
 from dfactory.console import plain_console
 from dfactory.data.answers import answer_in, compiled_pattern
@@ -33,6 +34,7 @@ from dfactory.errors import ConfigError, DataError
 from dfactory.inference import Pipeline
 from dfactory.rl.rewards.reasoning_gym import score
 from dfactory.rl.rewards.text import answer_text
+from dfactory.runs.lineage import Result
 
 NORMAL_QUANTILE = 1.96  # two-sided 95 percent
 FULL_SCORE = 1 - 1e-9
@@ -60,6 +62,28 @@ class Tally(NamedTuple):
     def tokens_per_forward(self) -> float:
         return self.tokens / max(self.forwards, 1)
 
+    @property
+    def is_graded(self) -> bool:
+        """Whether a scorer knows more than right and wrong."""
+        return any(0 < value < FULL_SCORE for value in self.scores)
+
+    @property
+    def mean_score(self) -> float:
+        return sum(self.scores) / len(self.scores)
+
+    def results(self) -> list[Result]:
+        """What is recorded."""
+        count = len(self.scores)
+        graded = [Result("mean_score", self.mean_score, records=count)] if self.is_graded else []
+        return [
+            shares("exact_match", self.hits, count, wilson_interval(self.hits, count)),
+            *graded,
+            Result("tokens_per_forward", self.tokens_per_forward, records=count),
+        ]
+
+    def speed(self) -> Result:
+        return Result("tokens_per_second", self.tokens / self.seconds, records=len(self.scores))
+
     def cells(self) -> list[str]:
         """Of a table: exact match, its interval, tokens per forward, forwards."""
         low, high = wilson_interval(self.hits, len(self.scores))
@@ -81,11 +105,17 @@ def evaluate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
         if file is not None:
             write_outputs(file, [_sweep_line(key, *point) for point in sweep])
             console.print(f"written: {file}", soft_wrap=True)
+        points = [(f"{key}={value}", tally) for value, tally in sweep]
+        results = [one for part, tally in points for one in parted([*tally.results(), tally.speed()], part)]
+        keep(arguments, pipeline.keys, results)
         return 0
     asked = _ask(pipeline, rows, console)
     if arguments.output:
         write_outputs(Path(arguments.output), asked.outputs)
-    console.print(_table(asked, score))
+    tallies = _by_task(asked, score)
+    console.print(_table(tallies))
+    results = [one for task, tally in tallies.items() for one in parted(tally.results(), task)]
+    keep(arguments, pipeline.keys, [*results, tallies[""].speed()])
     return 0
 
 
@@ -160,25 +190,27 @@ def _tally(asked: Asked, score: Score) -> Tally:
 # --- what is shown -----------------------------------------------------------------------------------------------------
 
 
-def _table(asked: Asked, score: Score) -> Table:
-    whole = _tally(asked, score)
-    table = Table("", "records", "exact\nmatch", "95% interval", "tokens /\nforward", "forwards", title="evaluation")
-    _align(table)
-
-    def add(name: str, tally: Tally, style: str | None = None) -> None:
-        table.add_row(name, str(len(tally.scores)), *tally.cells(), style=style)
-
+def _by_task(asked: Asked, score: Score) -> dict[str, Tally]:
+    """Of each task where there are several, then of all under the name ""."""
     by_task = defaultdict(list)
     for output in asked.outputs:
         by_task[str(output.get("task", ""))].append(output)
-    if len(by_task) > 1:
-        for task in sorted(by_task):
-            add(task, _tally(Asked(by_task[task], asked.seconds), score))
-        table.add_section()
-    add("all", whole, "bold")
+    parts = {task: by_task[task] for task in sorted(by_task)} if len(by_task) > 1 else {}
+    return {task: _tally(Asked(part, asked.seconds), score) for task, part in (parts | {"": asked.outputs}).items()}
+
+
+def _table(tallies: dict[str, Tally]) -> Table:
+    table = Table("", "records", "exact\nmatch", "95% interval", "tokens /\nforward", "forwards", title="evaluation")
+    _align(table)
+    for task, tally in tallies.items():
+        if task:
+            table.add_row(task, str(len(tally.scores)), *tally.cells())
+    table.add_section()
+    whole = tallies[""]
+    table.add_row("all", str(len(whole.scores)), *whole.cells(), style="bold")
     table.caption = f"{whole.tokens} tokens in {whole.seconds:.1f} s, {whole.tokens / whole.seconds:,.0f} per second"
-    if any(0 < value < FULL_SCORE for value in whole.scores):  # by a scorer that knows more than right and wrong
-        table.caption += f"; mean score {sum(whole.scores) / len(whole.scores):.3f}"
+    if whole.is_graded:
+        table.caption += f"; mean score {whole.mean_score:.3f}"
     return table
 
 

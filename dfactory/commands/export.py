@@ -4,14 +4,14 @@ A full checkpoint is copied without its engine state; every tensor, loaded from 
 checkpoint, rounded where another precision was asked for. LoRA adapters are merged into their base. Each merged weight has
 to compute what base and adapter compute (models/adapters.py); loaded from the copy it has to be that sum, rounded once;
 every other tensor has to be the base's own, in the base's precision; and the model's scores on a fixed probe have to be
-those of base and adapters. The directory appears under its name when all of this holds. `--mask-token` gives a model
-without a mask its token: its tensors stay, but for rows that are appended.
+those of base and adapters. The directory appears under its name when all of this holds, with a model card (cards/).
+`--mask-token` gives a model without a mask its token: its tensors stay, but for rows that are appended.
 """
 
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
+from dfactory.commands.cards.card import write_card
 from dfactory.console import plain_console
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.models.adapters import Merge, is_adapters, merge_into_base, whole_model_dir
@@ -31,7 +32,11 @@ from dfactory.models.registry import load_policy
 from dfactory.models.saving import CHAT_TEMPLATE, GENERATION_CONFIG, carry_files, layer_groups, save_policy
 from dfactory.noise import masked_view
 from dfactory.packing import PackedDocument, collate
+from dfactory.runs.account import version_of
 from dfactory.runs.folder import sync_tree
+from dfactory.runs.hashing import hash_file
+from dfactory.runs.lineage import Averaged, Export
+from dfactory.runs.provenance import lineage_of, source_of, with_sums
 from dfactory.types import AlignedDocument, TokenScores, ViewBatch
 from dfactory.vocabulary import read_vocabulary
 
@@ -43,7 +48,19 @@ AS_TRAINED = (GENERATION_CONFIG, CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, SPE
 PROBE_BLOCK, PROBE_LENGTH, PROBE_DOCUMENTS = 8, 64, 8
 
 
-def export(model: str, output: str, dtype: str = "auto", mask_token: str | None = None) -> int:
+class About(NamedTuple):
+    """What an export says of itself."""
+
+    card: bool = True  # README.md and dfactory.json
+    license: str | None = None  # None: that of what the model was made from
+
+
+WITH_CARD = About()
+
+
+def export(
+    model: str, output: str, dtype: str = "auto", mask_token: str | None = None, about: About = WITH_CARD
+) -> int:
     """Write `model` (checkpoint, or run folder: its newest checkpoint) as the plain model directory `output`.
 
     `dtype` is float32, bfloat16, or auto: the checkpoint's own, of adapters that of their base. `mask_token` is the recipe's
@@ -62,15 +79,50 @@ def export(model: str, output: str, dtype: str = "auto", mask_token: str | None 
         is_as_stored = wanted in (None, stored_dtype(source))
         return _copy_checkpoint(source, partial) if is_as_stored else _cast_checkpoint(source, partial, wanted)
 
-    return write_proved(Path(output), str(source), write)
+    return write_proved(Path(output), str(source), write, describing(source, Path(output).resolve().name, about))
 
 
-def write_proved(target: Path, named: str, write: Callable[[Path], list[str]]) -> int:
-    """Let `write` fill a directory, which takes the name `target` when `write` has returned what it proved."""
+def describing(
+    source: Path, name: str, about: About, metric: str | None = None, averaged: Sequence[Averaged] = ()
+) -> Callable[[Path], None]:
+    """What writes the card and the lineage of an export into its directory, which will be called `name`. Raises
+    CheckpointError where the lineage of the source is damaged."""
+    if not about.card:
+        return lambda partial: None
+    told = lineage_of(source)
+
+    def describe(partial: Path) -> None:
+        lineage = with_sums(told, source)
+        sums = {file.name: sha256 for file in weight_files(partial) if (sha256 := hash_file(file).sha256) is not None}
+        entry = Export(
+            name,
+            source_of(source),
+            dtype_name(stored_dtype(partial)),
+            version_of("dfactory"),
+            merged_adapters=is_adapters(source),
+            metric=metric,
+            averaged=list(averaged),
+            license=about.license,
+            weights=sums,
+        )
+        write_card(partial, name, lineage.then(entry))
+
+    return describe
+
+
+def write_proved(
+    target: Path,
+    named: str,
+    write: Callable[[Path], list[str]],
+    describe: Callable[[Path], None] = lambda partial: None,
+) -> int:
+    """Let `write` fill a directory, which takes the name `target` when `write` has returned what it proved, and `describe`
+    has said what it is."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"--output {target} exists and is not an empty directory: give a new one")
     with _appears_whole(target) as partial:
         proofs = write(partial)
+        describe(partial)
     console = plain_console(soft_wrap=True)
     for proof in proofs:
         console.print(proof)

@@ -26,11 +26,13 @@ from dfactory.commands.arguments import model_of
 from dfactory.commands.elbo import estimate, read_examples
 from dfactory.commands.evaluate import wilson_interval
 from dfactory.commands.generate import answered
+from dfactory.commands.measured import keep
 from dfactory.console import plain_console
 from dfactory.data.prompts import Row
 from dfactory.decoding.keys import DecodeKeys, decode_keys_over
 from dfactory.errors import ConfigError
 from dfactory.inference import Pipeline
+from dfactory.runs.lineage import Result
 
 try:
     import lm_eval.models  # noqa: F401  its own models: lm-eval looks them up only while none is registered
@@ -188,6 +190,7 @@ def evaluate_harness(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(results, indent=1, default=str), encoding="utf-8")
     console.print(_table(results, model))
+    keep(arguments, model.pipeline.keys, _results(results))
     return 0
 
 
@@ -228,6 +231,15 @@ def _values(results: dict[str, Any]) -> Iterable[tuple[str, str, float, int, flo
             if kind and not metric.endswith("_stderr") and isinstance(value, (int, float)):
                 error = values.get(f"{metric}_stderr,{kind}")
                 yield task, metric, value, count, error if isinstance(error, float) else float("nan")
+
+
+def _results(results: dict[str, Any]) -> list[Result]:
+    found = []
+    for task, metric, value, count, error in _values(results):
+        known = (metric in SHARES and count) or error == error  # nan: no standard error
+        interval = _interval(metric, value, count, error) if known else ()
+        found.append(Result(metric, float(value), task, *interval, records=count))
+    return found
 
 
 def _interval(metric: str, value: float, count: int, error: float) -> tuple[float, float]:

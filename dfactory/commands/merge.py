@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dfactory.commands.export import compare, merge_adapters, prove_copy, write_proved
+from dfactory.commands.export import WITH_CARD, About, compare, describing, merge_adapters, prove_copy, write_proved
 from dfactory.config.merge import MergeKeys
 from dfactory.console import plain_console
 from dfactory.errors import CheckpointError, ConfigError
@@ -20,12 +20,13 @@ from dfactory.models.policy import Policy
 from dfactory.models.registry import check_tensors, read_config
 from dfactory.models.saving import carry_files
 from dfactory.runs.folder import Ranked, RunFolder
+from dfactory.runs.lineage import Averaged
 
 SAMPLED = 8  # tensors whose mean is computed a second time, in float64
 PRODUCT_TOLERANCE = 1e-5  # of an averaged adapter product, as a share of the largest entry
 
 
-def merge(run: str, output: str, keys: MergeKeys) -> int:
+def merge(run: str, output: str, keys: MergeKeys, about: About = WITH_CARD) -> int:
     """Write the mean of the `keys.topk` best checkpoints of the folder `run` as the model directory `output`.
 
     Raises ConfigError for a metric that the run never measured and where too few checkpoints are left, DataError and
@@ -39,7 +40,9 @@ def merge(run: str, output: str, keys: MergeKeys) -> int:
     sources = [ranked.path for ranked in chosen]
     write = _write_adapters if is_adapters(sources[0]) else _write_weights
     named = f"the mean of {len(sources)} checkpoint(s) of {run}"
-    return write_proved(Path(output), named, lambda partial: write(sources, partial))
+    averaged = [Averaged(ranked.path.name, ranked.value) for ranked in chosen]
+    describe = describing(sources[0], Path(output).resolve().name, about, keys.metric, averaged)
+    return write_proved(Path(output), named, lambda partial: write(sources, partial), describe)
 
 
 def best_checkpoints(folder: RunFolder, keys: MergeKeys) -> list[Ranked]:

@@ -26,6 +26,7 @@ from dfactory.commands.arguments import model_of
 from dfactory.commands.elbo import read_examples
 from dfactory.commands.evaluate import wilson_interval
 from dfactory.commands.generate import write_outputs
+from dfactory.commands.measured import keep, shares
 from dfactory.console import plain_console
 from dfactory.data.examples import Examples
 from dfactory.decoding.keys import DecodeKeys
@@ -73,6 +74,8 @@ def repair(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
         write_outputs(Path(arguments.output), [_output(*row) for row in zip(records, *rollouts.values(), strict=True)])
     console = plain_console()
     console.print(summary(records, rollouts[False], rollouts[True], time.perf_counter() - started))
+    found = counts(records, rollouts[False], rollouts[True]).items()
+    keep(arguments, pipeline.keys, [shares(n, hits, of, wilson_interval(hits, of)) for n, (hits, of) in found])
     return 0
 
 
@@ -114,20 +117,31 @@ def _output(record: Planted, clean: Rollout, planted: Rollout) -> dict[str, Any]
     }
 
 
-def summary(records: Sequence[Planted], clean: Sequence[Rollout], planted: Sequence[Rollout], seconds: float) -> Table:
+def counts(
+    records: Sequence[Planted], clean: Sequence[Rollout], planted: Sequence[Rollout]
+) -> dict[str, tuple[int, int]]:
+    """What is counted -> how often, of how many."""
     changed = [record.changed(rollout) for record, rollout in zip(records, planted, strict=True)]
     falsely = [record.changed(rollout) for record, rollout in zip(records, clean, strict=True)]
     missed = np.array([here[record.index] for record, here in zip(records, changed, strict=True)])
     tokens = sum(map(len, changed))
+    beside = int(sum(here.sum() for here in changed) - missed.sum())
+    return {
+        "errors repaired": (int((~missed).sum()), len(records)),
+        "answers restored": (sum(not here.any() for here in changed), len(records)),
+        "false edits, answers without an error": (int(sum(here.sum() for here in falsely)), tokens),
+        "false edits beside an error": (beside, tokens - len(records)),
+    }
+
+
+def summary(records: Sequence[Planted], clean: Sequence[Rollout], planted: Sequence[Rollout], seconds: float) -> Table:
     table = Table("", "of", "share", "95% interval", title=f"one wrong token in each of {len(records)} right answers")
     for column in table.columns[1:]:
         column.justify = "right"
-    _row(table, "errors repaired", int((~missed).sum()), len(records))
-    _row(table, "answers restored", sum(not here.any() for here in changed), len(records))
-    _row(table, "false edits, answers without an error", int(sum(here.sum() for here in falsely)), tokens)
-    beside = int(sum(here.sum() for here in changed) - missed.sum())
-    _row(table, "false edits beside an error", beside, tokens - len(records))
+    for name, (hits, of) in counts(records, clean, planted).items():
+        _row(table, name, hits, of)
     forwards = sum(rollout.forwards for rollout in [*clean, *planted])
+    tokens = sum(len(record.answer_ids) for record in records)
     table.caption = f"{forwards} forwards for {2 * len(records)} drafts of {tokens} tokens in all, {seconds:.1f} s"
     return table
 

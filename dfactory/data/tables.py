@@ -7,6 +7,7 @@ A row's address is the entry's label and the row's number from 1: `org/set[train
 """
 
 import glob
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from dfactory.hub import missing, refusal
 KINDS = {".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 """Endings of local files, with the library's name of each format."""
 BATCH = 1024  # rows that are read together
+
+_COMMITS: dict[tuple[str | None, str | None], str] = {}  # (name, revision asked for) -> commit that this process read
 
 Decode = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -49,6 +52,11 @@ def table_rows(entry: DatasetKeys, advance: Advance) -> Iterator[tuple[int, Any]
             told += min(batch.nbytes, size - told)
     except _unreadable() as problem:
         raise DataError(_damaged(entry, number, problem)) from problem
+
+
+def commit_read(entry: DatasetKeys) -> str | None:
+    """The commit of a hub's dataset that this process has read; None if it has not, or the library does not tell."""
+    return _COMMITS.get((entry.name, entry.revision))
 
 
 class Table:
@@ -97,6 +105,9 @@ def _load(entry: DatasetKeys, streaming: bool):
         raise missing(told, str(problem).rstrip(".")) from problem
     except _unreadable() as problem:
         raise refusal(problem, told, entry.revision) from problem
+    for url in loaded.download_checksums or {}:  # hf://datasets/ORG/NAME@COMMIT/FILE
+        if found := re.match(rf"hf://datasets/{re.escape(entry.name)}@([0-9a-f]{{40}})/", url):
+            _COMMITS[entry.name, entry.revision] = found[1]
     return loaded.with_format("arrow")
 
 

@@ -43,6 +43,7 @@ from dfactory.models.registry import known_mask_id
 from dfactory.models.saving import save_policy
 from dfactory.recipe import Recipe
 from dfactory.runs.folder import CONFIG, RECIPE, STATE, RunFolder, recipe_text, replace_text, writing
+from dfactory.runs.lineage import FILE as LINEAGE
 from dfactory.types import WHOLE, TrainState
 
 ENGINE = "engine"  # the folder that only a resumed run reads
@@ -50,8 +51,9 @@ SHARDS, UNIVERSAL = "shards", "universal"  # DeepSpeed's tags
 CONVERTED = ".converted"  # in output_dir while a run resumes: shards in the universal format
 
 
-def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | None) -> Path:
-    """Write checkpoint-N of the step in `state`; every rank must call this. Returns its path.
+def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | None, lineage: str | None = None) -> Path:
+    """Write checkpoint-N of the step in `state`; every rank must call this. Returns its path. `lineage` is the text of its
+    dfactory.json, on the first rank.
 
     Raises CheckpointError if the disk is full, or if a file does not read back as it was written. Older checkpoints are
     then untouched.
@@ -67,6 +69,8 @@ def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | Non
         _write_shards(trainer, partial)
         if trainer.rank == 0:
             _write_state(trainer, state, partial)
+            if lineage is not None:
+                replace_text(partial / LINEAGE, lineage)
         _write_manifest(partial)
         if problems := find_problems(partial):
             raise CheckpointError(f"{partial} does not read back as written, check the disk: {'; '.join(problems)}")

@@ -34,6 +34,9 @@ CHAT_TEMPLATE = "chat_template.jinja"  # transformers prefers it to the template
 NAMED_TEMPLATES = "additional_chat_templates"  # folder of the others, such as tool_use.jinja
 _NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
+_ABOUT_THE_SOURCE = ("README.md", "provenance.json", "dfactory.json")
+"""Its card and what it was made from; a saved model has its own (runs/lineage.py)."""
+
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]
 NamedTensors = list[tuple[str, torch.Tensor]]
 Tensors = dict[str, torch.Tensor]
@@ -236,7 +239,8 @@ def carry_files(source_dir: Path, directory: Path) -> None:
 
 
 def carried_files(source_dir: Path) -> list[Path]:
-    """Tokenizer, chat template, code, licence: every file that holds no weights, is not hidden and is not the adapters'.
+    """Tokenizer, chat template, code, licence: every file that holds no weights, is not hidden, is not the adapters', and
+    does not tell what the source was made from.
 
     Raises CheckpointError for a link that leads elsewhere: what it points to may not be meant for those who get the copy.
     """
@@ -245,6 +249,8 @@ def carried_files(source_dir: Path) -> list[Path]:
     files = []
     for file in (*sorted(source_dir.iterdir()), *sorted(source_dir.glob(f"{NAMED_TEMPLATES}/*.jinja"))):
         if not file.is_file() or file.name.startswith(".") or file.name.endswith((*_NOT_CARRIED, ADAPTER_CONFIG)):
+            continue
+        if file.name in _ABOUT_THE_SOURCE:
             continue
         if not any(file.resolve().is_relative_to(folder) for folder in allowed):
             raise CheckpointError(

@@ -5,6 +5,7 @@ output_dir/config.until-step-N.yaml   the one that ran up to step N, where a res
 output_dir/metrics.jsonl    one object a step, and one an evaluation ("eval/...")
 output_dir/previews.jsonl   held-out prompts as the model answered them at each evaluation, where prompts are decoded
 output_dir/completions.jsonl   rollouts with their rewards, in reinforcement learning
+output_dir/evaluations.jsonl   what `dfactory eval` measured of its checkpoints
 output_dir/groups.jsonl     which prompts each of its steps met and trained on, by number
 output_dir/checkpoint-N/    a model directory that transformers loads, with the engine's state in engine/
 output_dir/LATEST           the newest whole checkpoint's name; written last
@@ -35,7 +36,14 @@ STATE = "engine/state.json"
 RECIPE = "engine/recipe.yaml"  # of a checkpoint: the recipe that it was trained by, as config.yaml has it
 CONFIG = "config.yaml"
 METRICS, PREVIEWS = "metrics.jsonl", "previews.jsonl"
-STEP_TABLES = (METRICS, PREVIEWS, "completions.jsonl", "groups.jsonl")  # each line names its step, counted from 1
+EVALUATIONS = "evaluations.jsonl"
+STEP_TABLES = (
+    METRICS,
+    PREVIEWS,
+    EVALUATIONS,
+    "completions.jsonl",
+    "groups.jsonl",
+)  # each line names its step, counted from 1
 
 _TORCH_SAVE = ("PytorchStreamWriter", "inline_container")  # in the message of torch.save when it could not write
 _NAME = re.compile(r"checkpoint-\d+")
@@ -126,14 +134,7 @@ class RunFolder:
         file = self.metrics_file
         if not file.is_file():
             raise DataError(f"{file} does not exist: give run folders, the output_dir of a recipe that was trained")
-        rows, lines = [], file.read_text().splitlines()
-        for number, line in enumerate(lines, start=1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as problem:
-                if number == len(lines):
-                    break  # a run that is being written, or was killed while it wrote
-                raise DataError(f"{file}:{number} is not JSON ({problem.msg}): remove the line") from problem
+        rows = [row for _, row in json_lines(file)]
         if not rows:
             raise DataError(f"{file} holds no step yet: wait for the first one")
         return rows
@@ -242,6 +243,25 @@ def resolved_keys(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_text(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(resolved_keys(recipe))
+
+
+def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a table with their line numbers, without an unfinished last line. Raises DataError for another one."""
+    lines = file.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as problem:
+            if number == len(lines):
+                return  # a run that is being written, or was killed while it wrote
+            raise DataError(f"{file}:{number} is not JSON ({problem.msg}): remove the line") from problem
+
+
+def run_of(model_dir: Path) -> Path | None:
+    """The run folder that a model directory is a checkpoint of; None for any other."""
+    folder = model_dir.parent
+    is_checkpoint = bool(_NAME.fullmatch(model_dir.name)) and (folder / METRICS).is_file()
+    return folder if is_checkpoint else None
 
 
 def step_of(checkpoint: Path) -> int:

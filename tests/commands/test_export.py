@@ -109,7 +109,7 @@ def test_merged_lora_loads_in_plain_transformers(lora_run, tmp_path, capsys):
     assert moved.abs().max() > 1e-3
     assert (tmp_path / "out" / "NOTICE").read_text() == "carry me"
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        *("NOTICE", "config.json", "generation_config.json", "model.safetensors")
+        *("NOTICE", "config.json", "generation_config.json", "model.safetensors", "README.md", "dfactory.json")
     }
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["block_size"] == 8
 

@@ -130,7 +130,8 @@ def test_the_mean_of_a_real_run(golden_run, tmp_path, capsys):
     assert all(torch.equal(mean[name], (a[name] + b[name]) / 2) for name in mean)
     assert not torch.equal(mean["lm_head.weight"], a["lm_head.weight"])
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        *("NOTICE", "config.json", "generation_config.json", "model.safetensors", "modeling_x.py")
+        *("NOTICE", "config.json", "generation_config.json", "model.safetensors", "modeling_x.py"),
+        *("README.md", "dfactory.json"),
     }
     for name in ("config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (golden_run / best / name).read_bytes()

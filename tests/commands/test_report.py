@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dfactory.cli import main
-from dfactory.commands.report import write_report
+from dfactory.commands.report import write_chain, write_report
+from dfactory.commands.reporting.chain import read_chain
 from dfactory.commands.reporting.figures import drawings, smooth
 from dfactory.commands.reporting.memory import forecast_of
 from dfactory.commands.reporting.page import final_numbers
@@ -18,6 +19,7 @@ from dfactory.commands.reporting.runs import read_run, sweep_file
 from dfactory.commands.reporting.tradeoff import draw_tradeoff
 from dfactory.errors import DataError
 from dfactory.planning.memory import count_parameters
+from dfactory.runs.lineage import Base, Lineage, Source, Training
 
 PICTURES = {"memory.png", "loss.png", "loss_by_t.png", "hit_rate.png", "optimiser.png", "speed.png"}
 
@@ -189,6 +191,86 @@ def test_completions_are_shown(tmp_path):
     assert shown == [0, 1, 2, 3, 16, 17, 18, 19]
     assert "Say &lt;b&gt;" in page
     assert "<td>reward</td><td>0.5000</td>" in page
+
+
+# --- a chain -----------------------------------------------------------------------------------------------------------
+
+
+def write_chain_of_runs(folder: Path) -> list[Path]:
+    """Four stages, each from the one before, by an absolute path, a relative one or a checkpoint."""
+    eight = range(1, 21)
+    rows = {
+        "sft": [{"step": s, "loss": 4.0 / s, "tokens": 100, "seconds": 60.0} for s in eight],
+        "cap": [{"step": s, "loss": 1.0, "confidence": 1 / s} for s in eight],
+        "dpo": [{"step": s, "loss": 0.7, "rewards/accuracies": s / 20} for s in eight],
+        "rl": [{"step": s, "loss": 0.0, "reward": s / 20, "unique_fraction": 0.5} for s in eight],
+    }
+    for name in ("sft", "cap"):
+        rows[name] += [{"step": s, "eval/loss": 2.0 / s, "eval/exact_match": s / 40} for s in (10, 20)]
+    rows["dpo"] += [{"step": s, "eval/rewards/accuracies": s / 25} for s in (10, 20)]
+    before = {"sft": "tiny", "cap": str(folder / "sft"), "dpo": "cap/checkpoint-20", "rl": str(folder / "dpo")}
+    runs = {
+        name: write_run(folder / name, lines, f"stage: {name}\nmodel_name_or_path: {before[name]}\n")
+        for name, lines in rows.items()
+    }
+    (folder / "cap/checkpoint-20").mkdir()
+    line = {"step": 1, "group": 0, "prompt": "Say <b>", "completion": "<i>no</i>", "reward": 0.25}
+    (runs["rl"] / "completions.jsonl").write_text(json.dumps(line) + "\n")
+    previews = [{"step": s, "prompt": "Q", "expected": "A", "answered": f"at {s}", "right": s > 10} for s in (10, 20)]
+    (runs["sft"] / "previews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in previews))
+    return list(runs.values())
+
+
+def test_a_chain_is_followed_back_and_drawn_in_its_order(tmp_path, capsys):
+    runs = write_chain_of_runs(tmp_path)
+    assert main(["report", "--chain", str(runs[-1]), "--output", str(tmp_path / "out")]) == 0
+    assert "chain.html" in capsys.readouterr().out
+    page = (tmp_path / "out/chain.html").read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["1. sft", "2. cap", "3. dpo", "4. rl"]
+    assert [link.source for link in read_chain(runs[-1:]).links] == ["tiny", "sft", "cap/checkpoint-20", "dpo"]
+    assert [link.run.label for link in read_chain([runs[1], runs[3], runs[0]]).links] == ["sft", "cap", "dpo", "rl"]
+    shown = [re.findall('alt="([^"]*)"', section) for section in page.split("<section ")[1:]]
+    assert shown == [
+        ["loss", "exact match"],
+        ["loss", "entropy of correct predictions", "exact match"],
+        ["chosen above rejected", "loss"],
+        ["mean reward of the rollouts", "different answers in a group"],
+    ]
+    assert "<small>held-out loss</small> 0.200 \N{RIGHTWARDS ARROW} <b>0.100</b>" in page
+    assert "<small>reward</small> 0.075 \N{RIGHTWARDS ARROW} <b>0.975</b>" in page
+    assert '<td data-label="time of the steps">20.0 min</td>' in page
+    assert '<span class="wrong">at 10</span>' in page
+    assert '<span class="right">at 20</span>' in page
+    assert "&lt;i&gt;no&lt;/i&gt;" in page
+    assert "<i>no" not in page
+    assert "://" not in page.replace(str(tmp_path), "")
+
+
+def test_evaluations_of_a_chain_stand_below_each_other(tmp_path):
+    """Those with the same questions and decode keys are one table; their commands are told."""
+    runs = write_chain_of_runs(tmp_path)
+    for run, share in zip(runs, (0.5, 0.75), strict=False):
+        result = {"metric": "exact_match", "value": share, "low": 0.4, "high": 0.8, "records": 8}
+        one = {"step": 20, "date": "2026-01-02", "command": f"dfactory eval --model {run.name}", "data": "q.jsonl"}
+        (run / "evaluations.jsonl").write_text(json.dumps(one | {"decode": {"rule": "x"}, "results": [result]}) + "\n")
+    page = write_chain(runs[-1:]).read_text()
+    assert page.count("<h3>dfactory eval: q.jsonl</h3>") == 1
+    assert page.index("<b>50.0%</b>") < page.index("<b>75.0%</b> <small>40.0% to 80.0%</small>")
+    assert "2026-01-02  dfactory eval --model cap" in page
+
+
+def test_stages_without_a_folder_are_known_by_their_record(tmp_path):
+    """As after an export; a run that leads back to itself ends the search."""
+    run = write_run(tmp_path / "rl", [{"step": 1, "loss": 1.0}], f"stage: rl\nmodel_name_or_path: {tmp_path / 'rl'}\n")
+    first, last = (Training(name, f"run_{name}", Source("x"), "", 7, tokens=70) for name in ("sft", "rl"))
+    state = run / "checkpoint-1/engine/state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text("{}")
+    (run / "checkpoint-1/dfactory.json").write_text(Lineage(Base("hub", "org/name"), (first, last)).text())
+    page = write_chain([run]).read_text()
+    assert "sft <small>run_sft, by its record</small>" in page
+    assert "from org/name" in page
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["1. rl"]
 
 
 def test_memory_is_measured_and_forecast(golden_run):

@@ -21,6 +21,9 @@ EVAL_BY_T = re.compile(r"eval/loss_t(\d+\.\d+)")
 SMOOTH_SHARE = 20  # the smoothed line averages over about 1/20 of the points
 
 
+Size = tuple[float, float]  # inches
+
+
 class Panel(NamedTuple):
     """One row of axes: a training metric, the same on held-out documents, or both."""
 
@@ -68,7 +71,8 @@ def drawings() -> dict[str, Callable[[list[Run]], Figure | None]]:
     return {"loss": every.pop("loss"), "loss_by_t": draw_by_t, **every}
 
 
-def draw_panels(runs: list[Run], panels: tuple[Panel, ...]) -> Figure | None:
+def draw_panels(runs: list[Run], panels: tuple[Panel, ...], size: Size | None = None) -> Figure | None:
+    """`size` is that of a figure with one panel, where it is not the one of a page's width."""
     panels = tuple(panel for panel in panels if any(_has(run, panel) for run in runs))
     if not panels:
         return None
@@ -79,7 +83,7 @@ def draw_panels(runs: list[Run], panels: tuple[Panel, ...]) -> Figure | None:
         for stage in stages
         if (members := [run for run in runs if run.stage == stage and _has(run, panel)])
     ]
-    figure, every_axes = new_figure(len(cells))
+    figure, every_axes = new_figure(len(cells), size)
     for (panel, stage, members), axes in zip(cells, every_axes, strict=True):
         for place, run in enumerate(members):
             _draw_run(
@@ -89,11 +93,12 @@ def draw_panels(runs: list[Run], panels: tuple[Panel, ...]) -> Figure | None:
     return figure
 
 
-def new_figure(cells: int) -> tuple[Figure, list[Axes]]:
+def new_figure(cells: int, size: Size | None = None) -> tuple[Figure, list[Axes]]:
     """A figure with `cells` axes, two in a row."""
     columns = min(2, cells)
     rows = math.ceil(cells / columns)
-    figure = Figure(figsize=(8 if columns == 1 else 10.4, 0.4 + 3.2 * rows), dpi=130, layout="constrained")
+    size = size or (8 if columns == 1 else 10.4, 0.4 + 3.2 * rows)
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
     figure.get_layout_engine().set(hspace=0.06)
     every_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for spare in every_axes[cells:]:
@@ -124,13 +129,13 @@ def _label(run: Run, text: str, several: bool) -> str:
     return f"{run.label}, {text}" if several else text
 
 
-def draw_by_t(runs: list[Run]) -> Figure | None:
+def draw_by_t(runs: list[Run], size: Size | None = None) -> Figure | None:
     """Held-out loss at each mask ratio t, darker for less noise. One plot per run."""
     names = sorted({name for run in runs for row in run.rows for name in row if EVAL_BY_T.fullmatch(name)})
     shown = [run for run in runs if any(len(run.curve(name)[0]) for name in names)]
     if not shown:
         return None
-    figure, every_axes = new_figure(len(shown))
+    figure, every_axes = new_figure(len(shown), size)
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(names)))
     title = "held-out loss by mask ratio t"
     for run, axes in zip(shown, every_axes, strict=True):

@@ -21,10 +21,12 @@ table { border-collapse: collapse; } th, td { padding: .25rem .8rem; text-align:
 th:first-child, td:first-child { text-align: left; } img { max-width: 100%; } div.wide { overflow-x: auto; }
 table.text th, table.text td { text-align: left; vertical-align: top; white-space: pre-wrap; font-size: 13px; }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px; }
+@media (max-width: 44rem) { img { max-width: none; min-width: 40rem; } div.picture { overflow-x: auto; } }
 """
 POLICY = (  # besides the escaping: the browser runs no script and fetches nothing
     """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">"""
 )
+VIEWPORT = '<meta name=viewport content="width=device-width, initial-scale=1">'
 CAPTIONS = {
     "loss": "Thin: each step; thick: mean over 1/20 of the steps; diamonds: held out. In RL the training loss stays near 0 "
     "(look at the rewards), and the held-out loss is a likelihood: they are not comparable.",
@@ -63,7 +65,9 @@ def final_numbers(run: Run) -> dict[str, str]:
 
 def page(runs: list[Run], pictures: list[Path]) -> str:
     title = html.escape(" and ".join(run.label for run in runs))
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8>{POLICY}<title>{title}</title><style>{STYLE}</style>"]
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8>{VIEWPORT}{POLICY}<title>{title}</title><style>{STYLE}</style>"
+    ]
     parts += [f"<h1>{title}</h1>", _table(runs)]
     parts.append(
         f"<p>Training numbers are means over the last 1/{TAIL_SHARE} of the steps, held-out ones the last.</p>"
@@ -74,7 +78,8 @@ def page(runs: list[Run], pictures: list[Path]) -> str:
         name, data = picture.stem.replace("_", " "), base64.b64encode(png).decode()
         caption = f"<p>{html.escape(CAPTIONS[picture.stem])}</p>" if picture.stem in CAPTIONS else ""
         parts.append(
-            f'<h2>{name}</h2><img alt="{name}" style="width: {width:.0%}" src="data:image/png;base64,{data}">{caption}'
+            f'<h2>{name}</h2><div class=picture><img alt="{name}" style="width: {width:.0%}" '
+            f'src="data:image/png;base64,{data}"></div>{caption}'
         )
     parts += [_completions(run.label, rows) for run in runs if (rows := run.completions())]
     for run in runs:
@@ -91,24 +96,28 @@ def _table(runs: list[Run]) -> str:
 
 
 def _completions(label: str, rows: list[dict[str, Any]]) -> str:
-    """One rollout of each of the first and last groups: what the model writes at the start and at the end of the run."""
-    groups: dict[tuple[int, int], dict[str, Any]] = {}
-    for row in rows:
-        groups.setdefault((row["step"], row["group"]), row)
-    chosen = list(groups.values())
-    chosen = (
-        chosen if len(chosen) <= 2 * COMPLETIONS_SHOWN else chosen[:COMPLETIONS_SHOWN] + chosen[-COMPLETIONS_SHOWN:]
-    )
+    """What the model writes at the start and at the end of the run."""
     head = "<tr><th>step</th><th>prompt</th><th>completion</th><th>reward</th></tr>"
     lines = "".join(
-        f"<tr>{_cells((row['step'], _last_words(row['prompt']), row['completion'], row['reward']))}</tr>"
-        for row in chosen
+        f"<tr>{_cells((row['step'], last_words(row['prompt']), row['completion'], row['reward']))}</tr>"
+        for row in first_and_last(rows)
     )
     title = f"<h2>completions of {html.escape(label)}</h2>"
     return f"{title}<div class=wide><table class=text>{head}{lines}</table></div>"
 
 
-def _last_words(prompt: str | list[dict[str, Any]]) -> str:
+def first_and_last(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One rollout of each of the first and last groups."""
+    groups: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in rows:
+        groups.setdefault((row["step"], row["group"]), row)
+    chosen = list(groups.values())
+    if len(chosen) <= 2 * COMPLETIONS_SHOWN:
+        return chosen
+    return chosen[:COMPLETIONS_SHOWN] + chosen[-COMPLETIONS_SHOWN:]
+
+
+def last_words(prompt: str | list[dict[str, Any]]) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
