@@ -2,8 +2,9 @@
 
 By default glibc maps every block above 32 MB from the system and unmaps it when it is freed, and returns the free end of its
 heap. A training step frees and allocates the same tensors again and again, so the system clears the same pages at every
-step: up to 45% of the processor's time. `keep_freed_memory` makes glibc take all blocks from its heap, whose end stays. The
-process then holds at most what it needed at its peak, and never gives it back.
+step: up to a third of the processor's time, for wide models (benchmarks/LOG.md, Growth). `keep_freed_memory` makes glibc
+take all blocks from its heap, whose end stays. The process then holds what it needed at its peak, and what lies free between
+blocks in use, until it ends.
 
 The options that glibc reads from the environment (MALLOC_TRIM_THRESHOLD_ and the like) have precedence, and so has an
 allocator in LD_PRELOAD. With another C library, or with a GPU, nothing changes.

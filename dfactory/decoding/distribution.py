@@ -69,7 +69,9 @@ class Distribution:
         """Of processed logits."""
         if self.is_greedy:
             top_N, token_N = logits_NV.max(dim=-1)
-            logprob_N = top_N - logits_NV.logsumexp(dim=-1)
+            # the operations of torch.logsumexp, which looks for the largest logits itself
+            log_sum_N = (logits_NV - top_N[:, None]).exp_().sum(dim=-1).log_().add_(top_N)
+            logprob_N = top_N - log_sum_N
             return Proposal(token_N, logprob_N, token_N, logprob_N)
         logprob_NV = logits_NV.log_softmax(dim=-1)
         token_N = draw(logprob_NV, uniform_N)
@@ -77,25 +79,24 @@ class Distribution:
         return Proposal(token_N, logprob_NV.gather(-1, token_N[:, None])[:, 0], top_token_N, top_logprob_N)
 
     def processed(self, logits_NV: torch.Tensor, early_N: torch.Tensor | None = None) -> torch.Tensor:
-        """float32 logits of the processed distribution: -inf where a token cannot come out."""
-        logits_NV = logits_NV.float()
+        """float32 logits of the processed distribution: -inf where a token cannot come out. A copy, which each operation
+        overwrites: a pass over a large vocabulary costs as much as a layer of a small model."""
+        logits_NV = logits_NV.to(torch.float32, copy=True)
         if self.suppressed_ids:
-            logits_NV = _without(logits_NV, self.suppressed_ids)
-        if early_N is not None:
-            logits_NV = torch.where(early_N[:, None], _without(logits_NV, self.end_ids), logits_NV)
+            suppressed = torch.tensor(self.suppressed_ids, device=logits_NV.device)
+            logits_NV.index_fill_(-1, suppressed, -math.inf)
+        for end in self.end_ids if early_N is not None else ():
+            logits_NV[:, end].masked_fill_(early_N, -math.inf)
         if self.is_greedy:
             return logits_NV
-        logits_NV = logits_NV / self.temperature
+        if self.temperature != 1:
+            logits_NV.div_(self.temperature)
         if self.top_k is not None and self.top_k < logits_NV.shape[-1]:
             least_N1 = logits_NV.topk(self.top_k, dim=-1).values[:, -1:]
-            logits_NV = logits_NV.masked_fill(logits_NV < least_N1, -math.inf)
+            logits_NV.masked_fill_(logits_NV < least_N1, -math.inf)
         if self.top_p is not None and self.top_p < 1:
             logits_NV = _nucleus(logits_NV, self.top_p)
         return logits_NV
-
-
-def _without(logits_NV: torch.Tensor, token_ids: tuple[int, ...]) -> torch.Tensor:
-    return logits_NV.index_fill(-1, torch.tensor(token_ids, device=logits_NV.device), -math.inf)
 
 
 def _nucleus(logits_NV: torch.Tensor, mass: float) -> torch.Tensor:
@@ -131,7 +132,8 @@ def _beyond(p_NK: torch.Tensor, mass: float) -> torch.Tensor:
 
 def draw(logprob_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
     """The token at which the cumulative probability passes u: one number a position, and never one of probability 0."""
-    cumulative_NV = logprob_NV.double().exp().cumsum(dim=-1)
+    cumulative_NV = logprob_NV.double().exp_()  # as large as two copies of the logits: no further ones
+    torch.cumsum(cumulative_NV, dim=-1, out=cumulative_NV)
     goal_N1 = uniform_N[:, None] * cumulative_NV[:, -1:]
     return torch.searchsorted(cumulative_NV, goal_N1, right=True)[:, 0]
 
