@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dfactory.models import last_layer
+from dfactory.models import last_layer, norms
 from dfactory.models.attention import AttentionPlan, PlanByLayer, plan_attention
 from dfactory.models.families.base import FAMILIES, Attention, Family
 from dfactory.models.head import VocabularyHead
@@ -40,6 +40,7 @@ class Policy(nn.Module):
         self.mask: MaskToken | None = None  # that a model without one was given; saved with it
         self.ranges = NO_RANGES  # each target is scored among the ids of its own range; saved with the model
         VocabularyHead.adopt(self._causal_lm.lm_head, getattr(self.config, "final_logit_softcapping", None))
+        norms.adopt(model)
         self.logit_scale = self.family.logit_scale
         # whether `hidden_at` can leave the rest of the last layer out
         self.ends_at_targets = self.family.last_layer_at_targets and last_layer.adopt(self._causal_lm.model.layers[-1])

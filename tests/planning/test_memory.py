@@ -9,7 +9,7 @@ import torch
 
 from dfactory import assembly
 from dfactory.config.owners import key_names
-from dfactory.models import attention
+from dfactory.models import attention, norms
 from dfactory.models.adapters import add_adapters
 from dfactory.models.attention import MaskPlan
 from dfactory.models.registry import load_policy, read_config
@@ -153,6 +153,7 @@ def test_activations_of_a_layer_are_what_autograd_keeps(tmp_path, monkeypatch, f
     """Three layers less two, per position, within 6 percent; sizes are all different, so that no term hides another."""
     length = 200
     monkeypatch.setattr(attention, "FLOAT32_ON", set())  # as on a GPU, which the forecast is about
+    monkeypatch.setattr(norms, "ON", set())
 
     def kept(layers):
         directory = tmp_path / str(layers)
