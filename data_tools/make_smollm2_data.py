@@ -5,7 +5,8 @@
 | file | what | further columns |
 |---|---|---|
 | `train.jsonl` | records for training, half of them gsm_symbolic | `answer`, `task` |
-| `heldout.jsonl` | records of each task, for `dfactory eval` and evaluations in training | `answer`, `task` |
+| `heldout.jsonl` | records of each task, for `dfactory eval` | `answer`, `task` |
+| `validation.jsonl` | records of each task, for evaluations in training and for choosing settings | `answer`, `task` |
 | `preference_prompts.jsonl`, `preference_heldout.jsonl` | prompts for `dfactory data preferences` | `answer`, `task` |
 | `rl_train.jsonl`, `rl_heldout.jsonl` | prompts of gsm_symbolic | what the reward `reasoning_gym` reads |
 
@@ -41,6 +42,7 @@ TRAIN_RECORDS = 24_000
 HELDOUT_RECORDS = 200  # of each task
 PREFERENCE_PROMPTS, PREFERENCE_HELDOUT = 1600, 200
 RL_PROMPTS, RL_HELDOUT = 4000, 200
+VALIDATION_RECORDS = 20  # of each task
 CHUNK = 1000  # problems that reasoning-gym is asked for at once
 LAST_LINE = "The answer is {}."
 FLOAT_NOISE = re.compile(r"\d\.\d{4,}")
@@ -190,6 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("preference_heldout", shares(options.preference_heldout), prompt),
         ("rl_train", [GSM] * options.rl_prompts, prompt),
         ("preference_prompts", shares(options.preference_prompts), prompt),
+        ("validation", list(TASKS) * options.validation, training_record),
         ("train", shares(options.train), training_record),
     ]
     for name, order, row in files:
@@ -208,6 +211,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     for name, default, what in (
         ("train", TRAIN_RECORDS, "records of train.jsonl"),
         ("heldout", HELDOUT_RECORDS, "records of heldout.jsonl, of each task"),
+        ("validation", VALIDATION_RECORDS, "records of validation.jsonl, of each task"),
         ("preference-prompts", PREFERENCE_PROMPTS, "prompts for preference pairs"),
         ("preference-heldout", PREFERENCE_HELDOUT, "prompts for held-out pairs"),
         ("rl-prompts", RL_PROMPTS, "prompts of gsm_symbolic for RL"),

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What recipes/smollm2 start from: SmolLM2-135M-Instruct as a model directory, and the records of four tasks.
+# What recipes/smollm2 start from: SmolLM2-135M-Instruct as a model directory, the records of four tasks, and the model's own
+# answers to everyday requests.
 #
 #     launch/smollm2.sh [FOLDER]      default: runs/smollm2
 #
@@ -23,4 +24,8 @@ if [ ! -f "$root/ar/config.json" ]; then
 fi
 # train.jsonl is the last file to be written
 [ -f "$root/data/train.jsonl" ] || python -m data_tools.make_smollm2_data --output "$root/data"
+for part in "" _heldout; do
+    dfactory data distil --model "$root/ar" --prompts "recipes/smollm2/data/requests$part.jsonl" \
+        --output "$root/data/everyday$part.jsonl" --max-new-tokens 224 --drop-repeats 4
+done
 echo "$0: the model is in $root/ar, the records are in $root/data"

