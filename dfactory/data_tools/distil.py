@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 
+from dfactory.allocator import keep_freed_memory
 from dfactory.commands.arguments import positive
 from dfactory.config.words import MODEL_HELP, RECORD_FILES
 from dfactory.data.answers import ANSWER_PATTERN_HELP, compiled_pattern
@@ -65,6 +66,7 @@ def main(words: list[str] | None = None) -> int:
     if journal.is_finished:
         say(f"finished before, with {journal.counts[Verdict.WRITTEN]:,} answers: {options.output}")
         return 0
+    keep_freed_memory()
     try:
         with _terminable(), journal:
             Distillation(options, model_dir, journal).run()
