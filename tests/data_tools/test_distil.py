@@ -252,6 +252,16 @@ def test_prompts_that_are_too_long_are_counted(distil, endless):
 
 # --- interrupted ------------------------------------------------------------------------------------------------------
 
+
+@pytest.fixture
+def sigint():
+    """SIGINT interrupts, here and in processes started from here, also where a shell started the tests in the background:
+    it ignores SIGINT for them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 REWARD = """
 import os, pathlib
 calls = 0
@@ -267,6 +277,7 @@ def interrupt(prompts, completions, **columns):
 """
 
 
+@pytest.mark.usefixtures("sigint")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, EXIT_TERMINATED), (signal.SIGINT, 130)])
 def test_interrupted_work_goes_on_and_ends_with_the_same_bytes(number, status, teacher, tool, files, tmp_path):
     """A reward interrupts the process that waits for it, in the middle of a window."""
@@ -295,6 +306,7 @@ def test_interrupted_work_goes_on_and_ends_with_the_same_bytes(number, status, t
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("sigint")
 def test_a_real_process_is_interrupted(endless, tool, files, tmp_path):
     rows = [asked(f"{'why ' * (n % 7)}{n}?") for n in range(40)]
     words = ["--model", endless, "--prompts", files("in.jsonl", *rows), "--max-new-tokens", 60]
