@@ -21,7 +21,7 @@ def shorter(prompts, completions, *, completion_ids, **columns):
 '''
 SIZES = {"train": 120, "heldout": 1, "validation": 1, "preference-prompts": 6, "preference-heldout": 4}
 SIZES |= {"rl-prompts": 40, "rl-heldout": 2}
-SMALL = ["max_length=192", "row_length=512", "max_steps=20", "logging_steps=10", "overlong=truncate", "warmup_steps=2"]
+SMALL = ["max_length=256", "row_length=768", "max_steps=20", "logging_steps=10", "overlong=truncate", "warmup_steps=2"]
 
 
 def source() -> str:
@@ -67,7 +67,7 @@ def test_from_the_wheel_to_the_export(tmp_path):
         ]
         files = ["--input", data / f"preference_{part}.jsonl", "--output", data / f"pairs_{part}.jsonl"]
         dfactory("data", "preferences", "--model", tmp_path / "sft", *files, "--reward", f"{reward}:shorter", *sampling)
-    train("dpo", tmp_path / "sft", "pairs_prompts.jsonl", "pairs_heldout.jsonl")
+    train("dpo", tmp_path / "sft", "pairs_prompts.jsonl", "pairs_heldout.jsonl", "row_length=1536")
     small = ["eval_decode_prompts=2", "num_generations=2", "prompts_per_step=1", f"reward_funcs=[{reward}:shorter]"]
     decoding = ["decode.max_new_tokens=16", "decode.threshold=0.3"]
     train("rl", tmp_path / "dpo", "rl_train.jsonl", "rl_heldout.jsonl", *small, *decoding)
