@@ -50,8 +50,14 @@ class Meter:
         self._bar.update(self._task, completed=done, note=self._rate())
         if self._bar.disable and time.monotonic() - self._last_line >= LINE_S:
             self._last_line = time.monotonic()
-            left = (self._total - done) * self.seconds / max(done - self._begun_with, 1)
-            say(f"{done:,} of {self._total:,} prompts, {self._rate()}, about {left / 60:.0f} min left")
+            say(f"{done:,} of {self._total:,} prompts, {self._rate()}{self._time_left()}")
+
+    def _time_left(self) -> str:
+        """Unknown while the first prompts still wait for longer ones, which are answered before them."""
+        if self._done == self._begun_with:
+            return ""
+        left = (self._total - self._done) * self.seconds / (self._done - self._begun_with)
+        return f", about {left / 60:.0f} min left"
 
     def _rate(self) -> str:
         return f"{self._note}, {self.tokens_per_second:,.0f} tokens/s"
