@@ -12,7 +12,7 @@ import pytest
 from dfactory.cli import main
 from dfactory.commands.report import write_chain, write_report
 from dfactory.commands.reporting.chain import read_chain
-from dfactory.commands.reporting.figures import drawings, smooth
+from dfactory.commands.reporting.figures import drawings, from_zero, smooth
 from dfactory.commands.reporting.memory import forecast_of
 from dfactory.commands.reporting.page import final_numbers
 from dfactory.commands.reporting.runs import read_run, sweep_file
@@ -110,6 +110,13 @@ def test_powers_of_ten_are_numbers_although_formulae_are_off(tmp_path):
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert "0.1" in labels
     assert not any("$" in label for label in labels)
+
+
+@pytest.mark.parametrize("low, high", [(0, 0), (0, 5), (2, 5), (-20, -3), (-2, 1)])
+def test_an_axis_from_zero_holds_zero_and_all_values(low, high):
+    """Also where rewards are below zero; upright, with room at both ends."""
+    bottom, top = from_zero(low, high)
+    assert bottom < min(low, 0) <= max(high, 0) < top
 
 
 def test_smoothing_keeps_constants_and_ends():

@@ -157,12 +157,18 @@ def _finish(axes: Axes, panel: Panel) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")  # matplotlib writes powers of ten as formulas, which are switched off
     elif panel.from_zero:
-        top = values.max() or 1
-        axes.set_ylim(-0.02 * top, 1.08 * top)  # so that a line of zeros is visible
+        axes.set_ylim(*from_zero(values.min(), values.max()))
         axes.ticklabel_format(axis="y", scilimits=(-3, 6))
     labels = [label for line in axes.lines if not (label := str(line.get_label())).startswith("_")]
     if len(labels) > 1 or any("held out" in label for label in labels):
         axes.legend(fontsize=8, frameon=True, framealpha=0.8, edgecolor="none", loc="best", handlelength=3)
+
+
+def from_zero(low: float, high: float) -> tuple[float, float]:
+    """The ends of an axis that holds zero and all values, rewards below zero too, with room for a line at either end."""
+    low, high = min(low, 0), max(high, 0)
+    room = (high - low) or 1
+    return low - (0.08 if low < 0 else 0.02) * room, high + (0.08 if high > 0 or low == 0 else 0.02) * room
 
 
 def titled(axes: Axes, title: str, xlabel: str) -> None:
