@@ -20,6 +20,9 @@ NOT_YAML = (yaml.YAMLError, OmegaConfBaseException, ValueError)  # what OmegaCon
 COMMAND_LINE = "the command line"
 
 
+BOOLEANS = {True: ("on", "yes"), False: ("off", "no")}  # words that YAML reads as such
+
+
 def load_merge_keys(words: list[str]) -> MergeKeys:
     """`topk=3 metric=eval/loss` -> MergeKeys."""
     return merge_layers(MergeKeys, [("--merge", parse_overrides(words))])
@@ -59,9 +62,17 @@ def merge_layers(schema: type, layers: list[tuple[str, DictConfig]]) -> Any:
 
 
 def _in_our_words(schema: type, layer: DictConfig) -> DictConfig:
-    """A layer without the values by which other frameworks say "nothing"."""
-    plain = OmegaConf.to_container(layer)
-    return OmegaConf.create(without_neutral(plain, {field.name for field in dataclasses.fields(schema)}))
+    """A layer without the values by which other frameworks say "nothing", and with the words that YAML reads as booleans."""
+    fields = {field.name: field for field in dataclasses.fields(schema)}
+    plain = without_neutral(OmegaConf.to_container(layer), set(fields))
+    return OmegaConf.create({name: _as_written(fields.get(name), value) for name, value in plain.items()})
+
+
+def _as_written(field: dataclasses.Field | None, value: Any) -> Any:
+    """`first_loss_check: off` is false in YAML, and means the choice "off"."""
+    if field is None or not field.metadata or not isinstance(value, bool):
+        return value
+    return next((word for word in BOOLEANS[value] if word in (field.metadata["choices"] or ())), value)
 
 
 def known_keys(schema: type, prefix: str = "") -> dict[str, dataclasses.Field]:
