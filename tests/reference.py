@@ -25,7 +25,7 @@ from safetensors import safe_open
 from transformers import DynamicCache
 
 from dfactory.models.families.base import FAMILIES, Attention
-from dfactory.models.registry import read_config
+from dfactory.models.registry import known_shift, read_config
 
 HIDDEN_FROM = torch.finfo(torch.float32).min  # what a float mask adds where nothing may be seen
 
@@ -219,7 +219,7 @@ class PlainCanvasModel:
 
 
 def plain_model(model_dir: Path) -> PlainModel | PlainCanvasModel:
-    """In float32. Which class reads the directory, and whether its logits are shifted, is the family's to say."""
+    """In float32. Which class reads the directory is the family's to say, whether its logits are shifted the directory's."""
     config = read_config(model_dir)
     family, variant = FAMILIES.of(config), FAMILIES.variant_of(config)
     options = {"dtype": torch.float32, "experts_implementation": "eager", "use_safetensors": True}
@@ -227,7 +227,7 @@ def plain_model(model_dir: Path) -> PlainModel | PlainCanvasModel:
         model = variant.base_class.from_pretrained(model_dir, attn_implementation="eager", **options)
         return PlainCanvasModel(model.eval())
     model = variant.model_class.from_pretrained(model_dir, config=config, attn_implementation="sdpa", **options)
-    return PlainModel(model.eval(), family.logit_shift, family.shifts_within_views)
+    return PlainModel(model.eval(), known_shift(model_dir), family.shifts_within_views)
 
 
 # --- one view, as 2L tokens ------------------------------------------------------------------------------------------

@@ -59,12 +59,23 @@ def decide_leads(
     for (_, mask), rows in alike.items():
         group = [responses[row] for row in rows]
         plain = group[0].rules.distribution
-        distribution = dataclasses.replace(plain, suppressed_ids=(*plain.suppressed_ids, mask))
-        first_RB = torch.zeros(len(group), group[0].rules.block_size, dtype=torch.bool)
-        first_RB[:, 0] = True
-        token_R, logprob_R = _read(policy, group, hidden_RH[rows], first_RB, distribution)[:2]
-        leads += zip(group, token_R.long().tolist(), logprob_R.tolist(), strict=True)
+        without_mask = dataclasses.replace(plain, suppressed_ids=(*plain.suppressed_ids, mask))
+        drawn_2R = _read_first(policy, group, hidden_RH[rows], plain)
+        masks_R = drawn_2R[0] == mask
+        if masks_R.any():  # drawn again; the others keep the log-probability that a learner computes
+            again = [response for response, is_mask in zip(group, masks_R.tolist(), strict=True) if is_mask]
+            drawn_2R[:, masks_R] = _read_first(policy, again, hidden_RH[rows][masks_R], without_mask)
+        leads += zip(group, drawn_2R[0].long().tolist(), drawn_2R[1].tolist(), strict=True)
     return leads
+
+
+def _read_first(
+    policy: Head, responses: Sequence[Response], hidden_RH: torch.Tensor, distribution: Distribution
+) -> torch.Tensor:
+    """Tokens of the first position of each response's block and their log-probabilities, [2, R]."""
+    first_RB = torch.zeros(len(responses), responses[0].rules.block_size, dtype=torch.bool)
+    first_RB[:, 0] = True
+    return _read(policy, responses, hidden_RH, first_RB, distribution)[:2]
 
 
 def _decide_alike(

@@ -89,7 +89,9 @@ def test_every_recipe_is_checked(file, capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("written", ["off", "'off'", "no", "false"])
 def test_off_is_a_choice_although_yaml_reads_a_boolean(tmp_path, written):
     file = tmp_path / "recipe.yaml"
-    file.write_text(f"model_name_or_path: tiny\noutput_dir: x\ndatasets: [{{path: x.jsonl}}]\nfirst_loss_check: {written}\n")
+    file.write_text(
+        f"model_name_or_path: tiny\noutput_dir: x\ndatasets: [{{path: x.jsonl}}]\nfirst_loss_check: {written}\n"
+    )
     assert load_recipe(file, []).first_loss_check == "off"
     assert load_recipe(file, [f"first_loss_check={written}"]).first_loss_check == "off"
     with pytest.raises(ConfigError, match=r"first_loss_check True in .*: it must be one of warn, stop, off"):

@@ -16,7 +16,7 @@ import yaml
 from dfactory.models.families.base import FAMILIES, Family, Noise
 from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy, read_family
-from dfactory.models.saving import save_policy
+from dfactory.models.saving import GENERATION_CONFIG, LOGIT_SHIFT, save_policy
 from dfactory.models.tiny import tiny_config
 from dfactory.recipe import Recipe, load_recipe
 from tests.families.cases import FAMILIES_WITH_GOLDENS, FOLDER, golden
@@ -24,6 +24,7 @@ from tests.models.conftest import CONFIGS, GOLDEN_DIR
 
 IDS = {"mask_token_id": 81, "eos_token_id": 80}  # of the models without golden files
 RANDOM = CONFIGS | {
+    "shifted_llama": CONFIGS["llama"],
     "illada": CONFIGS["llama"] | IDS | {"model_type": "illada", "architectures": ["ILLaDAForCausalLM"]},
     "ling": tiny_config() | {"model_type": "bailing_moe", "architectures": ["BailingMoeV2ForCausalLM"]},
 }
@@ -99,6 +100,8 @@ def random_checkpoint(name: str) -> Path:
     """Weights large enough that a model looks at its input."""
     config, saved = (Path(tempfile.mkdtemp(prefix=f"{name}-")) for _ in range(2))
     (config / "config.json").write_text(json.dumps(RANDOM[name]))
+    if name == "shifted_llama":
+        (config / GENERATION_CONFIG).write_text(json.dumps({LOGIT_SHIFT: 1}))
     policy = load_policy(config, dtype="float32", init_weights="random", seed=1)
     with torch.no_grad():
         for parameter in policy.parameters():
