@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -42,8 +43,9 @@ def _start_and_signal(processes: int, recipe: Path, overrides: list[str], run: P
         assert process.poll() is None, f"the run ended by itself with {process.returncode}"
         assert time.monotonic() < deadline, f"no step {step} within 300 s"
         time.sleep(0.02)
-    if number == signal.SIGKILL:
-        os.killpg(process.pid, number)
+    if number == signal.SIGKILL:  # ranks too: they have sessions of their own, and would go on to the last step
+        for one in [launched := psutil.Process(process.pid), *launched.children(recursive=True)]:
+            one.kill()
     else:
         process.send_signal(number)
     return process.wait(timeout=300)
