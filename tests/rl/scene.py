@@ -84,10 +84,16 @@ class Scene:
         return program.replace("{{", "{").replace("}}", "}")
 
     def attack(self, name: str, isolation: str, script: bool = False) -> Verdict:
-        """Let a program of the table ask for its reward."""
+        """Let a program of the table ask for its reward. One that took too long is asked again: on a busy machine an end
+        comes late once, and what hangs hangs every time."""
         program, tests = self.filled(ATTACKS[name]), TESTS
         if script:
             program, tests = f"{program}\nprint(add(2, 3))", SCRIPT
+        first = self._verdict(program, tests, isolation)
+        late = first.score == 0 and not first.left and first.seconds >= LONGEST_S
+        return self._verdict(program, tests, isolation) if late else first
+
+    def _verdict(self, program: str, tests: list[dict], isolation: str) -> Verdict:
         started = time.monotonic()
         score = code_tests([""], [f"```python\n{program}\n```"], tests=[tests], timeout_s=WALL_S, isolation=isolation)[
             0
