@@ -239,6 +239,50 @@ def test_smollm2_makes_what_is_missing(house, tmp_path):
     assert calls() == (0, [records, *distilled])
 
 
+FAKE_STAGES = """#!/usr/bin/env bash
+# Stands for dfactory: notes its arguments, leaves the file that --output names, fails at the recipe that FAILS names.
+set -eu
+echo "$*" >>"$CALLS"
+[ "$2" != "${FAILS:-}" ] || exit 3
+while [ $# -gt 0 ] && [ "$1" != --output ]; do shift; done
+[ $# -eq 0 ] || { mkdir -p "$(dirname "$2")"; echo x >"$2"; }
+"""
+
+
+def test_smollm2_goes_through_its_stages_once(house, tmp_path):
+    root, calls = tmp_path / "smol", tmp_path / "calls"
+    for name, text in (("python", FAKE_PYTHON), ("dfactory", FAKE_STAGES)):
+        (house / "bin" / name).write_text(text)
+        (house / "bin" / name).chmod(0o755)
+    for folder in ("ar", "cpt", "sft", "cap", "dpo", "rl"):
+        (root / folder).mkdir(parents=True)
+    (root / "ar/config.json").touch()
+
+    def stages(**variables) -> tuple[int, list[str]]:
+        calls.unlink(missing_ok=True)
+        script = str(house / "launch/smollm2_stages.sh")
+        done = run("sh", script, "smol", "max_steps=20", cwd=tmp_path, CALLS=str(calls), **variables)
+        return done.returncode, [
+            line for line in calls.read_text().splitlines() if not line.startswith(("-m", "data distil"))
+        ]
+
+    def verbs(lines: list[str]) -> list[str]:
+        return [" ".join(line.split()[:2]) for line in lines]
+
+    def trained(stage: str) -> str:
+        return f"train recipes/smollm2/{stage}.yaml"
+
+    status, lines = stages(FAILS="recipes/smollm2/cap.yaml")
+    assert (status, verbs(lines)) == (3, [trained("cpt"), trained("sft"), "eval --model", trained("cap")])
+    assert lines[1].split()[2] == f"model_name_or_path={root}/cpt"
+    assert lines[1].endswith(f"max_steps=20 output_dir={root}/sft")
+    status, lines = stages()
+    rest = ["eval --model", *["data preferences"] * 2, trained("dpo"), "eval --model", trained("rl"), "eval --model"]
+    assert (status, verbs(lines)) == (0, [trained("cap"), *rest, "report --chain"])
+    assert "{name: exact_match, answer_pattern: 'The answer is (.+)\\.'}" in lines[2]
+    assert stages() == (0, [f"report --chain {root}/rl"])
+
+
 def quickstart(house, *arguments, **variables):
     calls = house / "calls"
     calls.unlink(missing_ok=True)
