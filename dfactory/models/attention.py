@@ -199,6 +199,7 @@ class _Seen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, key, chunks):
         ctx.chunks, ctx.shape = chunks, key.shape
+        key = key.contiguous()  # index_select would copy all of a tensor that is not, once for every chunk
         return tuple(key[:, c.seen] if isinstance(c.seen, slice) else key.index_select(1, c.seen) for c in chunks)
 
     @staticmethod
