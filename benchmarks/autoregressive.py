@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dfactory.config.data import DatasetKeys
-from dfactory.data.chat import ChatEncoder, read_chat_template, special_ids
+from dfactory.data.chat import ChatEncoder, special_ids
 from dfactory.data.examples import Examples, load_examples
+from dfactory.data.named_templates import read_chat_template
 from dfactory.errors import ConfigError
 from dfactory.models.registry import known_eos_id, known_stop_ids, read_config, read_tokenizer
 from dfactory.packing import align

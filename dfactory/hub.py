@@ -2,12 +2,14 @@
 
 import os
 import re
+from pathlib import Path
 
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -21,6 +23,19 @@ _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def is_hub_name(text: str) -> bool:
     """Whether a text can be the name of a repository, `org/name`. A file or folder of that name comes first."""
     return bool(_NAME.fullmatch(text)) and not os.path.exists(text)
+
+
+def fetch(name: str, revision: str | None, file: str, told: str) -> Path | None:
+    """A file of a model's repository, in the cache; None where the repository lacks it. Raises ConfigError, which `told`
+    begins, where the repository cannot be read."""
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except EntryNotFoundError as problem:
+        if isinstance(problem, LocalEntryNotFoundError):  # the hub was not asked, or did not answer
+            raise refusal(problem, told, revision) from problem
+        return None
+    except (OSError, HFValidationError) as problem:
+        raise refusal(problem, told, revision) from problem
 
 
 def refusal(problem: Exception, told: str, revision: str | None) -> ConfigError:

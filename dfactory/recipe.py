@@ -32,6 +32,7 @@ from dfactory.config.model import ModelKeys
 from dfactory.config.noise import NoiseKeys
 from dfactory.config.owners import combine, refuse_foreign
 from dfactory.config.training import TrainingKeys
+from dfactory.config.words import TEMPLATE_ENDINGS
 from dfactory.data.answers import compiled_pattern
 from dfactory.decoding.keys import DecodeKeys, decode_problem, refuse_foreign_keys
 from dfactory.errors import ConfigError
@@ -214,6 +215,11 @@ def _origins(layers: list[tuple[str, DictConfig]]) -> dict[str, str]:
     }
 
 
+def _is_template_file(value: str, base: Path) -> bool:
+    """Whether `chat_template_path` means a file of templates, not a name."""
+    return (base / value).is_file() or value.startswith((".", "/")) or value.endswith(TEMPLATE_ENDINGS)
+
+
 def _resolve_paths(layer: DictConfig, base: Path) -> None:
     """Make the file's own relative paths absolute; `tiny` names the embedded model, outputs are the caller's."""
 
@@ -221,8 +227,9 @@ def _resolve_paths(layer: DictConfig, base: Path) -> None:
         return str((base / value).resolve())
 
     for name in PATH_KEYS:
-        if isinstance(layer.get(name), str):
-            layer[name] = absolute(layer[name])
+        value = layer.get(name)
+        if isinstance(value, str) and (name != "chat_template_path" or _is_template_file(value, base)):
+            layer[name] = absolute(value)
     model = layer.get("model_name_or_path")
     if isinstance(model, str) and (base / model).is_dir():
         layer["model_name_or_path"] = absolute(model)
@@ -424,6 +431,11 @@ def _check_datasets(recipe: Recipe, rule: Rule) -> None:
             rule(
                 entry.path is None or not stray,
                 f"{group}.{', '.join(stray)} belong(s) to a dataset of the hub, and {entry.path} is a file: leave it out",
+            )
+            names = list(entry.rename_columns.values())
+            rule(
+                len(set(names)) == len(names) and all(names),
+                f"{group}.rename_columns {entry.rename_columns}: give every column a name of its own",
             )
 
 

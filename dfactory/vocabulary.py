@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from dfactory.data.chat import ChatEncoder, SpecialIds, id_in, mask_warning, read_chat_template, special_ids
+from dfactory.data.chat import ChatEncoder, SpecialIds, id_in, mask_warning, special_ids
 from dfactory.data.mask_choice import choose_mask
+from dfactory.data.named_templates import read_chat_template
 from dfactory.decoding import DecodeRules
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import ConfigError

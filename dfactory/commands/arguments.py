@@ -4,7 +4,7 @@ import argparse
 import re
 from typing import Any
 
-from dfactory.config.words import MODEL_HELP, RECORD_FILES
+from dfactory.config.words import MODEL_HELP, RECORDS_HELP
 from dfactory.data.answers import ANSWER_PATTERN_HELP
 
 OF_A_MODEL = ("model", "dtype", "device", "init_weights")
@@ -41,7 +41,7 @@ def check(parser: argparse.ArgumentParser) -> None:
 
 def generate(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--input", required=True, help=f"{RECORD_FILES}: prompts, or records without their answer")
+    parser.add_argument("--input", required=True, help=f"{RECORDS_HELP}: prompts, or records without their answer")
     parser.add_argument("--output", required=True, help="JSONL: each input line with its response")
     parser.add_argument(
         "--keep-trace", action="store_true", help="also write when each token was committed, to train on trajectories"
@@ -51,7 +51,7 @@ def generate(parser: argparse.ArgumentParser) -> None:
 def evaluate(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     questions = parser.add_mutually_exclusive_group(required=True)
-    questions.add_argument("--data", help=f"{RECORD_FILES}: prompts with an answer column")
+    questions.add_argument("--data", help=f"{RECORDS_HELP}: prompts with an answer column")
     questions.add_argument("--task", action="append", help="a task of reasoning-gym, scored by it; may be repeated")
     questions.add_argument("--lm-eval", action="append", metavar="TASK", help="a task of lm-eval; may be repeated")
     parser.add_argument("--output", help="also write the responses, each record's ELBO, the sweep or lm-eval's results")

@@ -24,8 +24,8 @@ from dfactory.algorithms.elbo import elbo_by_view
 from dfactory.commands.arguments import model_of
 from dfactory.commands.generate import write_outputs
 from dfactory.commands.measured import keep
-from dfactory.config.data import DatasetKeys
 from dfactory.console import plain_console
+from dfactory.data.entries import entry_of
 from dfactory.data.examples import Examples, load_examples
 from dfactory.data.source import MakeViews, RecordSource
 from dfactory.decoding.keys import DecodeKeys
@@ -94,7 +94,7 @@ def read_examples(path: str, pipeline: Pipeline, longest: int | None = None) -> 
     """Training records of any kind, tokenised; one of more than `longest` tokens (default: the model's) is refused."""
     block_size, config = pipeline.aligned_block_size, pipeline.policy.config
     return load_examples(
-        [DatasetKeys(path)],
+        [entry_of(path)],
         pipeline.vocabulary.encoder,
         max_length=whole_blocks(longest or config.max_position_embeddings, block_size),
         overlong="refuse",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dfactory.console import plain_console
+from dfactory.data.entries import entry_of
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.errors import CheckpointError
 from dfactory.redaction import shareable
@@ -33,12 +34,14 @@ def keep(arguments: argparse.Namespace, keys: DecodeKeys, results: Sequence[Resu
 
 
 def _evaluation(arguments: argparse.Namespace, keys: DecodeKeys, results: Sequence[Result]) -> Evaluation:
-    file = Path(arguments.data) if arguments.data else None
+    entry = entry_of(arguments.data) if arguments.data else None
+    file = Path(entry.path) if entry is not None and entry.path else None
+    name = arguments.data if file is None else file.name
     return Evaluation(
         step=0,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         command=shlex.join(shareable(["dfactory", *arguments.typed])),
-        data=file.name if file is not None else ", ".join(arguments.task or arguments.lm_eval),
+        data=name or ", ".join(arguments.task or arguments.lm_eval),
         sha256=hash_file(file).sha256 if file is not None else None,
         decode=stated(keys),
         results=list(results),

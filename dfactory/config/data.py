@@ -20,6 +20,21 @@ class DatasetKeys:
     data_files: list[str] = key(
         [], "with name: patterns of its files, such as data/*.parquet; empty: those of the split"
     )
+    rename_columns: dict[str, str] = key(
+        {}, "columns under the names that the readers know, {theirs: ours}: {question_text: question, reply: response}"
+    )
+    tool_calls: str = key(
+        "text",
+        "calls that an answer spells out in <tool_call> tags (Hermes, Qwen) stay text, or are parsed, with the tools of the "
+        "system message and <tool_response>: the chat template then writes them in its own form",
+        choices=("text", "parse"),
+    )
+    reasoning: str = key(
+        "keep",
+        "what an answer thinks first, in <think> tags or in reasoning_content, is kept as it is, moved into tags or into "
+        "the field, or stripped",
+        choices=("keep", "tags", "field", "strip"),
+    )
 
     @property
     def label(self) -> str:
@@ -49,4 +64,8 @@ class DataKeys:
     )
     on_bad_row: str = key("error", "an unusable record stops the run, or is counted", choices=("error", "skip"))
     max_bad_fraction: float = key(0.01, "with on_bad_row: skip, the largest share of bad rows", low=0.0, high=1.0)
-    chat_template_path: Optional[str] = key(None, "Jinja file used instead of the tokenizer's own chat template")
+    chat_template_path: Optional[str] = key(
+        None,
+        "chat template used instead of the tokenizer's own: a Jinja file, a name (`chatml`, or one of trl's such as "
+        "`qwen3_training`), or the model that has it, a directory or `org/name`",
+    )

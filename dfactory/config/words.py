@@ -3,7 +3,13 @@
 import difflib
 from collections.abc import Collection
 
+RECORD_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow", ".csv")
 RECORD_FILES = ".jsonl, .jsonl.gz, .json, .parquet, .arrow or .csv"
+RECORDS_HELP = f"{RECORD_FILES}, or a dataset on the hub (org/name, org/name@revision[split])"
+TEMPLATE_ENDINGS = (".jinja", ".jinja2", ".j2", ".txt")
+TEMPLATE_HELP = (
+    "chat template instead of the tokenizer's own: a Jinja file, a name such as chatml, or a model that has it"
+)
 MODEL_HELP = "model directory, run folder, name on the hub (org/name or org/name@revision), or `tiny`"
 
 

@@ -15,7 +15,6 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,17 +98,6 @@ def mask_warning(tokenizer: PreTrainedTokenizerBase | None, mask: int) -> str | 
         f"mask_token_id {mask} is the ordinary token {shown!r}: records that hold it are refused, and the model can never "
         "write it; take a special token, or an id that no token has"
     )
-
-
-def read_chat_template(path: str | None) -> str | None:
-    """The recipe's own template, or None. Raises ConfigError if there is no such file."""
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise ConfigError(
-            f"chat_template_path {path} does not exist: give a Jinja file, or null for the tokenizer's own"
-        )
-    return Path(path).read_text()
 
 
 def special_literals(tokenizer: PreTrainedTokenizerBase, also: Iterable[int] = ()) -> dict[str, int]:

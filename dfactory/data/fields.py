@@ -22,6 +22,13 @@ TEXTS = (
 )  # of a message; a template has to write them
 MARKS = ("weight", "train", "training", "loss")  # 0 or false: this answer is context; OpenAI, axolotl, ms-swift
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+TEXT_PARTS = ("text", "input_text", "output_text")  # of a message's content; the last two are the Responses API's
+MEDIA_PARTS = {  # what a part of another type is; as OpenAI, Anthropic and transformers call them
+    **dict.fromkeys(("image", "image_url", "input_image", "image_file"), "an image"),
+    **dict.fromkeys(("audio", "audio_url", "input_audio"), "a sound"),
+    **dict.fromkeys(("video", "video_url", "input_video"), "a video"),
+    **dict.fromkeys(("file", "input_file", "document"), "a file"),
+}
 NESTING = 100  # levels of a JSON value: what walks through values and templates recurses
 
 
@@ -90,6 +97,7 @@ class Fault(enum.StrEnum):
     NO_ANSWER = "no answer to train on"
     EQUAL_SIDES = "chosen equals rejected"
     TWO_PROMPTS = "chosen and rejected answer different prompts"
+    TIE = "a tie, which prefers neither side"
     TRACE = "no decoder's trace that views can be made from"
     TEMPLATE = "refused by the chat template"
     SPECIAL_TOKEN = "special token where text should be"
@@ -219,7 +227,13 @@ def _content(value: Any, name: str) -> str:
     if not isinstance(value, list):
         return text(value, name)
     for index, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") != "text":
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in MEDIA_PARTS:
+            raise BadRow(
+                Fault.FIELD,
+                f"{name}[{index}] is {MEDIA_PARTS[kind]} ({kind}): the model reads text alone; leave the row out",
+            )
+        if kind not in TEXT_PARTS:
             raise BadRow(Fault.FIELD, f"{name}[{index}] is {show(part)}: only parts of type text can be trained on")
     return "".join(text(part.get("text"), f"{name}[{index}].text") for index, part in enumerate(value))
 

@@ -5,9 +5,11 @@
     conversations + chosen + rejected        ShareGPT's turns, and an answer as a turn, messages or text
     chosen + rejected                        whole texts or conversations; the prompt is their common beginning, unless
                                              another column states it
+    conversation_a + conversation_b + winner    whole conversations, of which a judge preferred one (the chatbot arena)
+    prompt + response_a + response_b + winner   two answers to one prompt, the same
     prompt_ids + chosen_ids + rejected_ids   tokenised
 
-Refused are equal sides, an empty side, and sides that answer different prompts.
+Refused are equal sides, an empty side, sides that answer different prompts, and ties: no stage trains on them.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +20,23 @@ from dfactory.data.columns import ASKED, SYSTEM, Format, asked, said, sharegpt_m
 from dfactory.data.fields import BadRow, Completion, Conversation, Fault, Pair, TokenIds, check_messages
 
 SIDES = ("chosen", "rejected")
+TIES = (
+    "tie",
+    "tie (bothbad)",
+    "tie (both bad)",
+    "both",
+    "bothbad",
+    "both_bad",
+    "neither",
+    "draw",
+    "equal",
+    "same",
+    "c",
+)
+WINNERS = {
+    **dict.fromkeys(("a", "model_a", "response_a", "conversation_a"), ("a", "b")),
+    **dict.fromkeys(("b", "model_b", "response_b", "conversation_b"), ("b", "a")),
+}
 STATES_PROMPT = ("question", "query", "instruction", "messages", "conversations", "history", *columns.EXTRA, *SYSTEM)
 
 
@@ -91,6 +110,53 @@ def _side(value: Any, name: str) -> list[dict]:
     return messages
 
 
+def _judged_pair(column: str) -> Callable[[dict], Pair]:
+    """A reader of rows with sides a and b, of which `winner` names the preferred one."""
+
+    def read(row: dict) -> Pair:
+        chosen, rejected = _winner(row["winner"])
+        sides = {"chosen": row[f"{column}_{chosen}"], "rejected": row[f"{column}_{rejected}"]}
+        rest = {name: value for name, value in row.items() if name not in (f"{column}_a", f"{column}_b", "winner")}
+        if column == "conversation":
+            return _read_implicit_pair(rest | sides)
+        is_conversation = isinstance(row["prompt"], list)
+        return _read_pair(rest | {name: _turns(side) if is_conversation else side for name, side in sides.items()})
+
+    return read
+
+
+def _turns(answer: Any) -> Any:
+    return [said("assistant", answer)] if isinstance(answer, str) else answer
+
+
+def _winner(value: Any) -> tuple[str, str]:
+    """The letters of the preferred side and of the other one. Raises BadRow, also for a tie."""
+    word = value.strip().lower() if isinstance(value, str) else value
+    if word in TIES:
+        raise _tie("winner", value)
+    if word not in WINNERS:
+        raise BadRow(Fault.FIELD, f"winner is {fields.show(value)}: it must be a, b (or model_a, model_b) or tie")
+    return WINNERS[word]
+
+
+def _tie(name: str, value: Any) -> BadRow:
+    return BadRow(
+        Fault.TIE,
+        f"{name} is {fields.show(value)}: neither side is preferred, and no stage trains on ties; leave it out",
+    )
+
+
+def refuse_tie(row: dict) -> None:
+    """Raises BadRow for a pair of which a column next to it says that neither side is preferred."""
+    for name in ("tie", "is_tie", "winner_tie"):
+        if row.get(name) in (True, 1):
+            raise _tie(name, row[name])
+    for name in ("winner", "preference", "verdict", "outcome"):
+        value = row.get(name)
+        if isinstance(value, str) and value.strip().lower() in TIES:
+            raise _tie(name, value)
+
+
 def _read_token_pair(row: dict) -> Pair:
     prompt = fields.integers(row["prompt_ids"], "prompt_ids", may_be_empty=True)
     chosen, rejected = (fields.integers(row[name], name) for name in ("chosen_ids", "rejected_ids"))
@@ -152,5 +218,7 @@ PAIR_FORMATS: dict[tuple[str, ...], Format] = {
     ("question", "chosen", "rejected"): Format(_asked_pair("question"), ASKED),
     ("instruction", "chosen", "rejected"): Format(_asked_pair("instruction"), ASKED),
     ("chosen", "rejected"): Format(_read_implicit_pair, (*SYSTEM, "tools")),
+    ("conversation_a", "conversation_b", "winner"): Format(_judged_pair("conversation"), (*SYSTEM, "tools")),
+    ("prompt", "response_a", "response_b", "winner"): Format(_judged_pair("response"), (*SYSTEM, "tools")),
     ("prompt_ids", "chosen_ids", "rejected_ids"): Format(_read_token_pair, strict=False),
 }

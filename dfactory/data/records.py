@@ -18,9 +18,11 @@ from dfactory.config.data import DatasetKeys
 from dfactory.config.words import RECORD_FILES
 from dfactory.data import columns, fields
 from dfactory.data.columns import ASKED, SYSTEM, Format, asked, said, sharegpt_messages, with_system
-from dfactory.data.fields import BadRow, Completion, Conversation, Fault, Record, TokenIds, check_messages
-from dfactory.data.pairs import PAIR_FORMATS
+from dfactory.data.entries import entry_of
+from dfactory.data.fields import BadRow, Completion, Conversation, Fault, Pair, Record, TokenIds, check_messages
+from dfactory.data.pairs import PAIR_FORMATS, refuse_tie
 from dfactory.data.progress import Advance, unheard
+from dfactory.data.rewriting import rewriter
 from dfactory.data.tables import is_table, table_rows
 from dfactory.data.traces import TRACE_FORMATS
 from dfactory.errors import DataError
@@ -35,7 +37,8 @@ def read_records(
     advance: Advance = unheard,
     unread: Counter[str] | None = None,
 ) -> Iterator[tuple[int, Record | BadRow]]:
-    """Stream (number, record) of a file, or of an entry of `datasets`; numbers count lines, or rows of a table, from 1.
+    """Stream (number, record) of a file, of a name on the hub, or of an entry of `datasets`; numbers count lines, or rows of
+    a table, from 1.
 
     A row that can be read as a pair and as a single answer is read as `prefer_pairs` says. `advance` is called with the
     bytes read; `unread` counts the rows by text columns that no reader uses.
@@ -46,12 +49,13 @@ def read_records(
 
 
 def read_objects(source: str | Path | DatasetKeys, advance: Advance = unheard) -> Iterator[tuple[int, Any]]:
-    """The same with rows as they stand there; what is not JSON or not UTF-8 is a BadRow."""
-    entry = source if isinstance(source, DatasetKeys) else DatasetKeys(str(source))
-    empty = True
+    """The same with rows as they stand there, but for what the keys of the entry change (rewriting.py); what is not JSON
+    or not UTF-8 is a BadRow."""
+    entry, empty = entry_of(source), True
+    rewrite = rewriter(entry)
     for number, row in _rows(entry, advance):
         empty = False
-        yield number, row
+        yield number, rewrite(row)
     if empty:
         raise DataError(f"{entry.label} holds no records: leave it out of datasets")
 
@@ -64,6 +68,8 @@ def parse_row(row: Any, prefer_pairs: bool = False, unread: Counter[str] | None 
         if form.strict:
             columns.refuse_unread(row, (*names, *form.also), record)
             columns.refuse_bad_answer(row, record)
+            if isinstance(record, Pair):
+                refuse_tie(row)
     except BadRow as bad:
         return bad
     if unread is not None:

@@ -38,6 +38,7 @@ from dfactory.data.examples import (
 from dfactory.data.fields import BadRow, Record
 from dfactory.data.progress import Advance, reading
 from dfactory.data.records import LONGEST_LINE, parse_line, parse_row
+from dfactory.data.rewriting import changes_of, rewriter
 from dfactory.data.tables import Table, is_table
 from dfactory.errors import ConfigError, DataError
 from dfactory.types import Example
@@ -154,6 +155,8 @@ class StreamedExamples:
         self.unit_size = 2 if paired else 1
         with reading([entry.path for entry in datasets if entry.path], "looking for lines") as advance:
             self._files = [numbered(entry, advance) for entry in datasets]
+        self._rewrite = [rewriter(entry) for entry in datasets]
+        self._changes = "".join(changes for entry in datasets if (changes := changes_of(entry)))
         self._first_F1 = np.cumsum([0, *(len(lines) for lines in self._files)])
         self._chunks: deque[Chunk] = deque()  # the newest last
         self._chunk_of: dict[int, Chunk] = {}
@@ -166,8 +169,9 @@ class StreamedExamples:
 
     @property
     def fingerprint(self) -> int:
-        """A checksum of all files."""
-        return functools.reduce(lambda crc, lines: zlib.crc32(str(lines.checksum).encode(), crc), self._files, 0)
+        """A checksum of all files, and of what their entries change in the rows."""
+        crc = functools.reduce(lambda crc, lines: zlib.crc32(str(lines.checksum).encode(), crc), self._files, 0)
+        return zlib.crc32(self._changes.encode(), crc)
 
     @property
     def file_index_U(self) -> np.ndarray:
@@ -234,7 +238,8 @@ class StreamedExamples:
         """The records of ascending units, blank lines left out."""
         for file_index, group in itertools.groupby(units, key=lambda unit: self._place(unit)[0]):
             file, first = self._files[file_index], int(self._first_F1[file_index])
-            found = [(unit, row) for unit in group if (row := file.row(unit - first)) is not BLANK]
+            rewrite = self._rewrite[file_index]
+            found = [(unit, rewrite(row)) for unit in group if (row := file.row(unit - first)) is not BLANK]
             records = [
                 (unit - first + 1, row if isinstance(row, BadRow) else self._parse(unit, row)) for unit, row in found
             ]

@@ -59,6 +59,13 @@ def commit_read(entry: DatasetKeys) -> str | None:
     return _COMMITS.get((entry.name, entry.revision))
 
 
+def commit_of(entry: DatasetKeys) -> str | None:
+    """The same, after the dataset was read where it had not been."""
+    if (entry.name, entry.revision) not in _COMMITS:
+        _load(entry, streaming=False)
+    return commit_read(entry) or entry.revision
+
+
 class Table:
     """The rows of an entry by their number, mapped from the cache and not loaded; `checksum` is that of all of them."""
 

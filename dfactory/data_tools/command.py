@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Callable
 
-from dfactory.config.words import MODEL_HELP
+from dfactory.config.words import MODEL_HELP, TEMPLATE_HELP
 from dfactory.console import plain_console
 from dfactory.errors import ConfigError, DFactoryError
 from dfactory.redaction import guard_output
@@ -59,9 +59,7 @@ def parser_of(verb: str, epilog: str | None = None) -> argparse.ArgumentParser:
 def add_vocabulary_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
     """What a tokenizer and its special ids are taken from."""
     parser.add_argument("--model", required=required, help=f"{MODEL_HELP}: its tokenizer")
-    parser.add_argument(
-        "--chat-template", metavar="FILE", help="Jinja file used instead of the tokenizer's own template"
-    )
+    parser.add_argument("--chat-template", metavar="FILE|NAME", help=TEMPLATE_HELP)
     parser.add_argument(
         "--mask-token-id", type=int, help="where the model knows none; default: as mask_token auto chooses"
     )

@@ -10,21 +10,26 @@ rewards compare with. Out, by what a row is:
     text               prompt + completion, or text                 token ids          as it was
 
 A .json file, as Alpaca and ShareGPT data are published, holds one array of rows and is read whole; its rows are counted from
-1. Further columns are kept. The first row that cannot be read ends the command with its file:line, unless --skip-bad.
+1. --rename, --tool-calls and --reasoning do what rename_columns, tool_calls and reasoning of a recipe's `datasets` do.
+Further columns are kept. The first row that cannot be read ends the command with its file:line, unless --skip-bad.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dfactory.config.words import RECORD_FILES
+from dfactory.config.data import DatasetKeys
+from dfactory.config.words import RECORDS_HELP
+from dfactory.data.entries import paths_of
 from dfactory.data.fields import BadRow, Completion, Conversation, Fault, Pair, Record, show
 from dfactory.data.progress import Advance, reading
 from dfactory.data.records import parse_json, parse_row, read_columns, read_objects
+from dfactory.data.rewriting import rewriter
 from dfactory.data_tools.command import parser_of, say
 from dfactory.data_tools.files import writing
-from dfactory.errors import DataError
+from dfactory.errors import ConfigError, DataError
 
 FINAL_ANSWER = "####"  # stands before the answer proper in GSM8K's answers
 SHOWN = 5  # bad rows that are printed
@@ -32,18 +37,36 @@ SHOWN = 5  # bad rows that are printed
 
 def main(words: list[str] | None = None) -> int:
     parser = parser_of("convert")
-    parser.add_argument("files", nargs="+", help=f"{RECORD_FILES}; .json holds an array of rows")
+    parser.add_argument("files", nargs="+", help=f"{RECORDS_HELP}; .json holds an array of rows")
     parser.add_argument("--output", required=True, help=".jsonl, .jsonl.gz or .parquet")
     parser.add_argument("--pairs", action="store_true", help="read rows as preference pairs where they can be both")
     parser.add_argument("--skip-bad", action="store_true", help="count rows that cannot be read, and go on")
+    keys = {field.name: field.metadata for field in dataclasses.fields(DatasetKeys) if field.metadata}
+    parser.add_argument(
+        "--rename",
+        action="append",
+        default=[],
+        metavar="THEIRS=OURS",
+        help="a column under the name that the readers know, as rename_columns of a recipe; may be repeated",
+    )
+    for name in ("tool_calls", "reasoning"):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            choices=keys[name]["choices"],
+            default=getattr(DatasetKeys(), name),
+            help=f"as datasets.{name} of a recipe: {keys[name]['help']} (default: %(default)s)",
+        )
     options = parser.parse_args(words)
+    rewrite = rewriter(
+        DatasetKeys(rename_columns=_names(options.rename), tool_calls=options.tool_calls, reasoning=options.reasoning)
+    )
 
     counts: Counter[str] = Counter()
-    with reading(options.files, "converting") as advance, writing(options.output) as write:
+    with reading(paths_of(options.files), "converting") as advance, writing(options.output) as write:
         for path in options.files:
             for number, row in rows_of(path, advance):
                 try:
-                    kind, converted = convert(row, options.pairs)
+                    kind, converted = convert(rewrite(row), options.pairs)
                 except BadRow as bad:
                     if not options.skip_bad:
                         raise DataError(f"{path}:{number}: {bad}; or give --skip-bad") from bad
@@ -57,6 +80,15 @@ def main(words: list[str] | None = None) -> int:
             raise DataError(f"no row of {', '.join(options.files)} could be read")
     say(f"{', '.join(f'{count:,} {kind}' for kind, count in counts.most_common())}: {options.output}")
     return 0
+
+
+def _names(words: list[str]) -> dict[str, str]:
+    names = dict(word.partition("=")[::2] for word in words)
+    if not all(names.values()) or len(set(names.values())) < len(words):
+        raise ConfigError(
+            f"--rename {' '.join(words)}: give columns as THEIRS=OURS, and every column a name of its own"
+        )
+    return names
 
 
 def rows_of(path: str, advance: Advance) -> Iterator[tuple[int, Any]]:

@@ -7,7 +7,8 @@ alone; the first of equals stays as it is. Rows that cannot be read end the comm
 Memory: about 100 bytes a kept row.
 """
 
-from dfactory.config.words import RECORD_FILES
+from dfactory.config.words import RECORDS_HELP
+from dfactory.data.entries import paths_of
 from dfactory.data.progress import reading
 from dfactory.data_tools.command import parser_of, say
 from dfactory.data_tools.files import writing
@@ -20,7 +21,7 @@ SHOWN = 5  # duplicates that are printed
 
 def main(words: list[str] | None = None) -> int:
     parser = parser_of("dedup")
-    parser.add_argument("files", nargs="+", help=RECORD_FILES)
+    parser.add_argument("files", nargs="+", help=RECORDS_HELP)
     parser.add_argument("--output", required=True, help=".jsonl, .jsonl.gz or .parquet")
     parser.add_argument(
         "--by", choices=tuple(KEYS), default="record", help="prompt and response, or the prompt alone (default: record)"
@@ -30,7 +31,7 @@ def main(words: list[str] | None = None) -> int:
 
     seen: set[int] = set()
     count = 0
-    with reading(options.files, "comparing") as advance, writing(options.output) as write:
+    with reading(paths_of(options.files), "comparing") as advance, writing(options.output) as write:
         for path in options.files:
             for row in read_rows(path, options.pairs, advance):
                 count += 1

@@ -26,10 +26,13 @@ import transformers
 
 from dfactory.allocator import keep_freed_memory
 from dfactory.commands.arguments import positive
-from dfactory.config.words import MODEL_HELP, RECORD_FILES
+from dfactory.config.words import MODEL_HELP, RECORDS_HELP, TEMPLATE_HELP
 from dfactory.data.answers import ANSWER_PATTERN_HELP, compiled_pattern
-from dfactory.data.chat import ChatEncoder, read_chat_template
+from dfactory.data.chat import ChatEncoder
+from dfactory.data.entries import entry_of, paths_of
+from dfactory.data.named_templates import read_chat_template
 from dfactory.data.progress import reading
+from dfactory.data.tables import commit_of
 from dfactory.data_tools.asked import Prompt, read_prompts
 from dfactory.data_tools.command import fraction, parser_of, say
 from dfactory.data_tools.journal import Journal
@@ -102,7 +105,7 @@ class Distillation:
         """Raises RolloutError if no answer is left to write."""
         journal, first = self.journal, next(self._prompts())
         if "total" not in journal.source:  # so that a bad row is an error before the first answer
-            with reading(self.options.prompts, "checking prompts"):
+            with reading(paths_of(self.options.prompts), "checking prompts"):
                 journal.source |= {"total": sum(1 for _ in self._prompts())}
             journal.save()
         with _judge(self.options, first) as judge, Meter(journal.source["total"], journal.counts[PROMPTS]) as meter:
@@ -231,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         nargs="+",
         metavar="FILE",
-        help=f"{RECORD_FILES}: prompts, or records, answered again",
+        help=f"{RECORDS_HELP}: prompts, or records, answered again",
     )
     add("--output", required=True, help=".jsonl")
     add("--max-new-tokens", type=positive, default=256, help="of an answer (default: %(default)s)")
@@ -246,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     add("--num-samples", type=positive, default=1, metavar="N", help="answers a prompt (default: %(default)s)")
     add("--system", metavar="TEXT", help="system message of conversations that have none")
-    add("--chat-template", metavar="FILE", help="Jinja file used instead of the tokenizer's own template")
+    add("--chat-template", metavar="FILE|NAME", help=TEMPLATE_HELP)
     add("--limit", type=positive, metavar="N", help="the first so many prompts")
     add("--batch-size", type=positive, default=32, help="answers at once (default: %(default)s)")
     add(
@@ -308,8 +311,8 @@ def _settings(options: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
     """All that an answer depends on: files by their content, so that a copy elsewhere is the same."""
     return {
         "model_sha256": _model_hash(model_dir),
-        "prompts_sha256": [_file_hash(path) for path in options.prompts],
-        "chat_template_sha256": _file_hash(options.chat_template) if options.chat_template else None,
+        "prompts_sha256": [_records_hash(word) for word in options.prompts],
+        "chat_template_sha256": _text_hash(read_chat_template(options.chat_template)),
         **{name: getattr(options, name) for name in SETTINGS},
     }
 
@@ -334,8 +337,16 @@ def _model_hash(model_dir: Path) -> str:
     return hashlib.sha256(manifest_text(hash_files(model_dir, sorted(names))).encode()).hexdigest()
 
 
-def _file_hash(path: str) -> str:
-    if not Path(path).is_file():
-        raise DataError(f"{path} is not a file")
-    with open(path, "rb") as file:
+def _text_hash(text: str | None) -> str | None:
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+def _records_hash(word: str) -> str:
+    """Of a file; of a dataset on the hub its commit."""
+    entry = entry_of(word)
+    if entry.path is None:
+        return f"{word} at {commit_of(entry)}"
+    if not Path(word).is_file():
+        raise DataError(f"{word} is not a file")
+    with open(word, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ file without a weight has weight 1. Lines of .jsonl stay as they are; .json, .pa
 
 import numpy as np
 
-from dfactory.config.data import DatasetKeys
+from dfactory.data.entries import entry_of, paths_of
 from dfactory.data.fields import BadRow, Fault, show
 from dfactory.data.order import EpochOrder
 from dfactory.data.progress import reading
@@ -38,8 +38,8 @@ def main(words: list[str] | None = None) -> int:
             f"a file is named twice in {' '.join(options.files)}: give it once, with the sum of the weights"
         )
 
-    with reading(list(weights), "looking for lines") as advance:
-        files = [numbered(DatasetKeys(path), advance) for path in weights]
+    with reading(paths_of(weights), "looking for lines") as advance:
+        files = [numbered(entry_of(word), advance) for word in weights]
     first_F1 = np.cumsum([0, *map(len, files)])
     weight_U = np.repeat(list(weights.values()), np.diff(first_F1))
     counts = dict.fromkeys(weights, 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.text import Text
 
 from dfactory.commands.preview import Decode, decoder_of, document_text, legend, view_text
-from dfactory.config.words import RECORD_FILES
+from dfactory.config.words import RECORDS_HELP
 from dfactory.console import plain_console
 from dfactory.data.examples import DocumentRules, read_documents
 from dfactory.data.fields import BadRow, Pair
@@ -29,7 +29,7 @@ PLAIN_WIDTH = 120  # of the output where there is no terminal
 
 def main(words: list[str] | None = None) -> int:
     parser = parser_of("preview")
-    parser.add_argument("files", nargs="+", help=RECORD_FILES)
+    parser.add_argument("files", nargs="+", help=RECORDS_HELP)
     add_vocabulary_arguments(parser, required=True)
     parser.add_argument("--rows", type=int, default=3, help="of each file (default: 3)")
     parser.add_argument("--first", type=int, default=1, help="number of the first row shown (default: 1)")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from dfactory.commands.arguments import add_model_arguments, model_of
-from dfactory.config.words import RECORD_FILES
+from dfactory.config.words import RECORDS_HELP
 from dfactory.data.prompts import Row, encode_prompt, prompt_of, read_rows
 from dfactory.data_tools.command import say
 from dfactory.decoding.keys import DecodeKeys
@@ -32,7 +32,7 @@ class Group(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser, generations: int) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--input", required=True, help=f"{RECORD_FILES}: prompts, and what the reward reads")
+    parser.add_argument("--input", required=True, help=f"{RECORDS_HELP}: prompts, and what the reward reads")
     parser.add_argument("--output", required=True, help=".jsonl, .jsonl.gz or .parquet")
     parser.add_argument(
         "--reward",

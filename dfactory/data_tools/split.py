@@ -11,9 +11,9 @@ import contextlib
 import hashlib
 from collections import Counter
 
-from dfactory.config.words import RECORD_FILES
+from dfactory.config.words import RECORD_ENDINGS, RECORDS_HELP
+from dfactory.data.entries import entry_of, paths_of
 from dfactory.data.progress import reading
-from dfactory.data.tables import KINDS
 from dfactory.data_tools.command import named_numbers, parser_of, say
 from dfactory.data_tools.files import ENDINGS, writing
 from dfactory.data_tools.identity import prompt_key
@@ -29,10 +29,10 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pairs", action="store_true", help="read rows as preference pairs where they can be both")
     options = parser.parse_args(words)
-    files = [word for word in options.words if word.endswith((*ENDINGS, *KINDS))]
+    files = [word for word in options.words if word.endswith(RECORD_ENDINGS) or entry_of(word).name]
     shares = named_numbers([word for word in options.words if word not in files], "parts as NAME=SHARE")
     if not files:
-        raise ConfigError(f"no file to split: name one that ends in {RECORD_FILES}")
+        raise ConfigError(f"no file to split: name one that ends in {RECORDS_HELP}")
     if len(shares) < 2 or not sum(shares.values()):
         raise ConfigError("give two parts or more with their shares, such as train=0.95 heldout=0.05")
 
@@ -43,7 +43,7 @@ def main(words: list[str] | None = None) -> int:
 
     counts: Counter[str] = Counter()
     with contextlib.ExitStack() as stack:
-        advance = stack.enter_context(reading(files, "splitting"))
+        advance = stack.enter_context(reading(paths_of(files), "splitting"))
         writers = {name: stack.enter_context(writing(f"{options.output}/{name}{options.format}")) for name in shares}
         for path in files:
             for row in read_rows(path, options.pairs, advance):

@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from dfactory.config.data import DatasetKeys
-from dfactory.config.words import RECORD_FILES
+from dfactory.config.words import RECORDS_HELP
 from dfactory.console import plain_console
 from dfactory.data.chat import ChatEncoder
+from dfactory.data.entries import entry_of
 from dfactory.data.examples import SHOWN_COLUMNS, DocumentRules, EncodedRow, read_documents
 from dfactory.data.fields import BadRow, Fault, Pair
 from dfactory.data.progress import Advance, reading
@@ -54,7 +55,7 @@ class Task:
 
 def main(words: list[str] | None = None) -> int:
     parser = parser_of("validate")
-    parser.add_argument("files", nargs="*", metavar="FILE | key=value", help=f"{RECORD_FILES}; keys of --recipe")
+    parser.add_argument("files", nargs="*", metavar="FILE | key=value", help=f"{RECORDS_HELP}; keys of --recipe")
     parser.add_argument("--recipe", help="take files, model, lengths and what is allowed from this recipe")
     add_vocabulary_arguments(parser, required=False)
     parser.add_argument("--max-length", type=int, help="longest document in tokens (default: no limit)")
@@ -88,7 +89,7 @@ def main(words: list[str] | None = None) -> int:
 def _task_of_words(options: argparse.Namespace) -> Task:
     if not options.files:
         raise ConfigError("no file to validate: name some, or give --recipe")
-    sources = [DatasetKeys(path) for path in options.files]
+    sources = [entry_of(word) for word in options.files]
     if options.model is None:
         if options.max_length is not None or options.chat_template:
             raise ConfigError("--max-length and --chat-template need a tokenizer: give --model, such as `tiny`")
@@ -111,7 +112,7 @@ def _task_of_recipe(options: argparse.Namespace, overrides: list[str]) -> Task:
     recipe = load_recipe(options.recipe, overrides)
     vocabulary = recipe_vocabulary(recipe)
     allowed = recipe.max_bad_fraction if recipe.on_bad_row == "skip" else 0.0
-    sources = [DatasetKeys(path) for path in options.files] or recipe.datasets
+    sources = [entry_of(word) for word in options.files] or recipe.datasets
     paired = recipe.documents_per_record == 2
     rules = document_rules(recipe, vocabulary, trace_block_size_of(recipe))
     return Task(sources, paired, allowed, vocabulary.encoder, rules)

@@ -23,7 +23,7 @@ import yaml
 
 from dfactory import distributed, faults
 from dfactory.config.resume import LIMITED, Change, changes_between, refuse_kept
-from dfactory.data.chat import read_chat_template
+from dfactory.data.named_templates import read_chat_template
 from dfactory.engine.expert_parallel import WholeLayers
 from dfactory.engine.shards import absent_shards, read_as_data
 from dfactory.engine.trainer import Trainer

@@ -6,7 +6,8 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dfactory.commands.checking.page import Page, in_bytes, in_short
-from dfactory.data.chat import ChatEncoder, SpecialIds, mask_warning, read_chat_template
+from dfactory.data.chat import ChatEncoder, SpecialIds, mask_warning
+from dfactory.data.named_templates import read_chat_template
 from dfactory.data.records import BadRow
 from dfactory.data.rendering import DATE
 from dfactory.data.templates import GENERATION_MARKER, PROBE_TURN
