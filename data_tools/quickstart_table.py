@@ -2,10 +2,8 @@
 
     python -m data_tools.quickstart_table RUN...
 
-Reads from each run folder `config.yaml` (its stage), `metrics.jsonl` (preference accuracy on held-out pairs, where it was
-measured), `thresholds.jsonl` (`dfactory eval --thresholds` on the held-out instructions) and `preferred.jsonl` (`dfactory
-generate` on the held-out requests that leave open what is wanted; the reward of one is 1 where `text`, without space around
-it, equals the preferred `answer`). Expected numbers are those of recipes/quickstart/expected.json.
+`dfactory quickstart` prints the same table at its end; dfactory/commands/quickstart_table.py says where its numbers come
+from. `--write` makes recipes/quickstart/expected.json.
 """
 
 import argparse
@@ -13,67 +11,10 @@ import json
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from rich.table import Table
-
+from dfactory.commands.quickstart_table import numbers, read_expected, stage_of, table
+from dfactory.commands.recipes import recipes_folder
 from dfactory.console import plain_console
-
-EXPECTED = Path(__file__).parents[1] / "recipes/quickstart/expected.json"
-THRESHOLD = 0.9
-FORMATS = {
-    "exact match": "{:.1%}",
-    "tokens per forward": "{:.2f}",
-    "tokens per second": "{:,.0f}",
-    "preference accuracy": "{:.1%}",
-    "reward": "{:.3f}",
-}
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a JSONL file. Ends the program where it is missing or empty."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    if not rows:
-        raise SystemExit(f"{path} is missing or empty: the stage that should have filled it did not finish")
-    return rows
-
-
-def stage_of(run: Path) -> str:
-    config = run / "config.yaml"
-    if not config.is_file():
-        raise SystemExit(f"{config} does not exist: {run} is not the folder of a run")
-    return OmegaConf.load(config).stage
-
-
-def numbers(run: Path) -> dict[str, float]:
-    """What is known of a run, by the names in FORMATS."""
-    (here,) = (row for row in read_jsonl(run / "thresholds.jsonl") if row["threshold"] == THRESHOLD)
-    answers = read_jsonl(run / "preferred.jsonl")
-    found = {
-        "exact match": here["exact_match"],
-        "tokens per forward": here["tokens_per_forward"],
-        "tokens per second": here["tokens_per_second"],
-        "reward": sum(row["text"].strip() == row["answer"] for row in answers) / len(answers),
-    }
-    for row in read_jsonl(run / "metrics.jsonl"):
-        if "eval/rewards/accuracies" in row:
-            found["preference accuracy"] = row["eval/rewards/accuracies"]
-    return found
-
-
-def table(runs: list[Path], expected: dict[str, dict[str, float]]) -> Table:
-    shown = Table("after", *FORMATS, title=f"held-out, at threshold {THRESHOLD}; in brackets what is expected")
-    for column in shown.columns[1:]:
-        column.justify = "right"
-    for run in runs:
-        stage, found = stage_of(run), numbers(run)
-        cells = []
-        for name, form in FORMATS.items():
-            cell = form.format(found[name]) if name in found else ""
-            if name in found and name in expected.get(stage, {}):
-                cell += f" ({form.format(expected[stage][name])})"
-            cells.append(cell)
-        shown.add_row(stage.upper(), *cells)
-    return shown
+from dfactory.errors import DataError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,11 +22,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, a stage each")
     parser.add_argument("--write", type=Path, help="write the numbers as JSON too, as expected.json has them")
     options = parser.parse_args(arguments)
-    if options.write:
+    try:
         found = {stage_of(run): {name: round(value, 4) for name, value in numbers(run).items()} for run in options.runs}
+        shown = table(options.runs, read_expected(recipes_folder()))
+    except DataError as problem:
+        raise SystemExit(str(problem)) from problem
+    if options.write:
         options.write.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    expected = json.loads(EXPECTED.read_text(encoding="utf-8")) if EXPECTED.is_file() else {}
-    plain_console().print(table(options.runs, expected))
+    plain_console().print(shown)
     return 0
 
 

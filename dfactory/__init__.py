@@ -12,6 +12,17 @@ imported before it is asked for.
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+from dfactory.versions import version_of
+
+if TYPE_CHECKING:  # what __getattr__ imports, for type checkers and editors
+    from dfactory import noise, views
+    from dfactory.decoding import DecodeRules, decode
+    from dfactory.inference import Pipeline
+    from dfactory.models.policy import Policy
+    from dfactory.models.registry import load_policy
+    from dfactory.types import Answer
 
 _WHERE = {
     "Answer": "dfactory.types",
@@ -20,16 +31,17 @@ _WHERE = {
     "Policy": "dfactory.models.policy",
     "decode": "dfactory.decoding",
     "DecodeRules": "dfactory.decoding",
-    "noise": None,
-    "views": None,
 }
+_MODULES = ("noise", "views")
 
 __all__ = ["Answer", "DecodeRules", "Pipeline", "Policy", "decode", "load_policy", "noise", "views"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version_of("dfactory")
+    if name in _MODULES:
+        return importlib.import_module(f"dfactory.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'dfactory' has no attribute {name!r}")
-    if _WHERE[name] is None:
-        return importlib.import_module(f"dfactory.{name}")
     return getattr(importlib.import_module(_WHERE[name]), name)

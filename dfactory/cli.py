@@ -16,6 +16,7 @@ from dfactory.commands import arguments as words
 from dfactory.config.words import join_options
 from dfactory.errors import ConfigError, DFactoryError
 from dfactory.redaction import guard_output
+from dfactory.versions import version_of
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,6 +58,7 @@ def _overrides(parser: argparse.ArgumentParser, arguments: argparse.Namespace, r
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser, and that of each verb."""
     parser = argparse.ArgumentParser(prog="dfactory", description="Post-training of block-diffusion language models.")
+    parser.add_argument("--version", action="version", version=f"dfactory {version_of('dfactory')}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in VERBS:
         sub = verbs.add_parser(verb.name, help=verb.summary, description=verb.summary, allow_abbrev=False)
@@ -179,6 +181,24 @@ def _bench(arguments, overrides) -> int:
     return bench(arguments.name, arguments.words)
 
 
+def _quickstart(arguments, overrides) -> int:
+    from dfactory.commands.quickstart import quickstart
+
+    return quickstart(overrides)
+
+
+def _recipes(arguments, overrides) -> int:
+    from dfactory.commands.recipes import recipes
+
+    return recipes(arguments.output)
+
+
+def _doctor(arguments, overrides) -> int:
+    from dfactory.commands.doctor import doctor
+
+    return doctor()
+
+
 def _report(arguments, overrides) -> int:
     from dfactory.commands.report import report
 
@@ -252,6 +272,15 @@ VERBS = (
         "run one of the programs of benchmarks/ in a checkout: step, decoding, growth, ...",
     ),
     Verb("report", _report, words.report, "draw the curves of finished or running runs"),
+    Verb("recipes", _recipes, words.recipes, "list the recipes that come with dFactory, or copy them"),
+    Verb(
+        "quickstart",
+        _quickstart,
+        words.quickstart,
+        "take the embedded model through every stage, minutes on a CPU",
+        "key=value",
+    ),
+    Verb("doctor", _doctor, words.doctor, "print the environment, what is missing for which feature, and the fix"),
 )
 
 

@@ -13,7 +13,7 @@ training run and the rollout actors of RL.
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -155,7 +155,7 @@ class Pipeline:
         if not isinstance(prompt, (str, Sequence)):
             raise DataError(f"prompt is {show(prompt)}: it must be text, messages or token ids")
         if not isinstance(prompt, str) and any(isinstance(part, Mapping) for part in prompt):
-            return self.encode_chat(prompt, tools)
+            return self.encode_chat(cast(Messages, prompt), tools)
         if tools:
             raise DataError("tools are shown to the model by its chat template: give messages with them")
         if isinstance(prompt, str):

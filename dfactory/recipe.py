@@ -185,7 +185,10 @@ def read_recipe(path: str | Path, overrides: list[str] = (), ranks: int | None =
     the caller), overrides to the caller. `ranks`, by default this launch's, is what a global batch size is divided over."""
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"recipe {path} does not exist: give a YAML file such as recipes/quickstart/sft.yaml")
+        raise ConfigError(
+            f"recipe {path} does not exist: give a YAML file such as recipes/quickstart/sft.yaml "
+            "(`dfactory recipes --output recipes` writes those that come with dFactory)"
+        )
     try:
         file_layer = OmegaConf.load(path)
     except (*NOT_YAML, OSError) as problem:

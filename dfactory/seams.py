@@ -17,7 +17,8 @@ from dfactory.errors import ConfigError
 
 
 class Named(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
 
 Entry = TypeVar("Entry", bound=Named)

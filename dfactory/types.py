@@ -11,7 +11,7 @@ document, B block size, G rollouts of a prompt.
 import dataclasses
 import enum
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class EmbeddingInputs(NamedTuple):
 def common_length(one: EmbeddingInputs, other: EmbeddingInputs) -> int:
     """How many tokens two sequences have in common from their start, with all their embedding inputs. For numpy arrays."""
     length = min(len(one.token), len(other.token))
-    differs = np.zeros(length, bool)
+    differs: np.ndarray = np.zeros(length, bool)
     for fields in zip(one, other, strict=True):
         mine, theirs = (field[:length] if isinstance(field, np.ndarray) else field for field in fields)
         differs |= mine != theirs
@@ -266,7 +266,7 @@ class TokenScores(NamedTuple):
     argmax_logprob_N: torch.Tensor  # float32, its log-probability; no gradient
 
 
-Count = torch.Tensor | float
+Count: TypeAlias = torch.Tensor | float
 """A number, or a scalar tensor that may be on a device. Reading its value would make the host wait."""
 
 
@@ -274,7 +274,7 @@ class Mean(NamedTuple):
     """A mean that has not been divided yet, so that it can still be summed over micro-batches and ranks."""
 
     total: torch.Tensor  # scalar
-    count: Count
+    count: Count  # type: ignore[assignment]  # tuples have a method of this name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -326,7 +326,7 @@ class Edit(NamedTuple):
     false).
     """
 
-    index: int  # into Rollout.token_ids
+    index: int  # type: ignore[assignment]  # into Rollout.token_ids; tuples have a method of this name
     step: int  # forward pass of the response, from 0
     old_id: int
     new_id: int
@@ -383,7 +383,7 @@ class Rollout:
     def step_in_block(self) -> np.ndarray:
         """`commit_step` counted from the first forward of each token's block; UNDECODED for a mask that is left. int64."""
         prompt = len(self.prompt_ids) - self.block_origin
-        block = (prompt + np.arange(len(self.token_ids))) // self.block_size - prompt // self.block_size
+        block: np.ndarray = (prompt + np.arange(len(self.token_ids))) // self.block_size - prompt // self.block_size
         steps = np.array(self.commit_step)
         relative = steps - (np.cumsum(self.block_forwards) - self.block_forwards)[block]
         return np.where(steps == NEVER, UNDECODED, relative)

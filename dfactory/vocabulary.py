@@ -146,7 +146,7 @@ def recipe_vocabulary(recipe: Recipe) -> Vocabulary:
 
 
 def read_vocabulary(
-    model: str,
+    model: str | Path,
     revision: str | None = None,
     *,
     mask_token_id: int | None,

@@ -36,11 +36,14 @@ FOR_CHECKOUTS = (
 FOR_DEVELOPERS = ("dev", "docs")
 NOT_DECLARED = {
     "manners_twice": "a test writes it",
+    "setuptools": "pyproject.toml's build requirement",
     "tenacity": "a test asks whether lm-eval has come with its extra `api`",
 }
 RUN_NOT_IMPORTED = {
     "import-linter": "lint-imports, in .ci/run",
     "mkdocs-material": "mkdocs build, in .ci/run",
+    "mkdocstrings": "the API pages of docs/, .ci/mkdocs.yml",
+    "mypy": "in .ci/run",
     "pytest-timeout": "setup.cfg's `timeout`",
     "pytest-xdist": "pytest -n",
     "ruff": "in .ci/run",

@@ -17,6 +17,7 @@ LATE_PACKAGES = {
     "liger_kernel": "an extra, for CUDA only",
     "pyseccomp": "an extra; it fails to import where libseccomp is missing",
     "reasoning_gym": "an extra",
+    "packaging": "dfactory doctor answers where it is missing",
     "sympy": "comes with math_verify",
     "trl": "an extra",
     "wandb": "an extra",
@@ -28,6 +29,7 @@ LATE_PACKAGES = {
     "datasets": "1.3 s, for tables and datasets of the hub alone",
     "pyarrow": "for tables alone",
     "torch.nn.attention.flex_attention": "torch.compile's parts, for GPUs alone",
+    "torch": "dfactory doctor answers where it is missing, or does not load",
 }
 """Packages that are imported inside functions, each with the reason."""
 

@@ -5,30 +5,56 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
-BUILD = "import setuptools.build_meta as backend, sys; backend.build_wheel(sys.argv[1])"
+FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+FOLDERS = ("benchmarks", "data_tools", "dfactory", "docs", "examples", "launch", "recipes", "tests", ".ci")
+BUILD = "import setuptools.build_meta as backend, sys; getattr(backend, sys.argv[1])(sys.argv[2])"
+
+
+def build(what: str, source: Path, target: Path) -> Path:
+    """A `wheel` or `sdist` of the source folder, unpacked into `target`; the folder that holds it."""
+    target.mkdir(exist_ok=True)
+    subprocess.run(
+        [sys.executable, "-c", BUILD, f"build_{what}", str(target)], cwd=source, check=True, capture_output=True
+    )
+    (made,) = target.iterdir()
+    if what == "wheel":
+        with zipfile.ZipFile(made) as file:
+            file.extractall(target)
+    else:
+        with tarfile.open(made) as file:
+            file.extractall(target, filter="data")
+    made.unlink()
+    return target
+
+
+def files(folder: Path) -> set[str]:
+    """Without those that say how it was packed."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in found if path.name not in ("RECORD", "SOURCES.txt")}
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """The folder of an unpacked wheel, built from a copy so that nothing is left in the checkout."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
-    for name in SOURCES:
-        shutil.copy(ROOT / name, source / name)
-    for name in ("dfactory", "data_tools", "benchmarks"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run([sys.executable, "-c", BUILD, str(target)], cwd=source, check=True, capture_output=True)
-    (wheel,) = target.glob("*.whl")
-    with zipfile.ZipFile(wheel) as file:
-        file.extractall(target)
-    wheel.unlink()
-    return target
+def source(tmp_path_factory):
+    """A copy of the checkout, so that building leaves nothing in it."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in FILES:
+        shutil.copy(ROOT / name, copy / name)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def installed(source, tmp_path_factory):
+    """The folder of an unpacked wheel."""
+    return build("wheel", source, tmp_path_factory.mktemp("installed"))
 
 
 def run(installed, cwd, *words):
@@ -46,7 +72,34 @@ def test_only_dfactory_is_installed_with_its_assets(installed):
     packages = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert packages == {"dfactory"}
     assert (installed / "dfactory/assets/tiny/tokenizer.json").is_file()
+    assert (installed / "dfactory/py.typed").is_file()
     assert not list(installed.rglob("make_quickstart*"))
+
+
+def test_the_recipes_are_installed_as_they_are(installed):
+    folder = installed / "dfactory/recipes"
+    assert files(folder) == {path for path in files(ROOT / "recipes") if not path.startswith("actions/data/")}
+    assert (folder / "quickstart/expected.json").read_bytes() == (
+        ROOT / "recipes/quickstart/expected.json"
+    ).read_bytes()
+
+
+def test_the_wheel_of_an_sdist_is_that_of_the_checkout(source, installed, tmp_path):
+    (unpacked,) = build("sdist", source, tmp_path / "sdist").iterdir()
+    assert (unpacked / "launch/install.sh").is_file()
+    assert (unpacked / "tests/golden/llada2_tiny/model.safetensors").is_file()
+    again = build("wheel", unpacked, tmp_path / "wheel")
+    assert files(again) == files(installed) - {path for path in files(installed) if "__pycache__" in path}
+
+
+def test_a_recipe_of_the_wheel_is_checked_elsewhere(installed, tmp_path):
+    """The quickstart's first stage, with the embedded model and its records, without a checkout."""
+    assert run(installed, tmp_path, "recipes", "--output", "recipes").returncode == 0
+    done = run(installed, tmp_path, "check", "recipes/quickstart/sft.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "recipes/quickstart/data/train.jsonl" in done.stdout
+    done = run(installed, tmp_path, "doctor")
+    assert (done.returncode, f"{installed}/dfactory/recipes" in done.stdout) == (0, True)
 
 
 def test_data_tools_work_outside_of_a_checkout(installed, tmp_path):

@@ -171,6 +171,18 @@ def report(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def recipes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", metavar="FOLDER", help="copy them to this new folder")
+
+
+def quickstart(parser: argparse.ArgumentParser) -> None:
+    """It takes keys of its recipes alone."""
+
+
+def doctor(parser: argparse.ArgumentParser) -> None:
+    """It takes no words."""
+
+
 # --- values ------------------------------------------------------------------------------------------------------------
 
 

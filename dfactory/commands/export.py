@@ -32,12 +32,12 @@ from dfactory.models.registry import load_policy
 from dfactory.models.saving import CHAT_TEMPLATE, GENERATION_CONFIG, carry_files, layer_groups, save_policy
 from dfactory.noise import masked_view
 from dfactory.packing import PackedDocument, collate
-from dfactory.runs.account import version_of
 from dfactory.runs.folder import sync_tree
 from dfactory.runs.hashing import hash_file
 from dfactory.runs.lineage import Averaged, Export
 from dfactory.runs.provenance import lineage_of, source_of, with_sums
 from dfactory.types import AlignedDocument, TokenScores, ViewBatch
+from dfactory.versions import version_of
 from dfactory.vocabulary import read_vocabulary
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}

@@ -85,7 +85,7 @@ def known_keys(schema: type, prefix: str = "") -> dict[str, dataclasses.Field]:
     return keys
 
 
-def refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: str = "") -> None:
+def refuse_unknown_keys(schema: type, layer: Mapping[str, Any], origin: str, prefix: str = "") -> None:
     known = {field.name: field for field in dataclasses.fields(schema)}
     for name in layer:
         dotted = f"{prefix}{name}"

@@ -21,7 +21,7 @@ from dfactory.config.owners import combine, default_of, key_names, refuse_foreig
 from dfactory.decoding.rules.base import CONFIDENCE, RULES, DecodingRule, default_rule
 from dfactory.errors import ConfigError
 
-RuleKeys = combine("RuleKeys", RULES, __name__)
+RuleKeys: Any = combine("RuleKeys", RULES, __name__)
 
 
 @dataclass

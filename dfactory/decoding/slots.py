@@ -7,7 +7,7 @@ Letters: R responses in slots, B block size, N open positions, H hidden.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ class Decodable(Protocol):
     """What the decoder needs of a policy."""
 
     device: torch.device
-    config: object  # with `vocab_size`
+    config: Any  # with `vocab_size`
     logit_shift: int  # 1: the hidden state at i - 1 predicts the token at i
     can_be_recorded: bool  # whether forwards of fixed shape may be replayed as CUDA graphs
     sees_whole_document: (

@@ -102,7 +102,7 @@ class Policy(nn.Module):
         """The scores of targets, from the hidden states that predict them."""
         return self._causal_lm.lm_head(self._scaled(hidden_NH), target_ids_N, self.entropy_temperature, self.ranges)
 
-    def _first_prediction(self, batch: ViewBatch, plan: PlanByLayer) -> torch.Tensor:
+    def _first_prediction(self, batch: ViewBatch, plan: AttentionPlan | PlanByLayer) -> torch.Tensor:
         """The expected embedding of each target of `conditioned_N` by a pass without gradient, [R, S, H]; 0 elsewhere. The
         embeddings that are averaged have a gradient. Where no target is conditioned the pass runs all the same: under
         ZeRO-3 other ranks wait for its modules."""
@@ -150,7 +150,7 @@ class Policy(nn.Module):
         chosen_N: torch.Tensor,
         inputs_RS: EmbeddingInputs,
         position_ids_RS,
-        visibility: AttentionPlan,
+        visibility: AttentionPlan | PlanByLayer,
         cache=None,
         noise_table_TH: torch.Tensor | None = None,
         **conditioned: torch.Tensor,
@@ -185,6 +185,7 @@ class Policy(nn.Module):
         from token to token, or what is shared between documents and prompts would be wrong."""
         if inputs_RS.noise is None:
             return {"input_ids": inputs_RS.token}
+        assert noise_table_TH is not None  # a batch with noise comes with its table
         noise_RSH = noise_table_TH[inputs_RS.noise.clamp(min=0)] * (inputs_RS.noise >= 0)[..., None]
         embedded_RSH = self._causal_lm.get_input_embeddings()(inputs_RS.token)
         return {"inputs_embeds": embedded_RSH + noise_RSH.to(self._causal_lm.dtype)}

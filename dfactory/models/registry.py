@@ -131,7 +131,7 @@ def trained_block_size(model_dir: Path) -> int | None:
     family, recorded = FAMILIES.claiming(file, keys)[0], _recorded(model_dir)
     if family.sees_whole_document is None and "block_size" in recorded:
         return recorded["block_size"]
-    stated = keys.get(family.block_size_key)
+    stated = keys.get(family.block_size_key) if family.block_size_key else None
     return recorded.get("block_size") or (stated if type(stated) is int and stated > 0 else family.block_size)
 
 

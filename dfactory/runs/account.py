@@ -4,7 +4,6 @@ The first rank has one. What takes time, the sums of files, a thread computes be
 """
 
 import dataclasses
-import importlib.metadata
 import platform
 import re
 from pathlib import Path
@@ -23,6 +22,7 @@ from dfactory.runs.folder import resolved_keys
 from dfactory.runs.hashing import Hashes
 from dfactory.runs.lineage import HELD_OUT, RANDOM, TRAINED_ON, Earlier, Lineage, Records, Training, read_lineage
 from dfactory.runs.provenance import as_yaml, base_of, lineage_of, own_weights, source_of
+from dfactory.versions import version_of
 
 BY_T = re.compile(r"_t\d+\.\d+$")  # a metric at one mask ratio
 PACKAGES = ("dfactory", "torch", "transformers", "deepspeed", "peft")
@@ -140,14 +140,6 @@ def _versions() -> dict[str, str]:
     for package in PACKAGES:
         found[package] = version_of(package)
     return found
-
-
-def version_of(package: str) -> str:
-    """`unknown` for a checkout that is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _hardware(recipe: Recipe, world_size: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.test_kubernetes import submit  # noqa: F401  a fixture
-from tests.launch.test_scripts import LAUNCH, REPOSITORY, SCONTROL, SRUN, house, quickstart, run  # noqa: F401
+from tests.launch.test_scripts import LAUNCH, REPOSITORY, SCONTROL, SRUN, house, run  # noqa: F401
 
 LOCAL = str(LAUNCH / "local.sh")
 RECIPE = str(REPOSITORY / "recipes/quickstart/sft.yaml")
@@ -61,14 +61,6 @@ def test_kubernetes_without_an_answer(submit, tmp_path, shell):  # noqa: F811
     assert submit(shell, "rayjob", "never asked").returncode == 7
 
 
-@pytest.mark.parametrize("step", ["report", "table"])
-def test_quickstart_fails_at_its_end(house, step):  # noqa: F811
-    if step == "table":
-        (house / "data_tools/quickstart_table.py").write_text("raise SystemExit(3)\n")
-    done, _ = quickstart(house, FAIL_AT=step)
-    assert done.returncode == 3
-
-
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
 @pytest.mark.parametrize("shell", ["sh", "bash"])
 @pytest.mark.parametrize("python", [None, "exit 5", '[ "$1" = -c ] || exit 5'], ids=["none", "too old", "no venv"])
@@ -87,7 +79,7 @@ def test_an_install_that_fails(house, shell, script, python):  # noqa: F811
     assert not (house / "calls").exists()
 
 
-STEPS = ["ruff", "lint-imports", "mkdocs", "shellcheck", "dfactory", "test.sh"]
+STEPS = ["ruff", "lint-imports", "mypy", "mkdocs", "shellcheck", "hadolint", "dfactory", "test.sh"]
 
 
 @pytest.mark.parametrize("failing", ["", *STEPS])

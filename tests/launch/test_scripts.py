@@ -154,24 +154,9 @@ def test_slurm_script_outside_a_job(tmp_path):
 # --- scripts that install, on stubs
 
 FAKE_DFACTORY = """#!/usr/bin/env bash
-# Stands for dfactory: notes its arguments, writes what the quickstart reads, fails at the step that FAIL_AT names.
-set -eu
-echo "$*" >>"$CALLS"
-[ "${FAIL_AT:-}" != "$1" ] || exit 3
-for word in "$@"; do
-    case $word in output_dir=*) run=${word#output_dir=} ;; esac
-done
-if [ "$1" = train ]; then
-    mkdir -p "$run"
-    name=${2##*/}
-    echo "stage: ${name%.yaml}" >"$run/config.yaml"
-    echo checkpoint-20 >"$run/LATEST"
-    echo '{"step": 1, "loss": 2.0}' >"$run/metrics.jsonl"
-elif [ "$1" != report ]; then
-    while [ "$1" != --output ]; do shift; done
-    rates='"tokens_per_forward": 3, "tokens_per_second": 9'
-    echo '{"text": "a", "answer": "a", "threshold": 0.9, "exact_match": 0.5, '"$rates"'}' >"$2"
-fi
+# Stands for dfactory: notes where it was started and its arguments, and ends with the status FAILS.
+echo "$PWD: $*" >>"$CALLS"
+exit "${FAILS:-0}"
 """
 
 
@@ -181,9 +166,6 @@ def house(tmp_path):
     root = tmp_path / "a house"
     shutil.copytree(LAUNCH, root / "launch")
     shutil.copytree(REPOSITORY / "data_tools", root / "data_tools")
-    shutil.copytree(REPOSITORY / "recipes" / "quickstart" / "data", root / "recipes" / "quickstart" / "data")
-    for stage in ("sft", "cap", "dpo", "rl"):
-        (root / "recipes" / "quickstart" / f"{stage}.yaml").write_text(f"stage: {stage}\n", encoding="utf-8")
     (root / "tests").mkdir()
     stub = 'REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)\nPATH="$REPO/bin:$PATH"\n'
     (root / "launch" / "install.sh").write_text(stub, encoding="utf-8")
@@ -291,52 +273,17 @@ def quickstart(house, *arguments, **variables):
     return result, calls.read_text().splitlines() if calls.exists() else []
 
 
-STAGES = ("sft", "cap", "dpo", "rl")
-
-
-def test_quickstart_goes_through_its_stages_once_and_then_reuses_them(house):
+def test_quickstart_starts_in_the_repository_unless_it_is_told_where_to_write(house):
+    """dfactory/commands/quickstart.py does the rest: tests/commands/test_quickstart.py."""
+    result, calls = quickstart(house, "max_steps=20")
+    assert (result.returncode, calls) == (0, [f"{house}: quickstart max_steps=20"])
     result, calls = quickstart(house, "max_steps=20", "output_dir=my run")
-    first = house.parent / "my run"
-    runs = [first, *(house.parent / f"my run_{stage}" for stage in STAGES[1:])]
-    assert result.returncode == 0, result.stderr
-    keys = "max_steps=20 output_dir=my run"
-    assert calls[0] == f"train recipes/quickstart/sft.yaml {keys} output_dir={first}"
-    assert calls[1].startswith(f"eval --model {first} --data recipes/quickstart/data/heldout.jsonl --thresholds ")
-    assert calls[2].startswith(f"generate --model {first} --input recipes/quickstart/data/preferred_heldout.jsonl ")
-    for stage, run, previous, call in zip(STAGES[1:], runs[1:], (first, first, runs[2]), calls[3::3], strict=False):
-        assert call == f"train recipes/quickstart/{stage}.yaml {keys} model_name_or_path={previous} output_dir={run}"
-    assert calls[12:] == [f"report {chain}" + " ".join(map(str, runs)) for chain in ("", "--chain ")]
-    assert all(stage.upper() in result.stdout for stage in STAGES)
-    assert "50.0%" in result.stdout
-
-    result, calls = quickstart(house, "max_steps=20", "output_dir=my run")
-    assert (result.returncode, len(calls)) == (0, 2)  # the reports
-    assert "50.0%" in result.stdout
+    assert (result.returncode, calls) == (0, [f"{house.parent}: quickstart max_steps=20 output_dir=my run"])
 
 
-def test_quickstart_does_not_pass_off_another_run_as_its_own(house):
-    assert quickstart(house, "max_steps=20")[0].returncode == 0
-    result, calls = quickstart(house, "max_steps=30")
-    assert (result.returncode, calls) == (2, [])
-    assert "output_dir=DIR" in result.stderr
-
-
-@pytest.mark.parametrize("step", ["train", "eval", "generate"])
-def test_quickstart_fails_with_its_step_and_goes_on_from_there(house, step):
-    result, _ = quickstart(house, FAIL_AT=step)
-    assert result.returncode == 3
-    result, calls = quickstart(house)
-    assert result.returncode == 0, result.stderr
-    assert any(call.startswith("train recipes/quickstart/sft.yaml") for call in calls) == (step == "train")
-
-
-def test_quickstart_resumes_an_interrupted_run(house):
-    run_folder = house / "runs" / "quickstart_cap"
-    run_folder.mkdir(parents=True)
-    (run_folder / "LATEST").write_text("checkpoint-10\n")
-    result, calls = quickstart(house)
-    assert result.returncode == 0, result.stderr
-    assert calls[3].endswith(f"output_dir={run_folder} resume_from_checkpoint=true")
+@pytest.mark.parametrize("status", [2, 3])
+def test_quickstart_has_the_status_of_dfactory(house, status):
+    assert quickstart(house, FAILS=str(status))[0].returncode == status
 
 
 @pytest.mark.parametrize("assertion, status", [("assert True", 0), ("assert False", 1)])

@@ -15,7 +15,6 @@ from dfactory.commands.cards.usage import recipe_keys, usage
 from dfactory.hub import is_hub_name
 from dfactory.models.families.base import Attention
 from dfactory.models.registry import read_family
-from dfactory.runs.account import version_of
 from dfactory.runs.lineage import (
     DIRECTORY,
     EMBEDDED,
@@ -32,6 +31,7 @@ from dfactory.runs.lineage import (
     Training,
 )
 from dfactory.runs.provenance import CARD
+from dfactory.versions import version_of
 
 TEMPLATE = Path(__file__).parents[2] / "assets/card.md.jinja"
 TASK = "text-generation"

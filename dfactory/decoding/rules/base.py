@@ -10,8 +10,8 @@ Letters: R responses that are decoded together, B block size, N open positions o
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -113,6 +113,9 @@ class DecodingRule(Protocol):
     """Inherit from it for the defaults. A response may have a rule of its own; those with equal rules share a call."""
 
     name: ClassVar[str]
+    selector: ClassVar[str]  # with `wide_selector` and `Keys` set for each rule, below
+    wide_selector: ClassVar[str]
+    Keys: ClassVar[type]
     reads: ClassVar[tuple[Column, ...]] = (CONFIDENCE,)
     is_default: ClassVar[bool] = False
     """True for one rule: the default of `decode.rule`."""
@@ -150,22 +153,28 @@ class DecodingRule(Protocol):
     @property
     def shown(self) -> str:
         """The caption of a picture of the decoding: the first key and its value."""
-        return self.name if self.dial() is None else f"{self.dial()} {getattr(self, self.dial()):g}"
+        dial = self.dial()
+        return self.name if dial is None else f"{dial} {getattr(self, dial):g}"
 
     @classmethod
     def dial(cls) -> str | None:
         """Its first key, which trades speed for accuracy; None where it has no keys."""
-        return next((field.name for field in dataclasses.fields(cls)), None)
+        return next(_key_names(cls), None)
 
     @classmethod
     def of(cls, keys: object) -> "DecodingRule":
         """The rule with the values that it has in `keys`."""
-        return cls(**{field.name: getattr(keys, field.name) for field in dataclasses.fields(cls)})
+        return cls(**{name: getattr(keys, name) for name in _key_names(cls)})
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
         cls.Keys = cls  # as config/owners.py wants an entry
         cls.selector = cls.wide_selector = f"decode.rule {getattr(cls, 'name', '')}"
+
+
+def _key_names(rule: Any) -> Iterator[str]:
+    """Of a rule, which is a dataclass; its Protocol is not."""
+    return (field.name for field in dataclasses.fields(rule))
 
 
 RULES: Table[type[DecodingRule]] = Table("decode.rule", "dfactory.decoding.rules", "dfactory.decoding_rules")
