@@ -1,12 +1,13 @@
 """Programs that measure, one a table. `dfactory bench NAME` and `python -m benchmarks.NAME` are the same."""
 
 BENCHMARKS = {
-    "step": "a training step beside the obvious one: seconds, memory, loss; --profile: where its time goes",
-    "packing": "records of mixed lengths in packed rows, beside padding to the longest",
-    "likelihood": "the ELBO of N views in one pass, beside separate passes",
+    "table": "the whole table of speed: the opponent, another checkout and this tree, row by row",
+    "step": "a training step beside the opponent's: seconds, memory, loss; --profile: where its time goes",
+    "packing": "records of mixed lengths in packed rows, beside the opponent's sorted and padded ones",
+    "likelihood": "the ELBO of N views in one pass, beside the opponent's separate passes",
     "tree": "a prompt shared by the answers of a group, beside rows without sharing",
-    "decoding": "cached block decoding in slots, beside the uncached loop",
-    "rl": "an update split into rollout, reward, sync and training, beside the obvious one",
+    "decoding": "block decoding in slots, beside the opponent's cached loop",
+    "rl": "an update split into rollout, reward, sync and training, beside the opponent's",
     "overlap": "reinforcement learning with asynchronous rollouts, beside the same with synchronous ones",
     "staleness": "reinforcement learning on rollouts of older policies, with and without their correction",
     "rl_variance": "the variance of a policy gradient by kind of token: the answer, and what stands after EOS",

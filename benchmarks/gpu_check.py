@@ -111,9 +111,9 @@ def parts(scratch: Path) -> list[Part]:
         ),
         Part(
             "decoding",
-            "the cached decoder beside the uncached loop",
+            "the decoder beside the opponent's cached loop",
             120,
-            [*decoding, "--prompts", "8", "--sample", "1", "--rounds", "1", "--new-tokens", "128"],
+            [*decoding, "--prompts", "8", "--rounds", "1", "--new-tokens", "128"],
             [*decoding, "--smoke"],
         ),
         Part("training", "the quickstart's SFT, whole", 120, train, [*train, "max_steps=2", "eval_decode_prompts=4"]),

@@ -37,14 +37,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measuring import Timed, interleave
 from benchmarks.workload import (
     BLOCK,
     SHAPES,
     Lengths,
     Ours,
     Records,
-    Timed,
-    interleave,
     sft_recipe,
     write_model,
     write_records,

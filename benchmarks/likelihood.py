@@ -2,10 +2,10 @@
 
     python -m benchmarks.likelihood
 
-Ours packs a response's N views after one clean stream and scores them in one forward per model. The obvious version
-(tests/reference.py) runs a noisy ++ clean row of twice the length for every view and model, with a dense float mask and
-logits at all positions. Both see the same noise and compute without gradients, as the reference of DPO, the old policy of RL
-and `dfactory eval` do. Both models have the same weights, so two models change the seconds and not the values.
+Ours packs a response's N views after one clean stream and scores them in one forward per model. The opponent
+(benchmarks/opponent.py) runs a noisy ++ clean row of twice the length for every view and model. Both see the same noise and
+compute without gradients, as the reference of DPO, the old policy of RL and `dfactory eval` do. Both models have the same
+weights, so two models change the seconds and not the values.
 """
 
 import argparse
@@ -18,22 +18,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measuring import interleave, largest_difference
+from benchmarks.opponent_training import NoisyRow
 from benchmarks.workload import (
-    BLOCK,
-    Documents,
     Lengths,
-    Obvious,
+    Opponent,
     Ours,
     Records,
-    interleave,
-    largest_difference,
     sft_recipe,
     write_model,
     write_records,
 )
 from dfactory.algorithms.elbo import elbo
 from dfactory.types import ViewBatch
-from tests.reference import one_view_nll
 
 MODELS = ("policy", "reference")
 TOLERANCE = 1e-4  # of an ELBO, relative
@@ -46,18 +43,11 @@ def packed(sides: dict[str, Ours], batch: ViewBatch) -> list[float]:
     return elbo_D.tolist()
 
 
-@torch.no_grad()
-def separate(sides: dict[str, Obvious], batch: ViewBatch, documents: Documents) -> list[float]:
-    """Weights are those of the batch's targets, which stand document by document and view by view."""
+def separate(sides: dict[str, Opponent], rows: list[NoisyRow], documents: int) -> list[float]:
+    """Rows stand document by document; factors are ELBO weights, divided by the number of views."""
     for side in sides.values():
-        total_D = torch.zeros(len(documents.clean_DL))
-        for k, (noisy_DL, target_DL) in enumerate(zip(documents.noisy_KDL, documents.target_KDL, strict=True), start=1):
-            nll_N = one_view_nll(side.model, documents.clean_DL, noisy_DL, target_DL, BLOCK)
-            document_N = target_DL.nonzero()[:, 0]
-            here_N = batch.view_N == k
-            weight_N = batch.elbo_weight_N[here_N][batch.document_N[here_N].argsort(stable=True)]
-            total_D = total_D.index_add(0, document_N, -weight_N * nll_N)
-    return (total_D / len(documents.noisy_KDL)).tolist()
+        nll_R = side.training.sums(rows)
+    return (-nll_R.view(documents, -1).sum(1)).tolist()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,10 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = sft_recipe(model_dir, file, options.vocabulary, **keys)
         records = Records(recipe)
         (batch,) = records.source.next_window()
-        documents = records.padded(batch)
-        ours, obvious = ({name: kind(recipe) for name in MODELS} for kind in (Ours, Obvious))
+        rows = records.noisy_rows(batch, elbo=True)
+        ours, opponent = ({name: kind(recipe) for name in MODELS} for kind in (Ours, Opponent))
         calls = {
-            f"{options.views} x 2 passes over 2L": lambda _: separate(obvious, batch, documents),
+            f"{options.views} x 2 passes over 2L": lambda _: separate(opponent, rows, options.documents),
             f"2 passes, {options.views} views": lambda _: packed(ours, batch),
         }
         slow, fast = interleave(calls, options.rounds).items()

@@ -23,7 +23,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.workload import PeakMemory
+from benchmarks.measuring import PeakMemory
 from dfactory.models.registry import load_policy
 from dfactory.models.saving import save_policy
 from dfactory.models.tiny import write_tiny_config

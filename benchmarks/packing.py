@@ -1,45 +1,37 @@
-"""Packed rows beside rows padded to the longest document of the batch: how full they are, and tokens a second.
+"""Packed rows beside the opponent's, sorted by length and padded: how full they are, and tokens a second.
 
     python -m benchmarks.packing
+    python -m benchmarks.packing --main ../dFactory    # and the same steps by another checkout
 
 512 records whose prompt and response lengths are drawn from the lognormal that fits those of the quickstart's records (in
 tokens, the two correlated as there), times 16: records of about 400 tokens. All of them are packed into rows of 4,096 with
 a complementary pair of views in blocks of 32, and the share of row positions that hold a token is counted. Then the first
 micro-batches are trained on by both sides in turns: packed rows by our step, and the same documents with the same views by
-the obvious step (see benchmarks.step), one a row, padded to the longest. Tokens are those of the documents themselves:
-neither views nor fill count.
+the opponent's (see benchmarks.step), a view a row. Its rows are sorted by length and cut into micro-batches with at most a
+tenth of padding; their gradients are summed. Tokens are those of the documents themselves: neither views nor fill count.
 """
 
 import argparse
+import contextlib
 import functools
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measuring import Elsewhere, Timed, interleave, largest_difference, row_of, write_rows
+from benchmarks.opponent_training import NoisyRow, micro_batches
 from benchmarks.step import FP32_TOLERANCE
-from benchmarks.workload import (
-    BLOCK,
-    Lengths,
-    Obvious,
-    Ours,
-    Records,
-    Timed,
-    interleave,
-    largest_difference,
-    sft_recipe,
-    write_model,
-    write_records,
-)
+from benchmarks.workload import BLOCK, Lengths, Opponent, Ours, Records, sft_recipe, write_model, write_records
 from dfactory.assembly import read_inputs
-from dfactory.recipe import Recipe, load_recipe
-from dfactory.types import ViewBatch
+from dfactory.recipe import load_recipe
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart" / "sft.yaml"
 
@@ -75,48 +67,67 @@ def fullness(records: Records) -> tuple[int, float, float]:
 
 class Result(NamedTuple):
     timed: dict[str, Timed]
-    batches: list[ViewBatch]  # those timed
+    documents: float  # of a batch
     tokens: list[int]  # of the documents of each
-    padded: int  # positions of their padded clean rows
+    padded: float  # share of the opponent's positions that hold a token
+
+    def ratios(self, side: str) -> list[float]:
+        pairs = zip(self.timed["opponent"].cpu, self.timed[side].cpu, strict=True)
+        return [slow / fast for slow, fast in pairs]
 
     @property
-    def ratios(self) -> list[float]:
-        return [
-            slow / fast for slow, fast in zip(self.timed["obvious"].seconds, self.timed["packed"].seconds, strict=True)
-        ]
-
-    @property
-    def difference(self) -> float:
-        return largest_difference(self.timed["packed"].results, self.timed["obvious"].results)
+    def differences(self) -> dict[str, float]:
+        losses = self.timed["opponent"].results
+        return {n: largest_difference(t.results, losses) for n, t in self.timed.items() if n != "opponent"}
 
     def speed(self, name: str) -> float:
         """Tokens a second, the median batch."""
         return statistics.median(n / seconds for n, seconds in zip(self.tokens, self.timed[name].seconds, strict=True))
 
 
-def train_both(recipe: Recipe, count: int) -> Result:
-    """Time `count` micro-batches, after one that is not timed."""
+def side(spec: dict[str, Any]) -> Callable[[int], float]:
+    """A step of the opponent or ours on the batch of each round."""
+    recipe = sft_recipe(Path(spec["model"]), Path(spec["records"]), spec["vocabulary"], **spec["keys"])
     records = Records(recipe)
-    batches = [records.source.next_window()[0] for _ in range(count + 1)]
-    given = [(batch, records.padded(batch)) for batch in batches]
-    sides = {"obvious": Obvious(recipe), "packed": Ours(recipe)}
-    calls = {name: lambda number, side=side: side.step(*given[number]) for name, side in sides.items()}
-    timed = interleave(calls, count)
-    tokens = [records.real_tokens(batch) for batch in batches[1:]]
-    return Result(timed, batches[1:], tokens, sum(documents.clean_DL.numel() for _, documents in given[1:]))
+    batches = [records.source.next_window()[0] for _ in range(spec["steps"])]
+    kind = Opponent if spec["name"] == "opponent" else Ours
+    windows = [(batch, records.noisy_rows(batch) if kind is Opponent else []) for batch in batches]
+    made = kind(recipe)
+    return lambda number: made.step(*windows[number])
+
+
+def share_of_tokens(rows: list[NoisyRow]) -> float:
+    """In the opponent's micro-batches."""
+    lengths = [[len(rows[i].clean_L) for i in batch] for batch in micro_batches(rows)]
+    return sum(map(sum, lengths)) / sum(max(batch) * len(batch) for batch in lengths)
+
+
+def train_all(spec: dict[str, Any], records: Records, count: int, main: Path | None) -> Result:
+    """Time `count` micro-batches, after one that is not timed."""
+    batches = [records.source.next_window()[0] for _ in range(count + 1)][1:]
+    spec = spec | {"steps": count + 1}
+    with contextlib.ExitStack() as others:
+        calls: dict[str, Any] = {"opponent": side(spec | {"name": "opponent"})}
+        if main:
+            calls["main"] = others.enter_context(Elsewhere("packing", spec | {"name": "main"}, main))
+        calls["packed"] = side(spec | {"name": "packed"})
+        timed = interleave(calls, count)
+    documents = statistics.mean(len(batch.document_id_D) for batch in batches)
+    full = statistics.mean(share_of_tokens(records.noisy_rows(batch)) for batch in batches)
+    return Result(timed, documents, [records.real_tokens(batch) for batch in batches], full)
 
 
 def show(console: Console, result: Result) -> None:
-    table = Table("", "documents a batch", "tokens a second", "s a batch", "first loss", "last loss")
-    documents = statistics.mean(len(batch.document_id_D) for batch in result.batches)
-    for name, side in result.timed.items():
-        losses = [f"{side.results[0]:.6f}", f"{side.results[-1]:.6f}"]
-        table.add_row(name, f"{documents:.1f}", f"{result.speed(name):,.0f}", f"{side.median:.2f}", *losses)
+    table = Table("", "documents a batch", "tokens a second", "s a batch", "CPU s", "opponent / this, CPU", "last loss")
+    for name, timed in result.timed.items():
+        ratios = result.ratios(name)
+        shown = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        times = [f"{timed.median:.2f}", f"{timed.cpu_median:.2f}", "" if name == "opponent" else shown]
+        table.add_row(name, f"{result.documents:.1f}", f"{result.speed(name):,.0f}", *times, f"{timed.results[-1]:.6f}")
     console.print(table)
     console.print(
-        f"packed / obvious {statistics.median(result.ratios):.1f} (median of {len(result.ratios)} batches, "
-        f"{min(result.ratios):.1f} to {max(result.ratios):.1f}); padded clean rows hold "
-        f"{sum(result.tokens) / result.padded:.1%} tokens; largest difference of losses {result.difference:.1e}"
+        f"the opponent's sorted rows hold {result.padded:.1%} tokens and fill; largest difference of losses "
+        f"{max(result.differences.values()):.1e}"
     )
 
 
@@ -128,6 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=2, help="of a micro-batch (default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=8192, help="(default: %(default)s)")
     parser.add_argument("--batches", type=int, default=5, help="that are timed (default: %(default)s)")
+    parser.add_argument("--main", type=Path, metavar="CHECKOUT", help="also time this checkout, in its own process")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     parser.add_argument("--smoke", action="store_true", help="sizes for tests")
     options = parser.parse_args(arguments)
     if options.smoke:
@@ -149,9 +162,15 @@ def main(arguments: list[str] | None = None) -> int:
             f"{responses.mean():.0f}; {rows} packed rows: {share:.1%} of positions hold a token, {without_fill:.1%} "
             f"without EOS fill; {torch.get_num_threads()} thread(s)"
         )
-        result = train_both(recipe(per_device_train_batch_size=options.rows), options.batches)
+        keys |= {"per_device_train_batch_size": options.rows}
+        spec = {"model": str(model_dir), "records": str(file), "vocabulary": options.vocabulary, "keys": keys}
+        timed_records = Records(recipe(per_device_train_batch_size=options.rows))
+        result = train_all(spec, timed_records, options.batches, options.main)
     show(console, result)
-    return 0 if result.difference < FP32_TOLERANCE else 1
+    equal = max(result.differences.values()) < FP32_TOLERANCE
+    label = f"{options.records} records, mean {total.mean():.0f} tokens, rows of {options.row_length}"
+    write_rows(options.json, "packing", [row_of(label, result.timed, equal, result.differences)])
+    return 0 if equal else 1
 
 
 if __name__ == "__main__":

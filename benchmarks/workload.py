@@ -1,39 +1,33 @@
-"""What the benchmarks of speed share: a model and records, our training step, and the obvious one beside it.
+"""What the benchmarks of speed share: a model and records, our training step, and the opponent's beside it.
 
 The model has LLaDA2-mini's shape in small: 256 wide, 4 layers of which the first is dense, 32 experts of which a token
 takes 4, with random weights wide enough (0.06) that a loss depends on what the model is shown. Both sides read the same
 directory, take the same views of the same documents, and do the same: forward, backward, clipping, AdamW.
 """
 
-import gc
 import json
 import logging
 import random
-import statistics
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 import torch
-from torch import nn
 
-from dfactory import distributed
+from benchmarks.opponent_training import NoisyRow, PeerTraining
 from dfactory.algorithms.sft import SFT
 from dfactory.assembly import make_source, make_views, read_inputs
 from dfactory.config.data import DatasetKeys
 from dfactory.data.source import RecordSource
 from dfactory.engine.trainer import Trainer
+from dfactory.models.policy import Policy
 from dfactory.models.registry import load_policy
 from dfactory.models.saving import save_policy
 from dfactory.models.tiny import write_tiny_config
 from dfactory.packing import align
 from dfactory.recipe import Recipe
-from dfactory.types import Example, ViewBatch
-from tests.reference import one_view_nll, reference_model
+from dfactory.types import AlignedDocument, Example, View, ViewBatch
 
 BLOCK = 32
 SHAPE = {
@@ -67,9 +61,40 @@ MINI = {
     "initializer_range": 0.02,
     "max_position_embeddings": 8192,
 }
-SHAPES = {"small": SHAPE, "mini": MINI}
+# Dense decoders under dllm's names for them, block-causal and without a shift. SmolLM2-135M whole; two of the 28 layers of
+# Qwen3 1.7B.
+SMOLLM2 = {
+    "model_type": "a2d-llama",
+    "architectures": ["A2DLlamaLMHeadModel"],
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "initializer_range": 0.04,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+QWEN3 = {
+    "model_type": "a2d-qwen3",
+    "architectures": ["A2DQwen3LMHeadModel"],
+    "hidden_size": 2048,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 6144,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 8192,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+SHAPES = {"small": SHAPE, "mini": MINI, "mini32": MINI | {"num_experts": 32}, "qwen3-1.7b": QWEN3, "smollm2": SMOLLM2}
 STEPS = 1000  # that a recipe could run; the learning rate is constant
-MEMORY_SAMPLES = 0.002  # seconds between two looks at the resident memory
 LEARNING_RATE = 1e-4
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -78,7 +103,12 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 def write_config(directory: Path, vocabulary: int, shape: str = "small", **sizes: int) -> Path:
     """The model's config.json alone; `sizes` take the place of the shape's."""
     padding = text_ids(vocabulary).stop  # drawn as zeros and never trained, so no record may hold it
-    return write_tiny_config(directory, vocab_size=vocabulary, pad_token_id=padding, **SHAPES[shape] | sizes)
+    keys = {"vocab_size": vocabulary, "pad_token_id": padding} | SHAPES[shape] | sizes
+    if "model_type" not in keys:
+        return write_tiny_config(directory, **keys)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({"hidden_act": "silu", "torch_dtype": "float32"} | keys))
+    return directory
 
 
 def write_model(directory: Path, vocabulary: int, shape: str = "small", seed: int = 0, **sizes: int) -> Path:
@@ -87,6 +117,14 @@ def write_model(directory: Path, vocabulary: int, shape: str = "small", seed: in
     model_dir.mkdir()
     save_policy(load_policy(config, dtype="float32", init_weights="random", seed=seed), model_dir)
     return model_dir
+
+
+def choose_clearly(policy: Policy, vocabulary: int, factor: float = 4.0) -> None:
+    """Widen the drawn head, so that tokens are chosen clearly. Logits of EOS become 0, so that it never comes out."""
+    with torch.no_grad():
+        head = policy.model.get_output_embeddings().weight
+        head.mul_(factor)
+        head[special_ids(vocabulary)[1]] = 0
 
 
 def special_ids(vocabulary: int) -> tuple[int, int]:
@@ -136,16 +174,23 @@ def sft_recipe(model_dir: Path, records: Path, vocabulary: int, **keys) -> Recip
     )
 
 
-class Documents(NamedTuple):
-    """The documents of a ViewBatch with their views, each filled with padding to the longest. K views."""
-
-    clean_DL: torch.Tensor
-    noisy_KDL: torch.Tensor
-    target_KDL: torch.Tensor
+def noisy_row(document: AlignedDocument, view: View, factor_P: np.ndarray) -> NoisyRow:
+    """A view as a row of the opponent's; `factor_P` counts at its targets."""
+    clean_L = torch.from_numpy(document.input_ids_T).long()
+    position_P, target_P = (torch.from_numpy(array) for array in (view.position_P, view.target_P))
+    noisy_L, target_L, factor_L = (
+        clean_L.clone(),
+        torch.zeros(len(clean_L), dtype=torch.bool),
+        torch.zeros(len(clean_L)),
+    )
+    noisy_L[position_P] = torch.from_numpy(view.input_ids_P).long()
+    target_L[position_P] = target_P
+    factor_L[position_P] = torch.from_numpy(factor_P).float() * target_P
+    return NoisyRow(clean_L, noisy_L, target_L, factor_L)
 
 
 class Records:
-    """A recipe's windows of one micro-batch, and the same documents one a row for the obvious version."""
+    """A recipe's windows of one micro-batch, and the same documents in the opponent's rows."""
 
     def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1):
         inputs = read_inputs(recipe)
@@ -158,21 +203,17 @@ class Records:
         """By the document's id."""
         return self.examples[self.index_of[name]]
 
-    def padded(self, batch: ViewBatch) -> Documents:
+    def noisy_rows(self, batch: ViewBatch, elbo: bool = False) -> list[NoisyRow]:
+        """The batch's documents, a row a view, for the opponent. Factors make the mean over all targets; with `elbo` the
+        negative ELBO of each document, as the mean over its views."""
+        rows = []
         visits = zip(batch.document_id_D.tolist(), batch.columns["visit_D"].tolist(), strict=True)
-        documents = [(align(self.example(name), BLOCK, self.eos), visit) for name, visit in visits]
-        views, longest = self.recipe.views_per_document, max(len(d.input_ids_T) for d, _ in documents)
-        clean_DL = np.full((len(documents), longest), self.eos)
-        noisy_KDL = np.full((views, len(documents), longest), self.eos)
-        target_KDL = np.zeros(noisy_KDL.shape, bool)
-        for row, (document, visit) in enumerate(documents):
-            length = len(document.input_ids_T)
-            clean_DL[row, :length] = document.input_ids_T
-            noisy_KDL[:, row, :length] = document.input_ids_T
-            for k, view in enumerate(self.make_views(document, visit)):
-                noisy_KDL[k, row, view.position_P] = view.input_ids_P
-                target_KDL[k, row, view.position_P] = view.target_P
-        return Documents(*(torch.from_numpy(array) for array in (clean_DL, noisy_KDL, target_KDL)))
+        for document, visit in ((align(self.example(name), BLOCK, self.eos), visit) for name, visit in visits):
+            views = self.make_views(document, visit)
+            factors = [view.elbo_weight_P / len(views) if elbo else view.target_P for view in views]
+            rows += [noisy_row(document, *pair) for pair in zip(views, factors, strict=True)]
+        count = 1 if elbo else sum(int(row.target_L.sum()) for row in rows)
+        return [row._replace(factor_L=row.factor_L / count) for row in rows]
 
     def real_tokens(self, batch: ViewBatch) -> int:
         """Tokens of the batch's documents, without the fill to whole blocks."""
@@ -187,109 +228,16 @@ class Ours:
         self.parameters = list(policy.parameters())
         self.trainer, self.objective = Trainer(recipe, policy, STEPS), SFT()
 
-    def step(self, batch: ViewBatch, documents: Documents) -> float:
+    def step(self, batch: ViewBatch, rows: list[NoisyRow]) -> float:
         return self.trainer.train_window([batch], self.objective)["loss"]
 
 
-class Obvious:
-    """One pass a view over noisy ++ clean rows, by tests/reference.py. A view's graph is freed before the next one's."""
+class Opponent:
+    """The same step by the opponent."""
 
     def __init__(self, recipe: Recipe):
-        self.recipe, self.model = recipe, reference_model(Path(recipe.model_name_or_path))
-        self.device = distributed.device()
-        self.model.tensors = {name: tensor.to(self.device) for name, tensor in self.model.tensors.items()}
-        self.parameters = [nn.Parameter(tensor) for tensor in self.model.parameters().values()]
-        self.model.tensors |= dict(zip(self.model.parameters(), self.parameters, strict=True))
-        self.optimiser = torch.optim.AdamW(self.parameters, recipe.learning_rate, weight_decay=recipe.weight_decay)
+        self.training = PeerTraining(recipe)
+        self.parameters = self.training.parameters
 
-    def step(self, batch: ViewBatch, documents: Documents) -> float:
-        clean_DL, noisy_KDL, target_KDL = (tensor.to(self.device) for tensor in documents)
-        count, total = target_KDL.sum(), 0.0
-        for noisy_DL, target_DL in zip(noisy_KDL, target_KDL, strict=True):
-            with self.device:  # where masks and positions are made
-                nll = one_view_nll(self.model, clean_DL, noisy_DL, target_DL, BLOCK)
-            loss = nll.sum() / count
-            loss.backward()
-            total += loss.item()
-        nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-        return total
-
-
-class Memory(NamedTuple):
-    """Bytes at the peak of a step: of the device's memory where there is one, else of the process."""
-
-    above_parameters: int  # gradients, AdamW's moments and fp32 copies of bf16 weights included
-    above_state: int  # above what stands between two steps
-
-
-def measure_memory(make: Callable[[], Ours | Obvious], batch: ViewBatch, documents: Documents) -> Memory:
-    """Of the second step: the first one makes the moments. Peaks are sampled, because the kernel's never falls again."""
-    before = memory_in_use()
-    side = make()
-    parameters = sum(parameter.nbytes for parameter in side.parameters)
-    side.step(batch, documents)
-    gc.collect()
-    state = memory_in_use()
-    with PeakMemory() as stepping:
-        side.step(batch, documents)
-    return Memory(stepping.peak - before - parameters, stepping.peak - state)
-
-
-def memory_in_use() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
-    return psutil.Process().memory_info().rss
-
-
-class PeakMemory:
-    """The highest memory in use: what the device's allocator has counted, or the process's own, sampled in a thread."""
-
-    def __init__(self, measure: Callable[[], int] = memory_in_use):
-        self.measure = measure
-
-    def __enter__(self) -> "PeakMemory":
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self.peak, self.done = self.measure(), threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.done.set()
-        self.thread.join()
-        self.peak = max(self.peak, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self.measure())
-
-    def _watch(self) -> None:
-        while not self.done.wait(MEMORY_SAMPLES):
-            self.peak = max(self.peak, self.measure())
-
-
-class Timed(NamedTuple):
-    seconds: list[float]  # a round
-    results: list  # what each round returned
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-
-def interleave(calls: dict[str, Callable[[int], object]], rounds: int, warmup: int = 1) -> dict[str, Timed]:
-    """Call each side in turn with the number of the round. The results of warm-up rounds are kept, their times not."""
-    timed = {name: Timed([], []) for name in calls}
-    for number in range(warmup + rounds):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            result = call(number)
-            seconds = time.perf_counter() - started
-            timed[name].results.append(result)
-            if number >= warmup:
-                timed[name].seconds.append(seconds)
-    return timed
-
-
-def largest_difference(left: Sequence[float], right: Sequence[float]) -> float:
-    """Relative, over two series of losses."""
-    return max(abs(a - b) / abs(b) for a, b in zip(left, right, strict=True))
+    def step(self, batch: ViewBatch, rows: list[NoisyRow]) -> float:
+        return self.training.train(rows).loss

@@ -23,9 +23,10 @@ from benchmarks import (
     patterns,
     rl,
     step,
+    table,
     tree,
 )
-from benchmarks.workload import Timed, interleave
+from benchmarks.measuring import Elsewhere, Memory, Timed, interleave, row_of, write_rows
 from dfactory.cli import main
 from dfactory.models.registry import load_policy
 from tests.test_assets import DATA
@@ -59,7 +60,7 @@ def test_shared_noise_and_pairs_cut_the_variance_of_a_margin_by_twenty(tmp_path,
 def test_both_sides_of_a_benchmark_of_speed_compute_the_same(benchmark, capsys):
     """Losses over all steps, or tokens; a benchmark whose sides differ ends with status 1."""
     assert benchmark.main(["--smoke"]) == 0
-    assert "obvious" in capsys.readouterr().out
+    assert "opponent" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -153,7 +154,7 @@ class Side:
 
 def test_memory_of_a_step_is_told_above_parameters_and_above_what_stays():
     """In a process of its own, as in the benchmark: this one has freed memory to give away."""
-    code = "from benchmarks.workload import measure_memory; from tests.test_benchmarks import Side\n"
+    code = "from benchmarks.measuring import measure_memory; from tests.test_benchmarks import Side\n"
     code += "memory = measure_memory(Side, None, None); print(memory.above_parameters, memory.above_state)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     above_parameters, above_state = (float(word) / MIB for word in done.stdout.split())
@@ -163,8 +164,8 @@ def test_memory_of_a_step_is_told_above_parameters_and_above_what_stays():
 
 @pytest.mark.parametrize("bf16, fp32, equal", [(2.03, 2.0001, True), (2.0, 2.001, False), (2.1, 2.0, False)])
 def test_a_loss_that_differs_in_any_step_is_noticed(bf16, fp32, equal):
-    losses = {"obvious": [3.0, 2.0, 1.0], "fp32": [3.0, fp32, 1.0], "bf16": [3.0, bf16, 1.0]}
-    timed = {name: Timed([1.0], values) for name, values in losses.items()}
+    losses = {"opponent": [3.0, 2.0, 1.0], "fp32": [3.0, fp32, 1.0], "bf16": [3.0, bf16, 1.0]}
+    timed = {name: Timed([1.0], values, [1.0]) for name, values in losses.items()}
     assert step.Result(timed).is_equal == equal
 
 
@@ -231,3 +232,33 @@ def test_attention_patterns_are_measured_once(tmp_path, capsys):
     assert file.stat().st_mtime_ns == made
     with pytest.raises(SystemExit, match=r"measured with .*2\.0.* take another --output"):
         patterns.main([*words[:-1], "3"])
+
+
+def test_every_row_of_the_table_has_a_command_that_its_benchmark_takes(tmp_path, capsys):
+    """`--list` shows it; a row of results becomes a line, a missing one its reason."""
+    assert table.main(["--list", "--main", "elsewhere"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        name, _, command = line.partition(": python -m benchmarks.")
+        assert name in table.ROWS
+        assert "--main elsewhere" in command
+    with pytest.raises(SystemExit):
+        table.main(["--rows", "nothing"])
+    sides = {"opponent": 4.0, "main": 2.0, "fp32": 1.0}
+    timed = {name: Timed([2 * s] * 3, [1.0], [s] * 3) for name, s in sides.items()}
+    memories = {name: Memory(2**20, 2**20) for name in sides}
+    found = row_of("a size", timed, True, {"main": 0.0, "fp32": 1e-7}, memories)
+    write_rows(tmp_path / "packing.json", "packing", [found])
+    shown = table.page(
+        tmp_path, {"packing": table.ROWS["packing"], "rl-elbo": table.ROWS["rl-elbo"]}, {"rl-elbo": "left out"}
+    )
+    line = "| packing | a size | 4.00 s | 2.00 s, 2.00 (2.00) | 1.00 s, 4.00 (4.00) | 1, 1, 1 | yes, 1e-07 |"
+    assert line in shown
+    assert "| rl-elbo | left out |" in shown
+    assert table.ROWS["step-mini-1k-1view"].needed_bytes(1) == pytest.approx(13 * 2**30, rel=0.2)
+
+
+def test_a_side_elsewhere_needs_a_checkout_and_tells_when_it_ends(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a checkout of dFactory"):
+        Elsewhere("step", {}, tmp_path)
+    with Elsewhere("no_such_benchmark", {}) as side, pytest.raises(RuntimeError, match="ended with status 1"):
+        side.turn(0)
