@@ -263,7 +263,7 @@ VERBS = (
         "data",
         _data,
         words.data,
-        "gguf, convert, validate, mix, split, dedup, preferences, rollouts, distil, preview of record files",
+        "gguf, convert, validate, stats, sample, decontaminate, ...: tools for record files",
     ),
     Verb(
         "bench",

@@ -18,9 +18,14 @@ VERBS = {
     "gguf": "write a plain model directory from a GGUF file",
     "convert": "write Alpaca, ShareGPT, OpenAI, TRL, question/answer or parquet rows as one of the readers' formats",
     "validate": "report on record files: bad lines, duplicates, lengths in tokens, roles, trained share",
+    "stats": "what files hold: columns, values, roles, turns, lengths, as a page or as JSON",
+    "token-count": "tokens and trained tokens of files, and of the values of a column",
     "mix": "one shuffled file of several, each with a weight",
     "split": "two or more files of one; a prompt is in one of them only",
+    "sample": "some rows of files, the same ones for the same seed",
+    "decontaminate": "leave out records that hold the questions of evaluation files",
     "dedup": "leave out records that are there already",
+    "export-parquet": "write files as parquet shards of one schema, as the hub wants them",
     "preferences": "sample answers from a model and rank them by a reward: prompt, chosen, rejected",
     "rollouts": "decode answers with their traces and a reward's verdict, for trajectory training",
     "distil": "write an autoregressive model's own answers to prompts as records",
@@ -32,7 +37,7 @@ Main = Callable[[list[str] | None], int]
 
 def dispatch(verb: str, words: list[str]) -> int:
     """Run one verb. Raises DFactoryError."""
-    return importlib.import_module(f"dfactory.data_tools.{verb}").main(words)
+    return importlib.import_module(f"dfactory.data_tools.{verb.replace('-', '_')}").main(words)
 
 
 def run(main: Main, verb: str) -> int:

@@ -15,8 +15,6 @@ import collections
 import contextlib
 import hashlib
 import itertools
-import os
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,31 +27,27 @@ from dfactory.commands.arguments import positive
 from dfactory.config.words import MODEL_HELP, RECORDS_HELP, TEMPLATE_HELP
 from dfactory.data.answers import ANSWER_PATTERN_HELP, compiled_pattern
 from dfactory.data.chat import ChatEncoder
-from dfactory.data.entries import entry_of, paths_of
+from dfactory.data.entries import paths_of
 from dfactory.data.named_templates import read_chat_template
 from dfactory.data.progress import reading
-from dfactory.data.tables import commit_of
 from dfactory.data_tools.asked import Prompt, read_prompts
 from dfactory.data_tools.command import fraction, parser_of, say
+from dfactory.data_tools.identity import content_of
+from dfactory.data_tools.interrupts import status_of, terminable
 from dfactory.data_tools.journal import Journal
 from dfactory.data_tools.meter import Meter
 from dfactory.data_tools.sampling import reward_entry
 from dfactory.data_tools.teacher import Reply, Request, Teacher, fastest_dtype, is_diffusion_model
 from dfactory.data_tools.verdicts import REPEATED, Judge, Verdict
 from dfactory.decoding.distribution import Distribution
-from dfactory.errors import ConfigError, DataError, RolloutError
+from dfactory.errors import ConfigError, RolloutError
 from dfactory.models.hub import SMALL_FILES, WEIGHT_FILES, hub_name, resolve
 from dfactory.models.manifest import hash_files, manifest_text
 from dfactory.rl.rewards.pool import RewardPool
 from dfactory.rl.rewards.specs import parse_rewards
 
 BATCHES = 8  # of a window, within which prompts are sorted by length
-EXIT_TERMINATED = os.EX_TEMPFAIL  # 75, as after a saved checkpoint: run the same command again
 PROMPTS, TOO_LONG, TOKENS = "prompts", "prompts too long", "tokens"  # counts beside those of the verdicts
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -71,14 +65,14 @@ def main(words: list[str] | None = None) -> int:
         return 0
     keep_freed_memory()
     try:
-        with _terminable(), journal:
+        with terminable(), journal:
             Distillation(options, model_dir, journal).run()
     except KeyboardInterrupt as interrupt:
         say(
             f"interrupted: {journal.counts[Verdict.WRITTEN]:,} answers to {journal.counts[PROMPTS]:,} prompts are in "
             f"{journal.partial}; the same command goes on"
         )
-        return EXIT_TERMINATED if isinstance(interrupt, Terminated) else 130
+        return status_of(interrupt)
     return 0
 
 
@@ -196,20 +190,6 @@ def _judge(options: argparse.Namespace, first: Prompt) -> Iterator[Judge]:
         yield Judge(options, pool)
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated meanwhile."""
-
-    def terminate(number, frame) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _summary(journal: Journal) -> str:
     """450 answers written to 500 prompts, 61,234 tokens; left out: 40 cut at --max-new-tokens, 10 empty: answers.jsonl"""
     counts = journal.counts
@@ -311,7 +291,7 @@ def _settings(options: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
     """All that an answer depends on: files by their content, so that a copy elsewhere is the same."""
     return {
         "model_sha256": _model_hash(model_dir),
-        "prompts_sha256": [_records_hash(word) for word in options.prompts],
+        "prompts_sha256": [content_of(word) for word in options.prompts],
         "chat_template_sha256": _text_hash(read_chat_template(options.chat_template)),
         **{name: getattr(options, name) for name in SETTINGS},
     }
@@ -339,14 +319,3 @@ def _model_hash(model_dir: Path) -> str:
 
 def _text_hash(text: str | None) -> str | None:
     return None if text is None else hashlib.sha256(text.encode()).hexdigest()
-
-
-def _records_hash(word: str) -> str:
-    """Of a file; of a dataset on the hub its commit."""
-    entry = entry_of(word)
-    if entry.path is None:
-        return f"{word} at {commit_of(entry)}"
-    if not Path(word).is_file():
-        raise DataError(f"{word} is not a file")
-    with open(word, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

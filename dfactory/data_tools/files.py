@@ -70,7 +70,7 @@ def _parquet(partial: Path) -> Iterator[Write]:
         waiting.clear()
 
     def write(row: dict[str, Any]) -> None:
-        waiting.append({name: _without_schemas(name, value) for name, value in row.items()})
+        waiting.append({name: without_schemas(name, value) for name, value in row.items()})
         if len(waiting) == PARQUET_ROWS:
             flush()
 
@@ -83,7 +83,7 @@ def _parquet(partial: Path) -> Iterator[Write]:
             writer.close()
 
 
-def _without_schemas(name: str, value: Any) -> Any:
+def without_schemas(name: str, value: Any) -> Any:
     """Tools, and the arguments of their calls, as JSON text: in columns of objects, every row would get the keys of all."""
     if name == AS_JSON and value is not None and not isinstance(value, str):
         return json_text(value)

@@ -1,11 +1,17 @@
-"""When two records are the same: their prompt, or prompt and response, apart from case, white space and Unicode forms."""
+"""When two records are the same: their prompt, or prompt and response, apart from case, white space and Unicode forms; and
+when two inputs are, for work that is taken up again.
+"""
 
 import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
 
+from dfactory.data.entries import entry_of
 from dfactory.data.fields import Completion, Conversation, Document, Pair, Record, is_trained
+from dfactory.data.tables import commit_of
+from dfactory.errors import DataError
 
 Parts = Iterable[str | bytes]
 
@@ -24,6 +30,17 @@ def record_key(record: Record) -> int:
     """64 bits of prompt and response, or of prompt, chosen and rejected."""
     sides = record if isinstance(record, Pair) else (record,)
     return _digest([*_prompt(record), *(part for side in sides for part in _response(side))])
+
+
+def content_of(word: str) -> str:
+    """The SHA-256 of a file; of a dataset on the hub its name and commit. Raises DataError for a file that is none."""
+    entry = entry_of(word)
+    if entry.path is None:
+        return f"{word} at {commit_of(entry)}"
+    if not Path(entry.path).is_file():
+        raise DataError(f"{entry.path} is not a file")
+    with open(entry.path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(parts: Parts) -> int:

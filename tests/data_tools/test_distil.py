@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from dfactory.data.chat import ChatEncoder
 from dfactory.data.records import read_records
 from dfactory.data_tools import meter
-from dfactory.data_tools.distil import EXIT_TERMINATED
+from dfactory.data_tools.interrupts import EXIT_TERMINATED
 from dfactory.data_tools.journal import Journal
 from dfactory.data_tools.teacher import fastest_dtype
 from dfactory.data_tools.verdicts import most_repeats

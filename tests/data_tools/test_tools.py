@@ -46,7 +46,9 @@ def test_verbs_are_reached_both_ways_and_tell_what_is_wrong(capsys, tmp_path):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_checkout_has_every_verb_under_its_short_name(verb):
-    short, installed = (import_module(f"{package}.{verb}") for package in ("data_tools", "dfactory.data_tools"))
+    short, installed = (
+        import_module(f"{package}.{verb.replace('-', '_')}") for package in ("data_tools", "dfactory.data_tools")
+    )
     assert short.main is installed.main
 
 
