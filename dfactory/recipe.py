@@ -398,6 +398,11 @@ def _check_run(recipe: Recipe, rule: Rule) -> None:
     )
     compiled_pattern(recipe.eval_answer_pattern, "eval_answer_pattern")
     rule(
+        recipe.activation_memory_gb is None or recipe.gradient_checkpointing,
+        f"activation_memory_gb {recipe.activation_memory_gb} needs gradient_checkpointing, by which layers beyond it "
+        "recompute their activations: set that to true, or activation_memory_gb to null",
+    )
+    rule(
         recipe.mask_token is None or recipe.mask_token_id is None,
         f"mask_token {recipe.mask_token} with mask_token_id {recipe.mask_token_id}: both say which token is the mask; set "
         "one of them to null",

@@ -166,7 +166,12 @@ class Run:
         with MetricsLog(self.recipe, self.folder, self.num_steps, self.state.step) as self.log:
             for warning in [*self.warnings, *(f"{path} is set aside: it may be removed" for path in aside)]:
                 self.log.warn(warning)
-            notes = (self.inputs.vocabulary.mask_note, policy_notes(self.trainer.policy), allocator.note())
+            notes = (
+                self.inputs.vocabulary.mask_note,
+                policy_notes(self.trainer.policy),
+                self.trainer.activations_note,
+                allocator.note(),
+            )
             for note in filter(None, notes):
                 self.log.say(note)
             if self.records is not None:

@@ -27,6 +27,15 @@ class ModelKeys:
         choices=("auto", "flex", "segments", "dense"),
     )
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass")
+    activation_memory_gb: Optional[float] = key(
+        None,
+        "with gradient_checkpointing: as many of the last layers keep their activations as by the forecast fit into so "
+        "many GB of a rank, the first ones recompute; null: all recompute",
+        low=0.0,
+    )
+    activation_offloading: bool = key(
+        False, "keep activations in host memory between forward and backward pass; needs CUDA"
+    )
     use_liger_kernel: bool = key(False, "norms and SwiGLU as Liger's fused kernels while training; needs CUDA")
     mask_token_id: Optional[int] = key(None, "id of [M]; null: from the tokenizer")
     mask_token: Optional[str] = key(

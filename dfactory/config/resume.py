@@ -58,7 +58,8 @@ APPLIED_BY_TOPIC = {
     "saving, logging, evaluation, checks": """save_steps save_total_limit metric_for_best_model greater_is_better
     first_loss_check expert_coverage_steps logging_steps report_to run_name eval_steps eval_datasets eval_noise_levels
     eval_decode_prompts eval_answer_pattern per_device_eval_batch_size""",
-    "how it is computed": "attn_implementation gradient_checkpointing use_liger_kernel lora_dropout",
+    "how it is computed": """attn_implementation gradient_checkpointing activation_memory_gb activation_offloading
+    use_liger_kernel lora_dropout""",
     "rows, noise, editing": """row_length packing block_size eos_fill block_size_schedule noise_range_low
     noise_range_high noise_level self_conditioning after_answer num_views complementary mask_embedding_noise
     mask_embedding_noise_steps stratified mask_count trace_stride edit_share edit_source keep_share num_turns

@@ -21,6 +21,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from dfactory import distributed
 from dfactory.engine import expert_parallel
+from dfactory.engine.activations import kept_note, offloading, recompute
 from dfactory.engine.replay import replay
 from dfactory.engine.window import (
     MeanTracker,
@@ -35,6 +36,7 @@ from dfactory.engine.window import (
 from dfactory.errors import ConfigError
 from dfactory.models.policy import Policy
 from dfactory.models.saving import layer_groups
+from dfactory.planning.memory import layers_kept, setup_of
 from dfactory.recipe import Recipe
 from dfactory.redaction import redacted
 from dfactory.types import Mean, TokenScores, ViewBatch
@@ -129,9 +131,13 @@ class Trainer:
         expert_parallel.check_ranks(recipe, self.world_size)
         if load_universal:
             config["checkpoint"] = {"load_universal": True}
+        self.activations_note = ""
         if recipe.gradient_checkpointing:
-            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            policy.model.enable_input_require_grads()
+            sizes = policy.model.config
+            kept = layers_kept(sizes, setup_of(recipe, config, self.world_size))
+            recompute(policy.model, kept)
+            self.activations_note = kept_note(recipe, kept, sizes.num_hidden_layers)
+        self.offloading = offloading() if recipe.activation_offloading else contextlib.nullcontext()
         moe_blocks = gather_moe_blocks_whole(policy)
         self.engine = start_engine(
             policy.train(),
@@ -183,7 +189,8 @@ class Trainer:
         for number, (batch, scores) in enumerate(zip(moved, ahead, strict=True), start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(moved))  # global batches may differ in length
             if scores is None or not scores.logprob_N.requires_grad:
-                scores = self.engine(batch)
+                with self.offloading:
+                    scores = self.engine(batch)
             terms = objective(batch, scores)
             loss = micro_loss(terms, counts, self.world_size)
             self.engine.backward(spread_nonfinite(loss), scale_wrt_gas=False)
@@ -215,7 +222,8 @@ class Trainer:
         if not objective.counts_need_scores:
             return [None] * len(micro_batches)
         if len(micro_batches) == 1:
-            return [self.engine(micro_batches[0])]
+            with self.offloading:
+                return [self.engine(micro_batches[0])]
         return [self.score(batch) for batch in micro_batches]
 
     @torch.no_grad()

@@ -61,6 +61,7 @@ class Setup:
     offload_optimizer: bool = False
     offload_param: bool = False
     gradient_checkpointing: bool = False
+    activation_bytes: int | None = None  # for layers that need no recomputing; None: all are recomputed
     rows: int = 1  # of a micro-batch
     row_length: int = 2048
     lora_r: int | None = None  # None: all parameters are trained
@@ -159,6 +160,7 @@ def setup_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, new_row
         offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
         offload_param=zero.get("offload_param", {}).get("device", "none") != "none",
         gradient_checkpointing=recipe.gradient_checkpointing,
+        activation_bytes=None if recipe.activation_memory_gb is None else int(recipe.activation_memory_gb * 1e9),
         rows=recipe.per_device_train_batch_size,
         row_length=recipe.row_length or recipe.longest_record,
         lora_r=recipe.lora_r if recipe.use_peft else None,
@@ -284,15 +286,32 @@ def layer_activations(config: PreTrainedConfig, dtype: str) -> tuple[int, str]:
     return attention + routed + 4 * b * shared + 5 * experts, formula
 
 
+def layers_kept(config: PreTrainedConfig, setup: Setup) -> int:
+    """How many of the last decoder layers keep their activations within `activation_bytes`, next to the inputs of those that
+    recompute theirs. All without gradient checkpointing."""
+    if not setup.gradient_checkpointing:
+        return config.num_hidden_layers
+    if setup.activation_bytes is None:
+        return 0
+    positions, layers = setup.rows * setup.row_length, config.num_hidden_layers
+    whole, _ = layer_activations(config, setup.dtype)
+    given = _bytes(setup.dtype) * config.hidden_size
+    left = setup.activation_bytes - layers * positions * given
+    return max(0, min(layers, left // (positions * (whole - given))))
+
+
 def _activation_lines(config: PreTrainedConfig, setup: Setup) -> list[Line]:
     # The last layer, which keeps little but keys and values of what is no target, is taken for a whole one.
-    positions, layers = setup.rows * setup.row_length, config.num_hidden_layers
+    positions, kept, b = setup.rows * setup.row_length, layers_kept(config, setup), _bytes(setup.dtype)
     per_position, formula = layer_activations(config, setup.dtype)
-    if not setup.gradient_checkpointing:
-        return [Line("activations", layers * positions * per_position, f"L x t x ({formula})")]
-    b = _bytes(setup.dtype)
+    whole = Line("activations", kept * positions * per_position, f"{kept} layers x t x ({formula})")
+    if not (recomputed := config.num_hidden_layers - kept):
+        return [dataclasses.replace(whole, formula=f"L x t x ({formula})")]
+    inputs = Line("layer inputs", recomputed * positions * b * config.hidden_size, f"{recomputed} layers x t x {b} H")
+    if kept:  # their backward passes come first, so a layer that is recomputed finds their memory free
+        return [inputs, whole]
     return [
-        Line("layer inputs", layers * positions * b * config.hidden_size, f"L x t x {b} H"),
+        dataclasses.replace(inputs, formula=f"L x t x {b} H"),
         Line("one layer, recomputed", positions * per_position, f"t x ({formula})", Phase.LAYER),
     ]
 

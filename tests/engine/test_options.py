@@ -76,6 +76,7 @@ def runs(recipe_file, run_jobs, tmp_path_factory):
     options = {
         "plain": [],
         "checkpointing": ["gradient_checkpointing=true"],
+        "budget": ["gradient_checkpointing=true", "activation_memory_gb=0.002"],
         "dense": ["attn_implementation=dense"],
         "clipped": ["max_grad_norm=0.001"],
         "unclipped": ["max_grad_norm=0"],
@@ -97,7 +98,7 @@ def runs(recipe_file, run_jobs, tmp_path_factory):
 
 @pytest.mark.slow
 def test_recomputing_and_another_attention_change_nothing(runs):
-    for name in ("checkpointing", "dense"):
+    for name in ("checkpointing", "budget", "dense"):
         assert read_metrics(runs[name]) == pytest.approx(read_metrics(runs["plain"]), abs=1e-5)
 
 
