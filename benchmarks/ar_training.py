@@ -24,6 +24,7 @@ from benchmarks.autoregressive import (
     vocabulary_of,
 )
 from dfactory.algorithms import Data
+from dfactory.allocator import bound_freed_memory
 from dfactory.assembly import Inputs, document_rules, make_source
 from dfactory.console import plain_console
 from dfactory.data.examples import load_examples
@@ -84,6 +85,7 @@ def train(options: argparse.Namespace) -> int:
             console.print(
                 f"step {run.finished}/{len(plan.steps)}  loss {row['loss']:.4f}  {row['cpu_seconds']:.2f} s of CPU"
             )
+        bound_freed_memory()
         if run.finished % options.save_steps == 0 and run.finished < len(plan.steps):
             run.save()
     run.write(resolve(options.model))

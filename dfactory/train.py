@@ -73,6 +73,7 @@ def _learn_in(folder: RunFolder, recipe: Recipe, client: RolloutClient | None, p
         while state.step < run.num_steps and (window := source.next_window()) is not None:
             metrics = trainer.train_window(window, run.objective) | source.metrics
             state.advance(metrics)
+            allocator.bound_freed_memory()
             last = state.step == run.num_steps
             run.check(window, metrics, last)
             if last or is_due(recipe.eval_steps, state.step):

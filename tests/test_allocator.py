@@ -25,6 +25,20 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+HOLES = """
+import torch
+from dfactory import allocator
+allocator.keep_freed_memory()
+allocator.bound_freed_memory()  # after a first step
+tensors = [torch.ones(2**20) for _ in range(400)]  # of 4 MB
+left = tensors[::2]
+del tensors
+before = allocator.resident_bytes()
+allocator.bound_freed_memory()
+print(before - allocator.resident_bytes(), len(left))
+"""
+
+
 @pytest.mark.parametrize(
     "environment, libc, has_gpu, keeps",
     [
@@ -60,6 +74,13 @@ def test_a_freed_tensor_costs_no_page_faults():
     kept, returned = (int(run("-c", FAULTS, DFACTORY_MALLOC=choice).stdout) for choice in ("keep", "system"))
     assert kept < 1000
     assert returned > 100_000 or returned > 100 * max(kept, 1)
+
+
+@needs_glibc
+def test_what_lies_free_between_blocks_is_returned_when_a_process_has_grown():
+    returned, still = (int(run("-c", HOLES, DFACTORY_MALLOC=choice).stdout.split()[0]) for choice in ("keep", "system"))
+    assert returned == pytest.approx(200 * 2**22, rel=0.1)
+    assert still == 0
 
 
 @needs_glibc

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 
-from dfactory.allocator import keep_freed_memory
+from dfactory.allocator import bound_freed_memory, keep_freed_memory
 from dfactory.commands.arguments import positive
 from dfactory.config.words import MODEL_HELP, RECORDS_HELP, TEMPLATE_HELP
 from dfactory.data.answers import ANSWER_PATTERN_HELP, compiled_pattern
@@ -125,6 +125,7 @@ class Distillation:
             if any(self._is_open(request) for request in batch):
                 replies = self.teacher.answer(batch, meter.add_tokens)
                 self.replies |= {request.number: reply for request, reply in zip(batch, replies, strict=True)}
+                bound_freed_memory()
             self._write_answered(waiting, judge)
             self._save(window[0].number)
             meter.show(self.journal.counts[PROMPTS], f"{self.journal.counts[Verdict.WRITTEN]:,} written")

@@ -7,7 +7,7 @@ A plan is made once for a batch of places and used by every layer. transformers'
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from dfactory.errors import ConfigError
+from dfactory.models import cpu_attention
 from dfactory.types import PADDING, Place
 from dfactory.visibility import dense_mask, flex_mask_mod, visible
 
@@ -125,6 +126,10 @@ class SegmentPlan:
 
     chunks_by_row: list[list[Chunk]]
 
+    @functools.cached_property
+    def parts(self) -> list[cpu_attention.Part]:
+        return [part for row, chunks in enumerate(self.chunks_by_row) for part in _parts(chunks, row, row)]
+
     @classmethod
     def of(cls, place_RS: Place, chunk: int = CHUNK, window: int | None = None) -> "SegmentPlan":
         device = place_RS.document.device
@@ -132,6 +137,8 @@ class SegmentPlan:
         return cls([_chunks(rows.at(row), chunk, device, window) for row in range(rows.document.shape[0])])
 
     def attend(self, query, key, value, scaling):
+        if cpu_attention.suits(query, value):
+            return cpu_attention.attend(query, key, value, self.parts, scaling)
         # unbind and split instead of slices: their gradients are joined in one operation, while the gradient of every
         # single slice would be a tensor of the size of the whole batch.
         parts = (tensor.unbind() for tensor in _as_computed(query, key, value))
@@ -151,6 +158,12 @@ class ChosenSegments:
     chunks_by_row: list[list[Chunk]]
     queries_R: list[int]
 
+    @functools.cached_property
+    def parts(self) -> list[cpu_attention.Part]:
+        starts = itertools.accumulate(self.queries_R[:-1], initial=0)
+        rows = enumerate(zip(self.chunks_by_row, starts, strict=True))
+        return [part for row, (chunks, start) in rows for part in _parts(chunks, 0, row, start)]
+
     @classmethod
     def of(cls, chunks_by_row: list[list[Chunk]], chosen_N: torch.Tensor, length: int) -> "ChosenSegments":
         chosen = chosen_N.cpu().numpy()
@@ -162,11 +175,22 @@ class ChosenSegments:
         return cls(chunks, np.diff(ends_R).tolist())
 
     def attend(self, query, key, value, scaling):
+        if cpu_attention.suits(query, value):
+            return cpu_attention.attend(query, key, value, self.parts, scaling)
         (queries,), keys, values = _as_computed(query, key, value)
         parts = (queries.split(self.queries_R, dim=1), keys.unbind(), values.unbind())
         rows = zip(self.chunks_by_row, *parts, strict=True)
         parts = [part for chunks, *row in rows if chunks for part in _attend_row(chunks, *row, scaling)]
         return torch.cat(parts, dim=1)[None].transpose(1, 2).to(query.dtype)
+
+
+def _parts(chunks: list[Chunk], query_row: int, key_row: int, start: int = 0) -> Iterator[cpu_attention.Part]:
+    """The chunks of a row but padding, whose queries are numbered from `start` on."""
+    for c in chunks:
+        if c.keys is not None:
+            queries = slice(start + c.queries.start, start + c.queries.stop)
+            bias = None if c.mask is None else torch.zeros(c.mask.shape).masked_fill_(~c.mask, -torch.inf)
+            yield cpu_attention.Part(query_row, queries, key_row, c.keys, bias)
 
 
 def _chosen(chunks: list[Chunk], query_N: np.ndarray, device: torch.device) -> list[Chunk]:

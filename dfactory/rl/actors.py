@@ -20,7 +20,7 @@ import torch
 
 from dfactory.algorithms.rollouts import rollout_views
 from dfactory.algorithms.trace import all_steps
-from dfactory.allocator import keep_freed_memory
+from dfactory.allocator import bound_freed_memory, keep_freed_memory
 from dfactory.inference import Pipeline
 from dfactory.models.adapters import add_adapters
 from dfactory.models.registry import load_policy
@@ -90,6 +90,7 @@ class RolloutActor:
         ]
         old = self._old_logprobs(rollouts) if self.scores else None
         gap = self.decoder_gap(rollouts[0])
+        bound_freed_memory()
         seconds, stop, groups = (time.perf_counter() - started) / len(calls), 0, []
         for call in calls:
             here = slice(stop, stop := stop + len(call.noise_ids))
