@@ -30,6 +30,8 @@ from transformers import Cache
 from dfactory.types import PADDING, Place
 from dfactory.visibility import visible
 
+TOGETHER = 64  # tokens of small blocks in one attention call on a CPU
+
 
 class Span(NamedTuple):
     """Neighbouring blocks of one slot, which a forward runs over."""
@@ -123,35 +125,65 @@ def seen_keys(spans: list[Span], block_size: int) -> Iterator[np.ndarray]:
         yield keys_T if span.end is None else np.minimum(keys_T, span.end)
 
 
+class Part(NamedTuple):
+    """Consecutive tokens of one slot, which attend to its first keys."""
+
+    slot: int
+    tokens: slice  # of the row
+    keys: int
+    mask: torch.Tensor | None  # bool [tokens, keys]; None: each sees all
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockwiseAttention:
-    """Every block attends to exactly the keys that it sees, without a mask or a copy; where calls are cheap (CPU)."""
+    """A call for every block, without a mask or a copy, and a masked one for small blocks together; where calls are cheap
+    (CPU)."""
 
-    blocks: list[tuple[int, slice, int]]  # slot, the block's tokens in the row, how many keys of the slot it sees
+    parts: list[Part]
 
     @classmethod
     def of(cls, spans: list[Span], block_size: int, device: torch.device) -> "BlockwiseAttention":
-        blocks, start = [], 0
+        parts, start = [], 0
         for span, keys_T in zip(spans, seen_keys(spans, block_size), strict=True):
-            for keys, alike in itertools.groupby(keys_T.tolist()):
-                stop = start + len(list(alike))
-                blocks.append((span.slot, slice(start, stop), keys))
+            for seen_T in _together(keys_T):
+                stop, most = start + len(seen_T), int(seen_T[-1])
+                alike = seen_T[0] == most
+                mask = None if alike else torch.from_numpy(np.arange(most) < seen_T[:, None]).to(device)
+                parts.append(Part(span.slot, slice(start, stop), most, mask))
                 start = stop
-        return cls(blocks)
+        return cls(parts)
 
     def attend(self, query, key, value, scaling):
         """query [1, heads, N, d], key and value [slots, kv heads, capacity, d] -> [1, N, heads, d]."""
-        parts = []
-        for slot, tokens, keys in self.blocks:
+        found = []
+        for slot, tokens, keys, mask in self.parts:
             k, v = key[slot : slot + 1, :, :keys], value[slot : slot + 1, :, :keys]
-            parts.append(scaled_dot_product_attention(query[:, :, tokens], k, v, scale=scaling, enable_gqa=True))
-        return torch.cat(parts, dim=2).transpose(1, 2)
+            found.append(
+                scaled_dot_product_attention(query[:, :, tokens], k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
+            )
+        return torch.cat(found, dim=2).transpose(1, 2)
 
     def at(self, chosen_N: torch.Tensor, shape: tuple[int, int]) -> "BlockwiseAttention":
         """The plan for the queries of some tokens of the row, which ascend."""
-        ends = np.searchsorted(chosen_N.numpy(), [0, *(tokens.stop for _, tokens, _ in self.blocks)]).tolist()
-        blocks = zip(self.blocks, itertools.pairwise(ends), strict=True)
-        return BlockwiseAttention([(slot, slice(a, b), keys) for (slot, _, keys), (a, b) in blocks if a < b])
+        ends = np.searchsorted(chosen_N.numpy(), [0, *(part.tokens.stop for part in self.parts)]).tolist()
+        left = []
+        for part, (a, b) in zip(self.parts, itertools.pairwise(ends), strict=True):
+            if a < b:
+                mask = None if part.mask is None else part.mask[chosen_N[a:b] - part.tokens.start]
+                left.append(part._replace(tokens=slice(a, b), mask=mask))
+        return BlockwiseAttention(left)
+
+
+def _together(keys_T: np.ndarray) -> Iterator[np.ndarray]:
+    """The numbers of seen keys of a span's tokens, which ascend, in parts of whole blocks: as many as hold TOGETHER tokens,
+    at least one."""
+    ends = np.flatnonzero(np.diff(keys_T, append=-1)) + 1  # of blocks
+    start = 0
+    while start < len(keys_T):
+        fitting = ends[(ends > start) & (ends <= start + TOGETHER)]
+        stop = int(fitting[-1]) if len(fitting) else int(ends[ends > start][0])
+        yield keys_T[start:stop]
+        start = stop
 
 
 @dataclasses.dataclass(frozen=True)

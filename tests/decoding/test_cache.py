@@ -37,11 +37,23 @@ def test_places_of_ragged_spans():
 def test_what_a_block_sees_is_the_beginning_of_its_slot():
     spans = [Span(0, 2, 4, True), Span(1, 0, 3, False)]
     plan = BlockwiseAttention.of(spans, B, torch.device("cpu"))
-    assert [(slot, keys) for slot, _, keys in plan.blocks] == [(0, 12), (0, 16), (1, 4), (1, 8), (1, 12)]
+    seen_by = [(part.slot, part.keys, part.mask.sum(dim=1).tolist()) for part in plan.parts]
+    assert seen_by == [(0, 16, [12] * B + [16] * B), (1, 12, [4] * B + [8] * B + [12] * B)]
     query, key = (p.at((slice(0, 1),)) for p in span_places(spans))
     seen = visible(query.at((0, slice(0, 2), None)), key.at((0, None, slice(None))))
     assert np.array_equal(seen, [[1, 1, 1, 0], [1, 1, 1, 1]])
     assert PADDING not in query.document[0, :2]
+
+
+def test_small_blocks_share_a_call_and_large_ones_have_their_own():
+    def parts(blocks, size):
+        plan = BlockwiseAttention.of([Span(0, 0, blocks, True)], size, torch.device("cpu"))
+        return [(part.tokens.stop - part.tokens.start, part.keys, part.mask is None) for part in plan.parts]
+
+    assert parts(1, 8) == [(8, 8, True)]
+    assert parts(70, 1) == [(64, 64, False), (6, 70, False)]
+    assert parts(5, 24) == [(48, 48, False), (48, 96, False), (24, 120, True)]
+    assert parts(2, 100) == [(100, 100, True), (100, 200, True)]
 
 
 @pytest.mark.parametrize("form", [BlockwiseAttention, PaddedAttention])
