@@ -200,6 +200,13 @@ def _doctor(arguments, overrides) -> int:
 
 
 def _report(arguments, overrides) -> int:
+    if arguments.watch:
+        if arguments.chain or arguments.output:
+            raise ConfigError("--watch with --chain or --output: it serves a page and writes nothing; leave them out")
+        from dfactory.commands.reporting.watch import Options, watch
+
+        options = Options(arguments.host, arguments.port, arguments.token_file)
+        return watch([Path(run) for run in arguments.runs], options)
     from dfactory.commands.report import report
 
     return report(arguments.runs, arguments.output, arguments.chain)

@@ -72,11 +72,9 @@ class Denoising:
 
     def frame(self, progress: Progress, rule: str) -> Frame:
         mask = self.vocabulary.special.mask
-        states = [self._state(index, progress) for index in range(len(progress.token_ids))]
-        shown = list(zip(states, progress.draft_ids, strict=True))
+        shown = list(zip(self.states(progress), progress.draft_ids, strict=True))
         if progress.rollout is None and progress.settled == len(progress.token_ids):
             shown += [(State.MASKED, mask)] * self.block_size  # the next block
-        self.before = progress.token_ids
         runs = [
             Run(state, self._text(state, [token for _, token in run]))
             for state, run in itertools.groupby(shown, key=lambda pair: pair[0])
@@ -84,6 +82,12 @@ class Denoising:
         committed = sum(token != mask for token in progress.token_ids)
         answer = None if progress.rollout is None else self.vocabulary.answer(progress.rollout)
         return Frame(progress.forwards, committed, rule, tuple(runs), self._settled(progress, answer), answer)
+
+    def states(self, progress: Progress) -> list[State]:
+        """The state of each of the tokens. Call it once for each progress, in order."""
+        states = [self._state(index, progress) for index in range(len(progress.token_ids))]
+        self.before = progress.token_ids
+        return states
 
     def _settled(self, progress: Progress, answer: Answer | None) -> str:
         if answer is not None:

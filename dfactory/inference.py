@@ -25,6 +25,7 @@ from dfactory.decoding import DecodeRules, Progress, check_prompts, decode, make
 from dfactory.decoding.keys import DecodeKeys, decode_keys_over
 from dfactory.decoding.response import document_length
 from dfactory.decoding.slots import Decodable
+from dfactory.decoding.templates import fill_in
 from dfactory.denoising import Denoising, Frame
 from dfactory.errors import ConfigError, DataError
 from dfactory.models.hub import resolve
@@ -137,6 +138,17 @@ class Pipeline:
         (answer,) = pipeline.answers([self.encode_chat(messages, tools)], noise_ids=[noise_id])
         return answer
 
+    def infill(self, prompt: Prompt, template: Sequence[str | int], *, noise_id: int = 0, **decode_keys: Any) -> Answer:
+        """A template with its blanks filled in: texts, and numbers of tokens to write between them.
+
+        pipeline.infill(question, ["The day after Monday is ", 3, "."])
+        """
+        pipeline = self.over(decode_keys)
+        prompt_ids = pipeline.encode(prompt)
+        draft, rules = fill_in(pipeline.encode_template(template), len(prompt_ids), pipeline.rules)
+        (rollout,) = decode(pipeline.policy, [prompt_ids], rules, drafts=[draft], noise_ids=[noise_id])
+        return pipeline.vocabulary.answer(rollout)
+
     def stream(
         self,
         prompt: Prompt,
@@ -165,6 +177,10 @@ class Pipeline:
     def encode_chat(self, messages: Messages, tools: Messages | None = None) -> list[int]:
         """The token ids of a conversation, up to where the model has to answer."""
         return self._encoder.encode_prompt(messages_of(messages), checked_tools(tools))
+
+    def encode_template(self, template: Sequence[str | int]) -> list[list[int] | int]:
+        """The ids of a template's texts, and its blanks as they are (decoding/templates.py)."""
+        return [self._encoder.encode_text(part) if isinstance(part, str) else part for part in template]
 
     @property
     def _encoder(self) -> ChatEncoder:

@@ -97,6 +97,13 @@ def serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="another one needs DFACTORY_SERVE_TOKEN or --token-file")
     parser.add_argument("--port", type=port, default=8080, help="0: any free one, which it prints")
     parser.add_argument("--token-file", help="file with the token that clients have to show")
+    parser.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="a further model, which the page at / compares with the first one; may be repeated",
+    )
     parser.add_argument("--model-name", help="under which clients ask for it (default: the directory's)")
     parser.add_argument("--max-length", type=positive, help="tokens of prompt and answer (default: 4096 at most)")
     parser.add_argument("--max-queue", type=positive, default=64, help="answers that may wait (default: %(default)s)")
@@ -162,13 +169,21 @@ def bench(parser: argparse.ArgumentParser) -> None:
 
 
 def report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("runs", nargs="+", help="run folders; with --watch also folders with run folders in them")
     parser.add_argument("--output", help="folder of the report (default: report/ of the first run)")
     parser.add_argument(
         "--chain",
         action="store_true",
         help="a page of stages that start from each other: the runs and all that they were made from, a section each",
     )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="serve a page of the runs instead, which follows those that are still trained",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="of --watch; another one needs a token, as for serve")
+    parser.add_argument("--port", type=port, default=8090, help="of --watch (default: %(default)s); 0: any free one")
+    parser.add_argument("--token-file", help="of --watch: file with the token that browsers have to show")
 
 
 def recipes(parser: argparse.ArgumentParser) -> None:

@@ -55,6 +55,9 @@ class Progress(NamedTuple):
     draft_logprobs: list[float]  # of these proposals; 0 where there is no mask
     settled: int  # how many of these tokens stand in finished blocks and stay as they are
     rollout: Rollout | None  # when this forward finished it
+    logprobs: Sequence[
+        float
+    ] = ()  # of token_ids, each at the forward that wrote it; 0 of a mask, or of what a draft gave
 
 
 class _Proposed(NamedTuple):
@@ -167,4 +170,5 @@ class Slots:
             draft_logprob_T[response.start : stop].tolist(),
             max(response.here.start if goes_on else stop, response.start) - response.start,
             None if goes_on else response.rollout(),
+            response.logprob_T[response.start : stop].tolist(),
         )

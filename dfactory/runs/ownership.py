@@ -60,6 +60,17 @@ class Owner:
             return False
 
 
+def is_running(folder: Path) -> bool:
+    """Whether a run seems to hold the folder, for who only looks: the lock is left alone, so that no run is refused because
+    of a look at it. On another machine a run lives if its file was touched within PATIENCE_S by this machine's clock."""
+    file = folder / RUN
+    try:
+        owner, touched = Owner(**json.loads(file.read_bytes())), file.stat().st_mtime
+    except (OSError, ValueError, TypeError):  # there is none, or it is just being written
+        return False
+    return owner.is_there if owner.boot == _boot() else time.time() - touched <= PATIENCE_S
+
+
 def this_owner() -> Owner:
     process = psutil.Process()
     return Owner(socket.gethostname(), _boot(), process.pid, process.create_time())

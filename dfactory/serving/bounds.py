@@ -16,7 +16,7 @@ FIELD_SIZE = 8192  # of a field that is not a prompt, as `exceeds` counts
 MESSAGE_CHARACTERS = 2000  # of an error message
 
 JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-PROMPT_FIELDS = ("prompt", "messages", "tools", "prompt_ids", "stop", "prediction")
+PROMPT_FIELDS = ("prompt", "messages", "tools", "prompt_ids", "template", "stop", "prediction")
 
 
 def check_containers(raw: bytes) -> None:

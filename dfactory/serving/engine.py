@@ -39,6 +39,7 @@ class Job:
     rules: DecodeRules
     noise_id: int
     on_progress: Callable[[Progress | None], None]
+    draft: tuple[int, ...] = ()  # the first tokens of the answer, masks among them; something is left to decode
     number: int = -1
     started: float = 0.0
 
@@ -66,6 +67,7 @@ class Engine:
         self.waiting: deque[Job] = deque()
         self.running: dict[int, Job] = {}
         self.unwanted: set[int] = set()
+        self.changes: dict[int, DecodeRules] = {}
         self.closed = False
         self.failed = False
         self._numbers = itertools.count()
@@ -98,6 +100,14 @@ class Engine:
             self.waiting = deque(kept)
             self.unwanted |= numbers & self.running.keys()
             self.changed.notify_all()
+
+    def change_rules(self, job: Job, rules: DecodeRules) -> None:
+        """Decode a job by other rules from the next forward on; block size and longest answer have to be the same. Nothing
+        happens to one that is done."""
+        with self.changed:
+            job.rules = rules
+            if job.number in self.running:
+                self.changes[job.number] = rules
 
     def close(self) -> None:
         """Accept no more jobs; running and waiting ones are finished."""
@@ -149,8 +159,11 @@ class Engine:
             while self.waiting and self.decoder.free:
                 job = self.waiting.popleft()
                 job.started = time.monotonic()
-                self.decoder.add(job.number, job.prompt_ids, job.rules, noise_id=job.noise_id)
+                self.decoder.add(job.number, job.prompt_ids, job.rules, draft=job.draft, noise_id=job.noise_id)
                 self.running[job.number] = job
+            for number in self.changes.keys() & self.running.keys():
+                self.decoder.change_rules(number, self.changes[number])
+            self.changes.clear()
         return True
 
     def _drop_unwanted(self) -> None:

@@ -16,7 +16,7 @@ from dfactory.errors import DataError
 
 OF_THE_SERVER = ("block_size", "batch_size", "mask_token_id", "eos_token_id", "full_attention", "suppress_special")
 DECODE_FIELDS = [f.name for f in dataclasses.fields(DecodeKeys) if f.name not in OF_THE_SERVER]
-NATIVE = ("prompt", "messages", "prompt_ids", "tools", "chat_template_kwargs", "stop", "stream", "model")
+NATIVE = ("prompt", "messages", "prompt_ids", "tools", "chat_template_kwargs", "template", "stop", "stream", "model")
 OPENAI = ("model", "n", "stop", "stream", "stream_options", "max_tokens")
 COMPLETIONS = (*OPENAI, "prompt")
 CHAT = (*OPENAI, "messages", "tools", "max_completion_tokens", "chat_template_kwargs")

@@ -10,12 +10,13 @@ import heapq
 import itertools
 import threading
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from dfactory.errors import ConfigError, DataError, DFactoryError
 from dfactory.serving.bounds import MESSAGE_CHARACTERS
-from dfactory.serving.requests import Generation, UnknownModel
+from dfactory.serving.requests import UnknownModel
 
-Outcome = Generation | Exception
+Outcome = Any  # what was read, or an exception
 
 
 class Refused(Exception):
@@ -42,7 +43,7 @@ class Readers:
         self._numbers = itertools.count()
         self._busy = False
 
-    async def read(self, raw: bytes, read: Callable[[bytes], Generation], timeout_s: float) -> Generation:
+    async def read(self, raw: bytes, read: Callable[[bytes], Any], timeout_s: float) -> Any:
         """The result of `read` for a body. Raises Refused, ReadingFailed, and TooSlow after `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s), self._turn(len(raw)):
@@ -76,7 +77,7 @@ class Readers:
                 self._busy = True
 
 
-def _in_thread(raw: bytes, read: Callable[[bytes], Generation]) -> "asyncio.Future[Outcome]":
+def _in_thread(raw: bytes, read: Callable[[bytes], Any]) -> "asyncio.Future[Outcome]":
     """Run `read` in a daemon thread, so that a server that ends does not wait for it."""
     loop = asyncio.get_running_loop()
     result = loop.create_future()

@@ -4,7 +4,7 @@ from aiohttp import web
 
 from dfactory.errors import DFactoryError
 from dfactory.serving.bodies import SlowClient, TooManyBytes
-from dfactory.serving.engine import QueueFull, Stopped
+from dfactory.serving.engine import Engine, QueueFull, Stopped
 from dfactory.serving.reading import ReadingFailed, Refused, TooSlow
 from dfactory.serving.shapes import error
 
@@ -56,6 +56,11 @@ def refusal_of(problem: Exception) -> web.Response:
             return refusal(500, "the decoder has failed; see the server's log", "decoder_failed")
         case _:
             return refusal(500, "the request cannot be read; see the server's log", "reading_failed")
+
+
+def ending_of(engine: Engine) -> Exception:
+    """Why an engine has given up an answer."""
+    return EngineFailed() if engine.failed else Stopped("the server is shutting down")
 
 
 def event_of(problem: Exception) -> dict:

@@ -13,6 +13,9 @@ from dfactory.data.chat import ChatEncoder
 from dfactory.data.fields import load_json, text, tools
 from dfactory.data.prompts import messages_of
 from dfactory.decoding import DecodeRules, check_prompts
+from dfactory.decoding.response import document_length
+from dfactory.decoding.slots import LAYOUT
+from dfactory.decoding.templates import fill_in, fixed_text
 from dfactory.errors import DataError
 from dfactory.inference import Pipeline
 from dfactory.serving.bounds import (
@@ -36,6 +39,7 @@ from dfactory.serving.fields import (
 )
 from dfactory.vocabulary import Vocabulary
 
+FIXED = ("max_new_tokens", "blocks_from", "seed")  # during an answer
 TEMPERATURES = (0.01, 100.0)  # beyond, float32 runs over
 
 
@@ -49,6 +53,7 @@ class Generation:
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
+    draft: tuple[int, ...] = ()  # of each answer: a template with masks for its blanks
 
 
 Encode = Callable[[Any, dict[str, Any]], list[int]]  # a prompt as its body has it -> ids
@@ -69,7 +74,19 @@ class Reader:
         if len(kinds) != 1:
             raise DataError(f"{' and '.join(kinds) or 'no prompt'}: give one of prompt, messages, prompt_ids")
         encode = {"messages": self._conversation, "prompt": self._text, "prompt_ids": self._ids}[kinds[0]]
-        return self._generation(body, [body[kinds[0]]], encode)
+        generation = self._generation(body, [body[kinds[0]]], encode)
+        return generation if "template" not in body else self._filled_in(generation, body["template"])
+
+    def change(self, raw: bytes, before: DecodeRules, draft: tuple[int, ...]) -> DecodeRules:
+        """The rules of a running answer, or template, that goes on by the decode keys of a body."""
+        keys = self._body(raw, ())
+        fixed = [name for name in FIXED if name in keys]
+        if fixed:
+            raise DataError(f"{fixed[0]} cannot change during an answer: leave it out")
+        asked = self.pipeline.over(keys, "the request")
+        _check_temperature(asked.keys.temperature)
+        changed = dataclasses.replace(asked.rules, seed=before.seed, **{name: getattr(before, name) for name in LAYOUT})
+        return fixed_text(changed) if draft else changed
 
     def completions(self, raw: bytes) -> Generation:
         body = self._body(raw, COMPLETIONS, openai=True)
@@ -125,8 +142,7 @@ class Reader:
         for name in ("max_tokens", "max_completion_tokens"):
             if name in body and values.setdefault("max_new_tokens", body[name]) != body[name]:
                 raise DataError(f"{name} {body[name]} and another limit {values['max_new_tokens']}: give one")
-        block = self.pipeline.rules.block_size
-        room = self.longest // block * block - prompt_length  # a slot holds whole blocks
+        room = self.capacity - prompt_length
         if room < 1:
             raise DataError(
                 f"the prompt has {prompt_length} tokens, the server takes {self.longest} tokens for prompt and answer"
@@ -139,10 +155,27 @@ class Reader:
                 f"the prompt has {prompt_length} tokens, max_new_tokens is {keys.max_new_tokens}, the server takes "
                 f"{self.longest} together: lower max_new_tokens to {room}, or shorten the prompt"
             )
-        low, high = TEMPERATURES
-        if keys.temperature and not low <= keys.temperature <= high:
-            raise DataError(f"temperature {keys.temperature:g}: it must be 0, or {low:g} to {high:g}")
+        _check_temperature(keys.temperature)
         return dataclasses.replace(asked.rules, max_new_tokens=min(keys.max_new_tokens, room))
+
+    def _filled_in(self, generation: Generation, template: Any) -> Generation:
+        """The answer is a template with its blanks filled in: a list of texts and of numbers of tokens."""
+        if not isinstance(template, list) or not all(type(part) in (str, int) for part in template):
+            raise DataError("template must be a list of texts and, for its blanks, numbers of tokens")
+        check_text(template, self.longest, "template")
+        (prompt,) = generation.prompts
+        blanks = sum(abs(part) for part in template if isinstance(part, int))  # fill_in refuses those below 1
+        if blanks > self.longest:
+            raise DataError(f"template has blanks of {blanks} tokens, the server takes {self.longest}: shorten them")
+        draft, rules = fill_in(self.pipeline.encode_template(template), len(prompt), generation.rules)
+        if (length := document_length(len(prompt), rules)) > self.capacity:
+            raise DataError(f"prompt and template take {length} tokens, the server takes {self.capacity}: shorten them")
+        return dataclasses.replace(generation, draft=draft, rules=rules)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a slot, which holds whole blocks."""
+        return self.longest // self.pipeline.rules.block_size * self.pipeline.rules.block_size
 
     def _conversation(self, value: Any, body: dict[str, Any]) -> list[int]:
         encoder = self._encoder
@@ -178,6 +211,12 @@ class Reader:
 
 class UnknownModel(DataError):
     """Another model than the one that is served: status 404, as OpenAI has it."""
+
+
+def _check_temperature(temperature: float) -> None:
+    low, high = TEMPERATURES
+    if temperature and not low <= temperature <= high:
+        raise DataError(f"temperature {temperature:g}: it must be 0, or {low:g} to {high:g}")
 
 
 def _of_type(body: dict[str, Any], name: str, kind: type, otherwise: Any = None) -> Any:

@@ -15,12 +15,16 @@ from rich.console import Console
 
 from dfactory.errors import ConfigError
 from dfactory.inference import Pipeline
-from dfactory.serving.app import Service
+from dfactory.serving.access import Access
+from dfactory.serving.app import OPEN_TO_ALL, Service
 from dfactory.serving.bodies import Bodies
 from dfactory.serving.bounds import MOST_ANSWERS
 from dfactory.serving.connections import Connections
 from dfactory.serving.engine import Engine
+from dfactory.serving.live import Live, Model
 from dfactory.serving.metrics import Metrics
+from dfactory.serving.pages import Page
+from dfactory.serving.receiving import Receiver
 from dfactory.serving.requests import Reader
 
 TOKEN_VARIABLE = "DFACTORY_SERVE_TOKEN"
@@ -69,9 +73,22 @@ def read_token(host: str, token_file: str | None) -> str | None:
     return token
 
 
-def serve(pipeline: Pipeline, options: Options, console: Console) -> int:
-    """Serve until SIGTERM or SIGINT. Returns 0, or 1 if the decoder failed."""
-    token, rules = read_token(options.host, options.token_file), pipeline.rules
+def serve(pipeline: Pipeline, options: Options, console: Console, beside: dict[str, Pipeline] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT. Returns 0, or 1 if a decoder failed. `beside` are further models, by name, which the
+    page compares with the first one; the API's endpoints answer with the first."""
+    token = read_token(options.host, options.token_file)
+    every = {options.model_name: pipeline} | (beside or {})
+    models = {name: _model(name, one, options) for name, one in every.items()}
+    receiver = Receiver(Connections(options.client_timeout), Bodies(options.client_timeout), options.request_timeout)
+    page, live = Page("page"), Live(models, receiver)
+    access = Access(token, OPEN_TO_ALL | page.paths)
+    metrics = Metrics([model.engine for model in models.values()])
+    service = Service(models[options.model_name], metrics, receiver, access, page, live, int(time.time()))
+    return asyncio.run(_serve(service, options, console))
+
+
+def _model(name: str, pipeline: Pipeline, options: Options) -> Model:
+    rules = pipeline.rules
     pipeline = pipeline.over({"block_size": rules.block_size})  # the engine's, whatever a request asks for
     most = pipeline.policy.config.max_position_embeddings
     longest = options.max_length or min(most, LONGEST)
@@ -81,17 +98,7 @@ def serve(pipeline: Pipeline, options: Options, console: Console) -> int:
         )
     capacity = longest // rules.block_size * rules.block_size
     engine = Engine(pipeline.policy, rules, capacity, options.max_queue)
-    service = Service(
-        Reader(options.model_name, pipeline, longest, min(MOST_ANSWERS, engine.most)),
-        engine,
-        Metrics(engine),
-        Connections(options.client_timeout),
-        Bodies(options.client_timeout),
-        token,
-        options.request_timeout,
-        int(time.time()),
-    )
-    return asyncio.run(_serve(service, options, console))
+    return Model(Reader(name, pipeline, longest, min(MOST_ANSWERS, engine.most)), engine)
 
 
 async def _serve(service: Service, options: Options, console: Console) -> int:
@@ -99,7 +106,7 @@ async def _serve(service: Service, options: Options, console: Console) -> int:
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
     gc.freeze()  # collections skip what exists now; else each one would stop all threads for seconds
-    engine = service.engine
+    engines = service.engines
     runner = web.AppRunner(
         service.app(),
         handler_cancellation=True,
@@ -110,18 +117,20 @@ async def _serve(service: Service, options: Options, console: Console) -> int:
         logger=_logger(),
     )
     await runner.setup()
-    engine.start()
+    for engine in engines:
+        engine.start()
     try:
         server = await _listen(service, runner, options)
         _announce(service, server.sockets[0].getsockname()[:2], console)
         await _until_stopped(service, stop, options, console)
         server.close()
     finally:
-        engine.close()
-        service.connections.close_waiting()
+        for engine in engines:
+            engine.close()
+        service.receiver.connections.close_waiting()
         await runner.cleanup()
-        await service.connections.all_closed(CLEANUP_S)
-    return int(engine.failed)
+        await service.receiver.connections.all_closed(CLEANUP_S)
+    return int(any(engine.failed for engine in engines))
 
 
 class _Bugs(logging.Filter):
@@ -140,32 +149,39 @@ def _logger() -> logging.Logger:
 async def _listen(service: Service, runner: web.AppRunner, options: Options) -> asyncio.Server:
     try:
         return await asyncio.get_running_loop().create_server(
-            service.connections.protocols(runner.server), options.host, options.port, backlog=BACKLOG
+            service.receiver.connections.protocols(runner.server), options.host, options.port, backlog=BACKLOG
         )
     except OSError as problem:
         raise ConfigError(f"cannot listen on {options.host} port {options.port}: {problem.strerror}") from problem
 
 
 def _announce(service: Service, address: tuple[str, int], console: Console) -> None:
-    host, port = address
+    model, names = service.model, " and ".join(service.live.models)
     console.print(
-        f"{service.reader.name} on http://{f'[{host}]' if ':' in host else host}:{port}, {service.engine.slots} slots of "
-        f"{service.reader.longest} tokens, {'with a token' if service.token else 'this machine only'}",
+        f"{names} on {url_of(address)}, {model.engine.slots} slots of {model.reader.longest} tokens, "
+        f"{'with a token' if service.access.token else 'this machine only'}",
         soft_wrap=True,
     )
 
 
+def url_of(address: tuple[str, int]) -> str:
+    host, port = address
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 async def _until_stopped(service: Service, stop: asyncio.Event, options: Options, console: Console) -> None:
     """Wait for a signal or the engine's end. After a signal running requests have `drain_timeout` to finish."""
-    engine = service.engine
-    failed = asyncio.create_task(asyncio.to_thread(engine.join))
+    engines = service.engines
+    ends = [asyncio.create_task(asyncio.to_thread(engine.join)) for engine in engines]
     stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait((failed, stopped), return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait((*ends, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
-    if not engine.failed:
-        console.print(f"draining: {len(engine.running)} running, {len(engine.waiting)} waiting", soft_wrap=True)
-    engine.close()
-    try:
-        await asyncio.wait_for(asyncio.shield(failed), options.drain_timeout)
-    except TimeoutError:
-        engine.give_up_all()
+    if not any(engine.failed for engine in engines):
+        running, waiting = (sum(len(getattr(engine, jobs)) for engine in engines) for jobs in ("running", "waiting"))
+        console.print(f"draining: {running} running, {waiting} waiting", soft_wrap=True)
+    for engine in engines:
+        engine.close()
+    _, late = await asyncio.wait(ends, timeout=options.drain_timeout)
+    if late:
+        for engine in engines:
+            engine.give_up_all()

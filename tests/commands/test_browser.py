@@ -1,7 +1,6 @@
 """Pages that show what a model wrote, in a real browser: no script of it runs, whatever it writes and wherever it stands."""
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,11 +9,9 @@ import pytest
 from dfactory.commands.report import write_report
 from dfactory.denoising import Frame, Run, State
 from dfactory.serving.trace import Turn, write_trace
+from tests.browser import ALONE, BROWSER, QUIET
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium is installed: apt-get install chromium")
-ALONE = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage")
-QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
 HALF = "\ud800"  # of a character: it has no bytes
 OWN = "document.documentElement.setAttribute('data-ran', 'ow' + 'ned')"  # the text itself never holds the word
 TEXTS = (
