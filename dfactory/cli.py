@@ -143,12 +143,23 @@ def _export(arguments, overrides) -> int:
         keys = load_merge_keys(arguments.merge)
     from dfactory.commands.export import About, export
 
-    about = About(not arguments.no_card, arguments.license)
-    if arguments.merge is None:
-        return export(arguments.model, arguments.output, arguments.dtype, arguments.mask_token, about)
-    from dfactory.commands.merge import merge
+    if arguments.private and arguments.push_to_hub is None:
+        raise ConfigError("--private is about the repository of --push-to-hub: give both, or neither")
+    push = None
+    if arguments.push_to_hub is not None:
+        from dfactory.commands.pushing import Push
 
-    return merge(arguments.model, arguments.output, keys, about)
+        push = Push(arguments.push_to_hub, arguments.private)
+    about = About(not arguments.no_card, arguments.license, arguments.push_to_hub)
+    if arguments.merge is None:
+        status = export(arguments.model, arguments.output, arguments.dtype, arguments.mask_token, about)
+    else:
+        from dfactory.commands.merge import merge
+
+        status = merge(arguments.model, arguments.output, keys, about)
+    if push is not None:
+        print(f"uploaded: {push.upload(Path(arguments.output))}")
+    return status
 
 
 def _schema(arguments, overrides) -> int:

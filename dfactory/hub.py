@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, get_token, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -16,13 +16,21 @@ from huggingface_hub.errors import (
 )
 
 from dfactory.errors import ConfigError
+from dfactory.redaction import remember
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_UNKNOWN = "there is no such repository, or it is private"
+_TOKEN = "the hub does not accept the token; give one in HF_TOKEN"
 
 
 def is_hub_name(text: str) -> bool:
     """Whether a text can be the name of a repository, `org/name`. A file or folder of that name comes first."""
     return bool(_NAME.fullmatch(text)) and not os.path.exists(text)
+
+
+def is_repository(text: str) -> bool:
+    """The same whatever lies on the disk."""
+    return bool(_NAME.fullmatch(text))
 
 
 def fetch(name: str, revision: str | None, file: str, told: str) -> Path | None:
@@ -40,6 +48,7 @@ def fetch(name: str, revision: str | None, file: str, told: str) -> Path | None:
 
 def refusal(problem: Exception, told: str, revision: str | None) -> ConfigError:
     """The error to raise for what huggingface_hub or datasets raised. `told` is its beginning: what cannot be read."""
+    remember({"hf_token": get_token() or ""})  # it may come from a file: hide it in what is printed from here on
     known = f"{told} from {constants.ENDPOINT}"
     causes = _chain(problem)
     if any(isinstance(cause, GatedRepoError) for cause in causes):
@@ -47,7 +56,9 @@ def refusal(problem: Exception, told: str, revision: str | None) -> ConfigError:
     if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
         return ConfigError(f"{known}: it has no revision {revision}; correct the revision")
     if any(isinstance(cause, RepositoryNotFoundError | HFValidationError) for cause in causes):
-        return missing(told, "there is no such repository, or it is private")
+        return missing(told, _UNKNOWN)
+    if any(_status(cause) in (401, 403) for cause in causes):
+        return ConfigError(f"{known}: {_TOKEN}") if get_token() else missing(told, _UNKNOWN)
     if constants.HF_HUB_OFFLINE or any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
         return ConfigError(
             f"{known}: HF_HUB_OFFLINE is set, and the cache {constants.HF_HOME} does not hold it; unset HF_HUB_OFFLINE "
@@ -61,10 +72,26 @@ def refusal(problem: Exception, told: str, revision: str | None) -> ConfigError:
     return ConfigError(f"{known}: {_first_line(problem)}")
 
 
+def unwritten(problem: Exception, told: str, then: str) -> ConfigError:
+    """The error to raise where nothing could be written to the hub. `told` is what was to be written, `then` how to go
+    on."""
+    known, causes = f"{told} at {constants.ENDPOINT}", _chain(problem)
+    if any(_status(cause) in (401, 403) for cause in causes):
+        return ConfigError(f"{known}: {_TOKEN}, with the right to write there{then}")
+    if constants.HF_HUB_OFFLINE:
+        return ConfigError(f"{known}: HF_HUB_OFFLINE is set; unset it{then}")
+    return ConfigError(f"{known}: {_first_line(causes[-1])}{then}")
+
+
 def missing(told: str, reason: str) -> ConfigError:
     """The error to raise for what the hub does not have. `told` is as in `refusal`."""
     remedy = "correct the name, or give your token in HF_TOKEN"
     return ConfigError(f"{told} from {constants.ENDPOINT}: {reason}; {remedy}")
+
+
+def _status(problem: BaseException) -> int | None:
+    """Of the hub's answer; None where it did not answer."""
+    return getattr(getattr(problem, "response", None), "status_code", None)
 
 
 def _chain(problem: BaseException) -> list[BaseException]:

@@ -3,16 +3,20 @@
     folder/models/ORG/NAME/...      folder/datasets/ORG/NAME/...
 
 Every repository has one revision, `main`, whose commit is a function of its files. Whoever reads from it names it in
-HF_ENDPOINT, before huggingface_hub is imported.
+HF_ENDPOINT, before huggingface_hub is imported. Repositories of the organisation `secret`, and all writing, need the token
+`Hub.token`. Large files arrive by the protocol of Git LFS (HF_HUB_DISABLE_XET).
 """
 
 import asyncio
+import base64
 import contextlib
 import hashlib
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
 from aiohttp import web
 
 
@@ -21,9 +25,10 @@ class Hub:
 
     def __init__(self, folder: Path):
         self.folder, self.asked, self.endpoint = folder, [], ""
+        self.token, self.large, self.visibility = "right-token-of-the-test", {}, {}
 
     def application(self) -> web.Application:
-        application = web.Application(middlewares=[self._remember])
+        application = web.Application(middlewares=[self._remember], client_max_size=1 << 28)
         for kind, prefix in (("models", ""), ("datasets", "/datasets")):
             api = f"/api/{kind}/{{org}}/{{name}}"
             application.router.add_get(api, self._info, name=f"{kind}-info")
@@ -32,6 +37,13 @@ class Hub:
             application.router.add_get(f"{api}/tree/{{revision}}/{{path:.*}}", self._tree)
             application.router.add_post(f"{api}/paths-info/{{revision}}", self._paths_info)
             application.router.add_get(f"{prefix}/{{org}}/{{name}}/resolve/{{revision}}/{{path:.*}}", self._file)
+            application.router.add_post(f"{api}/preupload/{{revision}}", self._modes)
+            application.router.add_post(f"{api}/commit/{{revision}}", self._commit)
+        application.router.add_get("/api/whoami-v2", self._who)
+        application.router.add_post("/api/repos/create", self._create)
+        application.router.add_post("/api/validate-yaml", self._validate)
+        application.router.add_post("/{org}/{name}.git/info/lfs/objects/batch", self._batch)
+        application.router.add_put("/large/{oid}", self._store)
         return application
 
     @web.middleware
@@ -43,6 +55,8 @@ class Hub:
         """Its folder and its commit. A 404 as the hub words it."""
         kind = "datasets" if "datasets" in request.path.split("/")[1:3] else "models"
         folder = self.folder / kind / request.match_info["org"] / request.match_info["name"]
+        if request.match_info["org"] == "secret":
+            self._require_token(request)
         if not folder.is_dir():
             raise _missing("RepoNotFound", "Repository not found")
         commit = commit_of(folder)
@@ -81,6 +95,75 @@ class Hub:
         if not file.is_file():
             raise _missing("EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
         return web.FileResponse(file, headers={"ETag": f'"{digest_of(file)}"', "X-Repo-Commit": commit})
+
+    # --- writing --------------------------------------------------------------------------------------------------
+
+    def _require_token(self, request: web.Request) -> None:
+        given = request.headers.get("Authorization")
+        if given != f"Bearer {self.token}":
+            message = (
+                "Invalid username or password." if given is None else "Invalid credentials in Authorization header"
+            )
+            raise web.HTTPUnauthorized(headers={"X-Error-Message": message})
+
+    async def _who(self, request: web.Request) -> web.Response:
+        self._require_token(request)
+        return web.json_response({"type": "user", "name": "ann", "orgs": [{"name": "acme"}]})
+
+    async def _create(self, request: web.Request) -> web.Response:
+        self._require_token(request)
+        asked = await request.json()
+        name = f"{asked['organization']}/{asked['name']}"
+        if asked["organization"] == "others":
+            raise web.HTTPForbidden(headers={"X-Error-Message": "You don't have the rights to create a model"})
+        if (self.folder / "models" / name).is_dir():
+            return web.json_response({"url": f"{self.endpoint}/{name}", "id": name}, status=409)
+        (self.folder / "models" / name).mkdir(parents=True)
+        self.visibility[name] = asked.get("visibility")
+        return web.json_response({"url": f"{self.endpoint}/{name}", "name": name, "id": name})
+
+    async def _validate(self, request: web.Request) -> web.Response:
+        """Of a card: its front matter is YAML with a licence."""
+        front = yaml.safe_load((await request.json())["content"].split("---")[1])
+        errors = [] if front.get("license") else [{"message": "license is missing"}]
+        return web.json_response({"errors": errors, "warnings": []}, status=400 if errors else 200)
+
+    async def _modes(self, request: web.Request) -> web.Response:
+        self._require_token(request)
+        files = [file["path"] for file in (await request.json())["files"]]
+        modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in files}
+        told = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
+        return web.json_response({"files": told})
+
+    async def _batch(self, request: web.Request) -> web.Response:
+        self._require_token(request)
+        objects = (await request.json())["objects"]
+        actions = [{"upload": {"href": f"{self.endpoint}/large/{one['oid']}"}} for one in objects]
+        return web.json_response({"objects": [one | {"actions": do} for one, do in zip(objects, actions, strict=True)]})
+
+    async def _store(self, request: web.Request) -> web.Response:
+        self.large[request.match_info["oid"]] = content = await request.read()
+        assert hashlib.sha256(content).hexdigest() == request.match_info["oid"]
+        return web.Response()
+
+    async def _commit(self, request: web.Request) -> web.Response:
+        self._require_token(request)
+        folder, _ = self._repository(request)
+        for line in (await request.read()).splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                self._write(folder / value["path"], base64.b64decode(value["content"]))
+            elif entry["key"] == "lfsFile":
+                self._write(folder / value["path"], self.large[value["oid"]])
+        commit, name = commit_of(folder), folder.relative_to(self.folder / "models")
+        told = {"success": True, "commitOid": commit, "commitUrl": f"{self.endpoint}/{name}/commit/{commit}"}
+        return web.json_response(told | {"hookOutput": ""})
+
+    @staticmethod
+    def _write(file: Path, content: bytes) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
 
 
 def _missing(code: str, message: str, headers: dict[str, str] | None = None) -> web.HTTPNotFound:

@@ -104,6 +104,67 @@ def test_a_model_of_the_hub_trains_and_then_trains_from_the_cache(folder, home, 
 
 
 @pytest.mark.slow
+def test_an_export_is_uploaded_with_its_card_and_loads_by_its_name(folder, tmp_path):
+    """Once with a token that may not write, whose text is nowhere; then into a new private repository, and again."""
+    home, out = tmp_path / "home", tmp_path / "out"
+    push = ["export", "--model", "tiny", "--push-to-hub", "acme/pushed", "--private", "--output"]
+    elsewhere = ["export", "--model", "tiny", "--push-to-hub", "others/x", "--output", str(tmp_path / "kept")]
+    with serving(folder) as hub:
+        online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}
+        statuses, told = call(home, [*push, str(out)], **online)
+        assert (statuses, "there is no token; give one that may write, in HF_TOKEN" in told) == ([2], True)
+        statuses, told = call(home, [*push, str(out)], HF_TOKEN="wrong-token-of-the-test", **online)
+        assert (statuses, "the hub does not accept the token" in told, out.exists()) == ([2], True, False)
+        assert "wrong-token" not in told
+        statuses, told = call(home, [*push, str(out)], elsewhere, HF_TOKEN=hub.token, **online)
+        assert statuses == [0, 2]
+        commit = commit_of(folder / "models/acme/pushed")
+        assert f"uploaded: {hub.endpoint}/acme/pushed/commit/{commit}" in told
+        assert f"`hf upload others/x {tmp_path / 'kept'}` uploads it" in told
+        assert hub.visibility == {"acme/pushed": "private"}
+        ask = ["generate", "--input", str(tmp_path / "ask.jsonl"), "--output", str(tmp_path / "a.jsonl"), "--model"]
+        (tmp_path / "ask.jsonl").write_text(json.dumps({"prompt": "Say hi"}) + "\n")
+        statuses, _ = call(
+            home, [*ask, "acme/pushed@main"], [*push, str(tmp_path / "again")], HF_TOKEN=hub.token, **online
+        )
+        assert statuses == [0, 0]
+    pushed = folder / "models/acme/pushed"
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == {
+        f.name: f.read_bytes() for f in pushed.iterdir()
+    }
+    assert 'dfactory.Pipeline("acme/pushed"' in (pushed / "README.md").read_text()
+    written = [file for file in (*tmp_path.rglob("*"), *pushed.rglob("*")) if file.is_file()]
+    assert not [file for file in written if hub.token.encode() in file.read_bytes()]
+
+
+@pytest.mark.slow
+def test_private_repositories_are_read_with_the_usual_variables(folder, tmp_path):
+    """A model and records, by their names in place of paths; without the token, and with a wrong one, the remedy is told."""
+    shutil.copytree(folder / "models" / MODEL, folder / "models/secret/dlm")
+    shutil.copytree(folder / "datasets" / RECORDS, folder / "datasets/secret/chat")
+    home = tmp_path / "home"
+    (tmp_path / "token").write_text("right-token-of-the-test")
+    convert = ["data", "convert", "secret/chat@main[train]", "--output", str(tmp_path / "chat.jsonl")]
+    count = ["data", "token-count", "secret/chat", "--model", "secret/dlm", "--chat-template", "secret/dlm@main"]
+    answers = ["generate", "--model", "secret/dlm", "--input", "secret/chat", "--output", str(tmp_path / "a.jsonl")]
+    bound = ["eval", "--model", "secret/dlm", "--data", "secret/chat", "--elbo-pairs", "1"]
+    with serving(folder) as hub:
+        online = {"HF_ENDPOINT": hub.endpoint}
+        statuses, told = call(home, count, convert, **online)
+        assert statuses == [2, 2]
+        assert told.count("give your token in HF_TOKEN") == 2
+        statuses, told = call(home, count, HF_TOKEN="wrong-token-of-the-test", **online)
+        assert statuses == [2]
+        assert "the hub does not accept the token" in told
+        verbs = (count, convert, answers, bound)
+        statuses, told = call(home, *verbs, HF_TOKEN_PATH=str(tmp_path / "token"), **online)
+        assert statuses == [0, 0, 0, 0]
+        assert "16 rows" in told
+        assert hub.token not in told
+    assert len((tmp_path / "chat.jsonl").read_text().splitlines()) == 16
+
+
+@pytest.mark.slow
 def test_what_the_hub_does_not_give_is_told_with_a_remedy(folder, tmp_path):
     home, words = tmp_path / "home", recipe(tmp_path)
     with serving(folder) as hub:

@@ -140,6 +140,12 @@ def export(parser: argparse.ArgumentParser) -> None:
         help="of the model card, as the hub spells it: apache-2.0 (default: that of what the model was made from)",
     )
     parser.add_argument(
+        "--push-to-hub",
+        metavar="ORG/NAME",
+        help="also upload the directory to the hub, with the token in HF_TOKEN or of `hf auth login`",
+    )
+    parser.add_argument("--private", action="store_true", help="a repository that --push-to-hub makes is private")
+    parser.add_argument(
         "--no-card",
         action="store_true",
         help="write neither README.md, the model card, nor dfactory.json: recipe, data and numbers stay here",

@@ -53,6 +53,7 @@ class About(NamedTuple):
 
     card: bool = True  # README.md and dfactory.json
     license: str | None = None  # None: that of what the model was made from
+    repository: str | None = None  # on the hub, under which people will load it; None: the directory's name
 
 
 WITH_CARD = About()
@@ -89,7 +90,7 @@ def describing(
     CheckpointError where the lineage of the source is damaged."""
     if not about.card:
         return lambda partial: None
-    told = lineage_of(source)
+    told, name = lineage_of(source), about.repository or name
 
     def describe(partial: Path) -> None:
         lineage = with_sums(told, source)

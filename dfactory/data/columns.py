@@ -133,7 +133,9 @@ def refuse_bad_answer(row: dict, record: Record) -> None:
     for name in VERDICTS if not isinstance(record, Pair) else ():
         if row.get(name) is False or (row.get(name) == 0 and "completion" in row):
             raise BadRow(
-                Fault.FIELD, f"{name} is false: a bad answer (KTO), which no stage trains on; leave the row out"
+                Fault.FIELD,
+                f"{name} is false: a bad answer (KTO), which no stage trains on; leave the row out, or make pairs "
+                "of such rows (`dfactory data convert --pair-labels`)",
             )
 
 

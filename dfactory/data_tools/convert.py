@@ -11,7 +11,8 @@ rewards compare with. Out, by what a row is:
 
 A .json file, as Alpaca and ShareGPT data are published, holds one array of rows and is read whole; its rows are counted from
 1. --rename, --tool-calls and --reasoning do what rename_columns, tool_calls and reasoning of a recipe's `datasets` do.
-Further columns are kept. The first row that cannot be read ends the command with its file:line, unless --skip-bad.
+--pair-labels makes pairs of KTO's answers (labelled.py). Further columns are kept, but not by --pair-labels. The first row
+that cannot be read ends the command with its file:line, unless --skip-bad.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from dfactory.data.records import parse_json, parse_row, read_columns, read_obje
 from dfactory.data.rewriting import rewriter
 from dfactory.data_tools.command import parser_of, say
 from dfactory.data_tools.files import writing
+from dfactory.data_tools.labelled import Labelled
 from dfactory.errors import ConfigError, DataError
 
 FINAL_ANSWER = "####"  # stands before the answer proper in GSM8K's answers
@@ -40,6 +42,11 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", help=f"{RECORDS_HELP}; .json holds an array of rows")
     parser.add_argument("--output", required=True, help=".jsonl, .jsonl.gz or .parquet")
     parser.add_argument("--pairs", action="store_true", help="read rows as preference pairs where they can be both")
+    parser.add_argument(
+        "--pair-labels",
+        action="store_true",
+        help="make preference pairs of answers that are labelled one by one (KTO: label, kto_tag)",
+    )
     parser.add_argument("--skip-bad", action="store_true", help="count rows that cannot be read, and go on")
     keys = {field.name: field.metadata for field in dataclasses.fields(DatasetKeys) if field.metadata}
     parser.add_argument(
@@ -61,12 +68,19 @@ def main(words: list[str] | None = None) -> int:
         DatasetKeys(rename_columns=_names(options.rename), tool_calls=options.tool_calls, reasoning=options.reasoning)
     )
 
+    labelled = Labelled() if options.pair_labels else None
+
+    def convert_row(row: Any) -> list[tuple[str, dict[str, Any]]]:
+        if labelled is None:
+            return [convert(row, options.pairs)]
+        return [("pairs", pair) for pair in labelled.add(row)]
+
     counts: Counter[str] = Counter()
     with reading(paths_of(options.files), "converting") as advance, writing(options.output) as write:
         for path in options.files:
             for number, row in rows_of(path, advance):
                 try:
-                    kind, converted = convert(rewrite(row), options.pairs)
+                    made = convert_row(rewrite(row))
                 except BadRow as bad:
                     if not options.skip_bad:
                         raise DataError(f"{path}:{number}: {bad}; or give --skip-bad") from bad
@@ -74,10 +88,14 @@ def main(words: list[str] | None = None) -> int:
                     if counts["refused"] <= SHOWN:
                         say(f"refused {path}:{number}: {bad}")
                     continue
-                counts[kind] += 1
-                write(converted)
+                for kind, converted in made:
+                    counts[kind] += 1
+                    write(converted)
         if not counts.total() - counts["refused"]:
             raise DataError(f"no row of {', '.join(options.files)} could be read")
+    if labelled is not None and any(labelled.unpaired):
+        good, bad = labelled.unpaired
+        say(f"{good:,} good and {bad:,} bad answers have no counterpart and are left out")
     say(f"{', '.join(f'{count:,} {kind}' for kind, count in counts.most_common())}: {options.output}")
     return 0
 

@@ -7,6 +7,7 @@ import json
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from dfactory.data.entries import entry_of
 from dfactory.data.fields import Completion, Conversation, Document, Pair, Record, is_trained
@@ -30,6 +31,20 @@ def record_key(record: Record) -> int:
     """64 bits of prompt and response, or of prompt, chosen and rejected."""
     sides = record if isinstance(record, Pair) else (record,)
     return _digest([*_prompt(record), *(part for side in sides for part in _response(side))])
+
+
+def context_key(parts: Iterable[Any]) -> int:
+    """64 bits of messages, texts and tools, compared as prompts are."""
+    return _digest(part if isinstance(part, str) else json.dumps(part, sort_keys=True) for part in map(_normal, parts))
+
+
+def _normal(value: Any) -> Any:
+    """A value with every text in it normalised."""
+    if isinstance(value, str):
+        return normalise(value)
+    if isinstance(value, dict):
+        return {name: _normal(inner) for name, inner in value.items()}
+    return [_normal(inner) for inner in value] if isinstance(value, list) else value
 
 
 def content_of(word: str) -> str:

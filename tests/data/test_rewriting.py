@@ -16,6 +16,7 @@ from dfactory.data.records import read_records
 from dfactory.data.rewriting import rewriter
 from dfactory.data.streaming import StreamedExamples
 from dfactory.errors import ConfigError
+from dfactory.recipe import load_recipe
 from tests.data.conftest import EOS, MASK
 
 WEATHER = {
@@ -287,6 +288,16 @@ def test_templates_by_name_and_of_a_model(tmp_path):
     assert read_chat_template(str(tmp_path)) == "D"
     with pytest.raises(ConfigError, match=r"chatm does not exist \(did you mean chatml"):
         read_chat_template("chatm")
+
+
+def test_a_recipe_tells_names_of_templates_from_files_and_refuses_equal_names_of_columns(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    keys = {"model_name_or_path": "tiny", "block_size": 8, "max_length": 32, "max_steps": 1, "output_dir": "out"}
+    for word, meant in (("chatml", "chatml"), ("org/name@v1", "org/name@v1"), ("x.jinja", str(tmp_path / "x.jinja"))):
+        recipe.write_text(json.dumps(keys | {"datasets": [{"path": "a.jsonl"}], "chat_template_path": word}))
+        assert load_recipe(recipe, []).chat_template_path == meant
+    with pytest.raises(ConfigError, match=r"datasets\.rename_columns .*: give every column a name of its own"):
+        load_recipe(recipe, ["datasets=[{path: a.jsonl, rename_columns: {a: text, b: text}}]"])
 
 
 def test_trls_templates_have_names():

@@ -102,6 +102,44 @@ def texts_to_messages(question, answer):
     return chat(question, answer)["messages"]
 
 
+def test_labelled_answers_become_pairs(files, tool, rows_of, tmp_path):
+    """Answers to one prompt, however it is written; what finds no other one is counted."""
+    rows = [
+        {"prompt": "q?", "completion": "yes", "label": True},
+        {"prompt": "Q?", "completion": "no", "label": False},
+        {"prompt": "q?", "completion": "maybe", "label": False},
+        {**chat("w?", "rain"), "kto_tag": False},
+        {**chat("w?", "sun"), "kto_tag": True},
+        {**chat("w?", "snow"), "kto_tag": 1},
+        {"prompt": "x?", "completion": "same", "label": True},
+        {"prompt": "x?", "completion": "same", "label": False},
+        {"prompt": "x?", "completion": "unlabelled"},
+    ]
+    path, output = files("kto.jsonl", *rows), tmp_path / "pairs.jsonl"
+    words = ["convert", path, "--pair-labels", "--output", output]
+    with pytest.raises(DataError, match=r"kto.jsonl:8: chosen equals rejected"):
+        tool(*words)
+    shown = tool(*words, "--skip-bad")[1]
+    assert "kto.jsonl:9: the row has no label" in shown
+    assert "1 good and 1 bad answers have no counterpart and are left out" in shown
+    text, talk = rows_of(output)
+    assert text == {"prompt": "Q?", "chosen": "yes", "rejected": "no"}
+    assert (texts(talk, "chosen"), texts(talk, "rejected")) == ([("assistant", "sun")], [("assistant", "rain")])
+
+
+def test_rows_are_rewritten_as_the_keys_of_a_recipe_would(files, tool, rows_of, tmp_path):
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    row = {"q": "1 + 1?", "reply": f"<think>Well.</think>{call}"}
+    words = ["convert", files("rows.jsonl", row), "--output", tmp_path / "out.jsonl", "--rename", "q=question"]
+    assert tool(*words, "--rename", "reply=response", "--reasoning", "strip")[0] == 0
+    assert texts(rows_of(tmp_path / "out.jsonl")[0]) == [("user", "1 + 1?"), ("assistant", call)]
+    talk = files("talk.jsonl", chat("w?", call))
+    assert tool("convert", talk, "--output", tmp_path / "out.jsonl", "--tool-calls", "parse")[0] == 0
+    assert rows_of(tmp_path / "out.jsonl")[0]["messages"][1]["tool_calls"][0]["function"]["name"] == "f"
+    with pytest.raises(ConfigError, match="every column a name of its own"):
+        tool(*words, "--rename", "reply=question")
+
+
 def test_parquet_and_gzip_there_and_back(files, tool, rows_of, tmp_path):
     """Arguments of calls with different keys stay apart, although parquet wants columns of one type."""
     calls = [
