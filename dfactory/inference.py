@@ -145,7 +145,8 @@ class Pipeline:
         """
         pipeline = self.over(decode_keys)
         prompt_ids = pipeline.encode(prompt)
-        draft, rules = fill_in(pipeline.encode_template(template), len(prompt_ids), pipeline.rules)
+        parts, never = pipeline.encode_template(template), pipeline.vocabulary.special.produced
+        draft, rules = fill_in(parts, len(prompt_ids), pipeline.rules, never)
         (rollout,) = decode(pipeline.policy, [prompt_ids], rules, drafts=[draft], noise_ids=[noise_id])
         return pipeline.vocabulary.answer(rollout)
 

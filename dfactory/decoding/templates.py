@@ -19,10 +19,13 @@ Part = int | Sequence[int]
 """A blank of so many tokens, or the ids of a text."""
 
 
-def fill_in(template: Sequence[Part], prompt_length: int, rules: DecodeRules) -> tuple[tuple[int, ...], DecodeRules]:
-    """The draft of a template, and the rules with which the answer ends where the template ends. Raises DataError for a
+def fill_in(
+    template: Sequence[Part], prompt_length: int, rules: DecodeRules, never: Sequence[int] = ()
+) -> tuple[tuple[int, ...], DecodeRules]:
+    """The draft of a template, and the rules with which the answer ends where the template ends. `never` are ids that no
+    blank may hold, beside those that no answer may: special ones, such as the end of a turn. Raises DataError for a
     template without a blank or with the mask in a text, ConfigError for a rule that would not leave it alone."""
-    rules = fixed_text(rules)
+    rules = fixed_text(rules, never)
     ids: list[int] = []
     for part in template:
         if isinstance(part, int):
@@ -41,8 +44,13 @@ def fill_in(template: Sequence[Part], prompt_length: int, rules: DecodeRules) ->
     return (*ids, *[rules.eos_token_id] * fill), rules
 
 
-def fixed_text(rules: DecodeRules) -> DecodeRules:
-    """The rules without what would replace the text of a template, or write its end into a blank."""
+def fixed_text(rules: DecodeRules, never: Sequence[int] = ()) -> DecodeRules:
+    """The rules without what would replace the text of a template, or write an end or another special token into a
+    blank."""
     if rules.rule.renoises or rules.rule.revises:
         raise ConfigError(f"a template with {rules.rule.selector}, which may replace its text: take another rule")
-    return dataclasses.replace(rules, min_new_tokens=EVERYWHERE, editing=None, answer_groups=())
+    suppressed = tuple(sorted({*rules.distribution.suppressed_ids, *never}))
+    distribution = dataclasses.replace(rules.distribution, suppressed_ids=suppressed)
+    return dataclasses.replace(
+        rules, distribution=distribution, min_new_tokens=EVERYWHERE, editing=None, answer_groups=()
+    )

@@ -86,7 +86,7 @@ class Reader:
         asked = self.pipeline.over(keys, "the request")
         _check_temperature(asked.keys.temperature)
         changed = dataclasses.replace(asked.rules, seed=before.seed, **{name: getattr(before, name) for name in LAYOUT})
-        return fixed_text(changed) if draft else changed
+        return fixed_text(changed, self.vocabulary.special.produced) if draft else changed
 
     def completions(self, raw: bytes) -> Generation:
         body = self._body(raw, COMPLETIONS, openai=True)
@@ -167,7 +167,8 @@ class Reader:
         blanks = sum(abs(part) for part in template if isinstance(part, int))  # fill_in refuses those below 1
         if blanks > self.longest:
             raise DataError(f"template has blanks of {blanks} tokens, the server takes {self.longest}: shorten them")
-        draft, rules = fill_in(self.pipeline.encode_template(template), len(prompt), generation.rules)
+        parts, never = self.pipeline.encode_template(template), self.vocabulary.special.produced
+        draft, rules = fill_in(parts, len(prompt), generation.rules, never)
         if (length := document_length(len(prompt), rules)) > self.capacity:
             raise DataError(f"prompt and template take {length} tokens, the server takes {self.capacity}: shorten them")
         return dataclasses.replace(generation, draft=draft, rules=rules)

@@ -39,7 +39,7 @@ def rollouts(step: int, group: int, rewards: list[float | None], text: str = "an
     said = {
         "step": step,
         "group": group,
-        "origin": "a.jsonl:1",
+        "origin": f"{'a/long/folder' * 9}.jsonl:1",
         "prompt": [{"role": "user", "content": f"asked {group}"}],
     }
     return [

@@ -35,6 +35,15 @@ def test_the_blanks_are_filled_and_the_text_stays(policy):
     assert all((step == GIVEN) == (place not in blanks) for place, step in enumerate(rollout.commit_step))
 
 
+def test_no_blank_holds_what_it_must_not(policy):
+    """The token that would come first without that."""
+    (prompt,) = random_prompts(5)
+    draft, rules = fill_in([[11], 4, [14]], len(prompt), make_rules(threshold=0.5))
+    first = decode(policy, [prompt], rules, drafts=[draft])[0].output_ids[1]
+    draft, rules = fill_in([[11], 4, [14]], len(prompt), make_rules(threshold=0.5), never=[first])
+    assert first not in decode(policy, [prompt], rules, drafts=[draft])[0].output_ids
+
+
 @pytest.mark.parametrize(
     "template, message",
     [

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = ("--model", "tiny", "--init-weights", "random")
 KEYS = {"block_size": 8, "max_new_tokens": 40, "threshold": 0.001}
 STARTS_WITHIN_S = 180
+TOKEN = "0123456789abcdef"
 
 
 class Reply(NamedTuple):
@@ -87,6 +88,14 @@ def serving(folder: Path, *words: str, token: str | None = None, **keys) -> Iter
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[Server]:
     with serving(tmp_path_factory.mktemp("server"), "--max-length", "256", batch_size=3) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def guarded(tmp_path_factory) -> Iterator[Server]:
+    """A server that asks for TOKEN and has a second model, `tiny`."""
+    words = ("--max-length", "64", "--beside", "tiny")
+    with serving(tmp_path_factory.mktemp("guarded"), *words, token=TOKEN, batch_size=1, max_new_tokens=16) as server:
         yield server
 
 

@@ -9,7 +9,7 @@ from dfactory.decoding.keys import DecodeKeys
 from dfactory.serving.fields import DECODE_FIELDS
 from dfactory.serving.pages import Page
 from dfactory.serving.pieces import Pieces
-from tests.serving.conftest import serving
+from tests.serving.conftest import TOKEN
 
 BODY = {"prompt": "one two three", "max_new_tokens": 20, "threshold": 0.9, "seed": 5}
 
@@ -54,8 +54,8 @@ def test_events_add_up_to_the_answer(server, pipeline):
     assert any(state == "masked" for event in events for _, state, *_ in event["cells"])
 
 
-def test_a_template_is_filled_in(server):
-    """Over both endpoints; the text of the template stands, and is told apart."""
+def test_a_template_is_filled_in(server, pipeline):
+    """Over both endpoints and by the Pipeline; the text of the template stands, and is told apart."""
     body = BODY | {"template": ["Monday ", 3, " Friday"]}
     opening, *events = events_of(server, body)
     cells = cells_after(events)
@@ -65,6 +65,7 @@ def test_a_template_is_filled_in(server):
     assert text.startswith("Monday ")
     assert text.endswith(" Friday")
     assert server.ask("/generate", body).body["text"] == text
+    assert pipeline.infill("one two three", body["template"], threshold=0.9).text == text
 
 
 @pytest.mark.parametrize(
@@ -146,23 +147,21 @@ def test_the_page_asks_nobody_else(server):
         assert " style=" not in text
 
 
-def test_who_may_ask_and_a_second_model(server, tmp_path):
+def test_who_may_ask_and_a_second_model(server, guarded):
     for path in ("/", "/about"):
         assert server.ask(path, headers={"Host": "evil.example"}).status == 403
     assert server.ask("/denoise", BODY, headers={"Content-Type": "text/plain"}).status == 415
     assert server.ask("/denoise?model=other", BODY).status == 404
-    token = "0123456789abcdef"
-    with serving(tmp_path, "--max-length", "64", "--beside", "tiny", token=token, batch_size=1) as guarded:
-        with urllib.request.urlopen(guarded.url, timeout=60) as page:
-            assert b"<!doctype html>" in page.read()
-        assert guarded.ask("/about").status == guarded.ask("/denoise", BODY).status == 401
-        known = {"Authorization": f"Bearer {token}"}
-        about = guarded.ask("/about", headers=known)
-        assert [model["name"] for model in about.body["models"]] == ["small", "tiny"]
-        opening, *_, last = events_of(guarded, BODY, "/denoise?model=tiny", known)
-        assert (opening["model"], last["done"]["output_tokens"]) == ("tiny", 20)
-        assert guarded.number("dfactory_slots", known) == 2
-        assert guarded.ask("/v1/models", headers=known).body["data"][0]["id"] == "small"
+    with urllib.request.urlopen(guarded.url, timeout=60) as page:
+        assert b"<!doctype html>" in page.read()
+    assert guarded.ask("/about").status == guarded.ask("/denoise", BODY).status == 401
+    known = {"Authorization": f"Bearer {TOKEN}"}
+    about = guarded.ask("/about", headers=known)
+    assert [model["name"] for model in about.body["models"]] == ["small", "tiny"]
+    opening, *_, last = events_of(guarded, BODY, "/denoise?model=tiny", known)
+    assert (opening["model"], last["done"]["output_tokens"]) == ("tiny", 20)
+    assert guarded.number("dfactory_slots", known) == 2
+    assert guarded.ask("/v1/models", headers=known).body["data"][0]["id"] == "small"
 
 
 def test_a_character_of_several_tokens_stands_at_the_first(pipeline):

@@ -7,7 +7,7 @@ import pytest
 from dfactory.serving.pages import Page
 from tests.browser import PHONE, browsing, tab
 from tests.commands.test_browser import HALF, TEXTS
-from tests.serving.conftest import serving
+from tests.serving.conftest import TOKEN
 
 NAMELESS = """() => [...document.querySelectorAll('input, select, textarea, button')]
     .filter(e => !e.labels?.length && !e.getAttribute('aria-label') && !e.textContent.trim()).map(e => e.outerHTML)"""
@@ -123,17 +123,12 @@ def test_nothing_of_a_model_runs_on_the_page(server, browser, tmp_path):
         assert said == []
 
 
-def test_two_models_of_a_server_that_asks_for_a_token(browser, tmp_path):
-    token = "0123456789abcdef"
-    keys = {"batch_size": 1, "max_new_tokens": 16}
-    with (
-        serving(tmp_path, "--max-length", "64", "--beside", "tiny", token=token, **keys) as server,
-        tab(browser, server.url) as (page, _, _),
-    ):
-        page.get_by_role("textbox", name="Token").fill("fedcba9876543210")
+def test_two_models_of_a_server_that_asks_for_a_token(guarded, browser):
+    with tab(browser, guarded.url) as (page, _, _):
+        page.get_by_role("textbox", name="Token").fill(TOKEN[::-1])
         page.keyboard.press("Enter")
         page.get_by_text("This token is not the server's.").wait_for()
-        page.get_by_role("textbox", name="Token").fill(token)
+        page.get_by_role("textbox", name="Token").fill(TOKEN)
         page.keyboard.press("Enter")
         page.get_by_label("Compare two").check()
         ask(page, "hello", answers=2)

@@ -184,11 +184,12 @@ export class AnswerView {
       return;
     }
     const whole = this.isWhole;
-    const tokens = whole ? this.done.output_tokens : event.tokens - (this.opening?.given.length ?? 0);
+    const given = this.opening?.given ?? []; // by a template: no forward wrote these
+    const tokens = whole ? this.done.output_tokens - given.filter((place) => place < this.done.output_tokens).length : event.tokens - given.length;
     const each = tokens / Math.max(event.forward, 1);
     const bold = (text) => element("b", {}, text);
     this.numbers.replaceChildren(
-      "forward ", bold(event.forward), whole ? "" : ` of ${this.events.at(-1).forward}`, ", ", bold(tokens), " tokens, ", bold(each.toFixed(2)), " a forward, ",
+      "forward ", bold(event.forward), whole || !this.done ? "" : ` of ${this.done.forwards}`, ", ", bold(tokens), " tokens, ", bold(each.toFixed(2)), " a forward, ",
       bold((tokens / Math.max(event.seconds, 1e-4)).toFixed(tokens / event.seconds < 10 ? 1 : 0)), ` a second, ${event.rule}`,
       whole ? `, ${this.done.finish_reason === "eos" ? "ended" : "cut at the longest answer"}, seed ${this.done.seed}` : "");
   }

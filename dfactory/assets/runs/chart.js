@@ -26,7 +26,8 @@ function ticks(low, high, count) {
 
 export function shown(value) {
   if (value === null || value === undefined) return "none";
-  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6)) return value.toExponential(1);
+  if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(1);
+  if (Math.abs(value) >= 1e4) return Math.abs(value) < 1e9 ? Math.round(value).toLocaleString("en") : value.toExponential(1);
   return String(+value.toPrecision(4));
 }
 

@@ -101,7 +101,7 @@ async function refresh() {
 
 function showNumbers(kept) {
   const names = [...new Set(kept.flatMap((report) => Object.keys(report.numbers)))];
-  const head = element("tr", {}, element("th", { scope: "col" }, ""), ...kept.map((report) => element("th", { scope: "col" }, report.name)));
+  const head = element("tr", {}, element("td"), ...kept.map((report) => element("th", { scope: "col" }, report.name)));
   const rows = names.map((name) => element("tr", {}, element("th", { scope: "row" }, name), ...kept.map((report) => element("td", {}, report.numbers[name] ?? ""))));
   at("numbers").replaceChildren(...(names.length ? [element("div", { class: "wide" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)))] : []));
 }
