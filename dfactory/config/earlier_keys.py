@@ -30,6 +30,7 @@ RENAMED = {
     "train.block_size": "block_size",
     "train.log_steps": "logging_steps",
     "train.wandb_name": "run_name",
+    "train.wandb_project": "project",
 }
 
 _LOADER = "records are read in one pass, packed and ordered by the seed; no loader has to be set up"
@@ -63,7 +64,6 @@ LEFT_OUT = {
     "train.gc_steps": "the garbage collector is left alone",
     "train.ckpt_manager": "DeepSpeed writes the checkpoints",
     "train.save_hf_weights": "each checkpoint is a directory that transformers loads",
-    "train.wandb_project": "the project is dfactory, or the environment's WANDB_PROJECT",
 }
 
 

@@ -14,8 +14,9 @@ TRL = {
     "dataset_name": "datasets",
     "train_dataset": "datasets",
     "eval_dataset": "eval_datasets",
-    "eval_strategy": "eval_steps",
-    "save_strategy": "save_steps",
+    "evaluation_strategy": "eval_strategy",
+    "optimizer": "optim",
+    "optimizer_type": "optim",
     "bf16": "dtype",
     "torch_dtype": "dtype",
     "peft_config": "use_peft",
@@ -183,6 +184,7 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], Any]] = {
     "resume_from_checkpoint": ((None,), False),
     "datasets": ((None,), []),
     "eval_datasets": ((None,), []),
+    "optim": (("adamw_torch", "adamw_torch_fused"), "adamw"),
     "lr_scheduler_type": (("constant_with_warmup",), "constant"),  # a shape after the warmup here
     "top_k": ((0, -1), None),  # transformers, vLLM
     "top_p": ((1,), None),

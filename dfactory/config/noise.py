@@ -39,6 +39,12 @@ class NoiseKeys:
         low=0.0,
     )
     mask_embedding_noise_steps: int = key(0, "steps in which that noise falls linearly to 0", low=0)
+    neftune_noise_alpha: Optional[float] = key(
+        None,
+        "NEFTune: noise on the embeddings of all tokens while training, of alpha / sqrt(row_length x hidden size); 5 to 15 "
+        "is usual; null: none",
+        low=0.0,
+    )
     stratified: bool = key(False, "draw t of the n-th of num_views views from the n-th of num_views equal slices")
     mask_count: str = key(
         "bernoulli",

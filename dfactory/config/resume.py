@@ -15,6 +15,8 @@ THIS_START = frozenset({"output_dir", "overwrite_output_dir", "resume_from_check
 KEPT = {
     "stage": "cursor, views and optimiser belong to the former stage",
     "seed": "noise and the order of the records are drawn from it",
+    "mixing_temperature": "how often an epoch sees each record follows it",
+    "curriculum": "the order of the first epoch follows it",
     "streaming": "the cursor counts lines with it, and records without it",
     "model_name_or_path": "the tokenizer, the base of adapters and a reference are read from it",
     "model_revision": "the tokenizer, the base of adapters and a reference are read from it",
@@ -29,6 +31,9 @@ KEPT = {
     "lora_r": "the stored adapters have the former shape",
     "lora_alpha": "the stored adapters were learnt at the former scale",
     "lora_target_modules": "the stored adapters belong to the former modules",
+    "optim": "the optimiser's state is that of the former one",
+    "embedding_learning_rate": "the optimiser's state is stored by groups of parameters, which it makes",
+    "frozen_parameters": "the optimiser's state has the former parameters",
     "expert_parallel_size": "the stored experts are cut by it",
 }
 """Keys that have to stay as they were, each with what a change would break: it is refused."""
@@ -52,18 +57,21 @@ LIMITED = {
 """Keys that apply from the next step on within a limit; who finds it broken raises an error that names it."""
 
 APPLIED_BY_TOPIC = {
-    "optimiser, schedule, steps, batch": """learning_rate lr_scheduler_type lr_min warmup_steps weight_decay adam_beta1
+    "optimiser, schedule, steps, batch": """learning_rate muon_learning_rate ema_decay
+    lr_scheduler_type lr_min warmup_steps weight_decay adam_beta1
     adam_beta2 adam_epsilon max_grad_norm skip_nonfinite num_train_epochs per_device_train_batch_size
     gradient_accumulation_steps""",
-    "saving, logging, evaluation, checks": """save_steps save_total_limit metric_for_best_model greater_is_better
-    first_loss_check expert_coverage_steps logging_steps report_to run_name eval_steps eval_datasets eval_noise_levels
+    "saving, logging, evaluation, checks": """save_strategy save_steps save_total_limit metric_for_best_model
+    greater_is_better load_best_model_at_end early_stopping_patience early_stopping_threshold
+    first_loss_check expert_coverage_steps logging_steps report_to run_name project tracker_options callbacks
+    eval_strategy eval_steps eval_on_start eval_datasets eval_noise_levels
     eval_decode_prompts eval_answer_pattern per_device_eval_batch_size""",
     "how it is computed": """attn_implementation gradient_checkpointing activation_memory_gb activation_offloading
     use_liger_kernel lora_dropout""",
     "rows, noise, editing": """row_length packing block_size eos_fill block_size_schedule noise_range_low
     noise_range_high noise_level self_conditioning after_answer num_views complementary mask_embedding_noise
-    mask_embedding_noise_steps stratified mask_count trace_stride edit_share edit_source keep_share num_turns
-    draft_share draft_threshold""",
+    mask_embedding_noise_steps neftune_noise_alpha stratified mask_count trace_stride edit_share edit_source keep_share
+    num_turns draft_share draft_threshold""",
     "what is optimised, where the stage stays": "policy_loss",
     "decoding": "decode.*",
 }

@@ -169,6 +169,11 @@ class Examples(Sequence[Example]):
         """Which of the files each unit came from."""
         return self.file_index_E[:: self.unit_size]
 
+    @property
+    def unit_lengths(self) -> np.ndarray:
+        """Tokens of each unit, before the fill."""
+        return self.length_E.reshape(-1, self.unit_size).sum(axis=1)
+
     def unit(self, index: int) -> list[Example]:
         """The documents that belong together: one, or the two sides of a pair."""
         return [self[member] for member in range(index * self.unit_size, (index + 1) * self.unit_size)]

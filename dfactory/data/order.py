@@ -1,14 +1,35 @@
 """Which records an epoch visits, in which order: a pure function of weights, seed and epoch."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 ORDER, DRAW = 0, 1  # what a random stream of an epoch is for
 
 
-class EpochOrder:
-    """Which units (documents, or pairs) an epoch visits, in which order: a pure function of (weights, seed, epoch)."""
+def tempered(weights: Sequence[float], counts: Sequence[int], temperature: float) -> list[float]:
+    """Weights of files whose shares of an epoch are those of `weights` to the power of 1 / temperature. An epoch is as long
+    as before. Files without records keep their weight.
 
-    def __init__(self, weight_U: np.ndarray, seed: int):
+    >>> tempered([1.0, 1.0], [900, 100], temperature=2.0)  # shares 0.9 and 0.1 become 3/4 and 1/4
+    [0.8333333333333334, 2.5]
+    """
+    if temperature == 1:
+        return list(weights)
+    sizes = [weight * count for weight, count in zip(weights, counts, strict=True)]
+    powers = [(size / sum(sizes)) ** (1 / temperature) if size else 0.0 for size in sizes]
+    return [
+        power / sum(powers) * sum(sizes) / count if count else weight
+        for weight, count, power in zip(weights, counts, powers, strict=True)
+    ]
+
+
+class EpochOrder:
+    """Which units (documents, or pairs) an epoch visits, in which order: a pure function of (weights, seed, epoch), and with
+    `length_U` in the first epoch from short to long, in random order among equals."""
+
+    def __init__(self, weight_U: np.ndarray, seed: int, length_U: np.ndarray | None = None):
+        self._length_U = length_U
         self._floor_U = np.floor(weight_U).astype(np.int64)
         self._fraction_U = weight_U - self._floor_U
         self._seed = seed
@@ -26,6 +47,8 @@ class EpochOrder:
         first_V = np.repeat(np.cumsum(times_U) - times_U, times_U)
         visit_V = self._seen_before(epoch)[index_V] + np.arange(len(index_V)) - first_V
         order_V = np.argsort(self._raw(epoch, ORDER, len(index_V)), kind="stable")
+        if epoch == 0 and self._length_U is not None:
+            order_V = order_V[np.argsort(self._length_U[index_V[order_V]], kind="stable")]
         return index_V[order_V], visit_V[order_V]
 
     def _times(self, epoch: int) -> np.ndarray:

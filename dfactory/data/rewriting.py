@@ -2,6 +2,8 @@
 
     rename_columns   {theirs: ours}: columns get the names that the readers know
     tool_calls       parse: calls that a text spells out become `tool_calls`, which the chat template writes in its own form
+    system_prompt    takes the place of each record's system message
+    trained_turns    last: answers before the last one become context, `weight: 0`
     reasoning        tags, field or strip: what an answer says in <think>...</think>, or in a field of its own
 
 Without one of these keys a row passes as it is. Readers, prompts and data tools all get the rows that come out.
@@ -13,6 +15,7 @@ from typing import Any
 
 from dfactory.config.data import DatasetKeys
 from dfactory.data import fields, spelt_calls
+from dfactory.data.columns import SYSTEM
 from dfactory.data.fields import BadRow, Fault, show
 
 TURNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")  # columns that may hold turns
@@ -34,13 +37,17 @@ def rewriter(entry: DatasetKeys) -> Rewrite:
         steps.append(lambda row: _with_reasoning(row, entry.reasoning))
     if entry.tool_calls == "parse":
         steps.append(_with_calls)
+    if entry.system_prompt is not None:
+        steps.append(lambda row: _with_system(row, entry.system_prompt))
+    if entry.trained_turns == "last":
+        steps.append(_with_last_answer)
     return (lambda row: _rewritten(row, steps)) if steps else (lambda row: row)
 
 
 def changes_of(entry: DatasetKeys) -> str:
     """The keys by which an entry changes its rows, as text; empty where it changes none."""
     untouched = DatasetKeys()
-    names = ("rename_columns", "tool_calls", "reasoning")
+    names = ("rename_columns", "tool_calls", "reasoning", "system_prompt", "trained_turns")
     return "".join(f"{n}={getattr(entry, n)};" for n in names if getattr(entry, n) != getattr(untouched, n))
 
 
@@ -99,6 +106,26 @@ def _content_key(turn: dict) -> str:
 
 def _is_from(turn: dict, speakers: tuple[str, ...]) -> bool:
     return turn.get("role", turn.get("from")) in speakers
+
+
+def _with_system(row: dict, prompt: str) -> dict:
+    """The row with this system message alone, or with none for an empty text."""
+    row = _with_turns(row, lambda turn, text, name: [] if _is_from(turn, ("system",)) else [turn])
+    row = {name: value for name, value in row.items() if name not in SYSTEM}
+    return {**row, "system": prompt} if prompt else row
+
+
+def _with_last_answer(row: dict) -> dict:
+    """The row with all answers but the last one marked as context."""
+    changed = dict(row)
+    for column in ("messages", "conversations", "completion"):
+        turns = row.get(column)
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            continue
+        answers = [i for i, turn in enumerate(turns) if _is_from(turn, ASSISTANT)]
+        context = set(answers[:-1])
+        changed[column] = [{**turn, "weight": 0} if i in context else turn for i, turn in enumerate(turns)]
+    return changed
 
 
 # --- reasoning --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dfactory.data.examples import Examples
-from dfactory.data.order import EpochOrder
+from dfactory.data.order import EpochOrder, tempered
 from dfactory.data.streaming import StreamedExamples
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.packing import (
@@ -58,7 +58,8 @@ class RecordSource:
     `block_phases` are (first window, block size), the last being `block_size`; None is `block_size` all the time. A
     document shorter than a block is one block, with fill up to a multiple of `block_size` at most.
     `canvas` is the length of canvases, in a model with causal context (`block_size` is 1 then); with `scores_context` the
-    clean tokens are targets too. Raises ConfigError if a row cannot hold the longest document with its views.
+    clean tokens are targets too. `mixing_temperature` flattens the files' shares of an epoch, `curriculum` "length" sorts
+    the first one. Raises ConfigError if a row cannot hold the longest document with its views.
     """
 
     def __init__(
@@ -84,6 +85,8 @@ class RecordSource:
         fill_unit: int | None = None,
         canvas: int | None = None,
         scores_context: bool = False,
+        mixing_temperature: float = 1.0,
+        curriculum: str = "none",
     ):
         self.examples, self.make_views, self.add_columns = examples, make_views, add_columns
         self.eos_id, self.row_length, self.packing = eos_id, row_length, packing
@@ -92,8 +95,10 @@ class RecordSource:
         self.rank, self.world_size = rank, world_size
         self.micro_batch_rows, self.accumulation = micro_batch_rows, accumulation
         self.max_epochs, self.after_answer = max_epochs, after_answer
+        weights = tempered(weights, np.bincount(examples.file_index_U, minlength=len(weights)), mixing_temperature)
         self._identity = {"data": examples.fingerprint, "seed": seed, "weights": [float(w) for w in weights]}
-        self._order = EpochOrder(np.asarray(weights, np.float64)[examples.file_index_U], seed)
+        lengths = examples.unit_lengths if curriculum == "length" else None
+        self._order = EpochOrder(np.asarray(weights, np.float64)[examples.file_index_U], seed, lengths)
         costs = {
             size: examples.map_units(functools.partial(self._costs, num_views=num_views, block_size=size))
             for _, size in block_phases or [(0, block_size)]

@@ -84,21 +84,24 @@ def save(trainer: Trainer, folder: RunFolder, state: TrainState, keep: int | Non
 
 
 def _write_model(trainer: Trainer, partial: Path) -> None:
-    save_policy(
-        trainer.policy,
-        partial,
-        gathered=trainer.gathered,
-        whole_layer=WholeLayers(trainer.policy, keep=trainer.rank == 0),
-        write=trainer.rank == 0,
-        block_size=WHOLE if trainer.recipe.block_size is None else trainer.recipe.block_size,
-        mask_token_id=trainer.recipe.mask_token_id,
-        chat_template=read_chat_template(trainer.recipe.chat_template_path),
-    )
+    with trainer.averaged():
+        save_policy(
+            trainer.policy,
+            partial,
+            gathered=trainer.gathered,
+            whole_layer=WholeLayers(trainer.policy, keep=trainer.rank == 0),
+            write=trainer.rank == 0,
+            block_size=WHOLE if trainer.recipe.block_size is None else trainer.recipe.block_size,
+            mask_token_id=trainer.recipe.mask_token_id,
+            chat_template=read_chat_template(trainer.recipe.chat_template_path),
+        )
 
 
 def _write_shards(trainer: Trainer, partial: Path) -> None:
     faults.after_each_save(trainer.engine.checkpoint_engine, "shard")
     trainer.engine.save_checkpoint(str(partial / ENGINE), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True)
+    if trainer.average is not None:
+        trainer.average.save(partial / ENGINE)
 
 
 def _write_state(trainer: Trainer, state: TrainState, partial: Path) -> None:
@@ -314,6 +317,21 @@ def needs_universal(checkpoint: Path, recipe_stage: int, world_size: int, expert
     return recipe_stage > 0 and shape.world_size != world_size
 
 
+def refuse_resharding(checkpoint: Path, optim: str) -> None:
+    """Raise CheckpointError for an optimiser whose state belongs to the ranks that wrote it. Called where the number of
+    ranks has changed."""
+    reasons = {
+        "adamw_8bit": "its moments are scaled in blocks of a rank's shard",
+        "muon": "its momentum is kept with a rank's shard",
+    }
+    if optim in reasons:
+        ranks = _read_shape(checkpoint).world_size
+        raise CheckpointError(
+            f"{checkpoint} was written on {ranks} ranks with optim {optim}, and {reasons[optim]}: resume on {ranks} ranks, "
+            "or start a new run from its weights with model_name_or_path"
+        )
+
+
 def _make_universal(checkpoint: Path, target: Path) -> None:
     """Convert DeepSpeed's shards into a folder of this run, because the checkpoint may belong to another run or lie on a
     read-only disk. Raises CheckpointError with the converter's last line of output."""
@@ -341,7 +359,7 @@ def load(trainer: Trainer, checkpoint: Path, *, universal: bool) -> None:
         path, _ = trainer.engine.load_checkpoint(
             str(shards.parent),
             tag=shards.name,
-            load_module_strict=not trainer.recipe.use_peft,
+            load_module_strict=not (trainer.recipe.use_peft or trainer.recipe.frozen_parameters),
             load_lr_scheduler_states=False,
         )
     if path is None:
@@ -350,6 +368,8 @@ def load(trainer: Trainer, checkpoint: Path, *, universal: bool) -> None:
         _part_step_counters(trainer)
         dist.barrier()
         distributed.on_first_rank(lambda: shutil.rmtree(shards.parent))
+    if trainer.average is not None:
+        trainer.average.load(checkpoint / ENGINE)
     with _reading(checkpoint):
         trainer.go_to(read_state(checkpoint).step)
 

@@ -57,7 +57,7 @@ def frozen_copy(recipe: Recipe, policy: Policy) -> Score:
     else:
         gather_moe_blocks_whole(policy)
         config = deepspeed_config(recipe)
-        config.pop("optimizer")
+        config.pop("optimizer", None)
         config["zero_optimization"].pop("offload_optimizer", None)  # there is no optimiser
         model = start_engine(policy, config)
 

@@ -22,6 +22,8 @@ from transformers.integrations import HfDeepSpeedConfig
 from dfactory import distributed
 from dfactory.engine import expert_parallel
 from dfactory.engine.activations import kept_note, offloading, recompute
+from dfactory.engine.average import Average
+from dfactory.engine.optimizers import made_here, optimizer_section, parameter_groups, refuse_unsupported
 from dfactory.engine.replay import replay
 from dfactory.engine.window import (
     MeanTracker,
@@ -54,12 +56,6 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         except json.JSONDecodeError as problem:
             raise ConfigError(f"deepspeed {file}:{problem.lineno} is not JSON: {problem.msg}") from problem
     config = _merge(config, recipe.deepspeed_overrides)
-    optimizer = {
-        "lr": recipe.learning_rate,
-        "betas": [recipe.adam_beta1, recipe.adam_beta2],
-        "eps": recipe.adam_epsilon,
-        "weight_decay": recipe.weight_decay,
-    }
     zero = config.get("zero_optimization", {})
     offloaded = "offload_optimizer" in zero and zero.get("stage", 0) > 0
     if zero.get("compute_grad_norm") is False:
@@ -67,16 +63,12 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
             f"zero_optimization.compute_grad_norm false in {recipe.deepspeed}: "
             "steps with a NaN would be applied; leave it out"
         )
-    if not offloaded:  # torch's AdamW: DeepSpeed's own is compiled at the start, which needs the CUDA compiler
-        optimizer |= {"torch_adam": True, "fused": True}
-    elif not torch.cuda.is_available():
-        optimizer["torch_adam"] = True
     owned = {
         "train_micro_batch_size_per_gpu": recipe.per_device_train_batch_size,
         "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
         "gradient_clipping": recipe.max_grad_norm,
         "bf16": {"enabled": recipe.dtype == "bfloat16", "check_grad_overflow": True},  # skip steps with a NaN
-        "optimizer": {"type": "AdamW", "params": optimizer},
+        **optimizer_section(recipe, offloaded=offloaded),
     }
     if recipe.expert_parallel_size > 1 or "expert_parallel" in config:
         owned["expert_parallel"] = expert_parallel.autoep_section(recipe)
@@ -94,6 +86,14 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
             f"zero_optimization.stage 0 in {recipe.deepspeed} with expert_parallel_size {recipe.expert_parallel_size}: "
             "use stage 1, 2 or 3"
         )
+    refuse_unsupported(recipe, zero.get("stage", 0), offloaded=offloaded)
+    if recipe.ema_decay is not None and "offload_param" in zero:
+        raise ConfigError(
+            f"ema_decay {recipe.ema_decay:g} with zero_optimization.offload_param: the average is kept beside the weights "
+            "on the device; leave one of them out"
+        )
+    if recipe.optim == "muon" and zero["stage"] == 3:
+        zero.setdefault("reduce_scatter", False)  # a matrix is orthogonalised whole
     if recipe.dtype == "bfloat16":  # else a gradient would depend on how a batch is cut into micro-batches
         config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     config.setdefault("steps_per_print", 10**9)  # metrics.jsonl has every step
@@ -142,11 +142,14 @@ class Trainer:
         self.engine = start_engine(
             policy.train(),
             config,
-            model_parameters=_parameter_groups(policy, recipe.weight_decay),
+            model_parameters=parameter_groups(policy, recipe),
+            optimizer=made_here(recipe),
             lr_scheduler=lambda optimizer: learning_rate_schedule(recipe, optimizer, num_steps),
         )
         if recipe.expert_parallel_size > 1:
             expert_parallel.finish_layers(policy, moe_blocks)
+        average = recipe.ema_decay is not None
+        self.average = Average(policy.model, recipe.ema_decay, self.zero_stage) if average else None
         self.watch: Measure = lambda batch, scores: {}  # further metrics of a micro-batch
         self.losses: list[torch.Tensor] = []  # each micro-batch's part of the last global batch's loss
 
@@ -156,7 +159,11 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        return self.engine.get_lr()[0]
+        """Of the groups that have no rate of their own."""
+        rates, first = self.engine.get_lr(), self.engine.lr_scheduler.base_lrs
+        return next(
+            (rate for rate, base in zip(rates, first, strict=True) if base == self.recipe.learning_rate), rates[0]
+        )
 
     @contextlib.contextmanager
     def own_hyperparameters(self) -> Iterator[None]:
@@ -201,6 +208,8 @@ class Trainer:
             means.add(
                 {**terms.loss, **terms.metrics, **self.watch(batch, scores), "loss": Mean(self.losses[-1], 1 / share)}
             )
+        if self.average is not None:
+            self.average.update()
         sizes = torch.tensor([[batch.num_tokens, batch.num_targets] for batch in micro_batches]).sum(dim=0)
         distributed.all_reduce_sum(sizes)
         tokens, targets = sizes.tolist()
@@ -233,6 +242,10 @@ class Trainer:
         scores = self.engine(batch.to(self.device))
         self.engine.train()
         return scores
+
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """A context in which the model has the moving average for weights, where the recipe keeps one."""
+        return self.average.in_place() if self.average is not None else contextlib.nullcontext()
 
     def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
         """A context in which these parameters are whole on this rank; under ZeRO-3 all ranks must enter it."""
@@ -333,16 +346,3 @@ def keep_zero3_config(recipe: Recipe) -> HfDeepSpeedConfig | None:
 
 def zero_stage(recipe: Recipe) -> int:
     return deepspeed_config(recipe)["zero_optimization"].get("stage", 0)
-
-
-def _parameter_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters in two groups: matrices decay; norms and other vectors do not. A ZeRO-3 shard has its whole shape in
-    `ds_shape`."""
-    trainable = [p for p in policy.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
-    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    groups = [  # DeepSpeed needs names where it splits off the experts
-        {"params": matrices, "weight_decay": weight_decay, "name": "matrices"},
-        {"params": vectors, "weight_decay": 0.0, "name": "vectors"},
-    ]
-    return [group for group in groups if group["params"]]

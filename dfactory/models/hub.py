@@ -44,9 +44,9 @@ def resolve(
 
 
 def _newest_checkpoint(path: Path) -> Path:
-    """Of a run folder; any other directory is itself."""
-    latest = path / "LATEST"
-    if not latest.is_file():
+    """Of a run folder, or the best one where its recipe asked for it; any other directory is itself."""
+    latest = next((path / name for name in ("BEST", "LATEST") if (path / name).is_file()), None)
+    if latest is None:
         return path
     name = latest.read_text().strip()
     if not is_plain_name(name):

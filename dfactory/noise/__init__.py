@@ -1,7 +1,7 @@
 """Views: noised copies of a document's response blocks, as plain values."""
 
 from dfactory.noise.edit import Drafts, EditTargets
-from dfactory.noise.embedding import MaskEmbeddingNoise
+from dfactory.noise.embedding import MaskEmbeddingNoise, TokenEmbeddingNoise
 from dfactory.noise.mask import GridMask, RandomMask, masked_view, response_blocks, view_positions
 from dfactory.noise.trace import TraceViews, block_of_step, every_transition, state_after, state_before, transition_view
 from dfactory.noise.uniform import GridUniform, UniformNoise
@@ -13,6 +13,7 @@ __all__ = [
     "GridUniform",
     "MaskEmbeddingNoise",
     "RandomMask",
+    "TokenEmbeddingNoise",
     "TraceViews",
     "UniformNoise",
     "block_of_step",

@@ -6,7 +6,7 @@ heads, C all key (or value) heads, I an expert, D a dense feed-forward, k expert
 expert parallelism also X parameters of routed experts, and m ranks that share those of a layer.
 
 The forecast is the peak of what the program allocates, in two phases that do not coincide: a decoder layer's backward
-and the head's. Assumed: AdamW; MoE blocks are ZeRO-3 leaf modules, gathered whole; flex_attention (no score matrix is
+and the head's. Assumed: MoE blocks are ZeRO-3 leaf modules, gathered whole; flex_attention (no score matrix is
 kept). Activations count the tensors that autograd keeps for a decoder layer (tests/planning/test_memory.py measures them).
 Not counted: the CUDA context, NCCL's own buffers, the cache of prompts that are decoded at evaluations, and what the
 allocator loses to fragments; leave 10 percent for them.
@@ -29,6 +29,12 @@ from dfactory.models.registry import meta_model, read_config
 from dfactory.recipe import Recipe
 
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size, in elements
+MOMENTS = {  # bytes of an optimiser's state for a parameter, less the fp32 copy
+    "adamw": (8, "Adam's two moments 8"),
+    "adamw_8bit": (2, "Adam's two moments in 8 bits 2"),
+    "adafactor": (0, "Adafactor's rows and columns, next to nothing"),
+    "muon": (4, "momentum 4, vectors and embeddings twice that"),
+}
 PREFETCH_BUCKET = 50_000_000  # DeepSpeed's default stage3_prefetch_bucket_size, in elements
 
 
@@ -72,6 +78,8 @@ class Setup:
     reduce_bucket: int = REDUCE_BUCKET  # elements
     prefetch_bucket: int = PREFETCH_BUCKET  # elements
     new_rows: int = 0  # of the vocabulary, beyond the checkpoint's
+    optim: str = "adamw"
+    averages: bool = False  # whether a moving average of the trained weights is kept
 
 
 class Phase(enum.StrEnum):
@@ -170,6 +178,8 @@ def setup_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, new_row
         reduce_bucket=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
         prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET)),
         new_rows=new_rows,
+        optim=recipe.optim,
+        averages=recipe.ema_decay is not None,
     )
 
 
@@ -210,8 +220,9 @@ def _state_lines(counts: ParameterCounts, weights: int, trained: int, setup: Set
     experts = counts.experts
     n, m, stage, b = setup.world_size, setup.expert_parallel_size, setup.zero_stage, _bytes(setup.dtype)
     g = _bytes(setup.gradient_dtype or setup.dtype)
-    states = 12 if setup.dtype == "bfloat16" or stage else 8  # DeepSpeed's shards keep an fp32 copy of fp32 weights too
-    parts = {12: "fp32 copy 4 + Adam's two moments 8", 8: "Adam's two moments 8"}[states]
+    moments, parts = MOMENTS[setup.optim]
+    copy = 4 if setup.dtype == "bfloat16" or stage else 0  # DeepSpeed's shards keep an fp32 copy of fp32 weights too
+    states, parts = copy + moments, f"fp32 copy 4 + {parts}" if copy else parts
     on_host = Phase.HOST if setup.offload_optimizer else Phase.ALWAYS
 
     def line(name: str, per: int, symbol: str, count: int, divided: bool, phase: Phase, note: str = "") -> Line:
@@ -232,6 +243,7 @@ def _state_lines(counts: ParameterCounts, weights: int, trained: int, setup: Set
         *frozen,
         line("gradients", g, "T", trained, stage >= 2, on_host if stage >= 2 else Phase.ALWAYS),
         line("optimiser", states, "T", trained, stage >= 1, on_host, f" ({parts})"),
+        *([line("moving average", 4, "T", trained, stage == 3, Phase.ALWAYS)] if setup.averages else []),
     ]
 
 

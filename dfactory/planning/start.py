@@ -51,8 +51,16 @@ def checkpoints_of(
     lines = forecast(path, setup_of(recipe, deepspeed, 1, new_rows)).lines
     optimiser = next(line.bytes for line in lines if line.name == "optimiser")
     weights = trained * {"bfloat16": 2, "float32": 4}[recipe.dtype]
-    saved = math.ceil(steps / recipe.save_steps) if steps and recipe.save_steps else 1
+    saved = _saves(recipe, steps)
     limit = max(recipe.save_total_limit or saved, 1 + (recipe.metric_for_best_model is not None))
     return Checkpoints(
         2 * weights + optimiser, weights, saved, min(saved, limit + 1)
     )  # a new one comes before one goes
+
+
+def _saves(recipe: Recipe, steps: int | None) -> int:
+    """Checkpoints of a run of so many steps; at most, where evaluations decide."""
+    if recipe.save_strategy == "epoch":
+        return 1 + (math.ceil(recipe.num_train_epochs) if recipe.max_steps is None else 0)
+    every = {"steps": recipe.save_steps, "best": recipe.eval_steps}.get(recipe.save_strategy)
+    return math.ceil(steps / every) if steps and every else 1

@@ -2,10 +2,12 @@
 
 import bisect
 
+import numpy as np
+
 from dfactory.config.data import DatasetKeys
 from dfactory.data.examples import DataReport
 from dfactory.data.fields import BadRow, Fault
-from dfactory.data.order import EpochOrder
+from dfactory.data.order import EpochOrder, tempered
 from dfactory.data.prompts import Row, encode_prompt, prompt_of, rows_of
 from dfactory.errors import DataError
 from dfactory.recipe import Recipe
@@ -25,13 +27,14 @@ class PromptStream:
         self.prompt_ids: list[list[int]] = []
         self.report = DataReport([entry.label for entry in recipe.datasets])
         self._on_bad_row, self._room = recipe.on_bad_row, recipe.max_length - recipe.decode.max_new_tokens
-        weights: list[float] = []
+        counts: list[int] = []
         for entry in recipe.datasets:
             before = len(self.rows)
             self._read(entry)
-            weights += [entry.weight] * (len(self.rows) - before)
+            counts.append(len(self.rows) - before)
         self._check_report(recipe.max_bad_fraction)
-        self._order = EpochOrder(weights, recipe.seed)
+        weights = tempered([entry.weight for entry in recipe.datasets], counts, recipe.mixing_temperature)
+        self._order = EpochOrder(np.repeat(weights, counts), recipe.seed)
         self._starts = [0]  # the first group of each epoch, as far as they are known
         self._num_generations = recipe.num_generations
 

@@ -9,7 +9,8 @@ output_dir/evaluations.jsonl   what `dfactory eval` measured of its checkpoints
 output_dir/groups.jsonl     which prompts each of its steps met and trained on, by number
 output_dir/checkpoint-N/    a model directory that transformers loads, with the engine's state in engine/
 output_dir/LATEST           the newest whole checkpoint's name; written last
-output_dir/wandb-id         the tracker's name for the run, the same after each resume
+output_dir/BEST             with load_best_model_at_end, once the run has ended: the best checkpoint's name
+output_dir/NAME-id          of a tracker, such as wandb-id: its id of the run, the same after each resume
 output_dir/nonfinite/       step-N-rank-R.json: where a NaN or Inf came from, if there was one
 output_dir/unused-checkpoint-N/   set aside: damaged, or later than the checkpoint that a run was resumed from
 """
@@ -28,6 +29,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
 from dfactory import faults
+from dfactory.config.training import TRACKERS
 from dfactory.errors import CheckpointError, ConfigError, DataError
 from dfactory.recipe import Recipe
 from dfactory.redaction import redacted
@@ -67,7 +69,7 @@ class RunFolder:
         self.metrics_file = self.path / METRICS
         self.previews_file = self.path / PREVIEWS
         self.latest_file = self.path / "LATEST"
-        self.tracker_file = self.path / "wandb-id"
+        self.best_file = self.path / "BEST"
         self.nonfinite = self.path / "nonfinite"
 
     def start(self, recipe: Recipe, resume_step: int | None = None, before: str | None = None) -> list[Path]:
@@ -78,6 +80,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             for left in (*self.path.glob(".checkpoint-*.partial"), *self.path.glob(".checkpoint-*.removed")):
                 shutil.rmtree(left)
+            self.best_file.unlink(missing_ok=True)
             faults.at("leftovers.removed")
             aside = self._start_fresh() if resume_step is None else self._set_aside(resume_step)
             self._keep_history(resume_step, before)
@@ -98,7 +101,8 @@ class RunFolder:
 
     def _start_fresh(self) -> list[Path]:
         self.latest_file.unlink(missing_ok=True)
-        self.tracker_file.unlink(missing_ok=True)
+        for name in TRACKERS:
+            self.tracker_file(name).unlink(missing_ok=True)
         for old in self._named():
             self._remove(old)
         for old in self.nonfinite.glob("step-*-rank-*.json"):
@@ -139,6 +143,10 @@ class RunFolder:
             raise DataError(f"{file} holds no step yet: wait for the first one")
         return rows
 
+    def tracker_file(self, name: str) -> Path:
+        """Where a tracker's id of the run is kept."""
+        return self.path / f"{name}-id"
+
     def checkpoint(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
 
@@ -170,6 +178,14 @@ class RunFolder:
         ranked = [Ranked(path, value) for path, value in found if value is not None and math.isfinite(value)]
         sign = 1 if smaller_is_better else -1
         return sorted(ranked, key=lambda one: (sign * one.value, -step_of(one.path)))
+
+    def name_best(self, metric: str, smaller_is_better: bool) -> Ranked | None:
+        """Write BEST. Returns the checkpoint that it names; None if none has the metric at its step."""
+        ranked = self.ranked_checkpoints(metric, smaller_is_better)
+        if not ranked:
+            return None
+        replace_text(self.best_file, ranked[0].path.name + "\n")
+        return ranked[0]
 
     def remove_old(self, keep: int | None, best_by: str | None = None, smaller_is_better: bool = True) -> None:
         """Remove checkpoints until `keep` are left, the oldest first, but never the newest and the best by a metric."""

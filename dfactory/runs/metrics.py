@@ -8,29 +8,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dfactory.console import plain_console
 from dfactory.recipe import Recipe
 from dfactory.runs.folder import RunFolder
-from dfactory.runs.trackers import Wandb, start_trackers
+from dfactory.runs.trackers import Trackers
 
 
 class MetricsLog:
     """Used on the first rank only. A context manager, so that the progress bar and trackers are always closed."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, num_steps: int, first_step: int):
-        self.recipe, self.folder, self.num_steps = recipe, folder, num_steps
+        self.recipe, self.folder, self.num_steps, self.first_step = recipe, folder, num_steps, first_step
         self.console = plain_console()
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.progress.add_task("", total=num_steps, completed=first_step)
-        self.trackers: list[Wandb] = []
 
     def __enter__(self) -> "MetricsLog":
-        self.trackers = start_trackers(self.recipe, self.folder)
+        self.trackers = Trackers(self.recipe, self.folder, self.first_step)
         self.progress.start()
         return self
 
     def __exit__(self, *_) -> None:
         self.progress.stop()
-        for tracker in self.trackers:
-            tracker.finish()
+        self.trackers.finish()
 
     def step(self, step: int, epoch: float, metrics: dict[str, float], warnings: list[str] = ()) -> None:
         for warning in warnings:
@@ -62,6 +60,7 @@ class MetricsLog:
             )
         if previews:
             self.folder.append_previews([{"step": step, **preview} for preview in previews])
+            self.trackers.table("previews", previews, step)
             first = previews[0]
             self.say(f"one of them: {first['expected']!r} was right, {first['answered']!r} was answered")
 
@@ -74,8 +73,7 @@ class MetricsLog:
 
     def _write(self, metrics: dict[str, Any]) -> None:
         self.folder.append_metrics(metrics)
-        for tracker in self.trackers:
-            tracker.log(metrics)
+        self.trackers.log(metrics)
 
 
 def _stage_line(metrics: dict[str, float]) -> str:

@@ -30,6 +30,7 @@ RL = ROOT / "recipes/quickstart/rl.yaml"
         ("report_to=wandb", ["wandb"]),
         ("resume_from_checkpoint=null", False),
         ("lr_scheduler_type=constant_with_warmup", "constant"),
+        ("optim=adamw_torch_fused", "adamw"),
         ("row_length=0", None),
         ("eval_datasets=null", []),
         ("decode.top_p=1.0", None),
@@ -87,7 +88,7 @@ def test_keys_of_others_that_change_nothing_at_their_value(name, value):
         ("num_train_epochs=-1", r"num_train_epochs -1"),
         ("logging_steps=0", r"logging_steps 0 .* at least 1"),
         ("warmup_ratio=0.03", r"unknown key warmup_ratio .* did you mean warmup_steps"),
-        ("report_to=all", r"report_to .*only wandb is known"),
+        ("report_to=all", r"report_to all is not known: take of aim, clearml"),
     ],
 )
 def test_what_has_no_meaning_here_is_refused_by_name(override, message):

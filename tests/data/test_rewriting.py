@@ -6,6 +6,7 @@ import json
 import pytest
 
 from dfactory.config.data import DatasetKeys
+from dfactory.data import rewriting
 from dfactory.data.chat import ChatEncoder
 from dfactory.data.entries import entry_of
 from dfactory.data.examples import DocumentRules
@@ -303,3 +304,45 @@ def test_a_recipe_tells_names_of_templates_from_files_and_refuses_equal_names_of
 def test_trls_templates_have_names():
     pytest.importorskip("trl")
     assert "generation" in read_chat_template("qwen3_training")
+
+
+# --- system message, and which answers are trained ---------------------------------------------------------------------
+
+
+def test_a_system_prompt_takes_the_place_of_each_records_own():
+    turns = [said("system", "old"), said("user", "q"), said("assistant", "a")]
+    new = {"messages": turns[1:], "system": "new"}
+    assert rewritten({"messages": turns}, system_prompt="new") == new
+    assert rewritten({"messages": turns[1:], "system_prompt": "old"}, system_prompt="new") == new
+    assert rewritten({"messages": turns}, system_prompt="") == {"messages": turns[1:]}
+    assert rewritten({"instruction": "q", "output": "a", "system": "old"}, system_prompt="new")["system"] == "new"
+    shared = [{"from": "system", "value": "old"}, {"from": "human", "value": "q"}]
+    assert rewritten({"conversations": shared}, system_prompt="")["conversations"] == shared[1:]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [said("user", "1"), said("assistant", "one"), said("user", "2"), said("assistant", "two")]},
+        {
+            "conversations": [
+                {"from": who, "value": text}
+                for who, text in (("human", "1"), ("gpt", "one"), ("human", "2"), ("gpt", "two"))
+            ]
+        },
+    ],
+)
+def test_only_the_last_answer_is_trained(write, tokenizer, row):
+    def trained(**keys):
+        (_, record), *_ = read_records(DatasetKeys(write(row), **keys))
+        ids, trainable = ChatEncoder(tokenizer, read_chat_template("chatml")).encode_records([record])[0]
+        return tokenizer.decode(ids[trainable])
+
+    assert "one" in trained()
+    assert "one" not in trained(trained_turns="last", system_prompt="Be brief.")
+    assert "two" in trained(trained_turns="last")
+
+
+def test_they_change_the_checksum_of_streamed_records():
+    assert rewriting.changes_of(DatasetKeys("a", system_prompt="x")) == "system_prompt=x;"
+    assert rewriting.changes_of(DatasetKeys("a", trained_turns="last")) == "trained_turns=last;"

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from dfactory.data.examples import DataReport, Examples
+from dfactory.errors import ConfigError
 from dfactory.models.registry import load_policy
-from dfactory.noise import MaskEmbeddingNoise, RandomMask
+from dfactory.noise import MaskEmbeddingNoise, RandomMask, TokenEmbeddingNoise
 from dfactory.packing import PackedDocument, align, collate, share
+from dfactory.recipe import load_recipe
 from dfactory.types import NOISE_TABLE_ROWS, PADDING, AlignedDocument, Example, common_length
 from tests.batches import TINY_SIZES
+from tests.commands.conftest import ROOT
 
 MASK, STD, STEPS = 95, 0.5, 4
 LENGTHS = {7: 12, 8: 20, 9: 16}  # document id: tokens
@@ -185,3 +188,29 @@ def test_mean_and_variance_and_no_correlation(policy):
     rows = many(batch, 0).columns["embedding_noise_row_RS"][here]
     assert len(rows.unique()) >= len(rows) - 1
     assert not torch.equal(rows, MaskEmbeddingNoise(MASK, 4, STD, 9)(batch, 0).columns["embedding_noise_row_RS"][here])
+
+
+def test_noise_on_all_tokens_is_that_of_neftune():
+    batch = collate([share([packed(7), packed(8)])], 4, pad_to=120)
+    found = TokenEmbeddingNoise.of(10.0, seed=3, row_length=120, hidden_size=64)(batch, step=5)
+    rows = found.columns["embedding_noise_row_RS"]
+    assert torch.equal(rows >= 0, batch.document_RS != PADDING)
+    assert len(rows[rows >= 0].unique()) > 0.8 * int((rows >= 0).sum())
+    uniform = (2 * torch.rand(100_000, generator=torch.Generator().manual_seed(0)) - 1) * 10.0 / (120 * 64) ** 0.5
+    assert found.columns["embedding_noise_std_1"].item() == pytest.approx(uniform.std().item(), rel=0.01)
+    again, later = (TokenEmbeddingNoise(3, 0.1)(batch, step).columns["embedding_noise_row_RS"] for step in (5, 6))
+    assert torch.equal(again, rows)
+    assert not torch.equal(later, rows)
+
+
+@pytest.mark.parametrize(
+    "recipe, keys, told",
+    [
+        ("dpo", [], "neftune_noise_alpha 5 with stage dpo: likelihoods that are compared"),
+        ("sft", ["mask_embedding_noise=0.1", "mask_embedding_noise_steps=9"], "a token gets one noise"),
+        ("edit", [], "the model's own drafts would come from noise"),
+    ],
+)
+def test_where_noise_on_all_tokens_has_no_meaning(recipe, keys, told):
+    with pytest.raises(ConfigError, match=told):
+        load_recipe(ROOT / f"recipes/quickstart/{recipe}.yaml", ["neftune_noise_alpha=5", *keys])

@@ -16,10 +16,12 @@ from dfactory.errors import ConfigError
 from dfactory.planning.start import checkpoints_of
 from dfactory.recipe import Recipe
 from dfactory.runs.folder import RunFolder
+from dfactory.runs.trackers import check_trackers
 
 
 def tell_output(page: Page, recipe: Recipe, model: Model | None, steps: int | None) -> None:
     folder = RunFolder(recipe.output_dir)
+    check_trackers(recipe)
     parent = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"output_dir {folder.path}: {parent} is not a directory that can be written: choose another")
@@ -36,10 +38,16 @@ def tell_output(page: Page, recipe: Recipe, model: Model | None, steps: int | No
             f"{folder.path} holds {len(whole)} checkpoint(s) up to {whole[-1].name}, and overwrite_output_dir is true: "
             "they will be removed"
         )
-    often = f"every {recipe.save_steps} steps and at the end" if recipe.save_steps else "at the end"
-    page.line("checkpoints", f"{often}; {_kept(recipe)}")
+    page.line("checkpoints", f"{_often(recipe)}at the end; {_kept(recipe)}")
     if model is not None:
         _checkpoint_size(page, recipe, model, parent, steps or recipe.max_steps)
+
+
+def _often(recipe: Recipe) -> str:
+    """When checkpoints are written before the last one."""
+    if recipe.save_strategy == "steps":
+        return f"every {recipe.save_steps} steps and " if recipe.save_steps else ""
+    return {"no": "", "epoch": "after each epoch and ", "best": "after each best evaluation and "}[recipe.save_strategy]
 
 
 def _kept(recipe: Recipe) -> str:
@@ -60,6 +68,8 @@ def _files(recipe: Recipe) -> Table:
         "LATEST": "the newest whole checkpoint",
         "report/": "curves, at the end: report.html and PNGs",
     }
+    if recipe.load_best_model_at_end:
+        files["BEST"] = "the best checkpoint, which the folder then stands for"
     if recipe.eval_datasets and recipe.eval_decode_prompts:
         files["previews.jsonl"] = "held-out prompts as they were answered, at each evaluation"
     if recipe.algorithm.data is Data.PROMPTS:
@@ -67,9 +77,8 @@ def _files(recipe: Recipe) -> Table:
         files["groups.jsonl"] = "which prompts each step met"
     if recipe.reference_kind == "precomputed" and recipe.reference_path is None:
         files["reference.safetensors"] = "the reference's scores"
-    if "wandb" in recipe.report_to:
-        files["wandb-id"] = "the tracker's name for the run, the same after each resume"
-        files["wandb/"] = "of the tracker, which also sends the metrics away"
+    for name in recipe.report_to:
+        files[f"{name}-id, {name}/"] = "of the tracker: its id of the run, and its files where it keeps them here"
     table = Table.grid(padding=(0, 2))
     for name, what in files.items():
         table.add_row(name, Text(what, "dim"))

@@ -54,7 +54,7 @@ def tell_rows_and_steps(page: Page, recipe: Recipe, inputs: Inputs, ranks: tuple
 def _warn_of_repetition(page: Page, steps: int, epochs: float, recipe: Recipe) -> None:
     if epochs > MANY_EPOCHS:
         page.warn(f"every document is seen {epochs:.0f} times: watch the held-out loss, or lower max_steps")
-    if recipe.save_steps is None and steps >= LONG_RUN:
+    if recipe.save_steps is None and recipe.save_strategy in ("no", "steps") and steps >= LONG_RUN:
         page.warn(
             f"save_steps is null: if a run of {steps:,} steps breaks off, all of it is lost; save every few hundred"
         )

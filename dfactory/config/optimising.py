@@ -1,0 +1,33 @@
+"""Rules between the keys of the optimiser, of frozen weights and of the moving average: what is wrong with a recipe's."""
+
+import re
+from collections.abc import Iterator
+
+from dfactory.config.training import TrainingKeys
+
+
+def optimising_problems(keys: TrainingKeys) -> Iterator[str]:
+    """`keys`: a whole recipe."""
+    if keys.muon_learning_rate is not None and keys.optim != "muon":
+        yield f"muon_learning_rate {keys.muon_learning_rate:g} with optim {keys.optim}: leave it out, or set optim to muon"
+    for pattern in keys.frozen_parameters:
+        try:
+            re.compile(pattern)
+        except re.error as problem:
+            yield f"frozen_parameters {pattern!r} is no regular expression: {problem}"
+    if keys.use_peft and keys.frozen_parameters:
+        yield (
+            "frozen_parameters with use_peft true: only adapters are trained there; choose them by lora_target_modules"
+        )
+    if keys.use_peft and keys.embedding_learning_rate is not None:
+        yield (
+            f"embedding_learning_rate {keys.embedding_learning_rate:g} with use_peft true: adapters train neither embedding "
+            "nor head; leave it out"
+        )
+    if keys.expert_parallel_size > 1:
+        for name, unset in (("frozen_parameters", []), ("embedding_learning_rate", None), ("ema_decay", None)):
+            if (value := getattr(keys, name)) != unset:
+                yield (
+                    f"{name} {value} with expert_parallel_size {keys.expert_parallel_size}: ranks hold different experts, "
+                    "which it does not know; leave it out, or use ZeRO 3 with expert_parallel_size 1"
+                )
