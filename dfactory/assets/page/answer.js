@@ -80,8 +80,8 @@ export class AnswerView {
   playerOn() {
     this.player.hidden = this.bars.hidden = this.events.length === 0;
     this.slider.max = this.events.length;
-    let before = 0;
-    const gains = this.events.map((event) => { const gain = event.tokens - before; before = event.tokens; return gain; });
+    const written = this.events.map((event) => event.tokens - this.given(event.length));
+    const gains = written.map((tokens, place) => tokens - (written[place - 1] ?? 0));
     const most = Math.max(1, ...gains);
     this.bars.replaceChildren(...gains.map((gain) => {
       const bar = element("i", { title: `${gain} tokens` });
@@ -184,14 +184,19 @@ export class AnswerView {
       return;
     }
     const whole = this.isWhole;
-    const given = this.opening?.given ?? []; // by a template: no forward wrote these
-    const tokens = whole ? this.done.output_tokens - given.filter((place) => place < this.done.output_tokens).length : event.tokens - given.length;
+    const stop = whole ? this.done.output_tokens : event.length;
+    const tokens = (whole ? stop : event.tokens) - this.given(stop);
     const each = tokens / Math.max(event.forward, 1);
     const bold = (text) => element("b", {}, text);
     this.numbers.replaceChildren(
       "forward ", bold(event.forward), whole || !this.done ? "" : ` of ${this.done.forwards}`, ", ", bold(tokens), " tokens, ", bold(each.toFixed(2)), " a forward, ",
       bold((tokens / Math.max(event.seconds, 1e-4)).toFixed(tokens / event.seconds < 10 ? 1 : 0)), ` a second, ${event.rule}`,
       whole ? `, ${this.done.finish_reason === "eos" ? "ended" : "cut at the longest answer"}, seed ${this.done.seed}` : "");
+  }
+
+  // How many of the first `stop` tokens a template gave: no forward wrote these.
+  given(stop) {
+    return (this.opening?.given ?? []).filter((place) => place < stop).length;
   }
 
   setView(view) {
