@@ -400,6 +400,11 @@ def _check_run(recipe: Recipe, rule: Rule) -> None:
     rule(recipe.lr_min <= recipe.learning_rate, f"lr_min {recipe.lr_min:g} > learning_rate {recipe.learning_rate:g}")
     rule(all(0 < t <= 1 for t in recipe.eval_noise_levels), "eval_noise_levels must lie in (0, 1]")
     rule(
+        recipe.profile_steps is None
+        or (len(recipe.profile_steps) == 2 and 1 <= recipe.profile_steps[0] <= recipe.profile_steps[1]),
+        f"profile_steps {recipe.profile_steps}: name the first and the last step, such as [10, 12]",
+    )
+    rule(
         recipe.eval_decode_prompts == 0 or bool(recipe.eval_datasets),
         f"eval_decode_prompts {recipe.eval_decode_prompts} and no eval_datasets to take prompts from: name a file",
     )

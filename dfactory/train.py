@@ -42,7 +42,9 @@ from dfactory.runs.lineage import HELD_OUT, TRAINED_ON
 from dfactory.runs.metrics import MetricsLog
 from dfactory.runs.nonfinite import NonFiniteGuard
 from dfactory.runs.ownership import held_by_run, one_run
+from dfactory.runs.profiling import StepProfiler
 from dfactory.runs.sanity import SanityChecks
+from dfactory.runs.speed import Speed
 from dfactory.runs.trackers import check_trackers
 from dfactory.types import TrainState, ViewBatch
 
@@ -79,7 +81,8 @@ def _learn_in(folder: RunFolder, recipe: Recipe, client: RolloutClient | None, p
             run.evaluate()
         last = state.step >= run.num_steps
         while not last and (window := source.next_window()) is not None:
-            metrics = trainer.train_window(window, run.objective) | source.metrics
+            with run.profiler.step(state.step + 1):
+                metrics = trainer.train_window(window, run.objective) | source.metrics
             state.advance(metrics)
             allocator.bound_freed_memory()
             last = state.step == run.num_steps
@@ -164,6 +167,8 @@ class Run:
             checkpoint.load(trainer, resumed.path, universal=universal)
             if client is not None:
                 self.source.load_state_dict(self.cursor)
+        self.speed = Speed(recipe, trainer.policy) if self.rank == 0 else None
+        self.profiler = StepProfiler(recipe.profile_steps, self.folder.path, self.rank)
         self.sanity = SanityChecks(recipe, trainer, eos_id=inputs.special.eos, vocab_size=inputs.vocabulary.size)
 
     @contextlib.contextmanager
@@ -201,6 +206,7 @@ class Run:
         found, warnings = self.sanity.check(state.step, metrics, last)
         if self.log is not None:
             self.account.stepped(metrics)
+            found |= self.speed.of(window, metrics)
             self.log.step(state.step, self.source.epoch, metrics | found, warnings)
         for callback in self.callbacks:
             callback.on_step(state.step, metrics | found)

@@ -64,6 +64,7 @@ APPLIED_BY_TOPIC = {
     "saving, logging, evaluation, checks": """save_strategy save_steps save_total_limit metric_for_best_model
     greater_is_better load_best_model_at_end early_stopping_patience early_stopping_threshold
     first_loss_check expert_coverage_steps logging_steps report_to run_name project tracker_options callbacks
+    profile_steps device_tflops
     eval_strategy eval_steps eval_on_start eval_datasets eval_noise_levels
     eval_decode_prompts eval_answer_pattern per_device_eval_batch_size""",
     "how it is computed": """attn_implementation gradient_checkpointing activation_memory_gb activation_offloading

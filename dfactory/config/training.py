@@ -122,6 +122,17 @@ class TrainingKeys:
     tracker_options: dict[str, Any] = key(
         {}, "further options of a tracker as its own library calls them: {wandb: {entity: us, mode: offline}}"
     )
+    profile_steps: Optional[list[int]] = key(
+        None,
+        "[first, last]: record these steps, counted from 1, on the first rank: a torch trace, seconds and memory by "
+        "operator, and on a GPU a snapshot of its memory, into profile/ of the run folder; null: none",
+    )
+    device_tflops: Optional[float] = key(
+        None,
+        "peak of a device in `dtype`, TFLOP/s, that the metric mfu is a share of; null: the data sheet's of known GPUs in "
+        "bfloat16, else no mfu",
+        low=0.001,
+    )
 
     callbacks: list[Any] = key(
         [],

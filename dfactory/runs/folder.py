@@ -12,6 +12,7 @@ output_dir/LATEST           the newest whole checkpoint's name; written last
 output_dir/BEST             with load_best_model_at_end, once the run has ended: the best checkpoint's name
 output_dir/NAME-id          of a tracker, such as wandb-id: its id of the run, the same after each resume
 output_dir/nonfinite/       step-N-rank-R.json: where a NaN or Inf came from, if there was one
+output_dir/profile/         a trace and memory of some steps (`profile_steps`; profiling.py)
 output_dir/unused-checkpoint-N/   set aside: damaged, or later than the checkpoint that a run was resumed from
 """
 

@@ -88,7 +88,8 @@ def test_a_recipe_cannot_inject_markup(tmp_path):
 def test_final_numbers(tmp_path):
     """Means of the last tenth for training, the last evaluation, sums of what adds up."""
     rows = [
-        {"step": s, "loss": float(s), "tokens": 100, "seconds": 2.0, "tokens_per_second": 50.0} for s in range(1, 21)
+        {"step": s, "loss": float(s), "tokens": 100, "seconds": 2.0, "tokens_per_second": 50.0, "mfu": 0.25}
+        for s in range(1, 21)
     ]
     rows.append({"step": 20, "eval/loss": 7.5, "eval/loss_t0.10": 3.0})
     numbers = final_numbers(read_run(write_run(tmp_path / "run", rows), "run"))
@@ -100,6 +101,7 @@ def test_final_numbers(tmp_path):
         "tokens": "2,000",
         "seconds": "40",
         "tokens per second (median)": "50",
+        "model FLOPs utilisation (median)": "25.0%",
     }
 
 

@@ -61,7 +61,10 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
         Panel("gradient norm before clipping", "grad_norm", log=True),
         Panel("learning rate", "learning_rate", from_zero=True, exact=True),
     ),
-    "speed": (Panel("tokens per second, all ranks", "tokens_per_second", from_zero=True),),
+    "speed": (
+        Panel("tokens per second, all ranks", "tokens_per_second", from_zero=True),
+        Panel("model FLOPs utilisation", "mfu", from_zero=True),
+    ),
 }
 
 

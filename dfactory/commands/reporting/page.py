@@ -45,6 +45,12 @@ HELD_OUT_NUMBERS = {
 }
 
 
+DEVICE_NUMBERS = (
+    ("tokens per second of a device (median)", "tokens_per_second_per_device", ",.0f"),
+    ("model FLOPs utilisation (median)", "mfu", ".1%"),
+)
+
+
 def final_numbers(run: Run) -> dict[str, str]:
     """A run's final numbers as text, by title."""
     steps, _ = run.curve("loss")
@@ -60,6 +66,9 @@ def final_numbers(run: Run) -> dict[str, str]:
             numbers[title] = f"{values.sum():,.0f}"
     if len(values := run.curve("tokens_per_second")[1]):
         numbers["tokens per second (median)"] = f"{np.median(values):,.0f}"
+    for title, metric, form in DEVICE_NUMBERS:
+        if len(values := run.curve(metric)[1]):
+            numbers[title] = format(np.median(values), form)
     return numbers
 
 
