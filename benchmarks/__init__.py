@@ -8,6 +8,7 @@ BENCHMARKS = {
     "tree": "a prompt shared by the answers of a group, beside rows without sharing",
     "decoding": "block decoding in slots, beside the opponent's cached loop",
     "rl": "an update split into rollout, reward, sync and training, beside the opponent's",
+    "operations": "what a recipe's records cost: positions, pairs and operations, counted idea by idea",
     "overlap": "reinforcement learning with asynchronous rollouts, beside the same with synchronous ones",
     "staleness": "reinforcement learning on rollouts of older policies, with and without their correction",
     "rl_variance": "the variance of a policy gradient by kind of token: the answer, and what stands after EOS",

@@ -30,6 +30,7 @@ from dfactory.assembly import (
 from dfactory.engine import checkpoint
 from dfactory.engine.preemption import EXIT_PREEMPTED, Preemption
 from dfactory.engine.trainer import Trainer, zero_stage
+from dfactory.planning.speed import Speed
 from dfactory.recipe import Recipe
 from dfactory.rl.access import lock_local_cluster
 from dfactory.rl.scoring import check_rewards
@@ -44,7 +45,6 @@ from dfactory.runs.nonfinite import NonFiniteGuard
 from dfactory.runs.ownership import held_by_run, one_run
 from dfactory.runs.profiling import StepProfiler
 from dfactory.runs.sanity import SanityChecks
-from dfactory.runs.speed import Speed
 from dfactory.runs.trackers import check_trackers
 from dfactory.types import TrainState, ViewBatch
 

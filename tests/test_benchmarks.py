@@ -1,5 +1,6 @@
 """The claims of benchmarks/ that can be shown in seconds."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -18,6 +19,7 @@ from benchmarks import (
     growth,
     likelihood,
     loading,
+    operations,
     overlap,
     packing,
     patterns,
@@ -29,6 +31,8 @@ from benchmarks import (
 from benchmarks.measuring import Elsewhere, Memory, Timed, interleave, row_of, write_rows
 from dfactory.cli import main
 from dfactory.models.registry import load_policy
+from dfactory.recipe import load_recipe
+from tests.batches import Document, make_batch
 from tests.test_assets import DATA
 
 
@@ -262,3 +266,30 @@ def test_a_side_elsewhere_needs_a_checkout_and_tells_when_it_ends(tmp_path):
         Elsewhere("step", {}, tmp_path)
     with Elsewhere("no_such_benchmark", {}) as side, pytest.raises(RuntimeError, match="ended with status 1"):
         side.turn(0)
+
+
+def test_operations_are_counted_idea_by_idea():
+    """Two documents of 3 blocks of 4, one block of prompt, two views: by hand. The last but one line is the batch's own."""
+    ids, seen = torch.arange(12), torch.ones(12, dtype=torch.bool)
+    document = Document(ids, [(ids, seen & (ids >= 4))] * 2, block_size=4, first_block=1)
+    batch = make_batch([[document, document]], row_length=64)
+    assert operations.costs_of(batch, block=4, layers=2) == [
+        (2 * 2 * 2 * 24, 2 * 2 * 2 * 2 * 16 * 6),
+        (2 * 2 * 2 * (12 + 8), 2 * 2 * 2 * 16 * (6 + 5)),
+        (2 * 2 * (12 + 16), 2 * 2 * 16 * (6 + 10)),
+        (2 * 2 * (8 + 16), 2 * 2 * 16 * (3 + 10)),
+        (2 * batch.num_tokens, 2 * operations.visible_pairs(batch).all),
+        (batch.num_tokens + 32, operations.visible_pairs(batch).all + 16 * 20),
+    ]
+
+
+def test_our_line_of_the_operations_is_what_the_data_layer_packs(capsys):
+    """Without prefixes to share it adds nothing; preference pairs share their prompts."""
+    for stage, shares in (("sft", False), ("dpo", True)):
+        recipe = load_recipe(DATA.parent / f"{stage}.yaml", ["model_name_or_path=tiny"])
+        found = operations.count(recipe, windows=2)
+        ways = list(found.ways.values())
+        assert (ways[3] == ways[4]) != shares
+        assert all(a.positions >= b.positions and a.pairs >= b.pairs for a, b in itertools.pairwise(ways))
+    assert operations.main([str(DATA.parent / "sft.yaml"), "--windows", "1"]) == 0
+    assert "+ one clean stream for all views" in capsys.readouterr().out
