@@ -150,7 +150,7 @@ def _export(arguments, overrides) -> int:
         from dfactory.commands.pushing import Push
 
         push = Push(arguments.push_to_hub, arguments.private)
-    about = About(not arguments.no_card, arguments.license, arguments.push_to_hub)
+    about = About(not arguments.no_card, arguments.license, arguments.push_to_hub, arguments.sglang)
     if arguments.merge is None:
         status = export(arguments.model, arguments.output, arguments.dtype, arguments.mask_token, about)
     else:

@@ -36,6 +36,8 @@ FOR_CHECKOUTS = (
 FOR_DEVELOPERS = ("dev", "docs")
 NOT_DECLARED = {
     "manners_twice": "a test writes it",
+    "sentencepiece": "llama.cpp's converter imports it; a test of that converter asks for it",
+    "sglang": "it needs a GPU's packages; a test asks for it",
     "setuptools": "pyproject.toml's build requirement",
     "tenacity": "a test asks whether lm-eval has come with its extra `api`",
 }

@@ -23,6 +23,7 @@ ALLOWED = {
     ("benchmarks/rl.py", "ebpo"): "the benchmark is of this algorithm",
     ("benchmarks/rl.py", "threshold"): "a key of the decoder",
     ("benchmarks/decoding.py", "threshold"): "a key of the decoder",
+    ("dfactory/decoding/rules/renoise.py", "entropy_bound"): "a key of SGLang's configuration",
     ("dfactory/commands/quickstart_table.py", "threshold"): "a column of thresholds.jsonl",
     ("dfactory/config/earlier.py", "cap"): "what a key of the earlier dFactory selects",
     ("dfactory/config/earlier.py", "sft"): "what a key of the earlier dFactory selects",

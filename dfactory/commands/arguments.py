@@ -134,6 +134,11 @@ def export(parser: argparse.ArgumentParser) -> None:
         help="give an autoregressive model its mask token, as the recipe's key does",
     )
     parser.add_argument(
+        "--sglang",
+        action="store_true",
+        help="also write sglang.yaml and sglang.sh, which serve the model by the recipe's decode keys",
+    )
+    parser.add_argument(
         "--license",
         type=licence,
         metavar="ID",

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
 from dfactory.commands.cards.card import write_card
+from dfactory.commands.sglang import write_sglang
 from dfactory.console import plain_console
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.models.adapters import Merge, is_adapters, merge_into_base, whole_model_dir
@@ -34,7 +35,7 @@ from dfactory.noise import masked_view
 from dfactory.packing import PackedDocument, collate
 from dfactory.runs.folder import sync_tree
 from dfactory.runs.hashing import hash_file
-from dfactory.runs.lineage import Averaged, Export
+from dfactory.runs.lineage import Averaged, Export, Lineage
 from dfactory.runs.provenance import lineage_of, source_of, with_sums
 from dfactory.types import AlignedDocument, TokenScores, ViewBatch
 from dfactory.versions import version_of
@@ -54,6 +55,7 @@ class About(NamedTuple):
     card: bool = True  # README.md and dfactory.json
     license: str | None = None  # None: that of what the model was made from
     repository: str | None = None  # on the hub, under which people will load it; None: the directory's name
+    sglang: bool = False  # whether the files lie beside it that SGLang serves it with
 
 
 WITH_CARD = About()
@@ -86,13 +88,19 @@ def export(
 def describing(
     source: Path, name: str, about: About, metric: str | None = None, averaged: Sequence[Averaged] = ()
 ) -> Callable[[Path], None]:
-    """What writes the card and the lineage of an export into its directory, which will be called `name`. Raises
-    CheckpointError where the lineage of the source is damaged."""
-    if not about.card:
+    """What writes the card, the lineage and a server's files of an export into its directory, which will be called `name`.
+    Raises CheckpointError where the lineage of the source is damaged."""
+    if not about.card and not about.sglang:
         return lambda partial: None
     told, name = lineage_of(source), about.repository or name
 
     def describe(partial: Path) -> None:
+        if about.sglang:
+            plain_console(soft_wrap=True).print(write_sglang(partial, told))
+        if about.card:
+            write_card(partial, name, as_exported(partial))
+
+    def as_exported(partial: Path) -> Lineage:
         lineage = with_sums(told, source)
         sums = {file.name: sha256 for file in weight_files(partial) if (sha256 := hash_file(file).sha256) is not None}
         entry = Export(
@@ -106,7 +114,7 @@ def describing(
             license=about.license,
             weights=sums,
         )
-        write_card(partial, name, lineage.then(entry))
+        return lineage.then(entry)
 
     return describe
 

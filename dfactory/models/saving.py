@@ -34,8 +34,8 @@ CHAT_TEMPLATE = "chat_template.jinja"  # transformers prefers it to the template
 NAMED_TEMPLATES = "additional_chat_templates"  # folder of the others, such as tool_use.jinja
 _NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
-_ABOUT_THE_SOURCE = ("README.md", "provenance.json", "dfactory.json")
-"""Its card and what it was made from; a saved model has its own (runs/lineage.py)."""
+_ABOUT_THE_SOURCE = ("README.md", "provenance.json", "dfactory.json", "sglang.yaml", "sglang.sh")
+"""Its card, what it was made from, the files of a server; a saved model has its own (runs/lineage.py)."""
 
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]
 NamedTensors = list[tuple[str, torch.Tensor]]

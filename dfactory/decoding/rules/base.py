@@ -109,6 +109,13 @@ class Decision(NamedTuple):
     memory: Mapping[str, torch.Tensor] | None = None  # numbers that the rule wants at the block's next forward
 
 
+class Served(NamedTuple):
+    """How SGLang decodes by a rule: its --dllm-algorithm, and what --dllm-algorithm-config maps."""
+
+    algorithm: str
+    config: Mapping[str, Any]
+
+
 class DecodingRule(Protocol):
     """Inherit from it for the defaults. A response may have a rule of its own; those with equal rules share a call."""
 
@@ -148,6 +155,10 @@ class DecodingRule(Protocol):
 
     def problem(self, block_size: int | None) -> str | None:
         """The first rule between its keys that they break, in words. Without a block size, those that need none."""
+        return None
+
+    def in_sglang(self, editing_threshold: float | None, max_post_steps: int) -> Served | None:
+        """The same decoding in SGLang; None where it has none. The arguments are the keys that every rule shares."""
         return None
 
     @property

@@ -9,7 +9,7 @@ import dataclasses
 import torch
 
 from dfactory.config.keys import key
-from dfactory.decoding.rules.base import ENTROPY, RULES, Forward
+from dfactory.decoding.rules.base import ENTROPY, RULES, Forward, Served
 from dfactory.decoding.rules.entropy_bound import EntropyBound
 
 
@@ -58,6 +58,18 @@ class Renoise(EntropyBound):
 
     def most_steps(self, block_size: int) -> int:
         return self.denoising_steps
+
+    def in_sglang(self, editing_threshold: float | None, max_post_steps: int) -> Served | None:
+        keys = {
+            "max_denoising_steps": self.denoising_steps,
+            "sampler_config": {"entropy_bound": self.entropy_bound},
+            "temperature_schedule": {"t_min": self.temperature_low, "t_max": self.temperature_high},
+            "stopping_config": {
+                "confidence_threshold": self.confident_entropy,
+                "stability_threshold": self.stable_forwards,
+            },
+        }
+        return Served("Gemma4Renoise", keys)
 
     def problem(self, block_size: int | None) -> str | None:
         if self.temperature_low > self.temperature_high:

@@ -8,7 +8,7 @@ import torch
 
 from dfactory.config.keys import key
 from dfactory.decoding.counts import SCHEDULES, least_counts
-from dfactory.decoding.rules.base import CONFIDENCE, RULES, DecodingRule, Forward
+from dfactory.decoding.rules.base import CONFIDENCE, RULES, DecodingRule, Forward, Served
 from dfactory.errors import ConfigError
 
 
@@ -67,6 +67,14 @@ class Threshold(DecodingRule):
 
     def most_steps(self, block_size: int) -> int:
         return math.ceil(block_size / self.min_commit) if self.steps is None else self.steps
+
+    def in_sglang(self, editing_threshold: float | None, max_post_steps: int) -> Served | None:
+        if self.steps is not None or self.min_commit > 1:
+            return None
+        if editing_threshold is None:
+            return Served("LowConfidence", {"threshold": self.threshold})
+        edits = {"edit_threshold": editing_threshold, "max_post_edit_steps": max_post_steps}
+        return Served("JointThreshold", {"threshold": self.threshold} | edits)
 
     def problem(self, block_size: int | None) -> str | None:
         steps, schedule = self.steps, self.step_schedule
