@@ -9,6 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_tools import make_base_corpus, make_quickstart_data, make_quickstart_pairs, quickstart_table, train_tokenizer
+from dfactory.commands.quickstart_table import FORMATS, read_expected
+from dfactory.commands.recipes import recipes_folder
 from dfactory.models.registry import load_policy, trained_block_size
 from dfactory.models.tiny import TINY_DIR, embedded_config, tiny_config, write_tiny_config
 
@@ -276,7 +278,7 @@ def test_quickstart_table_names_a_missing_file(tmp_path):
 
 
 def test_expected_numbers_are_those_of_the_stages():
-    expected = json.loads(quickstart_table.EXPECTED.read_text())
+    expected = read_expected(recipes_folder())
     assert list(expected) == ["sft", "cap", "dpo", "rl"]
     for numbers in expected.values():
-        assert set(numbers) <= set(quickstart_table.FORMATS)
+        assert set(numbers) <= set(FORMATS)

@@ -19,7 +19,7 @@ def test_text_stays_as_it_is(text, capsys):
 @pytest.mark.parametrize("text", TEXTS)
 def test_an_answer_does_not_end_the_run_that_shows_it(text, tmp_path, capsys):
     """rich raised MarkupError for a closing tag in what the model said."""
-    log = MetricsLog(Recipe(model_name_or_path="tiny", output_dir=str(tmp_path)), RunFolder(tmp_path), 2, 0)
     metrics = {"loss": 1.0, "hit_rate": 0.5}
-    log.evaluation(1, metrics, [{"expected": text, "answered": text}])
+    with MetricsLog(Recipe(model_name_or_path="tiny", output_dir=str(tmp_path)), RunFolder(tmp_path), 2, 0) as log:
+        log.evaluation(1, metrics, [{"expected": text, "answered": text}])
     assert f"{text!r} was right, {text!r} was answered" in capsys.readouterr().out

@@ -183,8 +183,12 @@ def _markdown(columns: list[str], data: list[list[str]]) -> str:
 
 
 def _start_state() -> None:
-    """accelerate's loggers want its state. Making it joins no group, but changes the environment and the threads."""
+    """accelerate's loggers want its state. Making it joins no group, but changes the environment and the threads. A process
+    that is in no group is taken to be alone, whatever its environment says of ranks."""
     with _unchanged():
+        if not torch.distributed.is_initialized():
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+                os.environ.pop(name, None)
         PartialState(cpu=not torch.cuda.is_available())
 
 
