@@ -36,6 +36,7 @@ TESTED = {
     "dfactory serve --model runs/sft --beside": "tests/serving/test_live.py",
     "dfactory train recipes/quickstart/sft.yaml report_to=": "tests/runs/test_tracker.py",
     "dfactory train recipes/quickstart/sft.yaml eval_steps=20": "tests/engine/test_course.py",
+    "dfactory train recipes/quickstart/sft.yaml gradient_checkpointing=true": "tests/engine/test_options.py",
 }
 NOT_RUN = {"docker run": "no image is built here: docs/install.md says so"}
 
