@@ -122,8 +122,9 @@ def test_what_the_optimisers_keep(runs):
 
     adafactor = state(runs["adafactor"])[1]["optimizer"]["state"]
     assert any("row_var" in one for one in adafactor.values())
-    eight = state(runs["adamw_8bit"])[1]["optimizer_state_dict"]["base_optimizer_state"]["state"]
-    assert next(iter(eight.values()))["state1"].dtype == torch.uint8
+    if RESUMED["adamw_8bit"] is not None:  # bitsandbytes is installed
+        eight = state(runs["adamw_8bit"])[1]["optimizer_state_dict"]["base_optimizer_state"]["state"]
+        assert next(iter(eight.values()))["state1"].dtype == torch.uint8
 
 
 STAGE = "deepspeed_overrides={{zero_optimization: {{stage: {}}}}}".format
