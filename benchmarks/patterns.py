@@ -91,7 +91,7 @@ def learn(name: str, seed: int, options: argparse.Namespace, folder: Path) -> No
             run.state.step += 1
             records += sum(len(batch.document_id_D) for batch in window)
             used = time.process_time() - started
-        run.save()
+        run.save(last=True)
     found = {
         "settings": settings_of(options),
         "parameters": sum(parameter.numel() for parameter in run.trainer.policy.parameters()),

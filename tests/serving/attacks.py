@@ -159,7 +159,7 @@ BODIES = [
         "a picture",
         400,
         lambda: user([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]),
-        "only parts",
+        "the model reads text alone",
     ),
     chat("a role of 900 KB", 400, lambda: {"messages": [{"role": "r" * 900_000}]}, "8192 characters"),
     chat("10,000 tools", 400, lambda: {"tools": [{"type": "function"}] * 10_000}, "8192 characters"),
