@@ -80,8 +80,13 @@ def _attention(query, key, value, mask, scaling):
 
 def _as_computed(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in the precision in which attention is computed."""
-    slow = tensors[0].dtype == torch.bfloat16 and tensors[0].device.type in FLOAT32_ON
-    return tuple(tensor.float() for tensor in tensors) if slow else tensors
+    dtype = _computed_dtype(tensors[0])
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _computed_dtype(tensor: torch.Tensor) -> torch.dtype:
+    slow = tensor.dtype == torch.bfloat16 and tensor.device.type in FLOAT32_ON
+    return torch.float32 if slow else tensor.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +143,7 @@ class SegmentPlan:
 
     def attend(self, query, key, value, scaling):
         if cpu_attention.suits(query, value):
-            return cpu_attention.attend(query, key, value, self.parts, scaling)
+            return cpu_attention.attend(query, key, value, self.parts, scaling, _computed_dtype(query))
         # unbind and split instead of slices: their gradients are joined in one operation, while the gradient of every
         # single slice would be a tensor of the size of the whole batch.
         parts = (tensor.unbind() for tensor in _as_computed(query, key, value))
@@ -176,7 +181,7 @@ class ChosenSegments:
 
     def attend(self, query, key, value, scaling):
         if cpu_attention.suits(query, value):
-            return cpu_attention.attend(query, key, value, self.parts, scaling)
+            return cpu_attention.attend(query, key, value, self.parts, scaling, _computed_dtype(query))
         (queries,), keys, values = _as_computed(query, key, value)
         parts = (queries.split(self.queries_R, dim=1), keys.unbind(), values.unbind())
         rows = zip(self.chunks_by_row, *parts, strict=True)

@@ -33,21 +33,24 @@ def suits(query: torch.Tensor, value: torch.Tensor) -> bool:
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Part], scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    parts: Sequence[Part],
+    scaling: float,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """query [R, heads, S, d], key and value [R', kv heads, S', d] -> [R, S, heads, d]; zeros where no part is.
-
-    bfloat16 is computed in float32: torch's backward pass is several times slower in it.
-    """
-    return _Attention.apply(query, key, value, parts, scaling)
+    """query [R, heads, S, d], key and value [R', kv heads, S', d] -> [R, S, heads, d] in their precision, computed in
+    `dtype`; zeros where no part is."""
+    return _Attention.apply(query, key, value, parts, scaling, dtype)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, parts, scaling):
+    def forward(ctx, query, key, value, parts, scaling, dtype):
         rows, heads, length, size = query.shape
         out = query.new_zeros(rows, length, heads, size)
-        wide, kept = [_computed(tensor) for tensor in (query, key, value)], []
+        wide, kept = [_contiguous(tensor, dtype) for tensor in (query, key, value)], []
         for part in parts:
             attended, log_sums = _FLASH(*_taken(part, *wide), attn_mask=_bias(part, wide[0]), scale=scaling)
             out[part.query_row, part.queries] = attended[0].transpose(0, 1)
@@ -69,12 +72,11 @@ class _Attention(torch.autograd.Function):
             totals[0][part.query_row, :, part.queries] = grads[0][0]
             for total, more in zip(totals[1:], grads[1:], strict=True):
                 _add_at(total[part.key_row], part.keys, more[0])
-        return *(total.to(ctx.dtype) for total in totals), None, None
+        return *(total.to(ctx.dtype) for total in totals), None, None, None
 
 
-def _computed(tensor: torch.Tensor) -> torch.Tensor:
-    """In the precision of the computation, and contiguous: a gather of keys would copy all of a tensor that is not."""
-    dtype = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
+def _contiguous(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A gather of keys would copy all of a tensor that is not contiguous."""
     return tensor.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 

@@ -164,3 +164,15 @@ def test_how_a_plan_is_chosen():
     assert isinstance(plan_attention(rows_of_every_kind(4100), "segments"), SegmentPlan)
     with pytest.raises(ConfigError, match=r"attn_implementation dense with sequences of 4100.*use segments or flex"):
         plan_attention(rows_of_every_kind(4100), "dense")
+
+
+def test_chunk_by_chunk_as_on_other_devices(monkeypatch):
+    """Other devices have no kernel for CPUs: there every chunk is an operation of autograd."""
+    place = rows_of_every_kind()
+    length = place.document.shape[1]
+    plan = SegmentPlan.of(place, chunk=10)
+    _, found = outcome(plan, place, length)
+    monkeypatch.setattr(attention_module.cpu_attention, "suits", lambda query, value: False)
+    _, expected = outcome(plan, place, length)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
