@@ -4,13 +4,13 @@
     python -m benchmarks.rl --prompts 1 --traces   # a group of 8, trained on the decoder's own steps
     python -m benchmarks.rl --main ../dFactory     # and the same updates by another checkout
 
-Ours: groups of sampled responses from the cached decoder, which computes a prompt once a group; rows in which the responses
-to a prompt share its clean stream and views; old log-probabilities, one step of the clipped policy gradient; the weights
-given to the copy that decodes. The opponent decodes all responses as one batch, with the weights that it trains
+Ours: groups of sampled responses from the cached decoder, which computes a prompt once a group; rows in which the
+responses to a prompt share its clean stream and views; one step of the clipped policy gradient; the weights given to the
+copy that decodes. The opponent decodes all responses as one batch, with the weights that it trains
 (benchmarks/opponent_decoding.py), and trains on a noisy ++ clean row for every response and view; with `--traces` a view is
-a step of the decoder in every block. As the ratio is 1 in the first step on new rollouts, it computes no old
-log-probabilities. It decodes responses of its own, but both have ours to train on: the mean log-probability of their
-targets must be the same before every step.
+a step of the decoder in every block. As the ratio is 1 in the first step on new rollouts, neither computes old
+log-probabilities, but for ours in the first update and every tenth, to compare. The opponent decodes responses of its own,
+but both have ours to train on: the mean log-probability of their targets must be the same before every step.
 """
 
 import argparse
@@ -55,7 +55,7 @@ from dfactory.recipe import Recipe
 from dfactory.rl.rollouts import RolloutBatch, ScoredRollout
 from dfactory.rl.rows import rollout_document
 from dfactory.rl.source import RolloutSource
-from dfactory.types import Rollout
+from dfactory.types import Mean, Rollout
 
 TOLERANCE = 1e-4  # of the mean log-probability of a target, relative
 PARTS = ("rollout", "reward", "sync", "train")
@@ -147,16 +147,17 @@ class OurUpdate:
             rank=0,
             world_size=1,
             micro_batch_rows=1,
+            knows_ratio_1=True,
         )
+        trainer.watch = lambda batch, scores: {"logprob": Mean(scores.logprob_N.detach().sum(), batch.num_targets)}
 
     def __call__(self, _: int) -> tuple[float, dict[str, float]]:
         started, before = time.process_time(), sum(self.clock.seconds.values())
         window = self.source.next_window()
-        self.ours.trainer.train_window(window, PolicyGradient())
+        metrics = self.ours.trainer.train_window(window, PolicyGradient())
         elsewhere = sum(self.clock.seconds.values()) - before
         self.clock.seconds["train"] += time.process_time() - started - elsewhere
-        old_N = torch.cat([batch.columns["old_logprob_N"] for batch in window])
-        return old_N.mean().item(), self.clock.taken()
+        return metrics["logprob"], self.clock.taken()
 
 
 class OpponentUpdate:

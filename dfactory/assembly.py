@@ -255,6 +255,7 @@ def with_drafts(recipe: Recipe, inputs: Inputs, source: Source, trainer: Trainer
 
 def make_rollout_source(recipe: Recipe, inputs: Inputs, client: RolloutClient, trainer: Trainer) -> Source:
     """Rollouts as windows. The KL term's reference is the initial model: call this before a checkpoint is loaded."""
+    needs = recipe.algorithm.needs(recipe)
     return RolloutSource(
         client,
         trainer.weights,
@@ -269,8 +270,8 @@ def make_rollout_source(recipe: Recipe, inputs: Inputs, client: RolloutClient, t
         num_iterations=recipe.num_iterations,
         traces=recipe.algorithm.is_recorded(recipe),
         old_policy=recipe.old_policy,
-        importance_cap=recipe.algorithm.importance_cap(recipe),
-        compares=recipe.algorithm.needs(recipe).old_logprob,
+        compares=needs.old_logprob,
+        knows_ratio_1=needs.takes_ratio_1 and not trainer.policy.has_dropout,
         train_after_eos=recipe.train_after_eos,
         ratio_tolerance=RATIO_TOLERANCE[recipe.dtype],
     )

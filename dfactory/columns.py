@@ -96,7 +96,7 @@ for _column in (
         "old_logprob_N", torch.float32, "rl/source.py", "log-probability by the policy that the ratio compares with"
     ),
     Column("fresh_N", torch.bool, "rl/source.py", "whether the learner itself computed old_logprob"),
-    Column("importance_N", torch.float32, "rl/source.py", "truncated weight for decoding from another distribution"),
+    Column("recorded_logprob_N", torch.float32, "rl/source.py", "log-probability by which the decoder drew the target"),
     Column("reference_logprob_N", torch.float32, "rl/source.py", "log-probability by the reference"),
     Column("first_logprob_N", torch.float32, "engine/replay.py", "log-probability in the first of two passes"),
     Column("coefficient_*_N", torch.float32, "engine/replay.py", "the loss term's derivative by that log-probability"),

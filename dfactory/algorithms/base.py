@@ -35,6 +35,8 @@ class Needs:
     """Scores of the model that the run starts from: `reference_elbo_D` of pairs, `reference_logprob_N` of rollouts."""
     old_logprob: bool = False
     """The log-probabilities of a rollout's targets before the first step on it: `old_logprob_N`, and `fresh_N`."""
+    takes_ratio_1: bool = False
+    """Whether a batch may lack `old_logprob_N` where it is the detached log-probability of the training forward itself."""
     entropy_temperature: float | None = None
     """A gradient through the entropies of softmax(logits / this); None: entropies are only logged."""
 

@@ -18,8 +18,10 @@ A rollout may lie in several rows, each with a part of its views; a token's unit
 sequence's is not: the caller replays it in two passes (see engine/replay.py).
 
 Columns of the batch: `advantage_D`, `rollout_D` (its number in the window), `share_D` (1 over the rows that its views lie
-in), `old_logprob_N`, and `reference_logprob_N` where kl_coef is not 0. Two may be left out: `importance_N`, a constant
-weight of each token (see rl/source.py), and `fresh_N`, where the ratio has to be 1 at the first step.
+in), and `reference_logprob_N` where kl_coef is not 0. Three may be left out: `old_logprob_N`, where no step lies between:
+then it is the log-probability itself, as a constant; `fresh_N`, where the ratio has to be 1 at the first step; and
+`recorded_logprob_N`, the decoder's. With that one each token of `importance_cap` has the constant weight
+min(importance_cap, old / recorded) (see rl/source.py).
 """
 
 import dataclasses
@@ -46,6 +48,7 @@ class PolicyGradient(Objective):
     max_new_tokens: int = 1  # the constant of dr_grpo
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
+    importance_cap: float | None = None  # None: no importance weights
 
     @property
     def counts_need_scores(self) -> bool:
@@ -60,7 +63,7 @@ class PolicyGradient(Objective):
         tokens = (batch.columns["share_D"] * batch.answer_length_D).sum()
         if self.clip == "unconditional":
             weight_U = self._clipped_weight(self._log_ratio(batch, scores))
-            policy = (weight_U * self._unit_weight(batch)).sum()
+            policy = (weight_U * self._unit_weight(batch, scores)).sum()
         elif self.level == "sequence" or self.aggregation == "grpo":
             policy = rollouts
         else:
@@ -78,32 +81,44 @@ class PolicyGradient(Objective):
             clipped_U = ratio_U.clamp(1 - self.epsilon, 1 + self.epsilon_high)
             gain_U = torch.minimum(ratio_U * advantage_U, clipped_U * advantage_U)
             outside_U = gain_U < ratio_U * advantage_U
-        loss = {"policy": Mean(-(gain_U * self._unit_weight(batch)).sum(), counts["policy"])}
+        loss = {"policy": Mean(-(gain_U * self._unit_weight(batch, scores)).sum(), counts["policy"])}
         metrics = token_metrics(batch, scores)
         metrics["clip_ratio"] = Mean(outside_U.sum(), len(log_ratio_U))
         metrics["ratio_spread"] = Mean(log_ratio_U.detach().abs().sum(), len(log_ratio_U))
-        moved_N = scores.logprob_N.detach() - batch.columns["old_logprob_N"]
+        moved_N = scores.logprob_N.detach() - self._old_logprob(batch, scores)
         metrics["logprob_change"] = Mean(moved_N.abs().sum(), batch.num_targets)
-        metrics |= self._source_metrics(batch, moved_N)
+        metrics |= self._source_metrics(batch, scores, moved_N)
         if not self.kl_coef:
             return LossTerms(loss, metrics)
         loss["kl"] = Mean(self._kl(batch, scores), counts["kl"])
         return LossTerms(loss, metrics, weights={"kl": self.kl_coef})
 
-    def _source_metrics(self, batch: ViewBatch, moved_N: torch.Tensor) -> dict[str, Mean]:
+    def _source_metrics(self, batch: ViewBatch, scores: TokenScores, moved_N: torch.Tensor) -> dict[str, Mean]:
         """Of the columns that the batch may have."""
         metrics = {}
         if (fresh_N := batch.columns.get("fresh_N")) is not None:
             metrics["logprob_change_fresh"] = Mean((moved_N.abs() * fresh_N).sum(), fresh_N.sum())
-        if (importance_N := batch.columns.get("importance_N")) is not None:
+        if (importance_N := self._importance(batch, scores)) is not None:
             metrics["importance_gap"] = Mean((importance_N - 1).abs().sum(), batch.num_targets)
         return metrics
 
     def _log_ratio(self, batch: ViewBatch, scores: TokenScores) -> torch.Tensor:
-        delta_N = scores.logprob_N - batch.columns["old_logprob_N"]
+        delta_N = scores.logprob_N - self._old_logprob(batch, scores)
         if self.level == "token":
             return delta_N
         return sum_by_unit(batch, batch.elbo_weight_N * delta_N) / by_unit(batch, self._normaliser_D(batch))
+
+    def _old_logprob(self, batch: ViewBatch, scores: TokenScores) -> torch.Tensor:
+        """[N], a constant."""
+        old_N = batch.columns.get("old_logprob_N")
+        return scores.logprob_N.detach() if old_N is None else old_N
+
+    def _importance(self, batch: ViewBatch, scores: TokenScores) -> torch.Tensor | None:
+        """The constant weight of each token for decoding from another distribution, [N]; None: 1."""
+        recorded_N = batch.columns.get("recorded_logprob_N")
+        if recorded_N is None or self.importance_cap is None:
+            return None
+        return (self._old_logprob(batch, scores) - recorded_N).exp().clamp(max=self.importance_cap)
 
     def _normaliser_D(self, batch: ViewBatch) -> torch.Tensor:
         if self.normaliser == "sum":
@@ -117,13 +132,13 @@ class PolicyGradient(Objective):
             return batch.columns["advantage_D"][batch.document_N]
         return by_unit(batch, batch.columns["advantage_D"])
 
-    def _unit_weight(self, batch: ViewBatch) -> torch.Tensor | float:
+    def _unit_weight(self, batch: ViewBatch, scores: TokenScores) -> torch.Tensor | float:
         """What multiplies a unit's gain: for a token the weights of its view and of importance; a sequence's ratio has that
         of its views already."""
         if self.level == "sequence":
             return 1.0
         weight_N = batch.elbo_weight_N
-        if (importance_N := batch.columns.get("importance_N")) is not None:
+        if (importance_N := self._importance(batch, scores)) is not None:
             weight_N = weight_N * importance_N
         if self.aggregation != "grpo":
             return weight_N
@@ -176,7 +191,7 @@ class ClippedPolicyGradient(RolloutAlgorithm):
     Keys = ClippedKeys
 
     def needs(self, recipe: Any) -> Needs:
-        return Needs(reference=recipe.kl_coef > 0, old_logprob=True)
+        return Needs(reference=recipe.kl_coef > 0, old_logprob=True, takes_ratio_1=True)
 
     def unit(self, recipe: Any) -> dict[str, Any]:
         """What has a ratio of its own, as the fields of PolicyGradient."""
@@ -191,6 +206,7 @@ class ClippedPolicyGradient(RolloutAlgorithm):
             max_new_tokens=recipe.decode.max_new_tokens,
             kl_coef=recipe.kl_coef,
             kl_estimator=recipe.kl_estimator,
+            importance_cap=self.importance_cap(recipe),
         )
 
     def notes(self, recipe: Any) -> list[str]:

@@ -69,6 +69,12 @@ class Policy(nn.Module):
         return self._causal_lm.device
 
     @property
+    def has_dropout(self) -> bool:
+        """Whether a forward in training mode drops anything, so that two of them differ."""
+        module_rates = (module.p for module in self.modules() if isinstance(module, nn.Dropout))
+        return any(module_rates) or bool(getattr(self.config, "attention_dropout", 0.0))
+
+    @property
     def can_be_recorded(self) -> bool:
         """Whether forwards of equal shape can become a CUDA graph: in 16 bits (in float32 the grouped matmul asks a GPU how
         many tokens each expert got), with weights that stay where they are (ZeRO-3 gathers them)."""

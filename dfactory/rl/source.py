@@ -21,7 +21,9 @@ recorded), as a constant. With `old_policy: learner` it covers staleness too, wh
 (arXiv:2505.24298). ELBO views are no steps of the decoder: it has no record of them, so there is no weight.
 
 `check` then holds training to it: at the first step on new rollouts the ratio of the fresh ones is 1, because no step
-lies between.
+lies between. Where rollouts are used once, that makes the learner's pass over fresh ones superfluous: the old
+log-probabilities are those of the training forward itself, as constants. Then only the first global batch and every
+CHECKED_EVERY-th is scored, to compare.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -44,6 +46,7 @@ Score = Callable[[ViewBatch], TokenScores]
 # a 16B MoE the bound is an estimate: errors of layers add up like independent ones, so 20 layers make it 0.03 to 0.04; and
 # experts whose router scores are closer than rounding change places, where a flip replaces the weakest of 8, about a tenth
 # of a layer's output, which at most doubles it. What the check is for is larger: lora_dropout 0.5 moves a target by 0.5.
+CHECKED_EVERY = 10  # global batches, of which one has its ratios compared with 1 although they are known to be 1
 RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1}
 """By dtype: how far, in nats a target on average, two forwards of the same policy may lie apart."""
 
@@ -82,17 +85,20 @@ class RolloutSource:
         reference: Score | None = None,
         traces: bool = False,
         old_policy: str = "decoder",
-        importance_cap: float | None = None,
         train_after_eos: bool = True,
         compares: bool = True,
+        knows_ratio_1: bool = False,
         ratio_tolerance: float = RATIO_TOLERANCE["float32"],
     ):
         self.client, self.weights = client, weights
         self.score, self.reference = score, reference
         self.rows = RolloutRows(make_views, block_size, row_length, world_size, micro_batch_rows, train_after_eos)
         self.rank = rank
-        self.traces, self.old_policy, self.importance_cap = traces, old_policy, importance_cap
+        self.traces, self.old_policy = traces, old_policy
         self.compares = compares  # with old log-probabilities
+        # Whether the objective takes fresh rollouts without them, and two forwards of one policy agree (no dropout).
+        self.knows_ratio_1 = knows_ratio_1 and num_iterations == 1
+        self._unchecked = CHECKED_EVERY  # global batches since the last one whose ratios were compared with 1
         self.num_iterations, self.ratio_tolerance = num_iterations, ratio_tolerance
         self.version = 0  # policy versions made so far: optimiser steps
         self.next_group = 0
@@ -146,8 +152,12 @@ class RolloutSource:
         the recipe asks for. All ranks skip the learner's pass alike, because scoring is collective."""
         scored = []
         fresh = torch.tensor([not self._is_stale(scored) for scored in rollouts], dtype=torch.bool)
+        compares = self.compares and not self._ratio_is_1(fresh)
         for batch in batches:
-            columns = self._old_columns(batch, rollouts, fresh) if self.compares else {}
+            columns = self._old_columns(batch, rollouts, fresh) if compares else {}
+            # A trace's targets are the decoder's own commits, so its record corrects for the distribution that it drew from.
+            if self.compares and self.traces:
+                columns["recorded_logprob_N"] = recorded(batch, rollouts)
             if self.reference is not None:
                 columns["reference_logprob_N"] = self.reference(batch).logprob_N.cpu()
             scored.append(batch.with_columns(**columns))
@@ -162,11 +172,17 @@ class RolloutSource:
         old_N = self.score(batch).logprob_N.cpu() if fresh.any() else torch.zeros(batch.num_targets)
         if not fresh.all():
             old_N = torch.where(fresh_N, old_N, self._decoders(batch, rollouts))
-        columns = {"old_logprob_N": old_N, "fresh_N": fresh_N}
-        # A trace's targets are the decoder's own commits, so its record corrects for the distribution that it drew from.
-        if self.traces and self.importance_cap is not None:
-            columns["importance_N"] = (old_N - recorded(batch, rollouts)).exp().clamp(max=self.importance_cap)
-        return columns
+        return {"old_logprob_N": old_N, "fresh_N": fresh_N}
+
+    def _ratio_is_1(self, fresh: torch.Tensor) -> bool:
+        """Whether the training forward itself gives the old log-probabilities, and no check is due; alike on all ranks."""
+        if not self.knows_ratio_1 or not fresh.all():
+            return False
+        self._unchecked += 1
+        if self._unchecked < CHECKED_EVERY:
+            return True
+        self._unchecked = 0
+        return False
 
     def _is_stale(self, scored: ScoredRollout) -> bool:
         """Whether steps lie between the policy that decoded a rollout and the learner's, and the ratio is to count them."""

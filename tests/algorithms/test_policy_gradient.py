@@ -88,16 +88,44 @@ def test_lengths_are_those_of_answers_without_their_fill(objective, factor):
 
 @pytest.mark.parametrize("clip", ["ppo", "unconditional"])
 def test_importance_weights_multiply_gains_as_constants(clip):
-    batch = FOUR.with_columns(importance_N=torch.tensor([0.5, 1.0, 2.0, 1.0]))
-    objective = PolicyGradient(clip=clip, aggregation="dapo")
+    weight_N = torch.tensor([0.5, 1.0, 2.0, 1.0])
+    batch = FOUR.with_columns(recorded_logprob_N=torch.tensor(OLD) - weight_N.log())
+    objective = PolicyGradient(clip=clip, aggregation="dapo", importance_cap=3.0)
     given, plain = scores(OLD), scores(OLD)
     objective(batch, given).loss["policy"].total.backward()
     objective(FOUR, plain).loss["policy"].total.backward()
-    torch.testing.assert_close(given.logprob_N.grad, plain.logprob_N.grad * batch.columns["importance_N"])
+    torch.testing.assert_close(given.logprob_N.grad, plain.logprob_N.grad * weight_N)
     weighed = 2 * (0.5 + 1.0 + 2.0 + 1.0)  # of a view weight of 2
-    assert objective.counts(batch, scores(OLD))["policy"] == pytest.approx(6 if clip == "ppo" else weighed)
+    assert float(objective.counts(batch, scores(OLD))["policy"]) == pytest.approx(6 if clip == "ppo" else weighed)
     gap = objective(batch, given).metrics["importance_gap"]
-    assert (float(gap.total), gap.count) == (1.5, 4)
+    assert (float(gap.total), gap.count) == (pytest.approx(1.5), 4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"aggregation": "dapo", "kl_coef": 0.1},
+        {"importance_cap": 2.0},
+        {"clip": "unconditional"},
+        {"level": "sequence"},
+        {"level": "sequence", "normaliser": "block", "clip": "unconditional"},
+    ],
+    ids=str,
+)
+def test_where_no_step_lies_between_the_batch_need_not_say_the_old_log_probabilities(options):
+    """Loss, metrics, denominators and gradient are what they are with the training forward's own ones."""
+    objective = PolicyGradient(**options)
+    batch = FOUR.with_columns(recorded_logprob_N=torch.tensor(OLD) + 0.5)
+    without = {name: column for name, column in batch.columns.items() if name != "old_logprob_N"}
+    results = []
+    for one in (batch, dataclasses.replace(batch, columns=without)):
+        given = scores(OLD)
+        terms = objective(one, given)
+        loss = micro_loss(terms, window_counts(objective, [one], [given], lambda table: None), 1)
+        loss.backward()
+        metrics = {name: [float(number) for number in mean] for name, mean in terms.metrics.items()}
+        results.append((loss.item(), given.logprob_N.grad.tolist(), metrics))
+    assert results[0] == results[1]
 
 
 # --- sequences --------------------------------------------------------------------------------------------------------

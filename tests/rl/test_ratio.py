@@ -62,6 +62,22 @@ def test_dropout_of_adapters_is_noticed(run, keys, name, most):
         run("use_peft=true", "lora_dropout=0.5", *keys)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [["policy_loss=trace"], ["policy_loss=trace", "kl_coef=0.1"], EBPO],
+    ids=["tokens", "reference", "sequences"],
+)
+def test_without_a_pass_for_old_log_probabilities_training_is_the_same(run, keys, monkeypatch):
+    """The pass is made at the first step of these three alone."""
+    without = run(*keys)
+    monkeypatch.setattr("dfactory.rl.source.CHECKED_EVERY", 1)
+    with_pass = run(*keys)
+    assert ["logprob_change_fresh" in row for row in without] == [True, False, False]
+    assert all(row["logprob_change_fresh"] < 1e-6 for row in with_pass)
+    for name in ("loss", "policy", "grad_norm", "token_nll", "clip_ratio"):
+        assert [row[name] for row in without] == pytest.approx([row[name] for row in with_pass], rel=1e-6), name
+
+
 @pytest.mark.parametrize("error, tolerance, holds", [(2e-4, 1e-4, False), (5e-5, 1e-4, True), (5e-2, 1e-1, True)])
 def test_a_source_whose_old_log_probabilities_are_wrong(error, tolerance, holds):
     """By `error` everywhere; only the first window on the same rollouts is held to the tolerance."""
