@@ -1,11 +1,13 @@
 """`dfactory VERB ...`: parses words, calls one function, turns expected failures into a message and an exit status.
 
-Exit status: 0 done, 1 failed, 2 wrong recipe or usage, 75 preempted after a saved checkpoint. Every verb imports what it
-needs when it is called, so that --help answers at once.
+Exit status: 0 done, 1 failed, 2 wrong recipe or usage, 75 preempted after a saved checkpoint, 141 the reader of the output
+has gone (`| head`). Every verb imports what it needs when it is called, so that --help answers at once.
 """
 
 import argparse
 import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -18,8 +20,32 @@ from dfactory.errors import ConfigError, DFactoryError
 from dfactory.redaction import guard_output
 from dfactory.versions import version_of
 
+EXIT_UNREAD = 128 + signal.SIGPIPE  # as of a program that a broken pipe ends
+
 
 def main(argv: list[str] | None = None) -> int:
+    try:
+        try:
+            return _run(argv)
+        finally:
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()  # here and not at the interpreter's end, where nothing can be caught
+    except BrokenPipeError:
+        if not (unread := [fd for fd in (1, 2) if _has_no_reader(fd)]):
+            raise  # another pipe or connection broke
+        for fd in unread:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)  # takes what is still buffered
+        return EXIT_UNREAD
+
+
+def _has_no_reader(fd: int) -> bool:
+    """Whether a file descriptor is a pipe that nobody reads."""
+    watch = select.poll()
+    watch.register(fd, 0)
+    return any(event & select.POLLERR for _, event in watch.poll(0))
+
+
+def _run(argv: list[str] | None) -> int:
     guard_output()
     parser, verbs = _parser()
     typed = sys.argv[1:] if argv is None else argv

@@ -3,6 +3,12 @@
 from rich.console import Console
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to `cli.main`; rich would end the program with status 1."""
+        raise
+
+
 def plain_console(**options) -> Console:
     """A rich Console that prints text literally. For styled text print a rich.text.Text."""
-    return Console(highlight=False, markup=False, emoji=False, **options)
+    return _Console(highlight=False, markup=False, emoji=False, **options)

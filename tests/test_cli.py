@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 import dfactory
-from dfactory.cli import main
+from dfactory.cli import VERBS, main
 from dfactory.config.load import known_keys
 from dfactory.decoding.keys import DecodeKeys
 from dfactory.recipe import Recipe
@@ -203,3 +204,43 @@ def test_public_names():
     assert set(dfactory.__all__) <= {name for name in dfactory.__all__ if getattr(dfactory, name) is not None}
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = dfactory.nothing
+
+
+@pytest.mark.parametrize("words", [["doctor"], ["schema", "--markdown"], ["recipes"]], ids=lambda words: words[0])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_away_ends_a_verb_quietly(words, unbuffered):
+    """`dfactory doctor | head`, also where all of the output fits a buffer."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "dfactory.cli", *words],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_console_of_rich_ends_quietly_too():
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        code = "import sys; from dfactory import cli, console; cli._run = lambda _: console.plain_console().print('a')"
+        done = subprocess.run([sys.executable, "-c", f"{code}; sys.exit(cli.main())"], stdout=writing, stderr=-1)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch):
+    def broken(arguments, overrides):
+        raise BrokenPipeError("of a connection")
+
+    recipes = next(verb for verb in VERBS if verb.name == "recipes")
+    monkeypatch.setattr("dfactory.cli.VERBS", (recipes._replace(run=broken),))
+    with pytest.raises(BrokenPipeError):
+        main(["recipes"])

@@ -19,18 +19,12 @@ from dfactory.commands.cards.usage import IDS, recipe_keys
 from dfactory.decoding.keys import DecodeKeys, decode_keys_over, rule_of
 from dfactory.decoding.rules.base import Served
 from dfactory.errors import ConfigError
+from dfactory.models.families.base import FAMILIES, InSGLang
 from dfactory.models.registry import trained_block_size
 from dfactory.runs.lineage import Lineage
 from dfactory.vocabulary import read_vocabulary
 
 VERSION = "0.5.23"
-MASKS = {
-    "LLaDA2MoeModelLM": 156895,
-    "SDARForCausalLM": 151669,
-    "SDARMoeForCausalLM": 151669,
-    "DiffusionGemmaForBlockDiffusion": None,  # its noise has no mask
-}
-"""The mask token that SGLang takes for each architecture, whatever the checkpoint says."""
 CONFIG, LAUNCH = "sglang.yaml", "sglang.sh"
 NOT_RUN = f"Written by dfactory export for SGLang {VERSION}. Not run: SGLang needs a GPU, and there was none."
 
@@ -41,11 +35,11 @@ def write_sglang(directory: Path, lineage: Lineage) -> str:
     Raises ConfigError for an architecture that SGLang has no diffusion decoder for, another mask than it takes, or a
     decoding rule that it has not.
     """
-    architecture = _require_known(directory, recipe_keys(lineage))
+    known = _require_known(directory, recipe_keys(lineage))
     keys = decode_keys_of(lineage)
     served = _require_served(keys)
     block_size = trained_block_size(directory)
-    config = dict(served.config) | ({} if MASKS[architecture] is None else {"block_size": block_size})
+    config = dict(served.config) | ({} if known.mask is None else {"block_size": block_size})
     (directory / CONFIG).write_text(f"# {NOT_RUN}\n{yaml.safe_dump(config, sort_keys=False)}")
     launch = directory / LAUNCH
     launch.write_text(launch_script(served.algorithm))
@@ -71,23 +65,25 @@ def decode_keys_of(lineage: Lineage) -> DecodeKeys:
     return decode_keys_over(DecodeKeys(), {k: v for k, v in stated.items() if k in known}, "the recipe")
 
 
-def _require_known(directory: Path, recipe: Mapping[str, Any]) -> str:
+def _require_known(directory: Path, recipe: Mapping[str, Any]) -> InSGLang:
     config = json.loads((directory / "config.json").read_text())
     architecture = (config.get("architectures") or ["none"])[0]
-    if architecture not in MASKS:
+    decoded = {v.in_sglang.architecture: v.in_sglang for f in FAMILIES for v in f.variants if v.in_sglang is not None}
+    if architecture not in decoded:
         raise ConfigError(
             f"--sglang: SGLang {VERSION} decodes no diffusion model of the architecture {architecture}, only "
-            f"{', '.join(MASKS)}; leave --sglang out, and serve it with `dfactory serve`"
+            f"{', '.join(decoded)}; leave --sglang out, and serve it with `dfactory serve`"
         )
-    if MASKS[architecture] is None:
-        return architecture
+    known = decoded[architecture]
+    if known.mask is None:
+        return known
     mask = read_vocabulary(directory, **{name: recipe.get(name) for name in IDS}).special.mask
-    if mask != MASKS[architecture]:
+    if mask != known.mask:
         raise ConfigError(
-            f"--sglang: SGLang {VERSION} takes {MASKS[architecture]} for the mask of {architecture}, and this model's is "
+            f"--sglang: SGLang {VERSION} takes {known.mask} for the mask of {architecture}, and this model's is "
             f"{mask}; leave --sglang out, and serve it with `dfactory serve`"
         )
-    return architecture
+    return known
 
 
 def _require_served(keys: DecodeKeys) -> Served:

@@ -12,15 +12,16 @@ import pytest
 import yaml
 
 from dfactory.cli import main
-from dfactory.commands.sglang import MASKS, NOT_RUN, decode_keys_of, write_sglang
+from dfactory.commands.sglang import NOT_RUN, decode_keys_of, write_sglang
 from dfactory.decoding.keys import DecodeKeys, rule_of
 from dfactory.errors import ConfigError
+from dfactory.models.families.base import FAMILIES
 from dfactory.models.saving import carried_files
 from dfactory.models.tiny import write_tiny_config
 from dfactory.runs.lineage import HUB, Base, Lineage, Source, Training
 
 ROOT = Path(__file__).resolve().parents[2]
-LLADA2 = "LLaDA2MoeModelLM"
+LLADA2 = FAMILIES["llada2"].variants[0].in_sglang
 
 
 def lineage(keys: dict | None = None, **decode) -> Lineage:
@@ -69,14 +70,14 @@ def test_an_architecture_that_sglang_does_not_have(tmp_path):
 def test_another_mask_is_refused_and_leaves_no_files(tmp_path, capsys):
     words = ["export", "--model", "tiny", "--output", str(tmp_path / "out"), "--sglang"]
     assert main(words) == 2
-    assert f"takes {MASKS[LLADA2]} for the mask of {LLADA2}" in capsys.readouterr().err
+    assert f"takes {LLADA2.mask} for the mask of {LLADA2.architecture}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_the_files_parse_and_say_that_they_were_not_run(tmp_path):
     """Of a model with LLaDA2's own ids, of which no weights are needed here."""
     model = write_tiny_config(tmp_path / "model", vocab_size=157184, pad_token_id=156892)
-    ids = {"mask_token_id": MASKS[LLADA2], "eos_token_id": 156892}
+    ids = {"mask_token_id": LLADA2.mask, "eos_token_id": 156892}
     told = write_sglang(model, lineage(ids, threshold=0.8))
     assert told == "SGLang: sglang.sh with LowConfidence (threshold 0.8, block_size 32), not run here"
     assert yaml.safe_load((model / "sglang.yaml").read_text()) == {"threshold": 0.8, "block_size": 32}

@@ -49,6 +49,13 @@ class SpecialTokens(NamedTuple):
     eos: int | None = None
 
 
+class InSGLang(NamedTuple):
+    """How SGLang decodes a family's models (`dfactory export --sglang`)."""
+
+    architecture: str  # the first of config.json's `architectures`, by which SGLang finds its model class
+    mask: int | None  # the mask token that it takes, whatever the checkpoint says; None: the noise has no mask
+
+
 class Variant(NamedTuple):
     """A `model_type` of config.json, and the classes that read it: transformers' own, or subclasses with other names."""
 
@@ -60,6 +67,7 @@ class Variant(NamedTuple):
         WeightConverter | WeightRenaming
     ] = ()  # original tensor names -> those of the class; saving inverts
     checkpoints: str = ""  # for the page: who has it
+    in_sglang: InSGLang | None = None  # None: SGLang has no diffusion decoder for it
 
     def claims(self, architectures: Collection[str]) -> bool:
         return not self.architectures or bool(set(self.architectures) & set(architectures))

@@ -19,7 +19,7 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
 )
 
 from dfactory.models.config_keys import DECODER, POSITIVE, Rule, Rules, only, size
-from dfactory.models.families.base import FAMILIES, Attention, Family, Noise, SpecialTokens, Variant
+from dfactory.models.families.base import FAMILIES, Attention, Family, InSGLang, Noise, SpecialTokens, Variant
 
 VISION = r"^model\.encoder\.(vision_tower|embed_vision)\."  # not computed here, and saved as they were read
 
@@ -184,6 +184,7 @@ FAMILIES.add(
                 DiffusionGemmaConfig,
                 DiffusionGemma,
                 checkpoints="diffusiongemma-26B-A4B-it, text",
+                in_sglang=InSGLang(DiffusionGemmaForBlockDiffusion.__name__, mask=None),
             ),
         ),
         keys={

@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 )
 
 from dfactory.models.config_keys import DECODER, DEFAULT_ROPE, MOE, NO_WINDOW, POSITIVE, SWITCH, Rules, only, size
-from dfactory.models.families.base import FAMILIES, Family, Variant
+from dfactory.models.families.base import FAMILIES, Family, InSGLang, Variant
 
 # Original keys that say the same as a Glm4Moe key of another name.
 _RENAMED_KEYS = {
@@ -268,6 +268,7 @@ _LLADA2 = Family(
             LLaDA2MoeModelLM,
             renames=_RENAMES,
             checkpoints="LLaDA2.0 mini (16B), flash (100B)",
+            in_sglang=InSGLang(LLaDA2MoeModelLM.__name__, mask=156895),  # that of LLaDA2.1 too
         ),
         Variant("llada21_moe", LLaDA21MoeConfig, LLaDA21MoeModelLM, renames=_RENAMES, checkpoints="LLaDA2.1"),
         Variant(

@@ -7,7 +7,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from dfactory.models.config_keys import SWITCH, Rules, size
-from dfactory.models.families.base import FAMILIES, Family, SpecialTokens, Variant
+from dfactory.models.families.base import FAMILIES, Family, InSGLang, SpecialTokens, Variant
 from dfactory.models.families.decoder import QWEN3, QWEN3_MOE, QWEN3_MOE_AUTOEP
 
 
@@ -49,7 +49,15 @@ _SPECIAL = SpecialTokens(mask=151669, eos=151643)
 FAMILIES.add(
     Family(
         "sdar",
-        (Variant("sdar", SDARConfig, SDARForCausalLM, checkpoints="SDAR-Chat 1.7B, 4B, 8B, TraDo, DiRL"),),
+        (
+            Variant(
+                "sdar",
+                SDARConfig,
+                SDARForCausalLM,
+                checkpoints="SDAR-Chat 1.7B, 4B, 8B, TraDo, DiRL",
+                in_sglang=InSGLang(SDARForCausalLM.__name__, _SPECIAL.mask),
+            ),
+        ),
         keys=QWEN3 | _OTHERS,
         block_size=4,
         block_size_key="block_size",
@@ -67,6 +75,7 @@ FAMILIES.add(
                 SDARMoeForCausalLM,
                 renames=get_checkpoint_conversion_mapping(Qwen3MoeConfig.model_type),
                 checkpoints="SDAR-30B-A3B-Chat",
+                in_sglang=InSGLang(SDARMoeForCausalLM.__name__, _SPECIAL.mask),
             ),
         ),
         keys=QWEN3_MOE | _OTHERS,
