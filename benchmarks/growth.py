@@ -183,6 +183,7 @@ def run_rank(job: dict) -> None:
     cost = runner.cost(interleave({"step": runner.step}, rounds)["step"])
     if rank == 0:
         Path(job["output"]).write_text(json.dumps(cost))
+    distributed.leave_at_exit()
 
 
 def axis_table(axis: str, costs: dict[int, Cost]) -> Table:

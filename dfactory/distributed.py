@@ -1,5 +1,6 @@
 """The process group: one rank by itself, or many under torchrun, slurm or Ray."""
 
+import atexit
 import os
 import resource
 import socket
@@ -42,6 +43,22 @@ def start() -> tuple[int, int]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return dist.get_rank(), dist.get_world_size()
+
+
+def leave_at_exit() -> None:
+    """Leave the process group before the interpreter ends. For ranks that have ended in order: all of them call it.
+
+    A gloo thread that lets go of its last tensor takes Python's lock. While the interpreter ends that kills the thread, and
+    the thread kills the process (SIGABRT): a finished run would report a failure. Leaving joins the threads first. A rank
+    that failed must not wait for them, since the others may never answer.
+    """
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def device() -> torch.device:

@@ -69,7 +69,9 @@ def learn(recipe: Recipe, client: RolloutClient | None = None) -> int:
     distributed.start()
     folder = RunFolder(recipe.output_dir)
     with one_run(folder, driven=client is not None):
-        return _learn_in(folder, recipe, client, preemption)
+        status = _learn_in(folder, recipe, client, preemption)
+    distributed.leave_at_exit()
+    return status
 
 
 def _learn_in(folder: RunFolder, recipe: Recipe, client: RolloutClient | None, preemption: Preemption) -> int:

@@ -56,8 +56,13 @@ def test_requirements_of_this_environment():
 @pytest.mark.parametrize("secret", ["hf_0123456789abcdef"])
 def test_without_any_package(tmp_path, secret):
     """Python without its site-packages: torch, rich and the rest are missing. No secret is printed."""
+    code = (
+        tmp_path / "code"
+    )  # the package alone: beside a checkout's there may lie an .egg-info, which counts as installed
+    code.mkdir()
+    (code / "dfactory").symlink_to(ROOT / "dfactory")
     words = [sys.executable, "-S", "-m", "dfactory.cli", "doctor"]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_TOKEN": secret}
+    environment = {"PYTHONPATH": str(code), "PATH": "/usr/bin:/bin", "HF_TOKEN": secret}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "")
     assert "lacks: dfactory is not installed here" in done.stdout
