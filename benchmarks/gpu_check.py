@@ -1,11 +1,11 @@
 """What only a GPU can show, in one go: tests, training steps, decoding and a run, each with a time limit of its own.
 
-    bash launch/gpu_check.sh                    # on a machine with one GPU, within ten minutes
+    bash launch/gpu_check.sh                    # on a machine with one GPU, within eight minutes
     python -m benchmarks.gpu_check --dry-run    # the same parts at the sizes of tests, on any machine
 
-A part is a command. Every one runs, whatever became of those before it; one that does not end in time is ended with all that
-it started. Results go to gpu_check.json and gpu_check.md in `--out`, after each part, so that a check that is cut short has
-them too. Ends with status 1 if a part failed.
+A part is a command. Every one runs, whatever became of those before it, as long as `--minutes` last; one that does not end
+in time is ended with all that it started. Results go to gpu_check.json and gpu_check.md in `--out`, after each part, so that
+a check that is cut short has them too. Ends with status 1 if a part failed or did not run.
 """
 
 import argparse
@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAST_LINES = 60  # of a part's output, on the page
 FULL_OUTPUT = 200_000  # characters of it that the JSON file keeps
 MATRIX, COPY_BYTES, REPEATS = 8192, 2**31, 10  # of the two rates that all others are compared with
-LOSSES = "losses_of_twenty_steps"  # the slow ones among the tests
+MINUTES = 8.0
+LEAST_S = 20  # no part begins with less left
 GRACE_S = 5  # from an interrupt, at which pytest prints the failures so far, to the end
 
 
@@ -47,6 +48,7 @@ class Outcome(NamedTuple):
     status: int | None  # None: not ended in time
     seconds: float
     output: str
+    limit_s: float  # the part's, or what was left of the whole check
 
     @property
     def is_passed(self) -> bool:
@@ -54,7 +56,13 @@ class Outcome(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        return {0: "passed", None: f"not ended after {self.part.limit_s} s"}.get(self.status, f"status {self.status}")
+        if not self.is_begun:
+            return "not run: the time of the check is used up"
+        return {0: "passed", None: f"not ended after {self.limit_s:.0f} s"}.get(self.status, f"status {self.status}")
+
+    @property
+    def is_begun(self) -> bool:
+        return self.limit_s > 0
 
 
 def parts(scratch: Path) -> list[Part]:
@@ -69,17 +77,25 @@ def parts(scratch: Path) -> list[Part]:
     return [
         Part(
             "tests",
-            "tests marked gpu: flex_attention, CUDA graphs, Liger, no host that waits",
-            150,
-            [*pytest, "-k", f"not {LOSSES}", "--numprocesses", "4"],
-            [*pytest, "-k", f"not {LOSSES}", "--collect-only"],
+            "tests marked gpu: flex_attention, CUDA graphs, Liger, no host that waits; losses of twenty steps under ZeRO 0 "
+            "and 3 and in bf16 against plain torch on a CPU",
+            240,
+            [*pytest, "--numprocesses", "8"],
+            [*pytest, "--collect-only"],
         ),
         Part(
-            "losses",
-            "twenty steps under ZeRO 0, 3 and bf16 against plain torch on a CPU",
-            240,
-            [*pytest, "-k", LOSSES, "--numprocesses", "4"],
-            [*pytest, "-k", LOSSES, "--collect-only"],
+            "decoding, CUDA graphs",
+            "replayed forwards beside launched ones, bf16, at mini's width",
+            120,
+            [*decoding, "--graphs", "--shape", "mini", "--new-tokens", "256", "--rounds", "2"],
+            [*decoding, "--smoke"],
+        ),
+        Part(
+            "step, SmolLM2",
+            "the step of recipes/smollm2 on a model of its shape, all 30 layers, L 384, batch 32",
+            90,
+            [*step, "--shape", "smollm2", "--vocabulary", "49152", "--length", "384", "--batch", "32"],
+            [*step, "--smoke"],
         ),
         Part(
             "step, mini's width",
@@ -103,13 +119,6 @@ def parts(scratch: Path) -> list[Part]:
             [*bench, "benchmarks.step", "--profile", "--length", "64", "--batch", "2", "--vocabulary", "512"],
         ),
         Part(
-            "decoding, CUDA graphs",
-            "replayed forwards beside launched ones, bf16, at mini's width",
-            120,
-            [*decoding, "--graphs", "--shape", "mini", "--new-tokens", "256", "--rounds", "2"],
-            [*decoding, "--smoke"],
-        ),
-        Part(
             "decoding",
             "the decoder beside the opponent's cached loop",
             120,
@@ -120,20 +129,22 @@ def parts(scratch: Path) -> list[Part]:
     ]
 
 
-def run_part(part: Part, dry_run: bool, show: Callable[[str], None] = print) -> Outcome:
-    """Run the part's command in the repository's root, in a process group of its own."""
-    command = part.dry if dry_run else part.command
+def run_part(part: Part, dry_run: bool, left_s: float = float("inf"), show: Callable[[str], None] = print) -> Outcome:
+    """Run the part's command in the repository's root, in a process group of its own, for `left_s` seconds at most."""
+    if left_s < LEAST_S:
+        return Outcome(part, None, 0.0, "", 0.0)
+    command, limit_s = part.dry if dry_run else part.command, min(part.limit_s, left_s)
     show(f"==> {part.name}: {' '.join(command)}")
     started = time.perf_counter()
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
-        output, _ = process.communicate(timeout=part.limit_s)
+        output, _ = process.communicate(timeout=limit_s)
         status = process.returncode
     except subprocess.TimeoutExpired:
         output, status = _end(process), None
-    outcome = Outcome(part, status, time.perf_counter() - started, output[-FULL_OUTPUT:])
+    outcome = Outcome(part, status, time.perf_counter() - started, output[-FULL_OUTPUT:], limit_s)
     show("\n".join(output.splitlines()[-LAST_LINES:]))
     show(f"<== {part.name}: {outcome.verdict} in {outcome.seconds:.0f} s\n")
     return outcome
@@ -226,6 +237,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", metavar="PART", help="these parts in this order, by the beginning of their names"
     )
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="for all parts together, a GPU's alone (default: %(default)g)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="at the sizes of tests; needs no GPU")
     options = parser.parse_args(arguments)
     if not (options.dry_run or torch.cuda.is_available()):
@@ -239,7 +253,8 @@ def main(arguments: list[str] | None = None) -> int:
     started, outcomes, facts = time.perf_counter(), [], machine()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     for part in chosen:
-        outcomes.append(run_part(part, options.dry_run))
+        left_s = float("inf") if options.dry_run else 60 * options.minutes - (time.perf_counter() - started)
+        outcomes.append(run_part(part, options.dry_run, left_s))
         write_results(options.out, facts, outcomes, time.perf_counter() - started)
     print("\n".join(f"{outcome.part.name}: {outcome.verdict}, {outcome.seconds:.0f} s" for outcome in outcomes))
     print(f"{options.out}/gpu_check.md")

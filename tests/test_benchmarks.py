@@ -202,19 +202,21 @@ def test_a_part_of_the_gpu_check_ends_in_time_with_all_that_it_started(tmp_path)
     hangs = gpu_check.Part("hangs", "that it is ended", 2, [], [sys.executable, "-c", code])
     passes = gpu_check.Part("passes", "that later parts run", 30, [], [sys.executable, "-c", "print('done')"])
     outcomes = [gpu_check.run_part(part, dry_run=True) for part in (hangs, passes)]
-    assert [outcome.status for outcome in outcomes] == [None, 0]
+    outcomes.append(gpu_check.run_part(passes._replace(name="late"), dry_run=True, left_s=1.0))
+    assert [outcome.status for outcome in outcomes] == [None, 0, None]
     pid = int(outcomes[0].output.split()[1])
     assert not Path(f"/proc/{pid}").exists() or "zombie" in Path(f"/proc/{pid}/status").read_text()
     gpu_check.write_results(tmp_path, {"gpu": None}, outcomes, 3.0)
     page = (tmp_path / "gpu_check.md").read_text()
     assert "| hangs | that it is ended | not ended after 2 s |" in page
+    assert "| late | that later parts run | not run: the time of the check is used up |" in page
     assert json.loads((tmp_path / "gpu_check.json").read_text())["parts"][1]["status"] == 0
 
 
 def test_the_gpu_check_says_which_parts_there_are(capsys):
     with pytest.raises(SystemExit):
         gpu_check.main(["--dry-run", "--only", "nothing"])
-    assert "the parts are tests, losses," in capsys.readouterr().err
+    assert "the parts are tests, decoding, CUDA graphs," in capsys.readouterr().err
 
 
 @pytest.mark.slow
