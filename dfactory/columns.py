@@ -98,6 +98,12 @@ for _column in (
     Column("fresh_N", torch.bool, "rl/source.py", "whether the learner itself computed old_logprob"),
     Column("recorded_logprob_N", torch.float32, "rl/source.py", "log-probability by which the decoder drew the target"),
     Column("reference_logprob_N", torch.float32, "rl/source.py", "log-probability by the reference"),
+    Column(
+        "gradient_N",
+        torch.float32,
+        "engine/window.py",
+        "the loss's derivative by the log-probability, where it is known",
+    ),
     Column("first_logprob_N", torch.float32, "engine/replay.py", "log-probability in the first of two passes"),
     Column("coefficient_*_N", torch.float32, "engine/replay.py", "the loss term's derivative by that log-probability"),
 ):

@@ -82,7 +82,7 @@ def _learn_in(folder: RunFolder, recipe: Recipe, client: RolloutClient | None, p
         if recipe.eval_on_start and state.step == 0:
             run.evaluate()
         last = state.step >= run.num_steps
-        while not last and (window := source.next_window()) is not None:
+        while not last and (window := run.next_window()) is not None:
             with run.profiler.step(state.step + 1):
                 metrics = trainer.train_window(window, run.objective) | source.metrics
             state.advance(metrics)
@@ -199,6 +199,11 @@ class Run:
             self.log.say(f"{self.num_steps} steps from step {self.state.step}, into {self.folder.path}")
             yield
 
+    def next_window(self) -> list[ViewBatch] | None:
+        """This rank's micro-batches of the next global batch; None after the last record."""
+        with self.trainer.phases("batch"):
+            return self.source.next_window()
+
     def check(self, window: list[ViewBatch], metrics: dict[str, float], last: bool) -> None:
         """Check the step that has just been finished, and log it."""
         state = self.state
@@ -218,7 +223,7 @@ class Run:
         self.evaluated = self.state.step
         if self.inputs.held_out is None:
             return
-        with self.trainer.averaged():
+        with self.trainer.phases("evaluation"), self.trainer.averaged():
             results, decoded, previews = self._measured()
         if self.log is not None:
             self.account.evaluated(self.state.step, results | decoded)
@@ -262,7 +267,8 @@ class Run:
         """Write a checkpoint, from which the run can be resumed."""
         self.state.source, state = self.source.state_dict(), self.state
         lineage = self.account and self.account.text(state.step, state.tokens, last=last)
-        saved = checkpoint.save(self.trainer, self.folder, state, self.recipe.save_total_limit, lineage)
+        with self.trainer.phases("save"):
+            saved = checkpoint.save(self.trainer, self.folder, state, self.recipe.save_total_limit, lineage)
         self.saved = self.state.step
         if self.log is not None:
             self.log.say(f"saved {saved}")

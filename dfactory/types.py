@@ -301,6 +301,11 @@ class Objective(Protocol):
     spans_micro_batches: bool = False
     """Whether a loss term joins scores of several micro-batches; the engine then replays the window in two passes."""
 
+    def is_linear(self, batch: ViewBatch) -> bool:
+        """Whether the loss terms are linear in this batch's log-probabilities and read no entropy, so that their gradient is
+        known before the forward. The head then makes its own gradients in the forward (models/head.py)."""
+        return False
+
     measure: "Callable[[ViewBatch, TokenScores], dict[str, Mean]] | None" = None
     """What an evaluation reports of a micro-batch; None: the losses of the targets, at each mask ratio of a grid."""
 

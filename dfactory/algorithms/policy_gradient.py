@@ -70,6 +70,11 @@ class PolicyGradient(Objective):
             policy = tokens if self.aggregation == "dapo" else rollouts * self.max_new_tokens
         return {"policy": policy} | ({"kl": tokens} if self.kl_coef else {})
 
+    def is_linear(self, batch: ViewBatch) -> bool:
+        """At a ratio of 1, where nothing else depends on the log-probabilities."""
+        weighs = self.importance_cap is not None and "recorded_logprob_N" in batch.columns
+        return "old_logprob_N" not in batch.columns and not weighs and not self.kl_coef
+
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
         counts = self.counts(batch, scores)
         log_ratio_U = self._log_ratio(batch, scores)

@@ -29,6 +29,9 @@ class SFT(Objective):
             return {"nll": noised, "context_nll": batch.num_targets - noised}
         return {"nll": LOSS_WEIGHTS[self.loss_weight].count(batch)}
 
+    def is_linear(self, batch: ViewBatch) -> bool:
+        return True
+
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
         weighted_N = LOSS_WEIGHTS[self.loss_weight].weigh(batch, self.cart_p) * -scores.logprob_N
         metrics = token_metrics(batch, scores)

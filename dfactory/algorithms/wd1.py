@@ -29,6 +29,9 @@ class WeightedLikelihood(Objective):
     def counts(self, batch: ViewBatch, scores: TokenScores | None = None) -> dict[str, Count]:
         return {"policy": batch.columns["share_D"].sum()}
 
+    def is_linear(self, batch: ViewBatch) -> bool:
+        return True
+
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
         weight_D = batch.columns["advantage_D"] / batch.answer_length_D
         total = -(weight_D * batch.sum_by_document(scores.logprob_N)).sum()

@@ -25,6 +25,9 @@ class Replayed(Objective):
     def counts(self, batch: ViewBatch, scores: TokenScores | None = None) -> dict[str, Count]:
         return {name: float(mean.count) / self.num_micro_batches for name, mean in self.terms.loss.items()}
 
+    def is_linear(self, batch: ViewBatch) -> bool:
+        return True
+
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
         """Loss terms with the value of pass 1 and the gradient of the linear form."""
         counts, loss = self.counts(batch), {}

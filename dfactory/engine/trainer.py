@@ -34,10 +34,12 @@ from dfactory.engine.window import (
     micro_loss,
     spread_nonfinite,
     window_counts,
+    with_gradient,
 )
 from dfactory.errors import ConfigError
 from dfactory.models.policy import Policy
 from dfactory.models.saving import layer_groups
+from dfactory.phases import Phases
 from dfactory.planning.memory import layers_kept, setup_of
 from dfactory.recipe import Recipe
 from dfactory.redaction import redacted
@@ -127,6 +129,7 @@ class Trainer:
         self.recipe, self.policy = recipe, policy
         self.rank, self.world_size = distributed.start()
         self.device = distributed.device()
+        self.phases = Phases(self.device)
         config = deepspeed_config(recipe)
         expert_parallel.check_ranks(recipe, self.world_size)
         if load_universal:
@@ -196,20 +199,23 @@ class Trainer:
         for number, (batch, scores) in enumerate(zip(moved, ahead, strict=True), start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(moved))  # global batches may differ in length
             if scores is None or not scores.logprob_N.requires_grad:
-                with self.offloading:
-                    scores = self.engine(batch)
-            terms = objective(batch, scores)
-            loss = micro_loss(terms, counts, self.world_size)
-            self.engine.backward(spread_nonfinite(loss), scale_wrt_gas=False)
-            grad_norm = self._plain_grad_norm()
-            self._step(grad_norm)
+                with self.offloading, self.phases("forward"):
+                    scores = self.engine(with_gradient(batch, objective, counts, self.world_size))
+            with self.phases("backward"):
+                terms = objective(batch, scores)
+                loss = micro_loss(terms, counts, self.world_size)
+                self.engine.backward(spread_nonfinite(loss), scale_wrt_gas=False)
+            with self.phases("optimizer"):
+                grad_norm = self._plain_grad_norm()
+                self._step(grad_norm)
             share = len(micro_batches) * self.world_size  # the loss is already divided: its counts add up to 1
             self.losses.append(loss.detach() / self.world_size)
             means.add(
                 {**terms.loss, **terms.metrics, **self.watch(batch, scores), "loss": Mean(self.losses[-1], 1 / share)}
             )
         if self.average is not None:
-            self.average.update()
+            with self.phases("optimizer"):
+                self.average.update()
         sizes = torch.tensor([[batch.num_tokens, batch.num_targets] for batch in micro_batches]).sum(dim=0)
         distributed.all_reduce_sum(sizes)
         tokens, targets = sizes.tolist()
@@ -223,6 +229,7 @@ class Trainer:
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "ranks": self.world_size,
+            **self.phases.taken(),
             **distributed.peak_memory(),
         }
 
@@ -231,13 +238,17 @@ class Trainer:
         if not objective.counts_need_scores:
             return [None] * len(micro_batches)
         if len(micro_batches) == 1:
-            with self.offloading:
+            with self.offloading, self.phases("forward"):
                 return [self.engine(micro_batches[0])]
         return [self.score(batch) for batch in micro_batches]
 
-    @torch.no_grad()
     def score(self, batch: ViewBatch) -> TokenScores:
         """The current model's scores, without gradient and dropout. All ranks must call this together."""
+        with self.phases("scoring"):
+            return self._scores(batch)
+
+    @torch.no_grad()
+    def _scores(self, batch: ViewBatch) -> TokenScores:
         self.engine.eval()
         scores = self.engine(batch.to(self.device))
         self.engine.train()
@@ -289,7 +300,7 @@ class Trainer:
         while (window := source.next_window()) is not None:
             for batch in window:
                 moved = batch.to(self.device)
-                means.add(measure(moved, self.score(moved)))
+                means.add(measure(moved, self._scores(moved)))
         return mean_over_levels(means.reduce(distributed.all_reduce_sum))
 
 

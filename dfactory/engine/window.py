@@ -106,6 +106,18 @@ def spread_nonfinite(loss: torch.Tensor) -> torch.Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
+def with_gradient(batch: ViewBatch, objective: Objective, counts: dict[str, float], world_size: int) -> ViewBatch:
+    """The batch with the column `gradient_N` where the objective is linear in its log-probabilities. What the backward will
+    bring is equal to the bit, because the same operations make it from other log-probabilities."""
+    if not objective.is_linear(batch) or not batch.num_targets:
+        return batch
+    zero_N = torch.zeros(batch.num_targets, device=batch.target_ids_N.device)
+    leaf_N = zero_N.clone().requires_grad_()
+    terms = objective(batch, TokenScores(leaf_N, zero_N, zero_N > 0, torch.zeros_like(batch.target_ids_N), zero_N))
+    loss = spread_nonfinite(micro_loss(terms, counts, world_size))
+    return batch.with_columns(gradient_N=torch.autograd.grad(loss, leaf_N)[0])
+
+
 class MeanTracker:
     """Adds up means over micro-batches without leaving the device, then over ranks, then divides."""
 

@@ -12,6 +12,10 @@ With z the logits, p = softmax(z), q = softmax(z / T) and H the entropy of q:
 
 A model may bound its logits: z = c tanh(s / c) of the scores s, with dz / ds = 1 - (z / c)^2.
 
+Where the gradient of the loss by each log-probability is known before (`gradient_N`: the loss is linear in them), the
+forward makes the gradients of hidden states and weight as well, some targets at a time, and the backward computes no logits
+again: three products of matrices instead of four. As Liger's fused linear cross-entropy does (arXiv:2410.10989).
+
 The temperature T affects only the entropy (dParallel trains it at 0.5); all other scores use p.
 
 Where a model has ranges of ids for other modalities (ranges.py), each target is scored among the ids of its own range alone:
@@ -19,6 +23,7 @@ the other logits of its row become ABSENT, whose exponential is 0 in every sum a
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -30,6 +35,11 @@ CHUNK_BYTES = {
     "cpu": 8 * 2**20,
     "cuda": 512 * 2**20,
 }  # fp32 logits of one tile; on a CPU they should fit into the cache
+ONE_PASS_BYTES = {
+    "cpu": 128 * 2**20,
+    "cuda": 512 * 2**20,
+}  # fp32 logits of the targets whose gradients are made at once
+ONE_PASS_TILE = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}  # of them, that are worked on at once
 ABSENT = -1e32  # the logit of an id that a target cannot be; with -inf, 0 * ABSENT would be NaN
 WIDTH = 2048  # minimum width of a tile; if the targets do not fit beside it, they are split too
 
@@ -55,10 +65,12 @@ class VocabularyHead(nn.Linear):
         ranges: TokenRanges = NO_RANGES,
         averages: bool = False,
         expected: bool = False,
+        gradient_N: torch.Tensor | None = None,
     ):
         """hidden [..., H] -> logits [..., V]; or hidden [N, H] with targets [N] -> TokenScores; or with `averages` logits
         [N, V] -> the mean of the rows of the weight under each softmax, [N, H]: with tied weights the expected embedding;
-        or with `expected` hidden [N, H] -> the same mean. Its gradient goes to the rows alone, not to the softmax."""
+        or with `expected` hidden [N, H] -> the same mean. Its gradient goes to the rows alone, not to the softmax.
+        `gradient_N` is the loss's by the log-probabilities, where it is known: the scores and gradients are the same."""
         if averages:
             return expected_rows(hidden, self.weight)
         if expected:
@@ -66,7 +78,12 @@ class VocabularyHead(nn.Linear):
         if target_ids_N is None:
             scores = super().forward(hidden)
             return scores if self.softcap is None else _capped(scores.float(), self.softcap)  # the last step in fp32
-        return TokenScores(*_Scores.apply(hidden, self.weight, target_ids_N, entropy_temperature, self.softcap, ranges))
+        scores = _Scores
+        plain = self.softcap is None and entropy_temperature == 1 and len(target_ids_N) > 0
+        if plain and gradient_N is not None and torch.is_grad_enabled():
+            scores = _ScoresInOnePass
+        inputs = (hidden, self.weight, target_ids_N, entropy_temperature, self.softcap, ranges, gradient_N)
+        return TokenScores(*scores.apply(*inputs))
 
 
 def expected_rows(logits_NV: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
@@ -174,9 +191,27 @@ def _remove_others(logits: torch.Tensor, target_ids: torch.Tensor, tile: slice, 
         logits.masked_fill_(ranges.others(ranges.group_of(target_ids), tile), ABSENT)
 
 
+class _Totals(NamedTuple):
+    """What sums over the vocabulary come to, of each target."""
+
+    log_sum_N: torch.Tensor  # log sum exp(z)
+    shift_N: torch.Tensor  # log q = (log p) / T - shift
+    scores: TokenScores
+
+    @staticmethod
+    def of(sums: _Sums, target_logit_N: torch.Tensor, target_ids_N: torch.Tensor) -> "_Totals":
+        log_sum_N, log_tempered_N = sums.logs()
+        entropy_N = log_tempered_N - sums.weighted_N / sums.tempered_N
+        shift_N = log_tempered_N - log_sum_N / sums.temperature
+        argmax_logprob_N, log_sum_N = -log_sum_N, sums.top_N + log_sum_N
+        hit_N = sums.argmax_N == target_ids_N
+        scores = TokenScores(target_logit_N - log_sum_N, entropy_N, hit_N, sums.argmax_N, argmax_logprob_N)
+        return _Totals(log_sum_N, shift_N, scores)
+
+
 class _Scores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, target_ids_N, temperature, softcap, ranges):
+    def forward(ctx, hidden_NH, weight_VH, target_ids_N, temperature, softcap, ranges, gradient_N):
         sums = _Sums(hidden_NH, temperature)
         target_logit_N = torch.zeros_like(sums.top_N)
         for tile, parts in _tiles(len(target_ids_N), weight_VH):
@@ -186,16 +221,8 @@ class _Scores(torch.autograd.Function):
                 inside, column = _place(target_ids_N[part], tile)
                 target_logit_N[part] += (logits.gather(1, column) * inside)[:, 0]
                 sums.add(part, tile, logits)
-        log_sum_N, log_tempered_N = sums.logs()
-        entropy_N = log_tempered_N - sums.weighted_N / sums.tempered_N
-        shift_N = log_tempered_N - log_sum_N / temperature  # log q = (log p) / T - shift
-        argmax_logprob_N, log_sum_N = -log_sum_N, sums.top_N + log_sum_N
-        ctx.temperature, ctx.softcap, ctx.ranges = temperature, softcap, ranges
-        ctx.save_for_backward(hidden_NH, weight_VH, target_ids_N, log_sum_N, shift_N, entropy_N)
-        hit_N = sums.argmax_N == target_ids_N
-        ctx.mark_non_differentiable(hit_N, sums.argmax_N, argmax_logprob_N)
-        ctx.set_materialize_grads(False)  # an unused entropy has the gradient None, known without reading the device
-        return target_logit_N - log_sum_N, entropy_N, hit_N, sums.argmax_N, argmax_logprob_N
+        totals = _Totals.of(sums, target_logit_N, target_ids_N)
+        return _kept(ctx, (hidden_NH, weight_VH, target_ids_N), totals, (temperature, softcap, ranges))
 
     @staticmethod
     def backward(ctx, grad_logprob_N, grad_entropy_N, *_):
@@ -219,7 +246,112 @@ class _Scores(torch.autograd.Function):
                     grad_tile = grad_tile + (grad_logits.T @ hidden_NH[part]).float()
             if needs_weight and len(parts) > 1:
                 grad_weight[tile] = grad_tile
-        return None if grad_hidden is None else grad_hidden.to(hidden_NH.dtype), grad_weight, None, None, None, None
+        return None if grad_hidden is None else grad_hidden.to(hidden_NH.dtype), grad_weight, *[None] * 5
+
+
+def _kept(ctx, inputs: tuple[torch.Tensor, ...], totals: _Totals, options: tuple) -> TokenScores:
+    """The outputs of a forward, after everything is saved from which a backward computes logits again."""
+    ctx.temperature, ctx.softcap, ctx.ranges = options
+    ctx.save_for_backward(*inputs, totals.log_sum_N, totals.shift_N, totals.scores.entropy_N)
+    ctx.mark_non_differentiable(*totals.scores[2:])
+    ctx.set_materialize_grads(False)  # an unused entropy has the gradient None, known without reading the device
+    return totals.scores
+
+
+class _ScoresInOnePass(torch.autograd.Function):
+    """The same scores. The forward makes the gradients for the upstream gradient `gradient_N`; the backward hands them out
+    if it is the one that comes, and else computes them as _Scores does."""
+
+    @staticmethod
+    def forward(ctx, hidden_NH, weight_VH, target_ids_N, temperature, softcap, ranges, gradient_N):
+        targets, device = len(target_ids_N), weight_VH.device.type
+        rows = min(targets, max(1, ONE_PASS_BYTES[device] // (4 * len(weight_VH))))
+        parts = [slice(start, min(start + rows, targets)) for start in range(0, targets, rows)]
+        made = _Gradients(hidden_NH, weight_VH, ctx.needs_input_grad, len(parts))
+        logits = torch.empty(rows * len(weight_VH), dtype=torch.float32, device=hidden_NH.device)
+        found = []
+        for part in parts:
+            tiles = _tiles_of(logits, part.stop - part.start, weight_VH)
+            totals = _logits_and_totals(tiles, hidden_NH[part], weight_VH, target_ids_N[part], ranges)
+            made.add(part, tiles, totals.log_sum_N, target_ids_N[part], gradient_N[part])
+            found.append(totals)
+        totals = found[0] if len(found) == 1 else _joined(found)
+        ctx.made, ctx.gradient_N = made.results(), gradient_N
+        return _kept(ctx, (hidden_NH, weight_VH, target_ids_N), totals, (temperature, softcap, ranges))
+
+    @staticmethod
+    def backward(ctx, grad_logprob_N, grad_entropy_N, *_):
+        made, ctx.made = ctx.made, None  # not kept, so that a parameter can take its gradient without a copy
+        expected = grad_entropy_N is None and grad_logprob_N is not None
+        if made is None or not expected or not torch.equal(grad_logprob_N, ctx.gradient_N):
+            return _Scores.backward(ctx, grad_logprob_N, grad_entropy_N)
+        return *made, *[None] * 5
+
+
+_Tiles: TypeAlias = list[tuple[slice, torch.Tensor]]
+"""Parts of the vocabulary, each with room for the logits of some targets."""
+
+
+def _tiles_of(logits: torch.Tensor, rows: int, weight_VH: torch.Tensor) -> _Tiles:
+    """The room of a flat tensor, shared out so that each tile is contiguous."""
+    vocabulary = len(weight_VH)
+    width = max(WIDTH, ONE_PASS_TILE[weight_VH.device.type] // (4 * rows))
+    columns = [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
+    return [(tile, logits[rows * tile.start : rows * tile.stop].view(rows, -1)) for tile in columns]
+
+
+def _logits_and_totals(tiles: _Tiles, hidden_NH, weight_VH, target_ids_N, ranges: TokenRanges) -> _Totals:
+    """Write the logits of some targets, and return what their sums come to."""
+    sums = _Sums(hidden_NH, 1.0)
+    target_logit_N = torch.zeros_like(sums.top_N)
+    everyone = slice(0, len(target_ids_N))
+    for tile, logits in tiles:
+        if weight_VH.dtype == logits.dtype:
+            torch.mm(hidden_NH, weight_VH[tile].T, out=logits)
+        else:
+            logits.copy_(hidden_NH @ weight_VH[tile].T)
+        _remove_others(logits, target_ids_N, tile, ranges)
+        inside, column = _place(target_ids_N, tile)
+        target_logit_N += (logits.gather(1, column) * inside)[:, 0]
+        sums.add(everyone, tile, logits.clone())
+    return _Totals.of(sums, target_logit_N, target_ids_N)
+
+
+class _Gradients:
+    """Gradients of hidden states and weight, to which the targets add theirs part by part. Sums of parts are in fp32."""
+
+    def __init__(self, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, needs: tuple[bool, ...], num_parts: int):
+        self.hidden_NH, self.weight_VH, self.num_parts = hidden_NH, weight_VH, num_parts
+        needs_hidden, needs_weight, *_ = needs
+        self.grad_hidden = torch.zeros_like(hidden_NH, dtype=torch.float32) if needs_hidden else None
+        make = torch.empty_like if num_parts == 1 else torch.zeros_like
+        dtype = weight_VH.dtype if num_parts == 1 else torch.float32
+        self.grad_weight = make(weight_VH, dtype=dtype) if needs_weight else None
+
+    def add(self, part: slice, tiles: _Tiles, log_sum_N, target_ids_N, gradient_N) -> None:
+        """Those of some targets, whose logits are overwritten."""
+        upstream = gradient_N[:, None]
+        for tile, logits in tiles:
+            grad_logits = logits.sub_(log_sum_N[:, None]).exp_().mul_(-upstream)
+            inside, column = _place(target_ids_N, tile)
+            grad_logits = grad_logits.scatter_add_(1, column, upstream * inside).to(self.weight_VH.dtype)
+            if self.grad_hidden is not None:
+                _add_product(self.grad_hidden[part], grad_logits, self.weight_VH[tile])
+            if self.grad_weight is not None and self.num_parts == 1:
+                torch.mm(grad_logits.T, self.hidden_NH[part], out=self.grad_weight[tile])
+            elif self.grad_weight is not None:
+                _add_product(self.grad_weight[tile], grad_logits.T, self.hidden_NH[part])
+
+    def results(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """In the precisions of hidden states and weight."""
+        pairs = (self.grad_hidden, self.hidden_NH), (self.grad_weight, self.weight_VH)
+        return tuple(None if gradient is None else gradient.to(like.dtype) for gradient, like in pairs)
+
+
+def _joined(parts: list[_Totals]) -> _Totals:
+    """Of all targets, from some of them each."""
+    scores = TokenScores(*(torch.cat(column) for column in zip(*(part.scores for part in parts), strict=True)))
+    return _Totals(torch.cat([p.log_sum_N for p in parts]), torch.cat([p.shift_N for p in parts]), scores)
 
 
 def _grad_logits(ctx, tile: slice, part: slice, grad_logprob_N, grad_entropy_N) -> torch.Tensor:

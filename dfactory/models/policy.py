@@ -102,11 +102,15 @@ class Policy(nn.Module):
             **conditioned,
         )
         hidden_NH = hidden_MH if row_N is None else hidden_MH.index_select(0, row_N)
-        return self.scores_of(hidden_NH, batch.target_ids_N)
+        return self.scores_of(hidden_NH, batch.target_ids_N, batch.columns.get("gradient_N"))
 
-    def scores_of(self, hidden_NH: torch.Tensor, target_ids_N: torch.Tensor) -> TokenScores:
-        """The scores of targets, from the hidden states that predict them."""
-        return self._causal_lm.lm_head(self._scaled(hidden_NH), target_ids_N, self.entropy_temperature, self.ranges)
+    def scores_of(
+        self, hidden_NH: torch.Tensor, target_ids_N: torch.Tensor, gradient_N: torch.Tensor | None = None
+    ) -> TokenScores:
+        """The scores of targets, from the hidden states that predict them. `gradient_N`: the loss's by the
+        log-probabilities, where it is known."""
+        options = {"gradient_N": gradient_N, "ranges": self.ranges}
+        return self._causal_lm.lm_head(self._scaled(hidden_NH), target_ids_N, self.entropy_temperature, **options)
 
     def _first_prediction(self, batch: ViewBatch, plan: AttentionPlan | PlanByLayer) -> torch.Tensor:
         """The expected embedding of each target of `conditioned_N` by a pass without gradient, [R, S, H]; 0 elsewhere. The

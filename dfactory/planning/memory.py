@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 
 from dfactory.models.adapters import adapted_linears
 from dfactory.models.families.base import FAMILIES
-from dfactory.models.head import CHUNK_BYTES
+from dfactory.models.head import CHUNK_BYTES, ONE_PASS_BYTES, ONE_PASS_TILE
 from dfactory.models.registry import meta_model, read_config
 from dfactory.recipe import Recipe
 
@@ -74,6 +74,8 @@ class Setup:
     lora_target_modules: tuple[str, ...] = ()
     frozen_models: tuple[str, ...] = ()  # names of whole models besides the trained one
     logits_bytes: int = CHUNK_BYTES["cuda"]  # of the head's fp32 logits in one chunk
+    one_pass_bytes: int = ONE_PASS_BYTES["cuda"]  # of those whose gradients the forward makes
+    one_pass_tile: int = ONE_PASS_TILE["cuda"]  # of them, that are worked on at once
     trains_entropy: bool = False  # whose gradient is a further chunk
     reduce_bucket: int = REDUCE_BUCKET  # elements
     prefetch_bucket: int = PREFETCH_BUCKET  # elements
@@ -345,11 +347,22 @@ def _passing_lines(counts: ParameterCounts, full: bool, config: PreTrainedConfig
         lines.append(Line("gradients of a block", 2 * b * block, f"2 x {b} x {size} (with a flat copy)", Phase.LAYER))
     if stage >= 1 and full and setup.world_size > 1:
         lines.append(Line("reduce buckets", 2 * b * setup.reduce_bucket, f"2 x {b} x reduce bucket"))
-    parts = [4] * (3 if setup.trains_entropy else 2) + [b]  # bytes of a number of each chunk
-    chunk = min(setup.logits_bytes, 4 * config.vocab_size * setup.rows * setup.row_length)
-    formula = f"chunk x ({' + '.join(map(str, parts))}) / 4"
-    lines.append(Line("logits of a chunk", chunk * sum(parts) // 4, formula, Phase.HEAD))
+    lines.append(_logits_line(config, setup))
     if full:
         cast = b if setup.dtype == "bfloat16" else 0
         lines.append(Line("gradient of the head", (4 + cast) * head, f"(4 + {cast}) x V H", Phase.HEAD))
     return lines
+
+
+def _logits_line(config: PreTrainedConfig, setup: Setup) -> Line:
+    """Logits in the head: of a chunk that is computed twice, or with the gradients in one pass. The larger of both, because
+    evaluations and scoring have no gradient."""
+    parts = [4] * (3 if setup.trains_entropy else 2) + [_bytes(setup.dtype)]  # bytes of a number of each chunk
+    most = 4 * config.vocab_size * setup.rows * setup.row_length
+    chunk, once = min(setup.logits_bytes, most), min(setup.one_pass_bytes, most)
+    twice = Line(
+        "logits of a chunk", chunk * sum(parts) // 4, f"chunk x ({' + '.join(map(str, parts))}) / 4", Phase.HEAD
+    )
+    tile = min(setup.one_pass_tile, once)
+    one_pass = Line("logits, in one pass", once + 2 * tile, "targets at once x V x 4 + 2 tiles", Phase.HEAD)
+    return twice if setup.trains_entropy else max(twice, one_pass, key=lambda line: line.bytes)

@@ -21,7 +21,7 @@ from dfactory.errors import DataError
 from dfactory.planning.memory import count_parameters
 from dfactory.runs.lineage import Base, Lineage, Source, Training
 
-PICTURES = {"memory.png", "loss.png", "loss_by_t.png", "hit_rate.png", "optimiser.png", "speed.png"}
+PICTURES = {"memory.png", "loss.png", "loss_by_t.png", "hit_rate.png", "optimiser.png", "phases.png", "speed.png"}
 
 
 def write_run(folder: Path, rows: list[dict], config: str = "learning_rate: 0.1\n") -> Path:
@@ -43,9 +43,9 @@ def test_a_real_run(golden_run, capsys):
     assert main(["report", str(golden_run)]) == 0
     page = (golden_run / "report" / "report.html").read_text()
     assert {file.name for file in (golden_run / "report").glob("*.png")} == PICTURES
-    assert "report.html and 6 pictures" in capsys.readouterr().out
+    assert "report.html and 7 pictures" in capsys.readouterr().out
     pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
-    assert [data[:8] for data in pictures] == [b"\x89PNG\r\n\x1a\n"] * 6
+    assert [data[:8] for data in pictures] == [b"\x89PNG\r\n\x1a\n"] * 7
     assert "://" not in page.replace(str(golden_run), "")  # nothing is fetched
     assert "learning_rate: 0.01" in page
     assert "<td>steps</td><td>3</td>" in page
@@ -91,6 +91,7 @@ def test_final_numbers(tmp_path):
         {"step": s, "loss": float(s), "tokens": 100, "seconds": 2.0, "tokens_per_second": 50.0, "mfu": 0.25}
         for s in range(1, 21)
     ]
+    rows[-1] |= {"seconds/forward": 1.0, "seconds/backward": 3.0}
     rows.append({"step": 20, "eval/loss": 7.5, "eval/loss_t0.10": 3.0})
     numbers = final_numbers(read_run(write_run(tmp_path / "run", rows), "run"))
     assert numbers == {
@@ -100,6 +101,7 @@ def test_final_numbers(tmp_path):
         "held-out loss": "7.5000",
         "tokens": "2,000",
         "seconds": "40",
+        "time by phase": "backward 75%, forward 25%",
         "tokens per second (median)": "50",
         "model FLOPs utilisation (median)": "25.0%",
     }

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from dfactory.algorithms.policy_gradient import PolicyGradient
+from dfactory.algorithms.sft import SFT
+from dfactory.algorithms.wd1 import WeightedLikelihood
 from dfactory.engine.replay import join, replay
-from dfactory.engine.window import micro_loss, window_counts
+from dfactory.engine.window import micro_loss, window_counts, with_gradient
 from dfactory.models.registry import load_policy
 from dfactory.noise import RandomMask
 from dfactory.packing import PackedDocument, align, collate, share
@@ -88,6 +90,31 @@ def test_two_passes_equal_the_whole_graph(policy, window, name):
     assert sum(losses) == pytest.approx(expected_loss.item(), rel=1e-5)
     assert (actual - expected).norm() / expected.norm() < 1e-5
     assert max(gaps) < 1e-4  # the two passes compute the same
+
+
+LINEAR = {
+    "sft": SFT("elbo"),
+    "wd1": WeightedLikelihood(),
+    "tokens": PolicyGradient(aggregation="dapo"),
+    "sequence": PolicyGradient(level="sequence", normaliser="sum", clip="unconditional"),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_gradient_of_a_linear_loss_is_known_before_the_forward(policy, window, name):
+    """To the bit, where no step lies between; and the head has made its own gradients from it."""
+    objective, batch = LINEAR[name], window[0]
+    assert "gradient_N" not in with_gradient(batch, PolicyGradient(), {"policy": 3.0}, 2).columns
+    columns = {name: column for name, column in batch.columns.items() if name != "old_logprob_N"}
+    batch = dataclasses.replace(batch, columns=columns)
+    counts = dict.fromkeys(objective.counts(batch, policy(batch)), 3.0)
+    known = with_gradient(batch, objective, counts, 2)
+    scores = policy(known)
+    scores.logprob_N.retain_grad()
+    found = gradients(policy, micro_loss(objective(batch, scores), counts, 2))
+    assert torch.equal(scores.logprob_N.grad, known.columns["gradient_N"])
+    expected = gradients(policy, micro_loss(objective(batch, policy(batch)), counts, 2))
+    torch.testing.assert_close(found, expected)
 
 
 def test_joined_micro_batches_keep_their_trunks():

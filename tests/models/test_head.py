@@ -73,6 +73,56 @@ def test_targets_of_a_range_are_scored_among_its_ids(monkeypatch, rows, width, t
     assert head.weight.grad[:30].abs().sum() == head.weight.grad[50:].abs().sum() == 0
 
 
+@pytest.mark.parametrize("rows", [5, 36, 1000], ids=lambda rows: f"{rows} targets at once")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", ["both", "hidden"])
+def test_gradients_made_in_the_forward(monkeypatch, rows, dtype, trained):
+    """As whole logits give them, some targets at a time; the backward computes nothing again."""
+    monkeypatch.setitem(head_module.ONE_PASS_BYTES, "cpu", 4 * V * rows)
+    monkeypatch.setitem(head_module.ONE_PASS_TILE, "cpu", 4 * 7 * rows)
+    monkeypatch.setattr(head_module, "WIDTH", 7)
+    head, hidden, target, (gradient, _) = problem(dtype)
+    head.weight.requires_grad_(trained == "both")
+    inputs = (hidden, head.weight) if trained == "both" else (hidden,)
+    logprob, *others = plain_scores(hidden.float() @ head.weight.float().T, target, 1.0)
+    expected = torch.autograd.grad((gradient * logprob).sum(), inputs)
+    scores = head(hidden, target, gradient_N=gradient)
+    loss = (gradient * scores.logprob_N).sum()
+    with ProductCounter() as again:
+        grads = torch.autograd.grad(loss, inputs)
+    assert again.count == 0
+    precise = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
+    torch.testing.assert_close(tuple(scores[:2]), (logprob, others[0]), **precise)
+    torch.testing.assert_close(grads, expected, **precise)
+
+
+def test_another_gradient_than_the_one_that_was_known():
+    """The backward then computes logits again. So does a second one, and one with a gradient of entropies."""
+    head, hidden, target, (gradient, other) = problem()
+    for loss_of in (
+        lambda scores: (other * scores.logprob_N).sum(),
+        lambda scores: (gradient * scores.logprob_N + other * scores.entropy_N).sum(),
+    ):
+        plain, known = head(hidden, target), head(hidden, target, gradient_N=gradient)
+        expected, found = (torch.autograd.grad(loss_of(scores), (hidden, head.weight)) for scores in (plain, known))
+        torch.testing.assert_close(found, expected)
+    loss = (gradient * head(hidden, target, gradient_N=gradient).logprob_N).sum()
+    first = torch.autograd.grad(loss, (hidden, head.weight), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, (hidden, head.weight)), first)
+
+
+class ProductCounter(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_softcapped_logits(monkeypatch, temperature):
     """Scores and gradients of c tanh(z / c), tile by tile."""

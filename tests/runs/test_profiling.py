@@ -16,6 +16,9 @@ def test_some_steps_are_recorded_and_the_share_of_the_peak_is_told(recipe_file, 
     steps = [row for row in rows if "loss" in row]
     assert [row["tokens_per_second_per_device"] for row in steps] == [row["tokens_per_second"] for row in steps]
     assert all(0 < row["mfu"] < 1 for row in steps)
+    spent = ["batch", "forward", "backward", "optimizer"]
+    assert all(0 < sum(row[f"seconds/{phase}"] for phase in spent[1:]) <= row["seconds"] for row in steps)
+    assert all(row["seconds/batch"] > 0 for row in steps)
     folder = tmp_path / "profile"
     assert sorted(file.name for file in folder.iterdir()) == ["operators.txt", "trace.json.gz"]
     assert "aten::mm" in (folder / "operators.txt").read_text()

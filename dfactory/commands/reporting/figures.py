@@ -35,6 +35,15 @@ class Panel(NamedTuple):
     exact: bool = False  # never smoothed
 
 
+PHASES = {  # metric seconds/NAME -> what is shown
+    "batch": "records or rollouts",
+    "scoring": "scores without a gradient",
+    "forward": "forward",
+    "backward": "backward",
+    "optimizer": "optimiser",
+    "evaluation": "evaluation before it",
+    "save": "checkpoint before it",
+}
 FIGURES: dict[str, tuple[Panel, ...]] = {
     "loss": (Panel("loss", "loss", "eval/loss", log=True),),
     "hit_rate": (Panel("share of masked tokens predicted", "hit_rate", "eval/hit_rate"),),
@@ -60,6 +69,9 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
     "optimiser": (
         Panel("gradient norm before clipping", "grad_norm", log=True),
         Panel("learning rate", "learning_rate", from_zero=True, exact=True),
+    ),
+    "phases": tuple(
+        Panel(f"seconds of a step: {title}", f"seconds/{name}", from_zero=True) for name, title in PHASES.items()
     ),
     "speed": (
         Panel("tokens per second, all ranks", "tokens_per_second", from_zero=True),

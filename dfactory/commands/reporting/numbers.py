@@ -36,7 +36,7 @@ CURVES: dict[Data, tuple[str, ...]] = {  # names of figures.FIGURES
     Data.PAIRS: ("preferences", "loss", "decoding"),
     Data.PROMPTS: ("rewards", "decoding"),
 }
-HOW_IT_RAN = ("optimiser", "rollouts", "speed")
+HOW_IT_RAN = ("optimiser", "rollouts", "phases", "speed")
 
 
 def data_of(run: Run) -> Data:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dfactory.commands.reporting.figures import PHASES
 from dfactory.commands.reporting.runs import Run
 
 TAIL_SHARE = 10  # final training numbers are means over the last 1/10 of the steps
@@ -34,6 +35,7 @@ CAPTIONS = {
     "tradeoff": "From `dfactory eval --sweep` or `--thresholds`. Up and to the right is better.",
     "memory": "The forecast is that of `dfactory check`: an upper bound of what training needs. On a CPU the measured "
     "number is of the whole process, libraries and records included.",
+    "phases": "On the first rank. In RL `records or rollouts` holds the wait for rollouts and the sending of weights.",
     "rewards": "Groups whose rewards are all equal teach nothing; few different answers are a sign of collapse.",
 }
 HELD_OUT_NUMBERS = {
@@ -64,12 +66,22 @@ def final_numbers(run: Run) -> dict[str, str]:
     for title, metric in (("tokens", "tokens"), ("seconds", "seconds")):
         if len(values := run.curve(metric)[1]):
             numbers[title] = f"{values.sum():,.0f}"
+    if phases := _phases(run):
+        numbers["time by phase"] = phases
     if len(values := run.curve("tokens_per_second")[1]):
         numbers["tokens per second (median)"] = f"{np.median(values):,.0f}"
     for title, metric, form in DEVICE_NUMBERS:
         if len(values := run.curve(metric)[1]):
             numbers[title] = format(np.median(values), form)
     return numbers
+
+
+def _phases(run: Run) -> str:
+    """The share of each phase in the sum of all, from the largest on."""
+    sums = {title: run.curve(f"seconds/{name}")[1].sum() for name, title in PHASES.items()}
+    whole = sum(sums.values())
+    largest = sorted(sums.items(), key=lambda item: -item[1])
+    return ", ".join(f"{title} {seconds / whole:.0%}" for title, seconds in largest if seconds) if whole else ""
 
 
 def page(runs: list[Run], pictures: list[Path]) -> str:
