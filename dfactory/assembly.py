@@ -138,6 +138,7 @@ def document_rules(recipe: Recipe, vocabulary: Vocabulary, trace_block_size: int
         vocab_size=vocabulary.size,
         mask_id=vocabulary.special.mask,
         traces=TraceRules(trace_block_size, recipe.trace_filter == "correct"),
+        weighed=recipe.algorithm.weighs_records,
     )
 
 
@@ -188,6 +189,7 @@ def make_source(recipe: Recipe, inputs: Inputs, rank: int, world_size: int) -> R
         row_length=recipe.row_length or recipe.longest_record,
         micro_batch_rows=recipe.per_device_train_batch_size,
         accumulation=recipe.gradient_accumulation_steps,
+        window_tokens=recipe.gradient_accumulation_tokens,
         max_epochs=recipe.num_train_epochs if recipe.max_steps is None else None,
         mixing_temperature=recipe.mixing_temperature,
         curriculum=recipe.curriculum,

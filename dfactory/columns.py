@@ -74,6 +74,7 @@ for _column in (
     Column(
         "visit_D", torch.int64, "data/source.py", "how often the record was seen before; with its id it keys the noise"
     ),
+    Column("weight_D", torch.float32, "data/source.py", "what the record counts in the loss; absent: 1 each"),
     Column(
         "conditioned_N",
         torch.bool,

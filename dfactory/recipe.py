@@ -368,6 +368,16 @@ def _check_fill(recipe: Recipe, rule: Rule) -> None:
 
 def _check_lengths(recipe: Recipe, rule: Rule) -> None:
     """What records and packed sequences can hold."""
+    tokens = f"gradient_accumulation_tokens {recipe.gradient_accumulation_tokens}"
+    rule(
+        recipe.gradient_accumulation_tokens is None or recipe.gradient_accumulation_steps == 1,
+        f"{tokens} with gradient_accumulation_steps {recipe.gradient_accumulation_steps}: both say how much a step takes; "
+        "leave one of them out",
+    )
+    rule(
+        recipe.gradient_accumulation_tokens is None or recipe.algorithm.data is not Data.PROMPTS,
+        f"{tokens} with stage {recipe.stage}: its steps take the rollouts of prompts; set it to null",
+    )
     rule(
         recipe.overlong != "split" or recipe.documents_per_record == 1,
         f"overlong split with stage {recipe.stage}: pairs have prompts and cannot be split; use truncate",

@@ -193,7 +193,7 @@ class Run:
             for note in filter(None, notes):
                 self.log.say(note)
             if self.records is not None:
-                self.log.say(f"{self.inputs.train.report}\n{self.records.rows_per_window} rows a step")
+                self.log.say(f"{self.inputs.train.report}\n{self.records.window_size} a step")
             if self.resumed is not None:
                 self.log.say(str(self.resumed))
             self.log.say(f"{self.num_steps} steps from step {self.state.step}, into {self.folder.path}")

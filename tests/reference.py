@@ -348,10 +348,11 @@ def reference_losses(
     """The loss before each step of SFT, CAP or DPO, one step a window (a list of ViewBatches), by AdamW in plain torch.
 
     uniform: sum of -log p over the window / its number of targets. elbo: sum of -log p / t over the window / the response
-    tokens of its documents, once a view. Clean targets have a mean of their own, times context_loss_weight. CAP: plus
-    confidence_beta times the mean entropy of the views' targets that the argmax predicts. With preference_beta DPO of
-    `dpo_loss`, against the model as it was. A list has an entry a step. Gradients are clipped by their global norm; 0 is
-    off. Norms and other vectors do not decay. Give `model` to keep its trained tensors.
+    tokens of its documents, once a view. A record's weight multiplies its targets in sum and number. Clean targets have a
+    mean of their own, times context_loss_weight. CAP: plus confidence_beta times the mean entropy of the views' targets that
+    the argmax predicts. With preference_beta DPO of `dpo_loss`, against the model as it was. A list has an entry a step.
+    Gradients are clipped by their global norm; 0 is off. Norms and other vectors do not decay. Give `model` to keep its
+    trained tensors.
     """
     start = reference_model(model_dir) if preference_beta is not None else None
     model = model or reference_model(model_dir)
@@ -393,9 +394,10 @@ def sft_loss(scored: list, loss_weight: str, confidence_beta: float, context_los
         hit = scores.hit & noised
         entropy, hits = entropy + scores.entropy[hit].sum(), hits + int(hit.sum())
         context, clean = context + nll[~noised].sum(), clean + int((~noised).sum())
-        total = total + (nll / batch.t_N if loss_weight == "elbo" else nll)[noised].sum()
-        responses = int((batch.response_length_D * batch.num_views_D).sum())
-        count += responses if loss_weight == "elbo" else int(noised.sum())
+        weight_D = batch.columns.get("weight_D", torch.ones(len(batch.document_id_D)))
+        total = total + ((nll / batch.t_N if loss_weight == "elbo" else nll) * weight_D[batch.document_N])[noised].sum()
+        responses = float((weight_D * batch.response_length_D * batch.num_views_D).sum())
+        count += responses if loss_weight == "elbo" else float(weight_D[batch.document_N][noised].sum())
     return total / count + confidence_beta * entropy / max(hits, 1) + context_loss_weight * context / max(clean, 1)
 
 

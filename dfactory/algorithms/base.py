@@ -56,6 +56,9 @@ class Algorithm:
     data: ClassVar[Data] = Data.RECORDS
     Keys: ClassVar[type] = NoKeys
     default_of: ClassVar[str | None] = None  # the selecting key whose default it is
+    weighs_records: ClassVar[bool] = (
+        False  # whether its objective reads `weight_D`; else records with a weight are refused
+    )
 
     @property
     def selects(self) -> dict[str, str]:

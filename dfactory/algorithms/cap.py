@@ -3,7 +3,8 @@
     L = L_SFT + beta * L_conf,    L_conf = sum over correct targets of their entropy / number of correct targets
 
 A target is correct when argmax p is the token that it stands for. Which ones are is a constant: no gradient runs through
-it. Entropy is that of softmax(logits / entropy_temperature), which the head computes; LLaDA2.0 has 1, dParallel 0.5.
+it. A target counts as often as its record's `weight` says, in sum and number. Entropy is that of
+softmax(logits / entropy_temperature), which the head computes; LLaDA2.0 has 1, dParallel 0.5.
 
 The denominator is the number of correct targets of the whole global batch, so a split into micro-batches does
 not change the loss; with none, L_conf is 0. It has to be known before the first backward. With one micro-batch a rank,
@@ -15,6 +16,7 @@ import dataclasses
 import torch
 
 from dfactory.algorithms.base import ALGORITHMS, Needs
+from dfactory.algorithms.loss_weights import by_target
 from dfactory.algorithms.sft import SFT
 from dfactory.algorithms.supervised import CART_P, Supervised, SupervisedKeys
 from dfactory.config.keys import key
@@ -47,8 +49,9 @@ class CAP(Objective):
         return SFT(self.loss_weight, self.editing_mask_id, self.cart_p, self.context_loss_weight)
 
     def _right(self, batch: ViewBatch, scores: TokenScores) -> torch.Tensor:
-        """Where the prediction of a view's target is right already."""
-        return scores.hit_N & (batch.view_N > 0) if self.context_loss_weight else scores.hit_N
+        """What each target counts whose prediction is right already, in a view: 1, or its record's weight; 0 elsewhere."""
+        right_N = scores.hit_N & (batch.view_N > 0) if self.context_loss_weight else scores.hit_N
+        return by_target(batch, right_N)
 
 
 @dataclasses.dataclass
@@ -61,6 +64,7 @@ class ConfidenceAwareParallel(Supervised):
     name = "cap"
     summary = "supervised fine-tuning that also sharpens what is already right, for fewer forwards a response"
     source = "docs/method.md#cap"
+    weighs_records = True
     Keys = CAPKeys
 
     def needs(self, recipe) -> Needs:

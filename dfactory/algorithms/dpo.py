@@ -13,7 +13,8 @@ Its `sigmoid` ignores label_smoothing; here that is conservative DPO's, as in it
 here: the negative ELBO of the chosen answers over the response tokens that it covers, fill included.
 
 Documents 2i and 2i + 1 of a batch are the sides of a pair: they share their noise, and so do policy and reference, whose
-ELBOs are the column `reference_elbo_D`. A pair counts 1; all counts are known before the forward.
+ELBOs are the column `reference_elbo_D`. A pair counts 1, or its record's `weight`, in sums and counts; all counts are known
+before the forward.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 
 from dfactory.algorithms.base import ALGORITHMS
 from dfactory.algorithms.elbo import elbo
+from dfactory.algorithms.loss_weights import by_document
 from dfactory.algorithms.metrics import token_metrics
 from dfactory.algorithms.paired import Paired, PairedKeys
 from dfactory.config.keys import key
@@ -39,18 +41,21 @@ class DPO(Objective):
     sft_loss_coef: float = 0.0
 
     def counts(self, batch: ViewBatch, scores: TokenScores | None = None) -> dict[str, Count]:
-        counts: dict[str, Count] = {"preference": float(len(batch.document_id_D) // 2)}
+        weight_D = batch.columns.get("weight_D")
+        pairs = float(len(batch.document_id_D) // 2) if weight_D is None else weight_D[0::2].sum()
+        counts: dict[str, Count] = {"preference": pairs}
         if self.sft_loss_coef:
-            counts["sft"] = batch.response_length_D[0::2].sum()
+            counts["sft"] = by_document(batch, batch.response_length_D)[0::2].sum()
         return counts
 
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
         elbo_D = elbo(batch, scores.logprob_N)
         score_D = elbo_D - batch.columns["reference_elbo_D"]
         counts = self.counts(batch)
-        loss = {"preference": Mean(self.preference(score_D, batch.answer_length_D).sum(), counts["preference"])}
+        pair_D = self.preference(score_D, batch.answer_length_D).repeat_interleave(2)  # that of each of its sides
+        loss = {"preference": Mean(by_document(batch, pair_D)[0::2].sum(), counts["preference"])}
         if self.sft_loss_coef:
-            loss["sft"] = Mean(-elbo_D[0::2].sum(), counts["sft"])
+            loss["sft"] = Mean(-by_document(batch, elbo_D)[0::2].sum(), counts["sft"])
         metrics = token_metrics(batch, scores) | self._pair_metrics(elbo_D.detach(), score_D.detach())
         return LossTerms(loss, metrics, weights={"sft": self.sft_loss_coef})
 
@@ -116,6 +121,7 @@ class DirectPreferenceOptimisation(Paired):
     name = "dpo"
     summary = "direct preference optimisation with ELBOs in place of log-likelihoods"
     source = "docs/method.md#dpo"
+    weighs_records = True
     Keys = DPOKeys
 
     def problems(self, recipe) -> Iterator[str]:

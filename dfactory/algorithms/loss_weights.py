@@ -2,6 +2,7 @@
 
     L = - sum over views, targets i of  w_i log p(x0_i | view)  /  Z
 
+A record with a weight c has c w for w, and counts c times in Z: as if it stood c times in the file with the same noise.
 `uniform` and `elbo` are the house's own. The others are what other projects compute, under the names of their sources, so
 that a run of theirs goes on with its loss. A mean over rows is a sum of w_i / length of the row, divided by the number of
 rows; a row there is a view here.
@@ -72,20 +73,36 @@ def cart(batch: ViewBatch, cart_p: float) -> torch.Tensor:
     return torch.cat(weights) if weights else batch.elbo_weight_N
 
 
+def by_document(batch: ViewBatch, value_D: torch.Tensor) -> torch.Tensor:
+    """A number per document times what its record counts; as it is where no record has a weight."""
+    weight_D = batch.columns.get("weight_D")
+    return value_D if weight_D is None else value_D * weight_D
+
+
+def by_target(batch: ViewBatch, value_N: torch.Tensor) -> torch.Tensor:
+    """The same of a number per target."""
+    weight_D = batch.columns.get("weight_D")
+    return value_N if weight_D is None else value_N * weight_D[batch.document_N]
+
+
 def _targets(batch: ViewBatch) -> Count:
-    return float(batch.num_targets)
+    if "weight_D" not in batch.columns:
+        return float(batch.num_targets)
+    return by_target(batch, torch.ones_like(batch.elbo_weight_N)).sum()
 
 
 def _response_tokens(batch: ViewBatch) -> Count:
-    return (batch.response_length_D * batch.num_views_D).sum()
+    return by_document(batch, batch.response_length_D * batch.num_views_D).sum()
 
 
 def _views(batch: ViewBatch) -> Count:
-    return batch.num_views_D.sum()
+    return by_document(batch, batch.num_views_D).sum()
 
 
 def _positions(batch: ViewBatch) -> Count:
-    return (batch.view_RS > 0).sum()
+    in_view_RS = batch.view_RS > 0
+    weight_D = batch.columns.get("weight_D")
+    return (in_view_RS if weight_D is None else weight_D[batch.document_RS[in_view_RS]]).sum()
 
 
 LOSS_WEIGHTS = {

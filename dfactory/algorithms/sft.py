@@ -2,14 +2,15 @@
 
     L = - sum over views, targets i of  w_i log p(x0_i | view)  /  Z
 
-`loss_weight` chooses w and Z (loss_weights.py). With causal context, `context_loss_weight` times the mean negative
-log-likelihood of every clean token given those before it is added.
+`loss_weight` chooses w and Z (loss_weights.py); the `weight` of a record multiplies its targets' w and its share of Z. With
+causal context, `context_loss_weight` times the mean negative log-likelihood of every clean token given those before it is
+added.
 """
 
 import dataclasses
 
 from dfactory.algorithms.base import ALGORITHMS
-from dfactory.algorithms.loss_weights import LOSS_WEIGHTS
+from dfactory.algorithms.loss_weights import LOSS_WEIGHTS, by_target
 from dfactory.algorithms.metrics import metrics_by_kind, token_metrics
 from dfactory.algorithms.supervised import CART_P, Supervised
 from dfactory.types import Count, LossTerms, Mean, Objective, TokenScores, ViewBatch
@@ -25,15 +26,17 @@ class SFT(Objective):
     def counts(self, batch: ViewBatch, scores: TokenScores | None = None) -> dict[str, Count]:
         """This micro-batch's share of Z, from the batch alone."""
         if self.context_loss_weight:
-            noised = (batch.view_N > 0).sum()
-            return {"nll": noised, "context_nll": batch.num_targets - noised}
+            noised_N = batch.view_N > 0
+            kinds = {"nll": noised_N, "context_nll": ~noised_N}
+            return {name: by_target(batch, here_N).sum() for name, here_N in kinds.items()}
         return {"nll": LOSS_WEIGHTS[self.loss_weight].count(batch)}
 
     def is_linear(self, batch: ViewBatch) -> bool:
         return True
 
     def __call__(self, batch: ViewBatch, scores: TokenScores) -> LossTerms:
-        weighted_N = LOSS_WEIGHTS[self.loss_weight].weigh(batch, self.cart_p) * -scores.logprob_N
+        weight_N = by_target(batch, LOSS_WEIGHTS[self.loss_weight].weigh(batch, self.cart_p))
+        weighted_N = weight_N * -scores.logprob_N
         metrics = token_metrics(batch, scores)
         if self.editing_mask_id is not None:
             metrics |= metrics_by_kind(batch, scores, self.editing_mask_id)
@@ -51,6 +54,7 @@ class SupervisedFineTuning(Supervised):
     summary = "supervised fine-tuning: the negative log-likelihood of responses"
     source = "docs/method.md#sft"
     default_of = "stage"
+    weighs_records = True
 
     def objective(self, recipe, editing_mask_id: int | None) -> SFT:
         return SFT(recipe.loss_weight, editing_mask_id, recipe.cart_p, recipe.context_loss_weight)

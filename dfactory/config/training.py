@@ -68,6 +68,12 @@ class TrainingKeys:
     max_steps: Optional[int] = key(None, "optimiser steps; null: by num_train_epochs", low=1)
     per_device_train_batch_size: int = key(1, "packed sequences in a micro-batch", low=1)
     gradient_accumulation_steps: int = key(1, "micro-batches of a rank in one optimiser step", low=1)
+    gradient_accumulation_tokens: Optional[int] = key(
+        None,
+        "instead: an optimiser step takes packed sequences until their records have so many response tokens or more, on all "
+        "ranks together; so steps learn from equally much, on any number of ranks; null: by gradient_accumulation_steps",
+        low=1,
+    )
 
     save_strategy: str = key(
         "steps",

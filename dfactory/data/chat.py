@@ -243,7 +243,7 @@ class ChatEncoder:
     # --- messages -> rendered text -> pieces ------------------------------------------------------------------------
 
     def _conversation_pieces(self, conversation: Conversation, add_generation_prompt: bool = False) -> list[_Piece]:
-        messages, tools, trained_from = conversation
+        messages, tools, trained_from, _ = conversation
         (messages, tools), stand_ins = self._hide_literals((messages, tools))
         template, hidden = self._template(tools), Conversation(messages, tools, trained_from)
         if add_generation_prompt:

@@ -2,6 +2,7 @@
 
 read          system, system_prompt: the first message           history: earlier [question, answer] pairs
               input, context: after the instruction              tools
+              weight: what the record counts in the loss, 1 without it
 refused       one of these where the format does not read it and its text is not in the turns; images and the like;
               a verdict that the answer is bad
 reported      any other text, once, with its share of the rows
@@ -25,6 +26,7 @@ UNSUPPORTED = {
     "functions": "rename the column to tools",
     "chat_template_kwargs": "give a template with these options set as chat_template_path",
 }
+WEIGHT = "weight"
 VERDICTS = ("label", "kto_tag")  # of KTO: false marks a bad answer
 READ_OF_MESSAGES = {
     *("role", "content", "name", "id", "type", "tool_calls", "tool_call_id", "function_call", "from", "value"),
@@ -110,6 +112,16 @@ def _turn(turn: dict, name: str) -> dict:
     return {**message, **said(SPEAKERS[speaker], fields.text(value, f"{name}.value"))}
 
 
+def weighed(row: dict, record: Record) -> Record:
+    """The record with the weight of its own column. Raises BadRow."""
+    weight = fields.sample_weight(row.get(WEIGHT))
+    if weight == 1:
+        return record
+    if isinstance(record, Pair):
+        return Pair(*(side._replace(weight=weight) for side in record))
+    return record._replace(weight=weight)
+
+
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
@@ -158,7 +170,7 @@ def texts_of(record: Record) -> Iterator[str]:
     """All texts of a record."""
     for document in record if isinstance(record, Pair) else (record,):
         if isinstance(document, Completion):
-            yield from document
+            yield from (document.prompt, document.completion)
         elif isinstance(document, Conversation):
             yield from (message["content"] for message in document.messages)
 

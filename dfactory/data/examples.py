@@ -133,6 +133,7 @@ class Examples(Sequence[Example]):
         input_ids: np.ndarray,
         trainable: np.ndarray,
         commit_step: np.ndarray | None = None,
+        weight_E: np.ndarray | None = None,
     ):
         self.report = report
         self.unit_size = report.unit_size  # neighbours that belong together: 1, or 2 for chosen and rejected
@@ -141,6 +142,7 @@ class Examples(Sequence[Example]):
         self._input_ids = input_ids  # int32
         self._trainable_bits = np.packbits(trainable)
         self._commit_step = commit_step  # int16, where the run makes views from traces
+        self._weight_E = weight_E  # float32, what each counts in the loss; None: 1 each
 
     def __len__(self) -> int:
         return len(self.document_id_E)
@@ -181,6 +183,20 @@ class Examples(Sequence[Example]):
     def unit_id(self, index: int) -> int:
         """The name of a unit's documents."""
         return int(self.document_id_E[index * self.unit_size])
+
+    @property
+    def trainable_U(self) -> np.ndarray:
+        """int64: the response tokens of each unit, before the fill."""
+        count_E = np.empty(len(self), np.int64)
+        for first in range(0, len(self), ENCODE_BATCH):
+            offset = self._offset_E1[first : first + ENCODE_BATCH + 1]
+            trained = self._trainable(int(offset[0]), int(offset[-1])).astype(np.int64)
+            count_E[first : first + len(offset) - 1] = np.add.reduceat(trained, offset[:-1] - offset[0])
+        return count_E.reshape(-1, self.unit_size).sum(axis=1)
+
+    def unit_weight(self, index: int) -> float:
+        """What a unit counts in the loss."""
+        return 1.0 if self._weight_E is None else float(self._weight_E[index * self.unit_size])
 
     def map_units(self, measure: Callable[["Examples"], np.ndarray]) -> np.ndarray:
         """A number for each unit."""
@@ -234,7 +250,7 @@ class Examples(Sequence[Example]):
     def fingerprint(self) -> int:
         """A checksum of all documents, their order and their marks: a resumed run must see the same ones."""
         arrays = [self.document_id_E, self._offset_E1, self._input_ids, self._trainable_bits]
-        arrays += [] if self._commit_step is None else [self._commit_step]
+        arrays += [column for column in (self._commit_step, self._weight_E) if column is not None]
         return functools.reduce(lambda crc, array: zlib.crc32(array.tobytes(), crc), arrays, 0)
 
     def _trainable(self, start: int, stop: int) -> np.ndarray:
@@ -257,12 +273,13 @@ def load_examples(
     fill_unit: int | None = None,
     paired: bool = False,
     traces: TraceRules = NO_TRACES,
+    weighed: bool = True,
 ) -> Examples:
     """Read, tokenise and check every record of the entries.
 
     `encoder` may be None if all records come tokenised. A text ends with EOS, added where it does not, trainable where
     its last token is. `paired` is whether the records have to be preference pairs or must not be; `traces`
-    what they need of a trace.
+    what they need of a trace; `weighed` whether a record may have a weight.
     Raises DataError for a record of the other kind, for the first bad row (on_bad_row "error"), for too large a share of
     them ("skip"), for an unreadable file, and if nothing is left; ConfigError if blocks do not divide max_length.
     """
@@ -272,7 +289,7 @@ def load_examples(
         raise ConfigError(
             f"datasets names {len(datasets)} files: at most {1 << FILE_BITS} can be distinguished; join some"
         )
-    rules = DocumentRules(max_length, overlong, eos_id, vocab_size, mask_id, traces)
+    rules = DocumentRules(max_length, overlong, eos_id, vocab_size, mask_id, traces, weighed)
     report = DataReport([entry.label for entry in datasets], unit_size=2 if paired else 1)
     builder = ExamplesBuilder(report, on_bad_row, block_size, fill_unit)
     with reading([entry.path for entry in datasets if entry.path], "tokenising") as advance:
@@ -294,6 +311,7 @@ class DocumentRules:
     vocab_size: int
     mask_id: int | None = None
     traces: TraceRules = NO_TRACES
+    weighed: bool = True  # whether its `weight` may be other than 1
 
 
 class EncodedRow(NamedTuple):
@@ -359,6 +377,7 @@ class Finished(NamedTuple):
     was_cut: bool = False
     part: int = 0  # of a split text
     commit_step_T: np.ndarray | None = None  # where views are made from traces
+    weight: float = 1.0  # in the loss
 
 
 def _finish(rules: DocumentRules, record: Record | BadRow, encoded: Encoded | BadRow) -> list[Finished] | BadRow | None:
@@ -367,11 +386,17 @@ def _finish(rules: DocumentRules, record: Record | BadRow, encoded: Encoded | Ba
         return encoded
     if rules.traces.leave_out(_trace_of(record)):
         return None
-    outcomes = [_apply(rules, *one) for one in zip(documents_of(record), encoded, strict=True)]
+    documents = documents_of(record)
+    if documents[0].weight != 1 and not rules.weighed:
+        return BadRow(
+            Fault.FIELD,
+            f"weight is {documents[0].weight:g}: the stage counts every record the same; leave the column out",
+        )
+    outcomes = [_apply(rules, *one) for one in zip(documents, encoded, strict=True)]
     for side, outcome in enumerate(outcomes):
         if isinstance(outcome, BadRow):
             return BadRow(outcome.fault, f"{SIDES[side]}: {outcome}") if isinstance(record, Pair) else outcome
-    finished = [document for outcome in outcomes for document in outcome]
+    finished = [document._replace(weight=documents[0].weight) for outcome in outcomes for document in outcome]
     return (isinstance(record, Pair) and _wrong_pair(*finished)) or finished
 
 
@@ -466,6 +491,7 @@ class ExamplesBuilder:
         self.block_size, self.fill_unit = block_size, fill_unit or block_size
         self.document_ids: list[int] = []
         self.lengths: list[int] = []
+        self.weights: list[float] = []
         self.chunks: list[_Columns] = []  # joined now and then: a small array a document would cost more than it holds
         self.loose: list[_Columns] = []
 
@@ -481,6 +507,7 @@ class ExamplesBuilder:
         tokens, length = document.tokens, len(document.tokens[0])
         self.document_ids.append(document.part << LINE_BITS + FILE_BITS | document_id)
         self.lengths.append(length)
+        self.weights.append(document.weight)
         self.loose.append((*tokens, document.commit_step_T))
         if len(self.loose) >= ENCODE_BATCH:
             self.chunks, self.loose = [*self.chunks, _concatenate(self.loose)], []
@@ -510,7 +537,9 @@ class ExamplesBuilder:
         """What was gathered, at least one document."""
         input_ids, trainable, steps = _concatenate([*self.chunks, *self.loose])
         offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
-        return Examples(self.report, np.array(self.document_ids, np.int64), offsets, input_ids, trainable, steps)
+        weights = np.array(self.weights, np.float32) if any(weight != 1 for weight in self.weights) else None
+        names = np.array(self.document_ids, np.int64)
+        return Examples(self.report, names, offsets, input_ids, trainable, steps, weights)
 
 
 def _origin(files: list[str], document_id: int) -> str:

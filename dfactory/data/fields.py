@@ -29,6 +29,7 @@ MEDIA_PARTS = {  # what a part of another type is; as OpenAI, Anthropic and tran
     **dict.fromkeys(("video", "video_url", "input_video"), "a video"),
     **dict.fromkeys(("file", "input_file", "document"), "a file"),
 }
+LEAST_WEIGHT = 1e-6  # of a record: sums of smaller ones would be lost in float32
 NESTING = 100  # levels of a JSON value: what walks through values and templates recurses
 
 
@@ -38,6 +39,7 @@ class Conversation(NamedTuple):
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     trained_from: int = 0
+    weight: float = 1.0  # what the record counts in the loss; of a pair, both sides have the pair's
 
 
 class Completion(NamedTuple):
@@ -45,6 +47,7 @@ class Completion(NamedTuple):
 
     prompt: str
     completion: str
+    weight: float = 1.0
 
 
 class Trace(NamedTuple):
@@ -70,6 +73,7 @@ class TokenIds(NamedTuple):
     input_ids: list[int]
     prompt_length: int
     trace: Trace | None = None
+    weight: float = 1.0
 
 
 Document = Conversation | Completion | TokenIds
@@ -161,6 +165,23 @@ def _take_mark(message: dict[str, Any], name: str) -> None:
 def is_trained(message: dict[str, Any]) -> bool:
     """Whether a checked message is an answer to train on."""
     return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def sample_weight(value: Any) -> float:
+    """What a record counts in the loss, 1 where it does not say. Raises BadRow."""
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow(
+            Fault.FIELD, f"weight is {show(value)}: what a record counts must be a number above 0, such as 2.0"
+        )
+    if not (LEAST_WEIGHT <= value <= 1 / LEAST_WEIGHT):
+        raise BadRow(
+            Fault.FIELD,
+            f"weight is {value}: what a record counts must be above 0 and finite, from {LEAST_WEIGHT:g} to "
+            f"{1 / LEAST_WEIGHT:g}; leave a record that is not to count out of the file",
+        )
+    return float(value)
 
 
 # --- tools ------------------------------------------------------------------------------------------------------------

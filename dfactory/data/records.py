@@ -64,7 +64,7 @@ def parse_row(row: Any, prefer_pairs: bool = False, unread: Counter[str] | None 
     """Recognise and check one row; a BadRow is returned, so that the caller decides what it is worth."""
     try:
         names, form = _recognise(row, prefer_pairs)
-        record = form.read(row)
+        record = columns.weighed(row, form.read(row))
         if form.strict:
             columns.refuse_unread(row, (*names, *form.also), record)
             columns.refuse_bad_answer(row, record)

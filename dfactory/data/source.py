@@ -2,8 +2,8 @@
 
 The unit is a document, or the two sides of a preference pair, which never part. There is one global stream of rows. Its
 order is a pure function of (seed, epoch), it runs across epoch edges, and it does not know about ranks: a window is the
-next world_size * accumulation * micro_batch_rows rows, dealt out like cards. Every rank packs the whole stream (by
-lengths, which is cheap) and builds views for its own rows only.
+next world_size * accumulation * micro_batch_rows rows, or the next rows until their records have enough response tokens,
+dealt out like cards. Every rank packs the whole stream (by lengths, which is cheap) and builds views for its own rows only.
 
 The block size may follow a schedule of windows. Where it changes, order and cursor go on; what a document costs changes,
 also for those that wait to be packed.
@@ -58,8 +58,10 @@ class RecordSource:
     `block_phases` are (first window, block size), the last being `block_size`; None is `block_size` all the time. A
     document shorter than a block is one block, with fill up to a multiple of `block_size` at most.
     `canvas` is the length of canvases, in a model with causal context (`block_size` is 1 then); with `scores_context` the
-    clean tokens are targets too. `mixing_temperature` flattens the files' shares of an epoch, `curriculum` "length" sorts
-    the first one. Raises ConfigError if a row cannot hold the longest document with its views.
+    clean tokens are targets too. With `window_tokens` a window ends with the row that brings it to so many response tokens,
+    whatever the ranks, and empty rows fill its last micro-batches up; `accumulation` is not read. `mixing_temperature`
+    flattens the files' shares of an epoch, `curriculum` "length" sorts the first one. Raises ConfigError if a row cannot
+    hold the longest document with its views.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class RecordSource:
         world_size: int = 1,
         micro_batch_rows: int = 1,
         accumulation: int = 1,
+        window_tokens: int | None = None,
         max_epochs: float | None = None,
         after_answer: str = "fill",
         fill_unit: int | None = None,
@@ -94,6 +97,8 @@ class RecordSource:
         self._final_block_size, self._fill_unit = block_size, fill_unit or block_size
         self.rank, self.world_size = rank, world_size
         self.micro_batch_rows, self.accumulation = micro_batch_rows, accumulation
+        self._window_tokens = window_tokens
+        self._tokens_U = None if window_tokens is None else examples.map_units(lambda some: some.trainable_U)
         self.max_epochs, self.after_answer = max_epochs, after_answer
         weights = tempered(weights, np.bincount(examples.file_index_U, minlength=len(weights)), mixing_temperature)
         self._identity = {"data": examples.fingerprint, "seed": seed, "weights": [float(w) for w in weights]}
@@ -111,7 +116,14 @@ class RecordSource:
 
     @property
     def rows_per_window(self) -> int:
+        """Of a window that is not cut by tokens."""
         return self.world_size * self.accumulation * self.micro_batch_rows
+
+    @property
+    def window_size(self) -> str:
+        """How much a window takes, in words."""
+        tokens = self._window_tokens
+        return f"{self.rows_per_window} rows" if tokens is None else f"rows of {tokens:,} response tokens or more"
 
     @property
     def epoch(self) -> float:
@@ -134,9 +146,9 @@ class RecordSource:
         """Nothing that records say bounds what training finds."""
 
     def next_window(self) -> list[ViewBatch] | None:
-        """This rank's `accumulation` micro-batches of the next window; None when the run is over.
+        """This rank's micro-batches of the next window, `accumulation` or by tokens; None when the run is over.
 
-        The last window is filled up with empty rows, so that all ranks run the same number of forwards.
+        The last window, or each by tokens, is filled up with empty rows, so that all ranks run the same number of forwards.
         """
         rows, block_size = self._next_rows(self._stream, self._windows), self.phase_of(self._windows).block_size
         if not rows[0]:
@@ -196,7 +208,14 @@ class RecordSource:
     def _next_rows(self, stream: RowStream, window: int) -> list[list[tuple[int, int]]]:
         """The rows of a window, empty ones where the run is over."""
         stream.set_costs(self.phase_of(window).cost_U)
-        return [stream.next_row() for _ in range(self.rows_per_window)]
+        if self._window_tokens is None:
+            return [stream.next_row() for _ in range(self.rows_per_window)]
+        rows, tokens = [], 0
+        while tokens < self._window_tokens and (row := stream.next_row()):
+            rows.append(row)
+            tokens += sum(int(self._tokens_U[index]) for index, _ in row)
+        at_once = self.world_size * self.micro_batch_rows
+        return rows + [[] for _ in range(-len(rows) % at_once if rows else at_once)]
 
     def _costs(self, examples: Examples, num_views: int, block_size: int) -> np.ndarray:
         """Row positions that each unit takes: the clean blocks that a view sees, once where both sides of a pair have
@@ -220,18 +239,25 @@ class RecordSource:
 
     def _build(self, rows: list[list[tuple[int, int]]], block_size: int) -> ViewBatch:
         """Rows of (unit, visit) -> a micro-batch. Only here are tokens read and noise drawn."""
-        packed = [[document for unit in row for document in self._pack(*unit, block_size)] for row in rows]
+        weights = {index: self.examples.unit_weight(index) for row in rows for index, _ in row}
+        if all(weight == 1 for weight in weights.values()):
+            weights = {}
+        packed = [
+            [document for index, visit in row for document in self._pack(index, visit, block_size, weights.get(index))]
+            for row in rows
+        ]
         width = self.row_length if self.packing else None
         return collate(packed, self._final_block_size, pad_to=width, columns=("visit_D",))
 
-    def _pack(self, index: int, visit: int, block_size: int) -> list[PackedDocument]:
-        """A unit of the examples with its views: a document, or the two sides of a pair, which share their prompt."""
+    def _pack(self, index: int, visit: int, block_size: int, weight: float | None) -> list[PackedDocument]:
+        """A unit of the examples with its views: a document, or the two sides of a pair, which share their prompt. `weight`
+        becomes a column of the batch, where one of its records has a weight."""
         unit = [
             align_canvases(example, self.canvas, self.eos_id)
             if self.canvas is not None
             else align(example, block_size, self.eos_id, self._fill_unit, self.after_answer)
             for example in self.examples.unit(index)
         ]
-        columns = {"visit_D": visit}
+        columns = {"visit_D": visit} if weight is None else {"visit_D": visit, "weight_D": weight}
         views = (self.make_views(document, visit) for document in unit)
         return share([PackedDocument(*both, 0, columns, self.scores_context) for both in zip(unit, views, strict=True)])

@@ -188,6 +188,11 @@ class StreamedExamples:
         file_index, number = self._place(index)
         return file_index << LINE_BITS | number
 
+    def unit_weight(self, index: int) -> float:
+        """What a line counts in the loss."""
+        chunk = self.chunk(index)
+        return chunk.examples.unit_weight(chunk.place[index])
+
     def map_units(self, measure: Callable[[Examples], np.ndarray]) -> "MappedUnits":
         """A number for each unit, 0 for a bad one."""
         return MappedUnits(self, measure)

@@ -42,7 +42,7 @@ class Template:
         """The text after which the model has to answer; the template is given `variables` besides. Earlier answers are the
         template's to shorten."""
         self._require_tools(conversation)
-        messages, tools, _ = conversation
+        messages, tools, *_ = conversation
         text = self._render(messages, tools, variables, add_generation_prompt=True).text
         self._require_texts(text, conversation, roles=("system", "user", "tool"))
         return text
@@ -50,7 +50,7 @@ class Template:
     def document(self, conversation: Conversation) -> Rendered:
         """The text and the characters of the answers that are trained, end-of-turn token included."""
         self._require_tools(conversation)
-        messages, tools, trained_from = conversation
+        messages, tools, trained_from, _ = conversation
         text, spans = self._with_spans(messages, tools)
         self._require_texts(text, conversation)
         spans = self._trained(messages, spans)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedConfig
 
 from dfactory.planning.memory import ParameterCounts, forecast, setup_of
-from dfactory.planning.steps import BlockPhase
+from dfactory.planning.steps import BlockPhase, rows_a_step
 from dfactory.recipe import Recipe
 
 IMPORTS_S = 8.0  # Python and libraries on an idle CPU core, where they had been imported before and could not be timed
@@ -23,12 +23,12 @@ GPU_RATE = 2e14  # FLOP a second, in bfloat16: assumed, half of what an H100 rea
 
 
 def step_flop(recipe: Recipe, config: PreTrainedConfig, counts: ParameterCounts, rows: BlockPhase) -> float:
-    """Of one rank in one optimiser step, on rows like those of `rows`."""
+    """Of one rank in one optimiser step, on rows like those of `rows`; of all ranks where steps are cut by tokens."""
     passes = 2 + (2 if recipe.use_peft else 4) + 2 * recipe.gradient_checkpointing
     if recipe.reference_kind in ("copy", "adapter"):
         passes += 2
     a_row = (counts.active - counts.vocabulary) * rows.tokens + config.vocab_size * config.hidden_size * rows.targets
-    return passes * a_row * recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    return passes * a_row * rows_a_step(recipe, rows, 1)
 
 
 class Checkpoints(NamedTuple):

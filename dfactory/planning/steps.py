@@ -29,14 +29,15 @@ class BlockPhase:
     tokens: float  # a row
     targets: float
     documents: float
+    epoch_steps: int = 1  # where steps are cut by tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """What the run is on so many ranks. A step has `rows` rows on all of them."""
+    """What the run is on so many ranks. A step has `rows` rows on all of them, in the mean where it is cut by tokens."""
 
     ranks: int
-    rows: int
+    rows: float
     steps: int
     epochs: float
     steps_an_epoch: int  # in the last phase
@@ -52,22 +53,32 @@ def steps_on(recipe: Recipe, make_source: MakeSource, phases: list[BlockPhase], 
     """The run on each number of ranks."""
     last, found = phases[-1], []
     for count, steps in _steps(recipe, make_source, ranks).items():
-        rows = count * recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+        rows = rows_a_step(recipe, last, count)
         epochs = recipe.num_train_epochs if recipe.max_steps is None else _epochs(phases, steps, rows)
         found.append(Steps(count, rows, steps, epochs, math.ceil(last.epoch_rows / rows), rows * last.tokens))
     return found
 
 
+def rows_a_step(recipe: Recipe, phase: BlockPhase, ranks: int) -> float:
+    """Rows of a step on all ranks; where steps are cut by tokens, their mean, which is that of any number of ranks."""
+    if recipe.gradient_accumulation_tokens is not None:
+        return phase.epoch_rows / phase.epoch_steps
+    return ranks * recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+
+
 def _measure_phase(recipe: Recipe, make_source: MakeSource, first: int, block_size: int) -> BlockPhase:
     alone = dataclasses.replace(recipe, block_size_schedule=[[0, block_size]])
-    return BlockPhase(first, block_size, _rows_of(alone, make_source, 1.0), *_measure_rows(make_source(alone, 1)))
+    epoch_rows, epoch_steps = _rows_of(alone, make_source, 1.0), 1
+    if recipe.gradient_accumulation_tokens is not None:
+        epoch_steps = make_source(dataclasses.replace(alone, max_steps=None, num_train_epochs=1.0), 1).num_windows
+    return BlockPhase(first, block_size, epoch_rows, *_measure_rows(make_source(alone, 1)), epoch_steps)
 
 
 def _steps(recipe: Recipe, make_source: MakeSource, ranks: tuple[int, ...]) -> dict[int, int]:
     """Steps of the run by number of ranks. Without a schedule rows do not depend on it, so one packing tells all."""
     if recipe.max_steps is not None:
         return dict.fromkeys(ranks, recipe.max_steps)
-    if recipe.block_size_schedule is not None:
+    if recipe.block_size_schedule is not None or recipe.gradient_accumulation_tokens is not None:
         return {count: make_source(recipe, count).num_windows for count in ranks}
     rows = _rows_of(recipe, make_source, recipe.num_train_epochs)
     rows_a_rank = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
@@ -95,6 +106,6 @@ def _measure_rows(source: RecordSource) -> tuple[int, float, float, float, float
 
 def _rows_of(recipe: Recipe, make_source: MakeSource, epochs: float) -> int:
     """Rows of so many epochs: the steps of a run whose steps have one row."""
-    one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "gradient_accumulation_tokens": None}
     single = dataclasses.replace(recipe, max_steps=None, num_train_epochs=epochs or 1.0, **one)
     return make_source(single, 1).num_windows

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dfactory.data.chat import ChatEncoder
-from dfactory.data.records import Fault
+from dfactory.data.fields import BadRow
+from dfactory.data.records import Fault, parse_row
 from dfactory.errors import ConfigError, DataError
 from tests.data.conftest import EOS, MASK
 
@@ -96,6 +97,12 @@ def test_a_document_id_leads_back_to_file_and_line(load, write):
         (ids(5, 5), "rows.jsonl:2: no token is trainable"),
         (ids(5, 2, last=999), r"rows.jsonl:2: input_ids\[4\] is 999: the vocabulary has 264 tokens"),
         (ids(5, 2, last=MASK), r"rows.jsonl:2: input_ids\[4\] is the mask 2"),
+        (GOOD | {"weight": 0}, "rows.jsonl:2: weight is 0: .* must be above 0 and finite.*; leave a record .* out"),
+        (GOOD | {"weight": -2.5}, "rows.jsonl:2: weight is -2.5: .* must be above 0"),
+        (GOOD | {"weight": 1e400}, "rows.jsonl:2: not valid JSON: Infinity"),
+        (ids(5, 2) | {"weight": 1e7}, r"rows.jsonl:2: weight is 10000000.0: .* from 1e-06 to 1e\+06"),
+        (GOOD | {"weight": "2"}, "rows.jsonl:2: weight is str '2': .* must be a number above 0, such as 2.0"),
+        (GOOD | {"weight": True}, "rows.jsonl:2: weight is bool True: .* must be a number"),
     ],
 )
 def test_the_first_bad_row_stops_the_run(load, write, row, message):
@@ -180,6 +187,31 @@ def test_the_fingerprint_sees_every_part(load, write):
     for other in (ids(5, 3), ids(5, 2, last=41), ids(4, 2)):
         assert load(write(other)).fingerprint != base
     assert load(write(b"", ids(5, 2))).fingerprint != base
+
+
+def test_records_with_a_weight(load, write):
+    """Rows of every kind; a null is none. The weight is one of the things that a resumed run must see again."""
+    rows = [GOOD, GOOD | {"weight": 2}, ids(5, 2) | {"weight": 0.5}, GOOD | {"weight": None}]
+    examples = load(write(*rows))
+    assert [examples.unit_weight(index) for index in range(4)] == [1, 2, 0.5, 1]
+    assert examples.fingerprint != load(write(*rows[:3], GOOD | {"weight": 3})).fingerprint
+    assert load(write(GOOD | {"weight": 1.0})).fingerprint == load(write(GOOD)).fingerprint
+    split = load(write({"text": "abcdefghij", "weight": 3}), max_length=8, overlong="split")
+    assert [split.unit_weight(index) for index in range(len(split))] == [3, 3]
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert load(write(pair, pair | {"weight": 2}), paired=True).unit_weight(1) == 2
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused(number):
+    """As a table may hold it."""
+    with pytest.raises(BadRow, match=f"weight is {number}: .* finite"):
+        raise parse_row(GOOD | {"weight": number})
+
+
+def test_a_stage_that_counts_records_alike_refuses_weights(load, write):
+    with pytest.raises(DataError, match=r"rows.jsonl:2: weight is 2: the stage counts every record the same; leave"):
+        load(write(GOOD, GOOD | {"weight": 2}), weighed=False)
 
 
 # --- long texts ------------------------------------------------------------------------------------------------------

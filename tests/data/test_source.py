@@ -103,6 +103,21 @@ def test_epochs_and_seeds_differ_in_order(source):
     assert order(seed=4) != both
 
 
+def test_a_batch_has_the_weights_of_its_records(write):
+    """In the order of its documents; none where all of them are 1."""
+    rows = [{"input_ids": [30] * 8, "prompt_lengths": 2} | ({"weight": 3.5} if i == 4 else {}) for i in range(12)]
+    examples = load_examples(
+        [DatasetKeys(write(*rows))], None, max_length=20, overlong="refuse", on_bad_row="error",
+        max_bad_fraction=0.0, block_size=BLOCK, eos_id=EOS, vocab_size=64,
+    )  # fmt: skip
+    options = {"num_views": 1, "block_size": BLOCK, "eos_id": EOS, "row_length": 36, "seed": 3, "max_epochs": 1}
+    batches = [batch for window in all_windows(RecordSource(examples, [1], one_view, **options)) for batch in window]
+    found = [batch.columns["weight_D"] for batch in batches if "weight_D" in batch.columns]
+    assert len(found) == 1 < len(batches)
+    (weighed,) = (batch for batch in batches if "weight_D" in batch.columns)
+    assert found[0].tolist() == [3.5 if number == 5 else 1.0 for number in weighed.document_id_D.tolist()]
+
+
 def test_rows_are_full_and_padded_to_the_row_length(source):
     windows = all_windows(source(max_epochs=40, row_length=200))
     assert {tuple(batch.input_ids_RS.shape) for window in windows for batch in window} == {(1, 200)}
@@ -133,6 +148,35 @@ def test_a_window_holds_the_same_rows_however_it_is_split(source, world_size, ac
     for number, rows in enumerate(expected):
         dealt = [row for windows in ranks for row in rows_of(windows[number])]
         assert sorted(dealt) == sorted(rows)
+
+
+@SCHEDULES
+def test_windows_by_tokens(source, examples, phases):
+    """A window ends with the row that brings it to the tokens, on any number of ranks, and its forecast is exact."""
+    tokens = dict(zip(examples.document_id_E.tolist(), examples.trainable_U.tolist(), strict=True))
+    options = {"window_tokens": 40, "block_phases": phases}
+    alone = source(**options)
+    windows = all_windows(alone)
+    assert len(windows) == source(**options).num_windows > 5
+    assert all(len(window) == len(rows_of(window)) for window in windows)  # micro-batches of one row, none empty
+    for number, window in enumerate(windows):
+        found = [sum(tokens[document] for document, _ in row) for row in rows_of(window)]
+        assert sum(found[:-1]) < 40
+        assert sum(found) >= 40 or number == len(windows) - 1
+    for world_size, micro_batch_rows in ((2, 1), (3, 2)):
+        split = options | {"world_size": world_size, "micro_batch_rows": micro_batch_rows}
+        ranks = [all_windows(source(rank=rank, **split)) for rank in range(world_size)]
+        for number, window in enumerate(windows):
+            dealt = [row for rank in ranks for row in rows_of(rank[number])]
+            assert sorted(filter(None, dealt)) == sorted(rows_of(window))
+            assert len({len(rank[number]) for rank in ranks}) == 1
+            assert len(dealt) - len(rows_of(window)) < world_size * micro_batch_rows  # empty ones
+    resumed, before = source(**options | {"world_size": 2, "rank": 1}), source(**options)
+    for _ in range(3):
+        before.next_window()
+    resumed.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert resumed.num_windows == len(windows) - 3
+    assert rows_of(resumed.next_window()) == [*rows_of(windows[3])[1::2], *[[]] * (len(windows[3]) % 2)]
 
 
 def test_the_last_window_is_filled_up_with_empty_rows(source):

@@ -20,7 +20,8 @@ BLOCK = 4
 
 def row(index):
     turns = [("user", f"the {index}"), ("assistant", "the " * (index % 5) + "end")]
-    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+    weight = {"weight": 2.5} if index % 7 == 0 else {}
+    return {"messages": [{"role": role, "content": text} for role, text in turns]} | weight
 
 
 def pair(index):
@@ -55,11 +56,18 @@ def source_of(examples, files=1, **changes):
     return RecordSource(examples, [1.5] * files, one_view, **{**options, "accumulation": 2, **changes})
 
 
+def _lists(columns):
+    return {name: column.tolist() for name, column in columns.items()}
+
+
 def contents(source, count):
-    """Documents, tokens and visits of the next windows."""
+    """Documents, tokens, visits and columns of the next windows."""
     windows = [source.next_window() for _ in range(count)]
     return [
-        [(batch.document_id_D.tolist(), batch.input_ids_RS.tolist(), batch.t_N.tolist()) for batch in window]
+        [
+            (batch.document_id_D.tolist(), batch.input_ids_RS.tolist(), batch.t_N.tolist(), _lists(batch.columns))
+            for batch in window
+        ]
         for window in windows
     ]
 
@@ -90,7 +98,7 @@ def test_blank_and_bad_lines_are_passed_over_and_counted(readers, write):
     rows = [row(0), b"", {"x": 1}, row(3), b"{", row(5)]
     _, stream = readers(write(*rows), on_bad_row="skip", max_bad_fraction=0.5)
     examples = stream()
-    seen = {index & 0xFF for window in contents(source_of(examples), 4) for ids, _, _ in window for index in ids}
+    seen = {index & 0xFF for window in contents(source_of(examples), 4) for ids, *_ in window for index in ids}
     assert seen == {1, 4, 6}
     assert examples.report.num_refused == 2
     assert examples.report.kept == 3

@@ -1,6 +1,7 @@
 """However DeepSpeed shards the work, and however a batch is cut, the losses are those of plain torch."""
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from dfactory.assembly import make_source, read_inputs
 from dfactory.engine.trainer import learning_rate_schedule
 from dfactory.recipe import Recipe, load_recipe
-from tests.engine.conftest import GOLDEN, ROOT, read_metrics
+from tests.engine.conftest import GOLDEN, ROOT, read_metrics, write_records
 from tests.reference import reference_losses
 
 ZERO = {stage: f"deepspeed={ROOT}/recipes/deepspeed/zero{stage}.json" for stage in (1, 2, 3)} | {0: "deepspeed=null"}
@@ -51,16 +52,26 @@ def scheduled_rates(recipe: Recipe) -> list[float]:
     return rates
 
 
+def weighted_keys(folder: Path) -> list[str]:
+    """Overrides for records of which every third has a weight."""
+    plain, weighted = write_records(folder / "plain.jsonl", 40, seed=1), folder / "weighted.jsonl"
+    rows = [json.loads(line) for line in plain.read_text().splitlines()]
+    weights = [{"weight": 0.5 + number / 10} if number % 3 == 0 else {} for number in range(len(rows))]
+    weighted.write_text("".join(json.dumps(row | one) + "\n" for row, one in zip(rows, weights, strict=True)))
+    return [f"datasets=[{{path: {weighted}}}]"]
+
+
 OBJECTIVES = {
     "sft": [],
     "elbo": ["loss_weight=elbo", "noise_level=document"],
     "cap": ["stage=cap", "confidence_beta=0.5", "entropy_temperature=0.5"],
+    "tokens": ["max_steps=6", "gradient_accumulation_tokens=120"],  # and records with weights
     "dpo": ["max_steps=4", "learning_rate=1e-4", "sft_loss_coef=0.1"],  # and pairs
 }
 SPLITS = {1: [(8, 1), (1, 8)], 2: [(2, 2)]}  # processes -> rows and accumulation of the same 8 rows
 OTHERS = {  # processes -> (objective, ZeRO stage, rows, accumulation)
-    1: [("elbo", 1, 8, 1), ("cap", 0, 8, 1), ("dpo", 0, 1, 8)],
-    2: [("elbo", 1, 4, 1), ("cap", 3, 2, 2), ("dpo", 3, 2, 2)],
+    1: [("elbo", 1, 8, 1), ("cap", 0, 8, 1), ("dpo", 0, 1, 8), ("tokens", 0, 2, 1)],
+    2: [("elbo", 1, 4, 1), ("cap", 3, 2, 2), ("dpo", 3, 2, 2), ("tokens", 2, 2, 1)],
 }
 
 
@@ -75,6 +86,7 @@ def _variants(processes: int) -> list[tuple[str, int, int, int]]:
 def test_losses_of_twenty_steps_equal_plain_torch(recipe_file, dpo_keys, run_jobs, tmp_path, processes):
     """ZeRO 0 to 3, and the splits 1 x 8, 8 x 1 and 2 x 2 x 2 (ranks x rows x accumulation) of the same 8 rows."""
     jobs, objectives = {}, OBJECTIVES | {"dpo": [*dpo_keys, *OBJECTIVES["dpo"]]}
+    objectives["tokens"] = [*weighted_keys(tmp_path), *OBJECTIVES["tokens"]]
     for objective, stage, rows, accumulation in _variants(processes):
         run = tmp_path / f"{objective}-zero{stage}-{rows}x{accumulation}"
         split = [f"per_device_train_batch_size={rows}", f"gradient_accumulation_steps={accumulation}"]

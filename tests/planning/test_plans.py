@@ -54,6 +54,21 @@ def test_steps_and_epochs():
     assert found == [(1, 2, 9, 3.0, 3, 8), (4, 8, 3, 3.0, 1, 32)]
 
 
+def test_steps_that_are_cut_by_tokens():
+    """Their number is the source's on any number of ranks, a step's rows the mean of an epoch."""
+
+    class ByTokens(PaperSource):
+        def __init__(self, recipe: Recipe, ranks: int):
+            super().__init__(recipe, ranks)
+            if recipe.gradient_accumulation_tokens is not None:
+                self.num_windows = round(4 * recipe.num_train_epochs)
+
+    by_tokens = recipe(gradient_accumulation_steps=1, gradient_accumulation_tokens=100)
+    (phase,) = phases_of(by_tokens, ByTokens)
+    found = [(p.ranks, p.rows, p.steps, p.steps_an_epoch) for p in steps_on(by_tokens, ByTokens, [phase], (1, 4))]
+    assert found == [(1, 1.5, 12, 4), (4, 1.5, 12, 4)]
+
+
 def test_epochs_of_a_schedule_add_up_over_its_phases():
     """Two steps of two rows at 12 rows an epoch, then one at 6."""
     scheduled = recipe(block_size_schedule=[[0, 4], [2, 8]], max_steps=3)

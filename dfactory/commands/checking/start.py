@@ -40,9 +40,10 @@ def tell_start(page: Page, recipe: Recipe, model: Model, timed: Timed, first: Bl
         f"{in_bytes(stored)} of weights {weights_s:.1f} s at an assumed {in_bytes(DISK_RATE)} a second, model and DeepSpeed "
         f"{ENGINE_S:g} s (of the quickstart)",
     )
+    where = "each rank" if recipe.gradient_accumulation_tokens is None else "all ranks together"
     page.line(
         "a step",
-        f"{work:.1e} FLOP on each rank: {in_time(work / CPU_RATE)} on a CPU core ({CPU_RATE:.1e} FLOP a second, measured "
+        f"{work:.1e} FLOP on {where}: {in_time(work / CPU_RATE)} on a CPU core ({CPU_RATE:.1e} FLOP a second, measured "
         f"with the quickstart), {in_time(work / GPU_RATE)} on a GPU ({GPU_RATE:.0e}, assumed; the first step compiles "
         "flex_attention as well)",
     )

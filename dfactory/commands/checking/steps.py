@@ -42,9 +42,11 @@ def tell_rows_and_steps(page: Page, recipe: Recipe, inputs: Inputs, ranks: tuple
         cells.append((*(f"{number:,.0f}" for number in numbers), f"{plan.epochs:.2f}"))
     columns = ("ranks", "rows a step", "tokens a step", "steps an epoch", "steps", "epochs")
     page.line("steps", right_aligned(columns, cells))
-    rule = "ranks x per_device_train_batch_size x gradient_accumulation_steps"
+    rule = f"ranks x per_device_train_batch_size x gradient_accumulation_steps = ranks x {source.rows_per_window}"
+    if recipe.gradient_accumulation_tokens is not None:
+        rule = f"as many as have {recipe.gradient_accumulation_tokens:,} response tokens or more, here the mean"
     where = f", of block size {last.block_size}" if len(phases) > 1 else ""
-    page.line("", f"rows a step = {rule} = ranks x {source.rows_per_window}; tokens are those of all streams{where}")
+    page.line("", f"rows a step = {rule}; tokens are those of all streams{where}")
     steps = plans[0].steps
     _schedule(page, recipe, steps)
     _warn_of_repetition(page, steps, plans[0].epochs, recipe)
