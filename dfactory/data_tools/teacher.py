@@ -44,13 +44,6 @@ def is_diffusion_model(model_dir: Path) -> bool:
     return file.is_file() and "block_size" in json.loads(file.read_bytes())
 
 
-def fastest_dtype(device: str) -> str:
-    """bfloat16 where matrix products run in it, on a GPU or on a CPU with units for it; else float32."""
-    units = torch.cpu.get_capabilities()
-    has_units = any(units.get(name) for name in ("amx_bf16", "avx512_bf16"))
-    return "bfloat16" if has_units or torch.device(device).type != "cpu" else "float32"
-
-
 class Teacher:
     """`max_prompt_tokens` is what the model's positions leave beside an answer; None where its config states none.
 

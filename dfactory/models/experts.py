@@ -60,11 +60,7 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_PH, weight_TK, row_TK, token_P):
         ctx.save_for_backward(rows_PH, weight_TK, row_TK, token_P)
-        tokens, most = row_TK.shape
-        out_TH = rows_PH.new_empty((tokens, rows_PH.shape[-1]))
-        for part in _parts(tokens, rows_PH, most):
-            out_TH[part] = (_rows(rows_PH, row_TK[part]) * weight_TK[part, :, None]).sum(dim=1)
-        return out_TH
+        return _collected(rows_PH, weight_TK, row_TK)
 
     @staticmethod
     @once_differentiable
@@ -77,6 +73,15 @@ class _Collect(torch.autograd.Function):
             grad_PH[part] = of_token_PH * weight_P[part, None]
             grad_P[part] = of_token_PH.mul_(rows_PH[part]).sum(dim=1)
         return grad_PH, grad_P[row_TK], None, None
+
+
+def _collected(rows_PH: torch.Tensor, weight_TK: torch.Tensor, row_TK: torch.Tensor) -> torch.Tensor:
+    """[T, H]"""
+    parts = [
+        (_rows(rows_PH, row_TK[part]) * weight_TK[part, :, None]).sum(dim=1).to(rows_PH.dtype)
+        for part in _parts(len(row_TK), rows_PH, row_TK.shape[1])
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _rows(rows_PH: torch.Tensor, row_TK: torch.Tensor) -> torch.Tensor:
@@ -103,10 +108,11 @@ def _experts_function(module, hidden_TH, expert_TK, weight_TK) -> torch.Tensor:
     row_TK = torch.empty_like(pair_S).index_copy_(0, pair_S, row_S).view_as(expert_TK)
 
     end_E = end_E.int()
-    rows_PH = _Spread.apply(hidden_TH, token_P, row_TK)
+    trains = torch.is_grad_enabled()  # else the calls around the gradients cost a small forward 4 percent of its time
+    rows_PH = _Spread.apply(hidden_TH, token_P, row_TK) if trains else hidden_TH.index_select(0, token_P)
     gated_PI = module._apply_gate(grouped_mm(rows_PH, module.gate_up_proj.transpose(1, 2), offs=end_E))
     out_PH = grouped_mm(gated_PI, module.down_proj.transpose(1, 2), offs=end_E)
-    return _Collect.apply(out_PH, weight_TK, row_TK, token_P)
+    return _Collect.apply(out_PH, weight_TK, row_TK, token_P) if trains else _collected(out_PH, weight_TK, row_TK)
 
 
 def register() -> None:

@@ -20,7 +20,6 @@ from dfactory.data.records import read_records
 from dfactory.data_tools import meter
 from dfactory.data_tools.interrupts import EXIT_TERMINATED
 from dfactory.data_tools.journal import Journal
-from dfactory.data_tools.teacher import fastest_dtype
 from dfactory.data_tools.verdicts import most_repeats
 from dfactory.errors import CheckpointError, ConfigError, DataError, RolloutError
 
@@ -180,13 +179,6 @@ def test_every_format_of_a_prompt_becomes_a_record_whose_last_answer_is_trained(
             trained = [m["content"] for m in record.messages if m["role"] == "assistant" and m.get("weight") != 0]
             assert trained == [row["messages"][-1]["content"]]
     assert records[2] == ("Once upon", written[2]["completion"])
-
-
-def test_the_precision_is_what_the_processor_has_units_for():
-    units = torch.cpu.get_capabilities()
-    fast = units.get("amx_bf16") or units.get("avx512_bf16")
-    assert fastest_dtype("cpu") == ("bfloat16" if fast else "float32")
-    assert fastest_dtype("cuda:1") == "bfloat16"
 
 
 def test_files_follow_each_other_up_to_a_limit(endless, tool, files, rows_of, tmp_path):

@@ -59,6 +59,16 @@ def test_filled_groups_give_the_same_outputs_and_gradients(monkeypatch, tokens):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [1, 333])
+def test_without_a_gradient_the_bits_are_the_same(dtype, tokens):
+    block = expert_block(dtype)
+    hidden = some_tokens(block, tokens)
+    expected, _ = run(block, hidden)
+    with torch.no_grad():
+        assert torch.equal(block(hidden), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_computing_in_parts_changes_no_bit(monkeypatch, dtype):
     block = expert_block(dtype)
     hidden = some_tokens(block, 333)

@@ -55,6 +55,18 @@ def test_only_training_in_bfloat16_goes_another_way():
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("rows", [1, 32, 37, 300])
+@pytest.mark.parametrize("width", [SIZE, 64, 1000])
+def test_without_a_gradient_one_call_gives_the_same_bits(rows, width):
+    plain, adopted = (LlamaRMSNorm(width, eps=1e-5) for _ in range(2))
+    generator = torch.Generator().manual_seed(1)
+    plain.weight.data = adopted.weight.data = torch.randn(width, generator=generator)
+    norms.adopt(adopted)
+    hidden = 3 * torch.randn(1, rows, width, generator=generator)
+    with torch.no_grad():
+        assert torch.equal(adopted(hidden), plain(hidden))
+
+
 def test_a_frozen_weight_gets_no_gradient():
     norm = norm_with_weights().requires_grad_(False)
     norms.adopt(norm)
