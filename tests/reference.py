@@ -337,6 +337,7 @@ def reference_losses(
     eps: float | list[float] = 1e-8,
     weight_decay: float | list[float] = 0.0,
     max_grad_norm: float | list[float] = 1.0,
+    embedding_max_grad_norm: float | None = None,
     loss_weight: str = "uniform",
     confidence_beta: float = 0.0,
     entropy_temperature: float = 1.0,
@@ -351,8 +352,8 @@ def reference_losses(
     tokens of its documents, once a view. A record's weight multiplies its targets in sum and number. Clean targets have a
     mean of their own, times context_loss_weight. CAP: plus confidence_beta times the mean entropy of the views' targets that
     the argmax predicts. With preference_beta DPO of `dpo_loss`, against the model as it was. A list has an entry a step.
-    Gradients are clipped by their global norm; 0 is off. Norms and other vectors do not decay. Give `model` to keep its
-    trained tensors.
+    Gradients of embedding and head are clipped by their norm, then all by their global norm; 0 is off. Norms and other
+    vectors do not decay. Give `model` to keep its trained tensors.
     """
     start = reference_model(model_dir) if preference_beta is not None else None
     model = model or reference_model(model_dir)
@@ -373,6 +374,9 @@ def reference_losses(
             loss = dpo_loss(scored, start, preference_beta, sft_loss_coef)
         optimiser.zero_grad()
         loss.backward()
+        if embedding_max_grad_norm:
+            ends = ("model.word_embeddings.weight", "lm_head.weight")
+            torch.nn.utils.clip_grad_norm_([model.parameters()[name] for name in ends], embedding_max_grad_norm)
         if largest := _at(step, max_grad_norm):
             torch.nn.utils.clip_grad_norm_(parameters, largest)
         optimiser.step()

@@ -19,13 +19,16 @@ def optimising_problems(keys: TrainingKeys) -> Iterator[str]:
         yield (
             "frozen_parameters with use_peft true: only adapters are trained there; choose them by lora_target_modules"
         )
-    if keys.use_peft and keys.embedding_learning_rate is not None:
-        yield (
-            f"embedding_learning_rate {keys.embedding_learning_rate:g} with use_peft true: adapters train neither embedding "
-            "nor head; leave it out"
-        )
+    for name in ("embedding_learning_rate", "embedding_max_grad_norm"):
+        if keys.use_peft and (value := getattr(keys, name)) is not None:
+            yield (f"{name} {value:g} with use_peft true: adapters train neither embedding nor head; leave it out")
     if keys.expert_parallel_size > 1:
-        for name, unset in (("frozen_parameters", []), ("embedding_learning_rate", None), ("ema_decay", None)):
+        for name, unset in (
+            ("frozen_parameters", []),
+            ("embedding_learning_rate", None),
+            ("embedding_max_grad_norm", None),
+            ("ema_decay", None),
+        ):
             if (value := getattr(keys, name)) != unset:
                 yield (
                     f"{name} {value} with expert_parallel_size {keys.expert_parallel_size}: ranks hold different experts, "

@@ -59,7 +59,7 @@ LIMITED = {
 APPLIED_BY_TOPIC = {
     "optimiser, schedule, steps, batch": """learning_rate muon_learning_rate ema_decay
     lr_scheduler_type lr_min warmup_steps weight_decay adam_beta1
-    adam_beta2 adam_epsilon max_grad_norm skip_nonfinite num_train_epochs per_device_train_batch_size
+    adam_beta2 adam_epsilon max_grad_norm embedding_max_grad_norm skip_nonfinite num_train_epochs per_device_train_batch_size
     gradient_accumulation_steps gradient_accumulation_tokens""",
     "saving, logging, evaluation, checks": """save_strategy save_steps save_total_limit metric_for_best_model
     greater_is_better load_best_model_at_end early_stopping_patience early_stopping_threshold

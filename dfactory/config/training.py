@@ -48,6 +48,11 @@ class TrainingKeys:
     adam_beta2: float = key(0.999, "AdamW's decay of the squared gradient's mean", low=0.0, high=1.0)
     adam_epsilon: float = key(1e-8, "AdamW's term in the denominator", low=0.0)
     max_grad_norm: float = key(1.0, "clip the global gradient norm; 0: off", low=0.0)
+    embedding_max_grad_norm: Optional[float] = key(
+        None,
+        "before that, clip the norm of the gradients of embedding and head together; null: not apart from the others",
+        low=1e-6,
+    )
     skip_nonfinite: int = key(
         0, "how many steps with a NaN or Inf in loss or gradient a run may skip; one more stops it", low=0
     )

@@ -69,6 +69,11 @@ def _problems(recipe: Recipe, stage: int, offloaded: bool) -> Iterable[tuple[boo
             f"max_grad_norm {recipe.max_grad_norm:g}: DeepSpeed would clip the orthogonalised update and not the gradient, "
             "so that the step is as good as gone; set max_grad_norm to 0",
         )
+        yield (
+            recipe.embedding_max_grad_norm is not None,
+            f"embedding_max_grad_norm {recipe.embedding_max_grad_norm}: its momentum is in the gradients by then; leave it "
+            "out",
+        )
     if recipe.optim != "adamw":
         yield (
             offloaded,
@@ -119,7 +124,7 @@ def parameter_groups(policy: nn.Module, recipe: Recipe) -> Groups:
     """Parameters in groups: matrices decay; norms and other vectors do not; embedding and head have their own learning rate
     where the recipe gives one. A ZeRO-3 shard has its whole shape in `ds_shape`."""
     trainable = [p for p in policy.parameters() if p.requires_grad]
-    ends = _ends(policy) if recipe.embedding_learning_rate is not None else set()
+    ends = {id(p) for p in ends_of(policy)} if recipe.embedding_learning_rate is not None else set()
     matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1 and id(p) not in ends]
     vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
     own = [p for p in trainable if id(p) in ends]
@@ -132,7 +137,20 @@ def parameter_groups(policy: nn.Module, recipe: Recipe) -> Groups:
     return [group for group in groups if group["params"]]
 
 
-def _ends(policy: nn.Module) -> set[int]:
-    """The ids of the weights of embedding and head."""
+def clipped_apart(policy: nn.Module, recipe: Recipe) -> list[nn.Parameter]:
+    """The weights whose gradients `embedding_max_grad_norm` clips; none without it. Raises ConfigError if all are frozen."""
+    if recipe.embedding_max_grad_norm is None:
+        return []
+    if not (ends := ends_of(policy)):
+        raise ConfigError(
+            f"embedding_max_grad_norm {recipe.embedding_max_grad_norm:g} with frozen_parameters "
+            f"{recipe.frozen_parameters}: embedding and head are not trained; leave it out"
+        )
+    return ends
+
+
+def ends_of(policy: nn.Module) -> list[nn.Parameter]:
+    """The trained weights of embedding and head; one where they are tied."""
     ends = (policy.model.get_input_embeddings(), policy.model.get_output_embeddings())
-    return {id(end.weight) for end in ends if end is not None}
+    weights = {id(end.weight): end.weight for end in ends if end is not None}
+    return [weight for weight in weights.values() if weight.requires_grad]

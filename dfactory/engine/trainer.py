@@ -23,7 +23,8 @@ from dfactory import distributed
 from dfactory.engine import expert_parallel
 from dfactory.engine.activations import kept_note, offloading, recompute
 from dfactory.engine.average import Average
-from dfactory.engine.optimizers import made_here, optimizer_section, parameter_groups, refuse_unsupported
+from dfactory.engine.clipping import clip_together
+from dfactory.engine.optimizers import clipped_apart, made_here, optimizer_section, parameter_groups, refuse_unsupported
 from dfactory.engine.replay import replay
 from dfactory.engine.window import (
     MeanTracker,
@@ -89,6 +90,11 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
             "use stage 1, 2 or 3"
         )
     refuse_unsupported(recipe, zero.get("stage", 0), offloaded=offloaded)
+    if recipe.embedding_max_grad_norm is not None and "offload_optimizer" in zero:
+        raise ConfigError(
+            f"embedding_max_grad_norm {recipe.embedding_max_grad_norm:g} with zero_optimization.offload_optimizer: "
+            "DeepSpeed takes the norms on the host before gradients can be scaled; leave one of them out"
+        )
     if recipe.ema_decay is not None and "offload_param" in zero:
         raise ConfigError(
             f"ema_decay {recipe.ema_decay:g} with zero_optimization.offload_param: the average is kept beside the weights "
@@ -154,6 +160,7 @@ class Trainer:
         average = recipe.ema_decay is not None
         self.average = Average(policy.model, recipe.ema_decay, self.zero_stage) if average else None
         self.watch: Measure = lambda batch, scores: {}  # further metrics of a micro-batch
+        self.clipped_apart = clipped_apart(policy, recipe)
         self.losses: list[torch.Tensor] = []  # each micro-batch's part of the last global batch's loss
 
     @property
@@ -206,6 +213,7 @@ class Trainer:
                 loss = micro_loss(terms, counts, self.world_size)
                 self.engine.backward(spread_nonfinite(loss), scale_wrt_gas=False)
             with self.phases("optimizer"):
+                norms = self._clip_ends()
                 grad_norm = self._plain_grad_norm()
                 self._step(grad_norm)
             share = len(micro_batches) * self.world_size  # the loss is already divided: its counts add up to 1
@@ -222,6 +230,7 @@ class Trainer:
         metrics = means.reduce(distributed.all_reduce_sum)
         seconds = time.perf_counter() - started
         return metrics | {
+            **{name: float(norm) for name, norm in norms.items()},
             "grad_norm": float(self.engine.get_global_grad_norm() or grad_norm),
             "learning_rate": learning_rate,
             "tokens": tokens,
@@ -286,6 +295,13 @@ class Trainer:
         self.engine.step()
         if not self.engine.was_step_applied():
             self.engine.lr_scheduler.step()
+
+    def _clip_ends(self) -> dict[str, torch.Tensor]:
+        """Clip the gradients of embedding and head by their own norm, where the recipe gives one and a global batch is
+        complete. Returns that norm, as a metric."""
+        if not self.clipped_apart or not self.engine.is_gradient_accumulation_boundary():
+            return {}
+        return {"embedding_grad_norm": clip_together(self.clipped_apart, self.recipe.embedding_max_grad_norm)}
 
     def _plain_grad_norm(self) -> torch.Tensor | float:
         """The norm of the gradient without ZeRO. DeepSpeed reports it for sharded gradients only; at this point plain ones

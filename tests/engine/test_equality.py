@@ -36,6 +36,8 @@ def _plain_losses(recipe_file: Path, overrides: tuple[str, ...]) -> list[float]:
         rates,
         weight_decay=recipe.weight_decay,
         loss_weight=recipe.loss_weight,
+        max_grad_norm=recipe.max_grad_norm,
+        embedding_max_grad_norm=recipe.embedding_max_grad_norm,
         **{"cap": confidence, "dpo": preference}.get(recipe.stage, {}),
     )
 
@@ -65,13 +67,22 @@ OBJECTIVES = {
     "sft": [],
     "elbo": ["loss_weight=elbo", "noise_level=document"],
     "cap": ["stage=cap", "confidence_beta=0.5", "entropy_temperature=0.5"],
+    "ends": ["max_steps=6", "embedding_max_grad_norm=0.5", "max_grad_norm=2.0"],
     "tokens": ["max_steps=6", "gradient_accumulation_tokens=120"],  # and records with weights
     "dpo": ["max_steps=4", "learning_rate=1e-4", "sft_loss_coef=0.1"],  # and pairs
 }
 SPLITS = {1: [(8, 1), (1, 8)], 2: [(2, 2)]}  # processes -> rows and accumulation of the same 8 rows
 OTHERS = {  # processes -> (objective, ZeRO stage, rows, accumulation)
-    1: [("elbo", 1, 8, 1), ("cap", 0, 8, 1), ("dpo", 0, 1, 8), ("tokens", 0, 2, 1)],
-    2: [("elbo", 1, 4, 1), ("cap", 3, 2, 2), ("dpo", 3, 2, 2), ("tokens", 2, 2, 1)],
+    1: [("elbo", 1, 8, 1), ("cap", 0, 8, 1), ("dpo", 0, 1, 8), ("tokens", 0, 2, 1), ("ends", 0, 4, 2)],
+    2: [
+        ("elbo", 1, 4, 1),
+        ("cap", 3, 2, 2),
+        ("dpo", 3, 2, 2),
+        ("tokens", 2, 2, 1),
+        ("ends", 1, 2, 2),
+        ("ends", 2, 2, 2),
+        ("ends", 3, 2, 2),
+    ],
 }
 
 
@@ -100,3 +111,21 @@ def test_losses_of_twenty_steps_equal_plain_torch(recipe_file, dpo_keys, run_job
             assert difference < 1e-5, f"{run.name}: losses differ by {difference:.2e}"
     hits = read_metrics(next(run for run in jobs if run.name.startswith("cap")), "hit_rate")
     assert all(rate > 0 for rate in hits)  # else the confidence term was not met
+
+
+@pytest.mark.slow
+def test_embedding_and_head_are_clipped_apart_in_bfloat16(recipe_file, run_jobs, tmp_path):
+    """Where they alone are trained, the global norm is what they were clipped to. Two ranks, on which each optimiser keeps
+    its gradients in another way."""
+    only_ends = [
+        "dtype=bfloat16",
+        "frozen_parameters=[layers,'model.norm']",
+        "embedding_max_grad_norm=0.01",
+        "max_steps=2",
+    ]
+    runs = {stage: tmp_path / str(stage) for stage in (1, 2)}
+    split = ["per_device_train_batch_size=2", "gradient_accumulation_steps=2"]
+    run_jobs(2, [(recipe_file, [ZERO[stage], f"output_dir={run}", *split, *only_ends]) for stage, run in runs.items()])
+    for run in runs.values():
+        assert min(read_metrics(run, "embedding_grad_norm")) > 1
+        assert read_metrics(run, "grad_norm") == pytest.approx([0.01, 0.01], rel=1e-3)

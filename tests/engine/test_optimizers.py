@@ -140,6 +140,15 @@ STAGE = "deepspeed_overrides={{zero_optimization: {{stage: {}}}}}".format
         (["muon_learning_rate=0.1"], "muon_learning_rate 0.1 with optim adamw"),
         (["frozen_parameters=['(']"], "is no regular expression"),
         (["frozen_parameters=[x]", "use_peft=true"], "frozen_parameters with use_peft true"),
+        (["optim=muon", STAGE(2), "embedding_max_grad_norm=1", "max_grad_norm=0"], "its momentum is in the gradients"),
+        (
+            [
+                "embedding_max_grad_norm=1",
+                "deepspeed_overrides={zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}",
+            ],
+            "embedding_max_grad_norm 1 with zero_optimization.offload_optimizer",
+        ),
+        (["embedding_max_grad_norm=0.1", "use_peft=true"], "embedding_max_grad_norm 0.1 with use_peft true"),
         (["embedding_learning_rate=0.1", "use_peft=true"], "embedding_learning_rate 0.1 with use_peft true"),
         (["ema_decay=0.9", "expert_parallel_size=2"], "ema_decay 0.9 with expert_parallel_size 2"),
         (
