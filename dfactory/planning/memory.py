@@ -7,7 +7,8 @@ expert parallelism also X parameters of routed experts, and m ranks that share t
 
 The forecast is the peak of what the program allocates, in two phases that do not coincide: a decoder layer's backward
 and the head's. Assumed: MoE blocks are ZeRO-3 leaf modules, gathered whole; flex_attention (no score matrix is
-kept). Activations count the tensors that autograd keeps for a decoder layer (tests/planning/test_memory.py measures them).
+kept). Activations count the tensors that autograd keeps for a decoder layer (tests/planning/test_memory.py measures them;
+test_peak.py compares the whole forecast with a step's peak).
 Not counted: the CUDA context, NCCL's own buffers, the cache of prompts that are decoded at evaluations, and what the
 allocator loses to fragments; leave 10 percent for them.
 With expert parallelism a rank is taken to receive as many tokens as it sends (it then keeps 3 percent more, measured);
@@ -70,6 +71,7 @@ class Setup:
     activation_bytes: int | None = None  # for layers that need no recomputing; None: all are recomputed
     rows: int = 1  # of a micro-batch
     row_length: int = 2048
+    targets: int | None = None  # of a micro-batch; None: at most as many as positions
     lora_r: int | None = None  # None: all parameters are trained
     lora_target_modules: tuple[str, ...] = ()
     frozen_models: tuple[str, ...] = ()  # names of whole models besides the trained one
@@ -314,13 +316,26 @@ def layers_kept(config: PreTrainedConfig, setup: Setup) -> int:
     return max(0, min(layers, left // (positions * (whole - given))))
 
 
+def _spared_by_last_layer(config: PreTrainedConfig, setup: Setup) -> int:
+    """Bytes that the last layer does not keep of positions that are no target: it needs their keys and values alone. 0 where
+    targets are not counted, so that every position may be one."""
+    if setup.targets is None or not FAMILIES.of(config).last_layer_at_targets:
+        return 0
+    per_h, per_c = (10, 10) if setup.dtype == "bfloat16" else (12, 16)  # the norm before them, and their projections
+    keys = per_h * config.hidden_size + per_c * key_heads(config) * head_size(config)
+    others = max(0, setup.rows * setup.row_length - setup.targets)
+    return others * max(0, layer_activations(config, setup.dtype)[0] - keys)
+
+
 def _activation_lines(config: PreTrainedConfig, setup: Setup) -> list[Line]:
-    # The last layer, which keeps little but keys and values of what is no target, is taken for a whole one.
     positions, kept, b = setup.rows * setup.row_length, layers_kept(config, setup), _bytes(setup.dtype)
     per_position, formula = layer_activations(config, setup.dtype)
-    whole = Line("activations", kept * positions * per_position, f"{kept} layers x t x ({formula})")
+    spared = _spared_by_last_layer(config, setup) if kept else 0
+    whole = Line("activations", kept * positions * per_position - spared, f"{kept} layers x t x ({formula})")
+    if spared:
+        whole = dataclasses.replace(whole, formula=f"{whole.formula}, the last one whole at targets alone")
     if not (recomputed := config.num_hidden_layers - kept):
-        return [dataclasses.replace(whole, formula=f"L x t x ({formula})")]
+        return [dataclasses.replace(whole, formula=whole.formula.replace(f"{kept} layers", "L"))]
     inputs = Line("layer inputs", recomputed * positions * b * config.hidden_size, f"{recomputed} layers x t x {b} H")
     if kept:  # their backward passes come first, so a layer that is recomputed finds their memory free
         return [inputs, whole]
@@ -358,7 +373,8 @@ def _logits_line(config: PreTrainedConfig, setup: Setup) -> Line:
     """Logits in the head: of a chunk that is computed twice, or with the gradients in one pass. The larger of both, because
     evaluations and scoring have no gradient."""
     parts = [4] * (3 if setup.trains_entropy else 2) + [_bytes(setup.dtype)]  # bytes of a number of each chunk
-    most = 4 * config.vocab_size * setup.rows * setup.row_length
+    targets = setup.rows * setup.row_length if setup.targets is None else setup.targets
+    most = 4 * config.vocab_size * targets
     chunk, once = min(setup.logits_bytes, most), min(setup.one_pass_bytes, most)
     twice = Line(
         "logits of a chunk", chunk * sum(parts) // 4, f"chunk x ({' + '.join(map(str, parts))}) / 4", Phase.HEAD
