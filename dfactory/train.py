@@ -188,6 +188,7 @@ class Run:
                 self.inputs.vocabulary.mask_note,
                 policy_notes(self.trainer.policy),
                 self.trainer.activations_note,
+                self.trainer.compiling_note,
                 allocator.note(),
             )
             for note in filter(None, notes):

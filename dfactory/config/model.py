@@ -36,6 +36,18 @@ class ModelKeys:
     activation_offloading: bool = key(
         False, "keep activations in host memory between forward and backward pass; needs CUDA"
     )
+    torch_compile: bool = key(
+        False, "train with compiled layers, all but the last, their attention and their experts (docs/training.md)"
+    )
+    torch_compile_backend: str = key(
+        "inductor", "with torch_compile: what compiles; aot_eager is for tests", choices=("inductor", "aot_eager")
+    )
+    torch_compile_mode: Optional[str] = key(
+        None,
+        "with torch_compile and inductor: how long it looks for fast code; null: default. The modes that record CUDA graphs "
+        "need one shape for ever, and are no choice",
+        choices=("default", "max-autotune-no-cudagraphs"),
+    )
     use_liger_kernel: bool = key(False, "norms and SwiGLU as Liger's fused kernels while training; needs CUDA")
     mask_token_id: Optional[int] = key(None, "id of [M]; null: from the tokenizer")
     mask_token: Optional[str] = key(

@@ -68,7 +68,7 @@ APPLIED_BY_TOPIC = {
     eval_strategy eval_steps eval_on_start eval_datasets eval_noise_levels
     eval_decode_prompts eval_answer_pattern per_device_eval_batch_size""",
     "how it is computed": """attn_implementation gradient_checkpointing activation_memory_gb activation_offloading
-    use_liger_kernel lora_dropout""",
+    torch_compile torch_compile_backend torch_compile_mode use_liger_kernel lora_dropout""",
     "rows, noise, editing": """row_length packing block_size eos_fill block_size_schedule noise_range_low
     noise_range_high noise_level self_conditioning after_answer num_views complementary mask_embedding_noise
     mask_embedding_noise_steps neftune_noise_alpha stratified mask_count trace_stride edit_share edit_source keep_share

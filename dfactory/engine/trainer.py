@@ -24,6 +24,7 @@ from dfactory.engine import expert_parallel
 from dfactory.engine.activations import kept_note, offloading, recompute
 from dfactory.engine.average import Average
 from dfactory.engine.clipping import clip_together
+from dfactory.engine.compiling import compile_layers
 from dfactory.engine.optimizers import clipped_apart, made_here, optimizer_section, parameter_groups, refuse_unsupported
 from dfactory.engine.replay import replay
 from dfactory.engine.window import (
@@ -90,6 +91,11 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
             "use stage 1, 2 or 3"
         )
     refuse_unsupported(recipe, zero.get("stage", 0), offloaded=offloaded)
+    if recipe.torch_compile and zero.get("stage", 0) == 3:
+        raise ConfigError(
+            f"torch_compile true with zero_optimization.stage 3 in {recipe.deepspeed}: weights are fetched module by "
+            "module, and each fetch is a break in the compiled graph; use stage 0, 1 or 2"
+        )
     if recipe.embedding_max_grad_norm is not None and "offload_optimizer" in zero:
         raise ConfigError(
             f"embedding_max_grad_norm {recipe.embedding_max_grad_norm:g} with zero_optimization.offload_optimizer: "
@@ -146,6 +152,8 @@ class Trainer:
             kept = layers_kept(sizes, setup_of(recipe, config, self.world_size))
             recompute(policy.model, kept)
             self.activations_note = kept_note(recipe, kept, sizes.num_hidden_layers)
+        compiled = (recipe.torch_compile_backend, recipe.torch_compile_mode)
+        self.compiling_note = compile_layers(policy, *compiled) if recipe.torch_compile else ""
         self.offloading = offloading() if recipe.activation_offloading else contextlib.nullcontext()
         moe_blocks = gather_moe_blocks_whole(policy)
         self.engine = start_engine(

@@ -352,7 +352,7 @@ def _compiled_flex_attention():
     return _compiled
 
 
-def _attention_function(
+def attention_function(
     module, query, key, value, attention_mask, scaling, visibility=None, sliding_window: int | None = None, **kwargs
 ):
     """The attention function that transformers' modules call."""
@@ -363,4 +363,4 @@ def _attention_function(
 
 
 def register() -> None:
-    AttentionInterface.register(ATTENTION, _attention_function)
+    AttentionInterface.register(ATTENTION, attention_function)

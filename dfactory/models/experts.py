@@ -89,7 +89,7 @@ def _rows(rows_PH: torch.Tensor, row_TK: torch.Tensor) -> torch.Tensor:
     return rows_PH.index_select(0, row_TK.flatten()).view(*row_TK.shape, -1)
 
 
-def _experts_function(module, hidden_TH, expert_TK, weight_TK) -> torch.Tensor:
+def experts_function(module, hidden_TH, expert_TK, weight_TK) -> torch.Tensor:
     """What transformers' MoE modules call: tokens, the experts of each and their weights -> [T, H]."""
     if any(getattr(module, name, usual) != usual for name, usual in _LAYOUT.items()):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_TH, expert_TK, weight_TK)
@@ -116,4 +116,4 @@ def _experts_function(module, hidden_TH, expert_TK, weight_TK) -> torch.Tensor:
 
 
 def register() -> None:
-    ExpertsInterface.register(EXPERTS, _experts_function)
+    ExpertsInterface.register(EXPERTS, experts_function)

@@ -61,6 +61,11 @@ class Policy(nn.Module):
         return self.model.get_base_model() if self.has_adapters else self.model
 
     @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, first to last."""
+        return self._causal_lm.model.layers
+
+    @property
     def config(self):
         return self._causal_lm.config
 
