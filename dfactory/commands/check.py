@@ -36,7 +36,7 @@ def check(loaded: Loaded, gpus: int | None, imports_s: float = 0.0) -> int:
     page = Page()
     page.section("keys", tell_keys, loaded)
     model = page.section("model", tell_model, recipe)
-    targets = steps = None
+    phases = steps = None
     if model is not None:
         if recipe.init_weights == "pretrained":
             page.section("weights", tell_weights, model)
@@ -50,9 +50,10 @@ def check(loaded: Loaded, gpus: int | None, imports_s: float = 0.0) -> int:
         if inputs is not None and inputs.train is not None:
             page.section("example", tell_example, recipe, inputs)
             measured = page.section("rows and steps", tell_rows_and_steps, recipe, inputs, ranks)
-            steps, targets = measured if measured is not None else (None, None)
-        page.section("memory", tell_memory, recipe, model, ranks)
-        if targets is not None:
-            page.section("time to the first step", tell_start, recipe, model, Timed(imports_s, reading), targets)
+            steps, phases = measured if measured is not None else (None, None)
+        most_targets = None if phases is None else max(phase.most_targets for phase in phases)
+        page.section("memory", tell_memory, recipe, model, ranks, most_targets)
+        if phases is not None:
+            page.section("time to the first step", tell_start, recipe, model, Timed(imports_s, reading), phases[0])
     page.section("output", tell_output, recipe, model, steps)
     return page.verdict()

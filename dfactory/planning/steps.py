@@ -29,6 +29,7 @@ class BlockPhase:
     tokens: float  # a row
     targets: float
     documents: float
+    most_targets: int  # of a micro-batch
     epoch_steps: int = 1  # where steps are cut by tokens
 
 
@@ -92,16 +93,17 @@ def _epochs(phases: list[BlockPhase], steps: int, rows_a_step: int) -> float:
     return sum(count * rows_a_step / phase.epoch_rows for phase, count in zip(phases, in_phase, strict=True))
 
 
-def _measure_rows(source: RecordSource) -> tuple[int, float, float, float, float]:
-    """(how many rows, share of positions that hold a token, tokens a row, targets a row, documents a row) at the start."""
-    rows = positions = tokens = targets = documents = 0
+def _measure_rows(source: RecordSource) -> tuple[int, float, float, float, float, int]:
+    """(how many rows, share of positions that hold a token, tokens a row, targets a row, documents a row, most targets of a
+    micro-batch) at the start."""
+    rows = positions = tokens = targets = documents = most = 0
     while rows < MEASURED_ROWS and (window := source.next_window()) is not None:
         for batch in window:
             filled = int((batch.document_RS >= 0).any(dim=1).sum())  # the last global batch has empty rows
             rows, positions = rows + filled, positions + filled * batch.document_RS.shape[1]
             tokens, targets = tokens + batch.num_tokens, targets + batch.num_targets
-            documents += len(batch.document_id_D)
-    return rows, tokens / positions, tokens / rows, targets / rows, documents / rows
+            documents, most = documents + len(batch.document_id_D), max(most, batch.num_targets)
+    return rows, tokens / positions, tokens / rows, targets / rows, documents / rows, most
 
 
 def _rows_of(recipe: Recipe, make_source: MakeSource, epochs: float) -> int:

@@ -85,6 +85,16 @@ def test_the_example_is_readable_without_colours(recipe, check):
     assert view.count("█") == targets
 
 
+def test_memory_counts_the_targets_of_the_rows(recipe, check):
+    """Of a long question and a short answer the last layer keeps little; without the records every position may be one."""
+    lines = [conversation(question="Which day follows " + "Monday, and which one " * 8 + "Tuesday?")] * 30
+    _, told = check(recipe(lines, max_length=256), "--gpus", 1)
+    assert "the last one whole at targets alone" in told
+    _, told = check(recipe(lines, max_length=256, datasets=[{"path": "missing.jsonl"}]), "--gpus", 1)
+    assert "ZeRO 0" in told
+    assert "at targets alone" not in told
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_steps_are_those_of_training(recipe, check, ranks):
     file = recipe(num_train_epochs=2.5, per_device_train_batch_size=2)

@@ -1,5 +1,7 @@
 """Section `memory`: the forecast for a rank, by number of ranks and ZeRO stage, with its formulas."""
 
+from dataclasses import replace
+
 from rich.table import Table
 from rich.text import Text
 
@@ -11,9 +13,13 @@ from dfactory.planning.memory import MemoryForecast, Setup, expert_sizes, foreca
 from dfactory.recipe import Recipe
 
 
-def tell_memory(page: Page, recipe: Recipe, model: Model, ranks: tuple[int, ...]) -> None:
+def tell_memory(
+    page: Page, recipe: Recipe, model: Model, ranks: tuple[int, ...], most_targets: int | None = None
+) -> None:
+    """`most_targets`: of a micro-batch, as measured; None: every position may be one."""
     deepspeed = deepspeed_config(recipe)
-    own = setup_of(recipe, deepspeed, ranks[0]).zero_stage
+    setups = {n: replace(setup_of(recipe, deepspeed, n, model.new_rows), targets=most_targets) for n in ranks}
+    own = setups[ranks[0]].zero_stage
     table = Table("ranks", box=None, padding=(0, 1))
     for stage in range(4):
         mine = {"header": f"> ZeRO {stage} <", "style": "bold"} if stage == own else {"header": f"ZeRO {stage}"}
@@ -22,15 +28,14 @@ def tell_memory(page: Page, recipe: Recipe, model: Model, ranks: tuple[int, ...]
         column.justify = "right"
     forecasts = {}
     for count in ranks:
-        setup = setup_of(recipe, deepspeed, count, model.new_rows)
-        forecasts[count] = [forecast(model.path, at_stage(setup, stage)) for stage in range(4)]
+        forecasts[count] = [forecast(model.path, at_stage(setups[count], stage)) for stage in range(4)]
         table.add_row(f"{count}", *map(_peak, forecasts[count]))
     page.line("GPU of a rank", table)
     page.line("", "> the recipe's <; forecast, not measured; leave 10% for the CUDA context, NCCL and fragments")
     shown = next((n for n in ranks if forecasts[n][own].device_bytes < FITS), ranks[-1])
     if forecasts[shown][own].device_bytes >= FITS:
-        _warn_of_size(page, recipe, model, setup_of(recipe, deepspeed, shown, model.new_rows))
-    page.line(f"on {shown} rank(s)", _breakdown(forecasts[shown][own]), _letters(recipe, model, shown))
+        _warn_of_size(page, recipe, model, setups[shown])
+    page.line(f"on {shown} rank(s)", _breakdown(forecasts[shown][own]), _letters(recipe, model, setups[shown]))
 
 
 def _warn_of_size(page: Page, recipe: Recipe, model: Model, setup: Setup) -> None:
@@ -54,14 +59,14 @@ def _breakdown(memory: MemoryForecast) -> Table:
     return table
 
 
-def _letters(recipe: Recipe, model: Model, ranks: int) -> str:
+def _letters(recipe: Recipe, model: Model, setup: Setup) -> str:
     """What the letters of the formulas stand for here."""
-    sizes, setup = model.config, setup_of(recipe, deepspeed_config(recipe), ranks)
+    sizes = model.config
     head = head_size(sizes)
     letters = {
         "P parameters": model.counts.total + (model.trained if recipe.use_peft else 0),
         "T trained": model.trained,
-        "n ranks": ranks,
+        "n ranks": setup.world_size,
         "L layers": sizes.num_hidden_layers,
         "t positions": setup.rows * setup.row_length,
         "H hidden": sizes.hidden_size,

@@ -19,8 +19,10 @@ MANY_EPOCHS, LONG_RUN = 20, 2000  # from which on a word is said
 PHASE_COLUMNS = ("from step", "block size", "row full", "tokens a row", "targets a row", "rows an epoch")
 
 
-def tell_rows_and_steps(page: Page, recipe: Recipe, inputs: Inputs, ranks: tuple[int, ...]) -> tuple[int, BlockPhase]:
-    """Returns the steps of the run on the fewest ranks, and what rows hold at its beginning."""
+def tell_rows_and_steps(
+    page: Page, recipe: Recipe, inputs: Inputs, ranks: tuple[int, ...]
+) -> tuple[int, list[BlockPhase]]:
+    """Returns the steps of the run on the fewest ranks, and what rows hold in each phase."""
     sources = functools.partial(_source_of, inputs)
     phases = phases_of(recipe, sources)
     source, last = sources(recipe, 1), phases[-1]
@@ -50,7 +52,7 @@ def tell_rows_and_steps(page: Page, recipe: Recipe, inputs: Inputs, ranks: tuple
     steps = plans[0].steps
     _schedule(page, recipe, steps)
     _warn_of_repetition(page, steps, plans[0].epochs, recipe)
-    return steps, phases[0]
+    return steps, phases
 
 
 def _warn_of_repetition(page: Page, steps: int, epochs: float, recipe: Recipe) -> None:
