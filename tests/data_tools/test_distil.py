@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dfactory.data.chat import ChatEncoder
+from dfactory.data.fields import Completion
 from dfactory.data.records import read_records
 from dfactory.data_tools import meter
 from dfactory.data_tools.interrupts import EXIT_TERMINATED
@@ -178,7 +179,7 @@ def test_every_format_of_a_prompt_becomes_a_record_whose_last_answer_is_trained(
         if "messages" in row:
             trained = [m["content"] for m in record.messages if m["role"] == "assistant" and m.get("weight") != 0]
             assert trained == [row["messages"][-1]["content"]]
-    assert records[2] == ("Once upon", written[2]["completion"])
+    assert records[2] == Completion("Once upon", written[2]["completion"])
 
 
 def test_files_follow_each_other_up_to_a_limit(endless, tool, files, rows_of, tmp_path):

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dfactory.commands.generate import write_outputs
+from dfactory.data.fields import Completion
 from dfactory.data.records import read_objects, read_records
 from dfactory.errors import DataError
 
@@ -45,7 +46,7 @@ def test_values_of_parquet_become_json(verb, ending, parquet, tool, rows_of, tmp
     assert status == 0
     (row,) = rows_of(out)
     assert row == RECORD | {name: value for name, (_, value) in VALUES.items()}
-    assert [record for _, record in read_records(out)] == [("hi", "yo")]
+    assert [record for _, record in read_records(out)] == [Completion("hi", "yo")]
     told = " ".join(shown.split())
     assert "NaN or infinite: 1 of hole, 1 of high, 1 of nested; written as null" in told
     assert "bytes: 1 of picture; written as base64" in told
