@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dfactory.models.head import makes_gradients_ahead
 from dfactory.types import Count, LossTerms, Mean, Objective, TokenScores, ViewBatch
 
 
@@ -109,9 +110,10 @@ def spread_nonfinite(loss: torch.Tensor) -> torch.Tensor:
 def with_gradient(batch: ViewBatch, objective: Objective, counts: dict[str, float], world_size: int) -> ViewBatch:
     """The batch with the column `gradient_N` where the objective is linear in its log-probabilities. What the backward will
     bring is equal to the bit, because the same operations make it from other log-probabilities."""
-    if not objective.is_linear(batch) or not batch.num_targets:
+    device = batch.target_ids_N.device
+    if not makes_gradients_ahead(device) or not objective.is_linear(batch) or not batch.num_targets:
         return batch
-    zero_N = torch.zeros(batch.num_targets, device=batch.target_ids_N.device)
+    zero_N = torch.zeros(batch.num_targets, device=device)
     leaf_N = zero_N.clone().requires_grad_()
     terms = objective(batch, TokenScores(leaf_N, zero_N, zero_N > 0, torch.zeros_like(batch.target_ids_N), zero_N))
     loss = spread_nonfinite(micro_loss(terms, counts, world_size))

@@ -12,9 +12,9 @@ With z the logits, p = softmax(z), q = softmax(z / T) and H the entropy of q:
 
 A model may bound its logits: z = c tanh(s / c) of the scores s, with dz / ds = 1 - (z / c)^2.
 
-Where the gradient of the loss by each log-probability is known before (`gradient_N`: the loss is linear in them), the
-forward makes the gradients of hidden states and weight as well, some targets at a time, and the backward computes no logits
-again: three products of matrices instead of four. As Liger's fused linear cross-entropy does (arXiv:2410.10989).
+Where the gradient of the loss by each log-probability is known before (`gradient_N`: the loss is linear in them), on a CPU
+the forward makes the gradients of hidden states and weight as well, some targets at a time, and the backward computes no
+logits again: three products of matrices instead of four. As Liger's fused linear cross-entropy does (arXiv:2410.10989).
 
 The temperature T affects only the entropy (dParallel trains it at 0.5); all other scores use p.
 
@@ -35,13 +35,16 @@ CHUNK_BYTES = {
     "cpu": 8 * 2**20,
     "cuda": 512 * 2**20,
 }  # fp32 logits of one tile; on a CPU they should fit into the cache
-ONE_PASS_BYTES = {
-    "cpu": 128 * 2**20,
-    "cuda": 512 * 2**20,
-}  # fp32 logits of the targets whose gradients are made at once
-ONE_PASS_TILE = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}  # of them, that are worked on at once
+ONE_PASS_BYTES = {"cpu": 128 * 2**20}  # fp32 logits of the targets whose gradients are made at once
+ONE_PASS_TILE = {"cpu": 8 * 2**20}  # of them, that are worked on at once
 ABSENT = -1e32  # the logit of an id that a target cannot be; with -inf, 0 * ABSENT would be NaN
 WIDTH = 2048  # minimum width of a tile; if the targets do not fit beside it, they are split too
+
+
+def makes_gradients_ahead(device: torch.device) -> bool:
+    """Whether the forward makes the gradients of a linear loss. On a CPU alone: the backward compares the gradient that
+    comes with the one that was announced, for which the host would have to wait for a GPU in the middle of a step."""
+    return device.type in ONE_PASS_BYTES
 
 
 class VocabularyHead(nn.Linear):
@@ -80,7 +83,7 @@ class VocabularyHead(nn.Linear):
             return scores if self.softcap is None else _capped(scores.float(), self.softcap)  # the last step in fp32
         scores = _Scores
         plain = self.softcap is None and entropy_temperature == 1 and len(target_ids_N) > 0
-        if plain and gradient_N is not None and torch.is_grad_enabled():
+        if plain and makes_gradients_ahead(hidden.device) and gradient_N is not None and torch.is_grad_enabled():
             scores = _ScoresInOnePass
         inputs = (hidden, self.weight, target_ids_N, entropy_temperature, self.softcap, ranges, gradient_N)
         return TokenScores(*scores.apply(*inputs))

@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 
 from dfactory.models.adapters import adapted_linears
 from dfactory.models.families.base import FAMILIES
-from dfactory.models.head import CHUNK_BYTES, ONE_PASS_BYTES, ONE_PASS_TILE
+from dfactory.models.head import CHUNK_BYTES
 from dfactory.models.registry import meta_model, read_config
 from dfactory.recipe import Recipe
 
@@ -76,8 +76,8 @@ class Setup:
     lora_target_modules: tuple[str, ...] = ()
     frozen_models: tuple[str, ...] = ()  # names of whole models besides the trained one
     logits_bytes: int = CHUNK_BYTES["cuda"]  # of the head's fp32 logits in one chunk
-    one_pass_bytes: int = ONE_PASS_BYTES["cuda"]  # of those whose gradients the forward makes
-    one_pass_tile: int = ONE_PASS_TILE["cuda"]  # of them, that are worked on at once
+    one_pass_bytes: int = 0  # of those whose gradients the forward makes, on a CPU
+    one_pass_tile: int = 0  # of them, that are worked on at once
     trains_entropy: bool = False  # whose gradient is a further chunk
     reduce_bucket: int = REDUCE_BUCKET  # elements
     prefetch_bucket: int = PREFETCH_BUCKET  # elements
