@@ -98,7 +98,6 @@ class RolloutSource:
         self.compares = compares  # with old log-probabilities
         # Whether the objective takes fresh rollouts without them, and two forwards of one policy agree (no dropout).
         self.knows_ratio_1 = knows_ratio_1 and num_iterations == 1
-        self._unchecked = CHECKED_EVERY  # global batches since the last one whose ratios were compared with 1
         self.num_iterations, self.ratio_tolerance = num_iterations, ratio_tolerance
         self.version = 0  # policy versions made so far: optimiser steps
         self.next_group = 0
@@ -175,14 +174,9 @@ class RolloutSource:
         return {"old_logprob_N": old_N, "fresh_N": fresh_N}
 
     def _ratio_is_1(self, fresh: torch.Tensor) -> bool:
-        """Whether the training forward itself gives the old log-probabilities, and no check is due; alike on all ranks."""
-        if not self.knows_ratio_1 or not fresh.all():
-            return False
-        self._unchecked += 1
-        if self._unchecked < CHECKED_EVERY:
-            return True
-        self._unchecked = 0
-        return False
+        """Whether the training forward itself gives the old log-probabilities, and no check is due; alike on all ranks. When
+        one is due depends on the step's number alone, so that a resumed run makes the same ones."""
+        return self.knows_ratio_1 and bool(fresh.all()) and self.version % CHECKED_EVERY > 0
 
     def _is_stale(self, scored: ScoredRollout) -> bool:
         """Whether steps lie between the policy that decoded a rollout and the learner's, and the ratio is to count them."""

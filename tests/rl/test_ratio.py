@@ -103,3 +103,19 @@ def test_a_source_whose_old_log_probabilities_are_wrong(error, tolerance, holds)
             source.check(first)
     measured()
     source.check({"logprob_change_fresh": 0.5})
+
+
+def test_a_resumed_run_compares_at_the_same_steps():
+    """Which steps those are is told by their numbers, not counted from the start of the process."""
+
+    def compared(source, steps: int) -> list[bool]:
+        return ["old_logprob_N" in source.next_window()[0].columns for _ in range(steps)]
+
+    whole = make_source(knows_ratio_1=True)
+    expected = compared(whole, 4)
+    state = whole.state_dict()
+    expected += compared(whole, 9)
+    assert [step for step, is_compared in enumerate(expected) if is_compared] == [0, 10]
+    resumed = make_source(knows_ratio_1=True)
+    resumed.load_state_dict(state)
+    assert compared(resumed, 9) == expected[4:]
