@@ -9,7 +9,6 @@ import os
 import select
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from dfactory.commands import arguments as words
 from dfactory.config.words import join_options
 from dfactory.errors import ConfigError, DFactoryError
 from dfactory.redaction import guard_output
+from dfactory.startup import importing, running
 from dfactory.versions import version_of
 
 EXIT_UNREAD = 128 + signal.SIGPIPE  # as of a program that a broken pipe ends
@@ -54,7 +54,8 @@ def _run(argv: list[str] | None) -> int:
     overrides = _overrides(parser, arguments, rest)
     try:
         if arguments.computes:
-            from dfactory.allocator import keep_freed_memory
+            with importing("torch"):
+                from dfactory.allocator import keep_freed_memory
 
             keep_freed_memory()
         return arguments.run(arguments, overrides) or 0
@@ -95,8 +96,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 
 def _train(arguments, overrides) -> int:
-    recipe = _read(arguments, overrides).recipe
-    from dfactory.train import train
+    with importing("dfactory.train"):
+        recipe = _read(arguments, overrides).recipe
+        from dfactory.train import train
 
     status = train(recipe)
     if status == 0 and os.environ.get("RANK", "0") == "0":
@@ -107,16 +109,18 @@ def _train(arguments, overrides) -> int:
 
 
 def _check(arguments, overrides) -> int:
-    began = time.monotonic()
-    loaded = _read(arguments, overrides, arguments.gpus)
-    from dfactory.commands.check import check
+    began = running()
+    with importing("dfactory.commands.check"):
+        loaded = _read(arguments, overrides, arguments.gpus)
+        from dfactory.commands.check import check
 
-    return check(loaded, arguments.gpus, time.monotonic() - began)
+    return check(loaded, arguments.gpus, running().since(began))
 
 
 def _generate(arguments, overrides) -> int:
-    keys = _decode_keys(overrides)
-    from dfactory.commands.generate import generate
+    with importing("dfactory.commands.generate"):
+        keys = _decode_keys(overrides)
+        from dfactory.commands.generate import generate
 
     return generate(arguments, keys)
 
@@ -139,21 +143,24 @@ def _eval(arguments, overrides) -> int:
         from dfactory.commands.elbo import evaluate_elbo
 
         return evaluate_elbo(arguments, keys)
-    from dfactory.commands.evaluate import evaluate
+    with importing("dfactory.commands.evaluate"):
+        from dfactory.commands.evaluate import evaluate
 
     return evaluate(arguments, keys)
 
 
 def _chat(arguments, overrides) -> int:
-    keys = _decode_keys(overrides)
-    from dfactory.commands.chat import chat
+    with importing("dfactory.commands.chat"):
+        keys = _decode_keys(overrides)
+        from dfactory.commands.chat import chat
 
     return chat(arguments, keys)
 
 
 def _serve(arguments, overrides) -> int:
-    keys = _decode_keys(overrides)
-    from dfactory.commands.serve import run_server
+    with importing("dfactory.commands.serve"):
+        keys = _decode_keys(overrides)
+        from dfactory.commands.serve import run_server
 
     return run_server(arguments, keys)
 

@@ -5,8 +5,6 @@ those that do not need it go on; the first error's status is the command's. Noth
 the builders are train.py's own.
 """
 
-import time
-
 from dfactory.algorithms import Data
 from dfactory.commands.checking.data import tell_data, tell_example
 from dfactory.commands.checking.keys import tell_keys
@@ -20,12 +18,14 @@ from dfactory.commands.checking.steps import tell_rows_and_steps
 from dfactory.engine.expert_parallel import check_ranks
 from dfactory.errors import ConfigError
 from dfactory.recipe import Loaded
+from dfactory.startup import Running, running
 
+NOT_TIMED = Running(0.0, 0.0)
 RANK_COUNTS = (1, 8, 16, 32, 64, 128)
 
 
-def check(loaded: Loaded, gpus: int | None, imports_s: float = 0.0) -> int:
-    """Print the dry run. Returns 0 if the recipe would start, else the exit status of the first error. `imports_s` is how
+def check(loaded: Loaded, gpus: int | None, imports: Running = NOT_TIMED) -> int:
+    """Print the dry run. Returns 0 if the recipe would start, else the exit status of the first error. `imports` is how
     long the libraries took, which training needs too; 0 where they were there already."""
     recipe = loaded.recipe
     if gpus is not None and gpus < 1:
@@ -44,9 +44,9 @@ def check(loaded: Loaded, gpus: int | None, imports_s: float = 0.0) -> int:
         model = sized or model
         if recipe.algorithm.data is Data.PROMPTS:
             page.section("rollouts", tell_rollouts, recipe)
-        began = time.monotonic()
+        began = running()
         inputs = page.section("data", tell_data, recipe) if sized is not None else None
-        reading = time.monotonic() - began
+        reading = running().since(began)
         if inputs is not None and inputs.train is not None:
             page.section("example", tell_example, recipe, inputs)
             measured = page.section("rows and steps", tell_rows_and_steps, recipe, inputs, ranks)
@@ -54,6 +54,6 @@ def check(loaded: Loaded, gpus: int | None, imports_s: float = 0.0) -> int:
         most_targets = None if phases is None else max(phase.most_targets for phase in phases)
         page.section("memory", tell_memory, recipe, model, ranks, most_targets)
         if phases is not None:
-            page.section("time to the first step", tell_start, recipe, model, Timed(imports_s, reading), phases[0])
+            page.section("time to the first step", tell_start, recipe, model, Timed(imports, reading), phases[0])
     page.section("output", tell_output, recipe, model, steps)
     return page.verdict()

@@ -16,7 +16,6 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
-from transformers import get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
 from dfactory import distributed
@@ -27,6 +26,7 @@ from dfactory.engine.clipping import clip_together
 from dfactory.engine.compiling import compile_layers
 from dfactory.engine.optimizers import clipped_apart, made_here, optimizer_section, parameter_groups, refuse_unsupported
 from dfactory.engine.replay import replay
+from dfactory.engine.schedule import learning_rate_schedule
 from dfactory.engine.window import (
     MeanTracker,
     Measure,
@@ -350,24 +350,6 @@ def start_engine(policy: Policy, config: dict[str, Any], **options) -> deepspeed
     if whole and engine.dp_world_size == 1:
         engine.enable_backward_allreduce = False  # with one rank it would only copy all gradients to a buffer and back
     return engine
-
-
-def learning_rate_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, num_steps: int):
-    """Warmup from 0, then transformers' cosine, linear or constant. The last step of cosine and linear has lr_min.
-
-    An lr_min of 0 would waste that step, so 0 is reached one step after the end, as in transformers. If the warmup takes the
-    whole run, the schedule gets one step more, because transformers would divide the decay by zero steps.
-    """
-    name, options = {
-        "cosine": ("cosine_with_min_lr", {"min_lr": recipe.lr_min}),
-        "linear": ("polynomial", {"lr_end": recipe.lr_min, "power": 1.0}),
-        "constant": ("constant_with_warmup", {}),
-    }[recipe.lr_scheduler_type]
-    if recipe.lr_min == recipe.learning_rate:  # no decay: transformers refuses it or divides by zero
-        name, options = "constant_with_warmup", {}
-    warmup = recipe.warmup_of(num_steps)
-    end = max(num_steps - (recipe.lr_min > 0), warmup + 1)
-    return get_scheduler(name, optimizer, warmup, end, scheduler_specific_kwargs=options)
 
 
 def keep_zero3_config(recipe: Recipe) -> HfDeepSpeedConfig | None:

@@ -6,19 +6,23 @@ the head at targets only; attention scores are not counted. [Kaplan et al., arXi
 """
 
 import math
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedConfig
 
 from dfactory.planning.memory import ParameterCounts, forecast, setup_of
 from dfactory.planning.steps import BlockPhase, rows_a_step
 from dfactory.recipe import Recipe
 
-IMPORTS_S = 8.0  # Python and libraries on an idle CPU core, where they had been imported before and could not be timed
-ENGINE_S = 1.0  # model, DeepSpeed and run folder, measured with recipes/quickstart/sft.yaml
+IMPORTS_S = 4.0  # Python and libraries on an idle CPU core, where they had been imported before and could not be timed
+ENGINE_S = 0.4  # model, DeepSpeed and run folder, measured with recipes/quickstart/sft.yaml
 DISK_RATE = 1e9  # bytes a second, assumed
-CPU_RATE = 1.6e10  # FLOP a second and core, in fp32: measured with recipes/quickstart/sft.yaml
+CPU_SHARE = 0.3  # of a CPU's rate of large products that a step reaches: benchmarks/LOG.md, Training step
+PROBE_ROWS, PROBE_WIDTH = 512, 2048  # of the products that are timed, the width at most
+PROBE_S = 0.05
 GPU_RATE = 2e14  # FLOP a second, in bfloat16: assumed, half of what an H100 reaches in large matrix products
 
 
@@ -29,6 +33,27 @@ def step_flop(recipe: Recipe, config: PreTrainedConfig, counts: ParameterCounts,
         passes += 2
     a_row = (counts.active - counts.vocabulary) * rows.tokens + config.vocab_size * config.hidden_size * rows.targets
     return passes * a_row * rows_a_step(recipe, rows, 1)
+
+
+class Rate(NamedTuple):
+    """FLOP a second."""
+
+    wall_s: float
+    cpu_s: float  # of the processor's, which count each thread
+
+
+def matmul_rate(hidden_size: int, dtype: str) -> Rate:
+    """Of this machine's CPU, by products of activations with a weight of the model's width, for a twentieth of a second."""
+    width = min(hidden_size, PROBE_WIDTH)
+    hidden = torch.ones(PROBE_ROWS, width, dtype=getattr(torch, dtype))
+    weight = torch.ones(width, 4 * width, dtype=hidden.dtype)
+    torch.mm(hidden, weight)  # the first one makes threads and kernels
+    flop, wall, cpu = 0, time.perf_counter(), time.process_time()
+    while flop == 0 or time.perf_counter() - wall < PROBE_S:
+        torch.mm(hidden, weight)
+        flop += 2 * hidden.numel() * weight.shape[1]
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return Rate(flop / wall, flop / max(cpu, 1e-6))
 
 
 class Checkpoints(NamedTuple):

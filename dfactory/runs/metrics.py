@@ -9,6 +9,7 @@ from dfactory.console import plain_console
 from dfactory.recipe import Recipe
 from dfactory.runs.folder import RunFolder
 from dfactory.runs.trackers import Trackers
+from dfactory.startup import running
 
 
 class MetricsLog:
@@ -34,7 +35,8 @@ class MetricsLog:
         for warning in warnings:
             self.warn(warning)
         phase = {"block_size": self.recipe.block_size_at(step - 1)} if self.recipe.block_size_schedule else {}
-        self._write({"step": step, "epoch": round(epoch, 4), **phase, **metrics})
+        started = self._started() if step == self.first_step + 1 else {}
+        self._write({"step": step, "epoch": round(epoch, 4), **phase, **metrics, **started})
         self.progress.update(self.task, completed=step, description=f"loss {metrics['loss']:.4f}")
         if step % self.recipe.logging_steps == 0 or step == self.num_steps:
             self.say(
@@ -43,6 +45,12 @@ class MetricsLog:
                 f"grad {metrics['grad_norm']:.3f}  lr {metrics['learning_rate']:.2e}  "
                 f"{metrics['tokens_per_second']:,.0f} tok/s"
             )
+
+    def _started(self) -> dict[str, float]:
+        """How long the process took to its first step, which `dfactory check` foretells."""
+        now = running()
+        self.say(f"first step {now.wall_s:.1f} s after the process started, {now.cpu_s:.1f} s of the processor")
+        return {"start_seconds": now.wall_s, "start_cpu_seconds": now.cpu_s}
 
     def evaluation(self, step: int, metrics: dict[str, float], previews: list[dict[str, Any]]) -> None:
         self._write({"step": step, **{f"eval/{name}": value for name, value in metrics.items()}})

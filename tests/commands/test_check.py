@@ -1,6 +1,7 @@
 """Dry runs: what a good recipe is told, and for each bad one the message and the status."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -65,7 +66,18 @@ def test_a_good_recipe(recipe, check, tmp_path):
     assert "<|endoftext|> never decoded" in told
     assert "with generation markers" in told
     assert "30 documents" in told
+    seconds = re.search(r"first step about ([\d.]+) s after the command on this CPU, ([\d.]+) s of the processor", told)
+    assert all(float(number) > 0 for number in seconds.groups())
     assert not (tmp_path / "run").exists()
+
+
+def test_the_first_step_tells_how_long_the_start_took(golden_run):
+    """What `time to the first step` foretells. benchmarks/LOG.md compares the two."""
+    rows = [json.loads(line) for line in (golden_run / "metrics.jsonl").read_text().splitlines()]
+    first = rows[0]
+    assert first["start_cpu_seconds"] > 0
+    assert first["seconds"] < first["start_seconds"]
+    assert not any("start_seconds" in row for row in rows[1:])
 
 
 def test_replaced_tokens_are_shown(recipe, check):

@@ -10,7 +10,7 @@ from dfactory.assembly import make_source, read_inputs
 from dfactory.cli import main
 from dfactory.data.source import RecordSource
 from dfactory.engine.checkpoint import resume_from
-from dfactory.engine.trainer import learning_rate_schedule
+from dfactory.engine.schedule import learning_rate_schedule
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.recipe import load_recipe
 from dfactory.train import train

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dfactory.assembly import make_source, read_inputs
-from dfactory.engine.trainer import learning_rate_schedule
+from dfactory.engine.schedule import learning_rate_schedule
 from dfactory.recipe import Recipe, load_recipe
 from tests.engine.conftest import GOLDEN, ROOT, read_metrics, write_records
 from tests.reference import reference_losses

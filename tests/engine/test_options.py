@@ -8,8 +8,9 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from transformers import get_scheduler
 
-from dfactory.engine.trainer import learning_rate_schedule
+from dfactory.engine.schedule import learning_rate_schedule
 from dfactory.recipe import load_recipe
 from tests.engine.conftest import GOLDEN, read_metrics
 from tests.engine.test_equality import ZERO
@@ -47,6 +48,25 @@ def test_the_last_step_has_lr_min(recipe_file, shape, low, warmup):
     assert rates[warmup] == pytest.approx(1)
     assert rates[9] == pytest.approx(low)
     assert min(rates[warmup:10]) == pytest.approx(low)
+
+
+@pytest.mark.parametrize("low", [0.0, 0.3])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_learning_rates_are_those_of_transformers(recipe_file, warmup, low):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    end = 10 - (low > 0)
+    theirs = {
+        "cosine": get_scheduler(
+            "cosine_with_min_lr", optimizer, warmup, end, scheduler_specific_kwargs={"min_lr": low}
+        ),
+        "linear": get_scheduler(
+            "polynomial", optimizer, warmup, end, scheduler_specific_kwargs={"lr_end": low, "power": 1.0}
+        ),
+        "constant": get_scheduler("constant_with_warmup", optimizer, warmup, end),
+    }
+    for shape, schedule in theirs.items():
+        rates = _rates(recipe_file, f"lr_scheduler_type={shape}", f"warmup_steps={warmup}", f"lr_min={low}")
+        assert rates == [schedule.lr_lambdas[0](step) for step in range(11)], shape
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])

@@ -8,7 +8,8 @@ import torch
 
 from dfactory import distributed
 from dfactory.assembly import make_source, read_inputs
-from dfactory.engine.trainer import deepspeed_config, learning_rate_schedule
+from dfactory.engine.schedule import learning_rate_schedule
+from dfactory.engine.trainer import deepspeed_config
 from dfactory.engine.window import spread_nonfinite, window_counts
 from dfactory.errors import CheckpointError, ConfigError
 from dfactory.recipe import load_recipe
