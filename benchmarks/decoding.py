@@ -2,6 +2,7 @@
 
     python -m benchmarks.decoding
     python -m benchmarks.decoding --main ../dFactory    # and the same prompts by another checkout
+    python -m benchmarks.decoding --compiled    # and by decode.compile
     python -m benchmarks.decoding --graphs    # on a GPU, in bf16: forwards replayed as CUDA graphs beside launched ones
 
 One prompt of 256 tokens and 512 new ones; then 32 ragged prompts of 40 to 256 tokens in 8 slots, where a finished response
@@ -87,12 +88,13 @@ def side(spec: dict[str, Any]) -> Callable[[int], list[list[list[int]]]]:
         peer = Peer(spec["model"])
         return lambda _: [list(a) for a in decode_in_batches(peer, work.prompts, work.peer_rules, work.slots)]
     policy = load_policy(spec["model"], dtype="float32").to(distributed.device())
-    return lambda _: [[r.token_ids, r.commit_step] for r in decode(policy, work.prompts, work.rules)]
+    rules = dataclasses.replace(work.rules, compile=spec["name"] == "compiled")
+    return lambda _: [[r.token_ids, r.commit_step] for r in decode(policy, work.prompts, rules)]
 
 
 class Result(NamedTuple):
     workload: Workload
-    timed: dict[str, Timed]  # opponent, main, cached
+    timed: dict[str, Timed]  # opponent, main, cached, compiled
 
     def ratios(self, name: str) -> list[float]:
         """Of the seconds of the processor, round by round."""
@@ -114,13 +116,14 @@ class Result(NamedTuple):
         return not any(self.differences.values())
 
 
-def measure(number: int, spec: dict[str, Any], rounds: int, main: Path | None) -> Result:
+def measure(number: int, spec: dict[str, Any], rounds: int, main: Path | None, compiled: bool = False) -> Result:
     spec = spec | {"workload": number}
     with contextlib.ExitStack() as others:
         calls: dict[str, Any] = {"opponent": side(spec | {"name": "opponent"})}
         if main:
             calls["main"] = others.enter_context(Elsewhere("decoding", spec | {"name": "main"}, main))
-        calls["cached"] = side(spec | {"name": "cached"})
+        names = ("cached", "compiled") if compiled else ("cached",)
+        calls |= {name: side(spec | {"name": name}) for name in names}
         return Result(workloads(spec)[number], interleave(calls, rounds))
 
 
@@ -183,6 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--main", type=Path, metavar="CHECKOUT", help="also time this checkout, in its own process")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     parser.add_argument("--only", type=int, choices=(0, 1), help="0: the one prompt, 1: the ragged ones; default: both")
+    parser.add_argument("--compiled", action="store_true", help="also with decode.compile")
     parser.add_argument("--graphs", action="store_true", help="on a GPU: CUDA graphs beside launched kernels, in bf16")
     parser.add_argument("--smoke", action="store_true", help="sizes for tests")
     options = parser.parse_args(arguments)
@@ -202,7 +206,8 @@ def main(arguments: list[str] | None = None) -> int:
         model_dir = Path(folder) / "model"
         model_dir.mkdir()
         save_policy(draw_model(options.vocabulary, options.shape, Path(folder) / "drawn"), model_dir)
-        results = [measure(n, spec | {"model": str(model_dir)}, options.rounds, options.main) for n in chosen]
+        spec |= {"model": str(model_dir)}
+        results = [measure(n, spec, options.rounds, options.main, options.compiled) for n in chosen]
     columns = ["seconds", "CPU s", "tokens a second", "opponent / this, CPU", "tokens are the opponent's"]
     title = f"{options.shape}, {options.new_tokens} new tokens, {torch.get_num_threads()} thread(s)"
     table, rows = Table("", "side", *columns, title=title), []

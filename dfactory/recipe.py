@@ -442,6 +442,11 @@ def _check_run(recipe: Recipe, rule: Rule) -> None:
             getattr(recipe.decode, name) is None,
             f"decode.{name} belongs to generate and eval: a recipe has one {here} for training and decoding",
         )
+    for name in ("torch_compile", "use_peft"):
+        rule(
+            not (recipe.decode.compile and getattr(recipe, name)),
+            f"decode.compile true with {name} true: it takes the layers as they are; leave one of them out",
+        )
     for problem in (*tracker_problems(recipe), *course_problems(recipe), *optimising_problems(recipe)):
         rule(False, problem)
     for name in ("save_strategy", "eval_strategy"):

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from dfactory.decoding.response import Response
-from dfactory.decoding.slots import Decodable, Slots
-from dfactory.errors import ConfigError
+from dfactory.decoding.slots import Slots
 from dfactory.types import EmbeddingInputs, Place
 
 
@@ -28,14 +27,6 @@ class CanvasDecoder(Slots):
     """Responses of models with full attention."""
 
     canvas = True
-
-    def __init__(self, policy: Decodable, block_size: int, slots: int, capacity: int, *, cuda_graphs: bool = False):
-        if cuda_graphs:
-            raise ConfigError(
-                "decode.cuda_graphs true with full attention: canvases have all lengths, and recorded forwards a few fixed "
-                "shapes; set it to false"
-            )
-        super().__init__(policy, block_size, slots, capacity)
 
     def _denoise(self, open_RB: np.ndarray) -> torch.Tensor:
         """[N, H]; where a response is guided [N, 2, H], with the prompt and without it."""

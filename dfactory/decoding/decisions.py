@@ -133,6 +133,7 @@ class DecodeRules:
     batch_size: int = 32
     seed: int = 0
     cuda_graphs: bool = False
+    compile: bool = False
     ranges: TokenRanges = NO_RANGES  # of the model; no token of one comes out where a position holds another, or text
     answer_groups: tuple[int, ...] = ()  # the range of each position of an answer, as `ranges` numbers them; then text
     canvas: bool = False  # full attention: blocks are counted from the end of the prompt, and later ones are in sight
@@ -264,6 +265,7 @@ class DecodeRules:
             batch_size=keys.batch_size,
             seed=keys.seed,
             cuda_graphs=keys.cuda_graphs,
+            compile=keys.compile,
             ranges=ranges,
             answer_groups=ranges.layout(keys.answer_ranges, keys.max_new_tokens),
             canvas=canvas or rule.renoises,

@@ -10,7 +10,8 @@ a decoder a list of prompts, the server what comes in. Models with full attentio
 What a response draws is a pure function of (rules.seed, its prompt's noise id, its own forward): it depends neither on
 the other prompts of the batch nor on the slot.
 
-With `cuda_graphs` the denoising forwards have few fixed shapes and a GPU replays them (static.py).
+With `cuda_graphs` the denoising forwards have few fixed shapes and a GPU replays them (static.py). With `compile` all
+forwards are code that torch.compile makes once for a model (compiled.py).
 
 Letters: R responses in slots, B block size, N tokens of a forward or open positions, T document length.
 """
@@ -23,6 +24,7 @@ import torch
 
 from dfactory.decoding.cache import BlockCache, Span, attend_spans
 from dfactory.decoding.canvas import CanvasDecoder
+from dfactory.decoding.compiled import compiled_forward
 from dfactory.decoding.deciding import decide_leads
 from dfactory.decoding.decisions import DecodeRules
 from dfactory.decoding.renoising import RenoisingDecoder
@@ -39,7 +41,23 @@ def make_decoder(policy: Decodable, rules: DecodeRules, slots: int, capacity: in
     """The decoder for the attention of a model; where the block size chooses, for that of the rules."""
     whole = rules.canvas if policy.sees_whole_document is None else policy.sees_whole_document
     decoder = RenoisingDecoder if rules.rule.renoises else CanvasDecoder if whole else BlockDecoder
-    return decoder(policy, rules.block_size, slots, capacity, cuda_graphs=rules.cuda_graphs)
+    if decoder is BlockDecoder:
+        return BlockDecoder(
+            policy, rules.block_size, slots, capacity, cuda_graphs=rules.cuda_graphs, compiled=rules.compile
+        )
+    _refuse_fixed(rules)
+    return decoder(policy, rules.block_size, slots, capacity)
+
+
+def _refuse_fixed(rules: DecodeRules) -> None:
+    """Raise ConfigError for keys that only the forwards of block-causal models know."""
+    seen = "uniform noise" if rules.rule.renoises else "full attention"
+    for name in ("cuda_graphs", "compile"):
+        if getattr(rules, name):
+            raise ConfigError(
+                f"decode.{name} true with {seen}: only the forwards of block-causal models can be recorded or compiled; set "
+                "it to false"
+            )
 
 
 def decode(
@@ -120,11 +138,14 @@ class BlockDecoder(Slots):
 
     canvas = False
 
-    def __init__(self, policy: Decodable, block_size: int, slots: int, capacity: int, *, cuda_graphs: bool = False):
+    def __init__(
+        self, policy: Decodable, block_size: int, slots: int, capacity: int, *, cuda_graphs=False, compiled=False
+    ):
         super().__init__(policy, block_size, slots, capacity)
         self.has_leads = policy.logit_shift == 1
         self.cache = BlockCache(slots, capacity + block_size)  # the last block is for what stands in, see static.py
         self.static = StaticForward(policy, self.cache, block_size) if cuda_graphs else None
+        self.hidden_at = compiled_forward(policy).hidden_at if compiled else policy.hidden_at
         self._someone_joined = False
 
     def add(
@@ -229,7 +250,7 @@ class BlockDecoder(Slots):
         self.cache.expect(slot_N, position_N)
         plan = attend_spans(spans, size, device)
         chosen = torch.from_numpy(chosen).to(device)
-        return self.policy.hidden_at(chosen, inputs_1N, position_N[None], plan, self.cache)
+        return self.hidden_at(chosen, inputs_1N, position_N[None], plan, self.cache)
 
 
 def _row(parts: tuple[np.ndarray | None, ...], device: torch.device) -> torch.Tensor | None:

@@ -120,6 +120,11 @@ class DecoderKeys:
         "denoising forwards of few fixed shapes, which a GPU replays instead of launching thousands of kernels from "
         "Python; needs 16 bits there; on a CPU the shapes alone",
     )
+    compile: bool = key(
+        False,
+        "forwards of block-causal models as code that torch.compile makes once for a model, in half a minute or more; on a "
+        "CPU it needs a C++ compiler (g++); tokens are the same, log-probabilities up to rounding",
+    )
     batch_size: int = key(32, "slots decoded together; a finished response frees its slot", low=1)
     seed: int = key(0, "of the sampling, per prompt", low=0, high=2**63 - 1)
     full_attention: Optional[bool] = key(
@@ -211,6 +216,8 @@ def refuse_foreign_keys(keys: DecodeKeys, origins: Mapping[str, str], prefix: st
 def decode_problem(keys: DecodeKeys, block_size: int | None) -> str | None:
     """The first rule between keys that they break. Without a block size, the rules that need one are left out."""
     rule = rule_of(keys)
+    if keys.compile and keys.cuda_graphs:
+        return "decode.compile true with decode.cuda_graphs true: both replace what starts a forward; leave out one"
     if (problem := _sub_block_problem(keys, rule, block_size)) is not None:
         return problem
     block_size = keys.sub_block_size or block_size  # what the rule takes for a block

@@ -104,12 +104,7 @@ class RenoisingDecoder(Slots):
 
     canvas = True
 
-    def __init__(self, policy: Decodable, block_size: int, slots: int, capacity: int, *, cuda_graphs: bool = False):
-        if cuda_graphs:
-            raise ConfigError(
-                "decode.cuda_graphs true with uniform noise: only the forwards of block-causal models are recorded; set it "
-                "to false"
-            )
+    def __init__(self, policy: Decodable, block_size: int, slots: int, capacity: int):
         super().__init__(policy, block_size, slots, capacity)
         self.cache = BlockCache(slots, capacity)
         self.cached: dict[int, int] = {}  # by response: clean tokens in the cache

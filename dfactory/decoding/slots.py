@@ -28,6 +28,7 @@ class Decodable(Protocol):
     config: Any  # with `vocab_size`
     logit_shift: int  # 1: the hidden state at i - 1 predicts the token at i
     can_be_recorded: bool  # whether forwards of fixed shape may be replayed as CUDA graphs
+    compile_problem: str | None  # what keeps its forwards from being compiled, and the remedy
     sees_whole_document: (
         bool | None
     )  # whether attention is full: decoded on a canvas, without a cache; None: either way

@@ -86,6 +86,17 @@ class Policy(nn.Module):
         still = not any(hasattr(parameter, "ds_id") for parameter in self.parameters())
         return still and self._causal_lm.dtype in (torch.bfloat16, torch.float16)
 
+    @property
+    def compile_problem(self) -> str | None:
+        """What keeps the decoder's forwards from being compiled, and the remedy; None: nothing known."""
+        if self.has_adapters:
+            return "LoRA adapters that are not merged: merge them (`dfactory merge`)"
+        if any(hasattr(parameter, "ds_id") for parameter in self.parameters()):
+            return "weights that ZeRO 3 spreads over ranks: decode under another stage"
+        if any(type(module).__module__.startswith("deepspeed.") for module in self.modules()):
+            return "experts that ranks share: decode with expert_parallel_size 1"
+        return None
+
     def forward(self, batch: ViewBatch) -> TokenScores:
         """log p, entropy and hit of every target of the batch, in the batch's target order."""
         plan = self.plan(batch.place_RS)

@@ -122,6 +122,7 @@ class InStep:
     policy: Policy
     device: torch.device
     can_be_recorded = False  # the ranks communicate during a forward
+    compile_problem = "weights on several ranks, which communicate during a forward: decode with a saved checkpoint"
 
     @property
     def config(self):

@@ -38,6 +38,7 @@ UNIFORM = ["view_source=uniform", "complementary=false"]
 @pytest.mark.parametrize(
     "overrides, message",
     [
+        (["decode.compile=true", "torch_compile=true"], r"decode\.compile true with torch_compile true: .*leave one"),
         (["self_conditioning=0.5"], "self_conditioning 0.5 with view_source mask: only uniform noise has it"),
         (["context_loss_weight=1"], "context_loss_weight 1 with view_source mask: only uniform noise has it"),
         (["view_source=uniform"], "complementary true with view_source uniform: a view has no twin"),
