@@ -7,7 +7,7 @@
 | `train.jsonl` | records for training, half of them gsm_symbolic | `answer`, `task` |
 | `heldout.jsonl` | records of each task, for `dfactory eval` | `answer`, `task` |
 | `validation.jsonl` | records of each task, for evaluations in training and for choosing settings | `answer`, `task` |
-| `preference_prompts.jsonl`, `preference_heldout.jsonl` | prompts for `dfactory data preferences` | `answer`, `task` |
+| `preference_prompts.jsonl`, `preference_heldout.jsonl` | records for `dfactory data preferences` | `answer`, `task` |
 | `rl_train.jsonl`, `rl_heldout.jsonl` | prompts of gsm_symbolic | what the reward `reasoning_gym` reads |
 
 No question is in two files or twice in one. `answer` is reasoning-gym's. A response of gsm_symbolic, chain_sum and
@@ -189,9 +189,9 @@ def main(arguments: list[str] | None = None) -> int:
     files = [  # what is held out comes first, so that it does not depend on how much is trained on
         ("heldout", list(TASKS) * options.heldout, training_record),
         ("rl_heldout", [GSM] * options.rl_heldout, prompt),
-        ("preference_heldout", shares(options.preference_heldout), prompt),
+        ("preference_heldout", shares(options.preference_heldout), training_record),
         ("rl_train", [GSM] * options.rl_prompts, prompt),
-        ("preference_prompts", shares(options.preference_prompts), prompt),
+        ("preference_prompts", shares(options.preference_prompts), training_record),
         ("validation", list(TASKS) * options.validation, training_record),
         ("train", shares(options.train), training_record),
     ]
@@ -212,8 +212,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         ("train", TRAIN_RECORDS, "records of train.jsonl"),
         ("heldout", HELDOUT_RECORDS, "records of heldout.jsonl, of each task"),
         ("validation", VALIDATION_RECORDS, "records of validation.jsonl, of each task"),
-        ("preference-prompts", PREFERENCE_PROMPTS, "prompts for preference pairs"),
-        ("preference-heldout", PREFERENCE_HELDOUT, "prompts for held-out pairs"),
+        ("preference-prompts", PREFERENCE_PROMPTS, "records for preference pairs"),
+        ("preference-heldout", PREFERENCE_HELDOUT, "records for held-out pairs"),
         ("rl-prompts", RL_PROMPTS, "prompts of gsm_symbolic for RL"),
         ("rl-heldout", RL_HELDOUT, "held-out ones"),
     ):

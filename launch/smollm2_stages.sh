@@ -44,8 +44,8 @@ answer() { # stage
 
 pairs() { # part
     [ -s "$data/pairs_$1.jsonl" ] || dfactory data preferences --model "$root/sft" --input "$data/preference_$1.jsonl" \
-        --output "$data/pairs_$1.jsonl" --reward "$reward" --num-generations 4 decode.temperature=1.0 \
-        decode.acceptance=top decode.threshold=0.9 decode.max_new_tokens=256
+        --output "$data/pairs_$1.jsonl" --reward "$reward" --recorded-answers --num-generations 1 \
+        decode.temperature=1.0 decode.acceptance=top decode.threshold=0.9 decode.max_new_tokens=192
 }
 
 records="[{path: $data/train.jsonl}, {path: $data/everyday.jsonl, weight: 4}]"

@@ -6,6 +6,9 @@
 Of each prompt's answers the one with the highest reward is chosen and the one with the lowest rejected (the first of
 equals), if their rewards differ by more than --margin and their texts differ. A line has `prompt`, `chosen` and `rejected`
 in the form of the prompt (messages or text), `chosen_reward` and `rejected_reward`, and the prompt's further columns.
+
+With --recorded-answers the answer that a row has itself is scored with the model's, after them: a model that is rarely
+right gets a pair of every prompt where it is wrong. With that, one answer a prompt is enough (--num-generations 1).
 """
 
 from typing import Any
@@ -25,11 +28,16 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--margin", type=float, default=0.0, help="the rewards must differ by more (default: %(default)s)"
     )
+    parser.add_argument(
+        "--recorded-answers",
+        action="store_true",
+        help="the answer that a row has itself is scored, too, after the model's own",
+    )
     options, overrides = split_overrides(parser, words)
 
     prompts = pairs = 0
     with writing(options.output) as write:
-        for group in sample(options, load_decode_keys(overrides)):
+        for group in sample(options, load_decode_keys(overrides), options.recorded_answers):
             prompts += 1
             row = pair_of(group, options.margin)
             if row is not None:
@@ -38,7 +46,7 @@ def main(words: list[str] | None = None) -> int:
         if not pairs:
             raise RolloutError(
                 f"no prompt of {options.input} has two answers whose rewards differ by more than {options.margin:g}: raise "
-                "--num-generations or decode.temperature, or take another reward"
+                "--num-generations or decode.temperature, add --recorded-answers, or take another reward"
             )
     say(f"{pairs:,} pairs of {prompts:,} prompts, the others' answers do not differ enough: {options.output}")
     return 0

@@ -103,12 +103,12 @@ def test_files(tmp_path, capsys):
 
     questions = [row["messages"][0]["content"] for rows in files.values() for row in rows]
     assert len(set(questions)) == len(questions)
-    for row in (*files["train"], *files["heldout"]):
+    for row in (*files["train"], *files["heldout"], *files["preference_prompts"]):
         response = row["messages"][1]["content"]
         assert response.splitlines()[-1].removeprefix("The answer is ").removesuffix(".") == row["answer"].removesuffix(
             "."
         )
     assert sum(row["task"] == "gsm_symbolic" for row in files["train"]) == 30
-    for row in (*files["rl_train"], *files["preference_prompts"]):
+    for row in files["rl_train"]:
         assert [message["role"] for message in row["messages"]] == ["user"]
         assert get_score_answer_fn(row["task"])(row["answer"], row) == 1.0

@@ -311,6 +311,24 @@ def test_pairs_of_a_models_own_answers_are_ranked_by_a_reward(tool, files, rows_
         tool("preferences", *words, "--margin", 1e9)
 
 
+def test_the_answer_of_a_record_is_scored_after_the_models_own(tool, files, rows_of, tmp_path):
+    """`{name: exact_match}` refuses what random weights write, so that each pair's chosen side is the record's own."""
+    rows = [chat("Say 1", "one") | {"answer": "one"}, {"prompt": "2 is ", "completion": "two", "answer": "two"}]
+    words = ["--output", tmp_path / "pairs.jsonl", "--reward", "exact_match", "--num-generations", 1, *SAMPLE]
+    assert tool("preferences", "--input", files("in.jsonl", *rows), "--recorded-answers", *words)[0] == 0
+    conversation, completion = rows_of(tmp_path / "pairs.jsonl")
+    assert texts(conversation, "chosen") == [("assistant", "one")]
+    assert (completion["prompt"], completion["chosen"]) == ("2 is ", "two")
+    for row in (conversation, completion):
+        assert (row["chosen_reward"], row["rejected_reward"]) == (1, 0)
+    with pytest.raises(RolloutError, match=r"two answers .* add --recorded-answers"):
+        tool("preferences", "--input", tmp_path / "in.jsonl", *words)
+    rows[1] = {"prompt": "2 is ", "answer": "two"}
+    del rows[1]["answer"]
+    with pytest.raises(DataError, match=r"in\.jsonl:2: "):
+        tool("preferences", "--input", files("in.jsonl", *rows), "--recorded-answers", *words)
+
+
 def test_a_reward_has_options(tool, files, rows_of, tmp_path):
     prompts = files("in.jsonl", {"messages": [{"role": "user", "content": "Say x"}], "answer": ""})
     words = ["--input", prompts, "--output", tmp_path / "traces.jsonl", *SAMPLE, "--reward"]
