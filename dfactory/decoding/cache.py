@@ -18,6 +18,7 @@ Letters: N tokens of a forward, R spans, Q blocks of a span, K blocks of a slot,
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -116,9 +117,18 @@ def seen_blocks(spans: list[Span]) -> np.ndarray:
     return seen_RQK.sum(axis=-1)
 
 
+@functools.lru_cache(maxsize=256)
+def _seen_by_blocks(first: int, stop: int, denoises: bool) -> np.ndarray:
+    """`seen_blocks` of one span in any slot, [Q]. The forwards of a block ask for the same."""
+    (seen_Q,) = seen_blocks([Span(0, first, stop, denoises)])
+    seen_Q.flags.writeable = False
+    return seen_Q
+
+
 def seen_keys(spans: list[Span], block_size: int) -> Iterator[np.ndarray]:
     """How many keys of its slot each token of a span sees; they are the first ones. An array for each span."""
-    for span, seen_Q in zip(spans, seen_blocks(spans), strict=True):
+    for span in spans:
+        seen_Q = _seen_by_blocks(span.first, span.stop, span.denoises)
         here = span.positions(block_size)
         block_T = (np.arange(here.start, here.stop) - span.origin) // block_size - span.first
         keys_T = seen_Q[block_T] * block_size + span.origin
@@ -177,6 +187,9 @@ class BlockwiseAttention:
 def _together(keys_T: np.ndarray) -> Iterator[np.ndarray]:
     """The numbers of seen keys of a span's tokens, which ascend, in parts of whole blocks: as many as hold TOGETHER tokens,
     at least one."""
+    if keys_T[0] == keys_T[-1]:  # one block, as in most forwards
+        yield keys_T
+        return
     ends = np.flatnonzero(np.diff(keys_T, append=-1)) + 1  # of blocks
     start = 0
     while start < len(keys_T):

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
 from transformers import Cache
 
 from dfactory.decoding.slots import Decodable
@@ -127,12 +128,15 @@ class CompiledForward:
         token_1N, position_1N = torch.arange(tokens, device=policy.device).repeat(2, 1, 1)
         try:
             self._run(policy, chosen_M, token_1N.clone(), position_1N.clone())  # which share no memory
-        except (TorchDynamoException, torch._inductor.exc.InductorError) as problem:
+        except (TorchDynamoException, InductorError) as problem:
             told = str(problem).strip().splitlines()[0]
             raise ConfigError(
                 f"decode.compile true: torch.compile does not take this model ({told}); set it to false"
             ) from problem
-        logger.info("compiled the decoder's forward in %.0f s", time.perf_counter() - started)
+        logger.warning(  # which is seen without any logging set up
+            "decode.compile: compiled the model's forward in %.0f s, once for this process",
+            time.perf_counter() - started,
+        )
 
     def hidden_at(
         self, chosen_N: torch.Tensor, inputs_1N: EmbeddingInputs, position_ids_1N, visibility, cache

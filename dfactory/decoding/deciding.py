@@ -84,11 +84,9 @@ def _decide_alike(
     rules = responses[0].rules
     masked_RB = torch.from_numpy(np.stack([response.due_B for response in responses]))
     read = _read(policy, responses, hidden_NH, open_RB, rules.distribution)
-    proposal_RB = Proposal(*(_spread(n, open_RB, t) for n, t in zip(read[:4], PROPOSAL_TYPES, strict=True)))
-    columns = {
-        column.name: _spread(numbers, open_RB, torch.float)
-        for column, numbers in zip(rules.columns, read[4:], strict=True)
-    }
+    spread_RB = _spread(read, open_RB)
+    proposal_RB = Proposal(*(n_RB.to(t) for n_RB, t in zip(spread_RB[:4], PROPOSAL_TYPES, strict=True)))
+    columns = {column.name: n_RB.float() for column, n_RB in zip(rules.columns, spread_RB[4:], strict=True)}
     if rules.reads_chance:
         columns[CHANCE.name] = torch.from_numpy(np.stack([response.chance_B() for response in responses]))
     decision = rules.decide(
@@ -108,10 +106,10 @@ def _decide_alike(
     return [Outcome(*row, {name: values[r] for name, values in memory.items()}) for r, row in enumerate(rows)]
 
 
-def _spread(numbers_N: torch.Tensor, open_RB: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Numbers of the open positions at their places, [R, B]; 0 elsewhere."""
-    spread_RB = torch.zeros(open_RB.shape, dtype=dtype)
-    spread_RB[open_RB] = numbers_N.to(dtype)
+def _spread(numbers_N: torch.Tensor, open_RB: torch.Tensor) -> torch.Tensor:
+    """Rows of numbers of the open positions at their places, [rows, R, B]; 0 elsewhere."""
+    spread_RB = numbers_N.new_zeros(len(numbers_N), *open_RB.shape)
+    spread_RB[:, open_RB] = numbers_N
     return spread_RB
 
 

@@ -30,7 +30,7 @@ def test_equals_the_uncached_loop_by_one_graph(policy, traced_only):
     assert compiled_forward(policy).graphs == 1
 
 
-def test_trained_weights_are_seen(make_policy, traced_only):
+def test_trained_weights_are_seen(make_policy, traced_only, caplog):
     """The weights are inputs of the graph."""
     policy, prompts = make_policy(num_hidden_layers=2, seed=3), random_prompts(5, 12)
     first = decode(policy, prompts, make_rules(compile=True))
@@ -39,6 +39,7 @@ def test_trained_weights_are_seen(make_policy, traced_only):
             parameter.mul_(0.5)
     second = equals_uncached(policy, prompts, make_rules(compile=True))
     assert [r.token_ids for r in first] != [r.token_ids for r in second]
+    assert caplog.text.count("decode.compile: compiled the model's forward in") == 1
     assert compiled_forward(policy).graphs == 1
 
 
@@ -62,6 +63,15 @@ def test_models_that_cannot_be_compiled(policy, monkeypatch, changes, told):
         monkeypatch.setattr(type(policy), name, given)
     monkeypatch.setattr(compiled_code, "_COMPILED", {})
     with pytest.raises(ConfigError, match=f"decode.compile true {told}.*set decode.compile to false"):
+        compiled_forward(policy)
+
+
+def test_a_model_that_is_not_one_graph(policy, traced_only, monkeypatch):
+    monkeypatch.setattr(compiled_code, "_COMPILED", {})
+    monkeypatch.setattr(compiled_code, "_traced", lambda *inputs: torch._dynamo.graph_break())
+    with pytest.raises(
+        ConfigError, match=r"decode\.compile true: torch\.compile does not take this model \(.*\); set it to"
+    ):
         compiled_forward(policy)
 
 
