@@ -17,7 +17,7 @@ from dfactory.commands import arguments as words
 from dfactory.config.words import join_options
 from dfactory.errors import ConfigError, DFactoryError
 from dfactory.redaction import guard_output
-from dfactory.startup import importing, running
+from dfactory.startup import importing
 from dfactory.versions import version_of
 
 EXIT_UNREAD = 128 + signal.SIGPIPE  # as of a program that a broken pipe ends
@@ -109,6 +109,8 @@ def _train(arguments, overrides) -> int:
 
 
 def _check(arguments, overrides) -> int:
+    from dfactory.uptime import running
+
     began = running()
     with importing("dfactory.commands.check"):
         loaded = _read(arguments, overrides, arguments.gpus)

@@ -29,6 +29,9 @@ TESTED = {
     "dfactory train recipes/quickstart/sft.yaml stage=focal": "tests/test_outside_package.py",
     "dfactory train recipes/quickstart/cpt.yaml": "tests/test_outside_package.py",
     "dfactory generate --model runs/focal": "tests/test_outside_package.py",
+    "dfactory generate --model runs/mine --input prompts.jsonl --output answers.jsonl decode.compile=true": (
+        "tests/decoding/test_compiled.py"
+    ),
     "dfactory export --model runs/mine --output mine/": "tests/commands/test_card.py",
     "dfactory report --chain": "tests/commands/test_report.py",
     "dfactory report --watch": "tests/commands/test_watch.py",

@@ -18,7 +18,7 @@ from dfactory.commands.checking.steps import tell_rows_and_steps
 from dfactory.engine.expert_parallel import check_ranks
 from dfactory.errors import ConfigError
 from dfactory.recipe import Loaded
-from dfactory.startup import Running, running
+from dfactory.uptime import Running, running
 
 NOT_TIMED = Running(0.0, 0.0)
 RANK_COUNTS = (1, 8, 16, 32, 64, 128)

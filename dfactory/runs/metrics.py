@@ -9,7 +9,7 @@ from dfactory.console import plain_console
 from dfactory.recipe import Recipe
 from dfactory.runs.folder import RunFolder
 from dfactory.runs.trackers import Trackers
-from dfactory.startup import running
+from dfactory.uptime import running
 
 
 class MetricsLog:

@@ -23,7 +23,7 @@ from dfactory.planning.start import (
 )
 from dfactory.planning.steps import BlockPhase
 from dfactory.recipe import Recipe
-from dfactory.startup import Running
+from dfactory.uptime import Running
 
 
 class Timed(NamedTuple):
