@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,5 +58,10 @@ def test_a_single_learner_has_no_meeting_place(world_size, monkeypatch):
         monkeypatch.setenv(name, "0")
     monkeypatch.delenv("MASTER_ADDR")
     learner = LearnerActor(0, world_size, os.getcwd())
-    address = learner.run({}, lambda recipe, client: os.environ.get("MASTER_ADDR"), ("127.0.0.9", 1), None)
+    address = learner.run(
+        {},
+        lambda recipe, client: os.environ.get("MASTER_ADDR"),
+        ("127.0.0.9", 1),
+        SimpleNamespace(beat=lambda rank: None),
+    )
     assert address == (None if world_size == 1 else "127.0.0.9")
