@@ -218,7 +218,7 @@ def write_chain_of_runs(folder: Path) -> list[Path]:
     }
     for name in ("sft", "cap"):
         rows[name] += [{"step": s, "eval/loss": 2.0 / s, "eval/exact_match": s / 40} for s in (10, 20)]
-    rows["dpo"] += [{"step": s, "eval/rewards/accuracies": s / 25} for s in (10, 20)]
+    rows["dpo"] += [{"step": 20, "eval/rewards/accuracies": 0.8}]
     before = {"sft": "tiny", "cap": str(folder / "sft"), "dpo": "cap/checkpoint-20", "rl": str(folder / "dpo")}
     runs = {
         name: write_run(folder / name, lines, f"stage: {name}\nmodel_name_or_path: {before[name]}\n")
@@ -248,6 +248,7 @@ def test_a_chain_is_followed_back_and_drawn_in_its_order(tmp_path, capsys):
         ["mean reward of the rollouts", "different answers in a group"],
     ]
     assert "<small>held-out loss</small> 0.200 \N{RIGHTWARDS ARROW} <b>0.100</b>" in page
+    assert "<small>held-out chosen above rejected</small> <b>80.0%</b>" in page  # of one evaluation
     assert "<small>reward</small> 0.075 \N{RIGHTWARDS ARROW} <b>0.975</b>" in page
     assert '<td data-label="time of the steps">20.0 min</td>' in page
     assert '<span class="wrong">at 10</span>' in page

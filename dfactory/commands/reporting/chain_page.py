@@ -91,12 +91,17 @@ def _summary(chain: Chain) -> str:
     return f'{_table(names, rows)}<p class="note">{note}</p>'
 
 
+def _from_to(first: str, last: str) -> str:
+    """`first -> last`; of a number that was measured once, that one."""
+    return " \N{RIGHTWARDS ARROW} ".join(filter(None, (first, last)))
+
+
 def _row(number: int, link: Link) -> list[str]:
     run = link.run
     tokens, seconds = (run.curve(name)[1].sum() for name in ("tokens", "seconds"))
     steps = max(row["step"] for row in run.rows)
     moved = "<br>".join(
-        f"<small>{html.escape(title)}</small> {first} \N{RIGHTWARDS ARROW} <b>{last}</b>"
+        f"<small>{html.escape(title)}</small> {_from_to(first, f'<b>{last}</b>')}"
         for title, (first, last) in changes(run).items()
     )
     name = (
@@ -167,7 +172,7 @@ def _section(number: int, link: Link, main: Drawn, others: Drawn, told: set[str]
     run = link.run
     head = f"<h2>{number}. {html.escape(run.stage)}{html.escape(_unlike(run.label, run.stage, ': '))}</h2>"
     tiles = [
-        f"<div class=tile><span>{html.escape(title)}</span><b>{first} \N{RIGHTWARDS ARROW} {last}</b></div>"
+        f"<div class=tile><span>{html.escape(title)}</span><b>{_from_to(first, last)}</b></div>"
         for title, (first, last) in changes(run).items()
     ]
     parts = [f'<section id="stage-{number}">{head}<p class="note">from {html.escape(link.source)}</p>']

@@ -46,13 +46,14 @@ def data_of(run: Run) -> Data:
 
 
 def changes(run: Run) -> dict[str, tuple[str, str]]:
-    """Title -> (first, last) as text, of the main numbers that the run has."""
+    """Title -> (first, last) as text, of the main numbers that the run has; of a single one the first is empty."""
     found = {}
     for metric in MAIN[data_of(run)]:
         values = run.curve(metric.name)[1]
         if len(values):
             edge = 1 if metric.name.startswith("eval/") else math.ceil(len(values) / EDGE_SHARE)
-            found[metric.title] = tuple(_shown(metric, part.mean()) for part in (values[:edge], values[-edge:]))
+            first, last = (_shown(metric, part.mean()) for part in (values[:edge], values[-edge:]))
+            found[metric.title] = (first if len(values) > 1 else "", last)
     return found
 
 
