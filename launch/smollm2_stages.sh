@@ -39,7 +39,7 @@ train() { # stage, the run or model it starts from, its records, its held-out re
 answer() { # stage
     local evaluated=$root/$1/heldout.jsonl
     [ -s "$evaluated" ] || dfactory eval --model "$root/$1" --data "$data/heldout.jsonl" --answer-pattern "$answers" \
-        --output "$evaluated" decode.threshold=0.9 decode.max_new_tokens=256
+        --output "$evaluated" decode.threshold=0.9 decode.max_new_tokens=192
 }
 
 pairs() { # part
