@@ -38,7 +38,8 @@ def generate(arguments: argparse.Namespace, keys: DecodeKeys) -> int:
     forwards = sum(output["forwards"] for output in outputs)
     tokens = sum(len(output["output_ids"]) for output in outputs)
     console.print(
-        f"{len(outputs)} responses, {tokens} tokens, {tokens / max(forwards, 1):.2f} per forward: {arguments.output}"
+        f"{len(outputs)} responses, {tokens} tokens, {tokens / max(forwards, 1):.2f} per forward: {arguments.output}",
+        soft_wrap=True,
     )
     return 0
 

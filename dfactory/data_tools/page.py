@@ -3,6 +3,7 @@
 import html
 from dataclasses import dataclass, field
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -40,20 +41,28 @@ class Page:
 def print_page(page: Page, console: Console) -> None:
     for section in page.sections:
         console.rule(Text(section.title, "bold"), align="left", style="dim")
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim")
-        grid.add_column(justify="right" if section.bars else "left")
-        grid.add_column(style="blue")
-        for name, value in section.rows:
-            bar = "█" * round(BAR_WIDTH * _share(section, value)) if section.bars else ""
-            grid.add_row(name, _shown(value), bar)
-        console.print(grid)
+        _print_rows(section, console)
         for line in section.lines:
             console.print(Text(f"  {line}"), soft_wrap=True)
     console.rule(style="dim")
     for warning in page.warnings:
         console.print(Text.assemble(("warning: ", "bold yellow"), warning), soft_wrap=True)
     console.print(Text(page.verdict, "bold green" if page.good else "bold red"), soft_wrap=True)
+
+
+def _print_rows(section: Section, console: Console) -> None:
+    if any(cell_len(name) > console.width // 2 for name, _ in section.rows):  # a path: a table would break it
+        for name, value in section.rows:
+            console.print(Text.assemble((name, "dim"), f"  {_shown(value)}"), soft_wrap=True)
+        return
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(justify="right" if section.bars else "left")
+    grid.add_column(style="blue")
+    for name, value in section.rows:
+        bar = "█" * round(BAR_WIDTH * _share(section, value)) if section.bars else ""
+        grid.add_row(name, _shown(value), bar)
+    console.print(grid)
 
 
 def to_html(page: Page) -> str:

@@ -3,11 +3,10 @@
 import dataclasses
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from dfactory.algorithms import ALGORITHMS
-from dfactory.commands.checking.page import Page
+from dfactory.commands.checking.page import NAME_WIDTH, Page
 from dfactory.config.load import COMMAND_LINE, known_keys
 from dfactory.config.owners import owners_of
 from dfactory.decoding.rules.base import RULES
@@ -20,9 +19,8 @@ def tell_keys(page: Page, loaded: Loaded) -> None:
     earlier = {
         key: alias.old for alias in loaded.aliases for key in (part.split(" = ")[0] for part in alias.new.split(", "))
     }
-    given, defaults = Table.grid(padding=(0, 2)), []
-    given.add_column(no_wrap=True)
-    given.add_column(overflow="fold")
+    given: list[tuple[str, Text]] = []
+    defaults = []
     for name, field in known_keys(Recipe).items():
         if dataclasses.is_dataclass(field.type) or not applies(loaded.recipe, name):
             continue
@@ -33,9 +31,15 @@ def tell_keys(page: Page, loaded: Loaded) -> None:
         origin = "command line" if loaded.origins[name] == COMMAND_LINE else "recipe"
         if name in earlier:
             origin += f", {earlier[name].split(' = ')[0] or 'as the earlier code has it'}"
-        given.add_row(name, Text.assemble(text, (f"  ({origin})", "dim")))
-    page.line("given", given)
-    page.line("default", Text(", ".join(defaults), "dim"))
+        given.append((name, Text.assemble(text, (f"  ({origin})", "dim"))))
+    width = 2 + max((len(name) for name, _ in given), default=0)
+    for index, (name, text) in enumerate(given):
+        page.hang(Text.assemble(_title("" if index else "given"), name.ljust(width)), text)
+    page.hang(_title("default"), Text(", ".join(defaults), "dim"))
+
+
+def _title(name: str) -> Text:
+    return Text(name.ljust(NAME_WIDTH), "dim")
 
 
 def applies(recipe: Recipe, name: str) -> bool:

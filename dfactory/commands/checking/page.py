@@ -3,15 +3,15 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dfactory.console import plain_console
+from dfactory.console import plain_console, print_hanging
 from dfactory.errors import DFactoryError
 from dfactory.redaction import redact
 
 PLAIN_WIDTH = 120  # of the output where there is no terminal
+NAME_WIDTH = 18  # of a line's name, with the space after it
 
 
 class Page:
@@ -38,13 +38,21 @@ class Page:
         self.console.print(Text.assemble(("error: ", "bold red"), str(problem)), soft_wrap=True)
 
     def line(self, name: str, *parts: Any) -> None:
-        """`name   text`, the texts of a section under each other."""
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(width=16, style="dim")
-        grid.add_column(overflow="fold")
-        parts = [redact(part) if isinstance(part, str) else part for part in parts]  # the table will break lines
-        grid.add_row(name, parts[0] if len(parts) == 1 else Group(*parts))
-        self.console.print(grid)
+        """`name   text`, the texts of a section under each other. Secrets in strings are hidden."""
+        lead = Text(name.ljust(NAME_WIDTH), "dim")
+        for part in parts:
+            if isinstance(part, str):
+                self.hang(lead, Text(redact(part)))
+            else:
+                grid = Table.grid()
+                grid.add_column(width=NAME_WIDTH)
+                grid.add_column(overflow="fold")
+                grid.add_row(lead, part)
+                self.console.print(grid)
+            lead = Text(" " * NAME_WIDTH)
+
+    def hang(self, lead: Text, body: Text) -> None:
+        print_hanging(self.console, lead, body)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
