@@ -88,7 +88,8 @@ def side(spec: dict[str, Any]) -> Callable[[int], list[list[list[int]]]]:
         peer = Peer(spec["model"])
         return lambda _: [list(a) for a in decode_in_batches(peer, work.prompts, work.peer_rules, work.slots)]
     policy = load_policy(spec["model"], dtype="float32").to(distributed.device())
-    rules = dataclasses.replace(work.rules, compile=spec["name"] == "compiled")
+    compiled = spec["name"] == "compiled"  # an earlier checkout has no such key
+    rules = dataclasses.replace(work.rules, compile=True) if compiled else work.rules
     return lambda _: [[r.token_ids, r.commit_step] for r in decode(policy, work.prompts, rules)]
 
 

@@ -59,7 +59,9 @@ from dfactory.rl.source import RolloutSource
 from dfactory.types import Mean, Rollout
 
 # An older checkout beside this one makes the pass at every update.
-KNOWS_RATIO_1 = {name: True for name in inspect.signature(RolloutSource).parameters if name == "knows_ratio_1"}
+# what an earlier checkout's source may not know
+KEYS = {"knows_ratio_1": True, "padded": torch.cuda.is_available()}
+KEYS = {name: value for name, value in KEYS.items() if name in inspect.signature(RolloutSource).parameters}
 TOLERANCE = 1e-4  # of the mean log-probability of a target, relative
 PARTS = ("rollout", "reward", "sync", "train")
 
@@ -150,7 +152,7 @@ class OurUpdate:
             rank=0,
             world_size=1,
             micro_batch_rows=1,
-            **KNOWS_RATIO_1,
+            **KEYS,
         )
         trainer.watch = lambda batch, scores: {"logprob": Mean(scores.logprob_N.detach().sum(), batch.num_targets)}
 

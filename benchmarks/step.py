@@ -59,8 +59,10 @@ SIDES = {
     "main": (Ours, "float32"),  # of another checkout
     "fp32": (Ours, "float32"),
     "opponent bf16": (Opponent, "bfloat16"),
+    "main bf16": (Ours, "bfloat16"),
     "bf16": (Ours, "bfloat16"),
 }
+OF_MAIN = {"main", "main bf16"}
 
 
 class Size(NamedTuple):
@@ -80,7 +82,7 @@ class Result(NamedTuple):
 
     def baseline(self, side: str) -> str:
         """The side that another one is compared with."""
-        return "opponent bf16" if side == "bf16" and "opponent bf16" in self.timed else "opponent"
+        return "opponent bf16" if side in ("bf16", "main bf16") and "opponent bf16" in self.timed else "opponent"
 
     def ratio(self, side: str) -> float:
         """Seconds of the processor, the opponent's to a side's."""
@@ -153,7 +155,7 @@ def time_steps(size: Size, steps: int, names: list[str], main: Path | None = Non
         spec = {"size": size, "folder": str(folder), "steps": steps + 1}
         calls = {}
         for name in names:
-            if name == "main":
+            if name in OF_MAIN:
                 calls[name] = others.enter_context(Elsewhere("step", spec | {"name": name}, main))
             else:
                 calls[name] = side(spec | {"name": name})
@@ -163,7 +165,7 @@ def time_steps(size: Size, steps: int, names: list[str], main: Path | None = Non
 def memory_alone(name: str, size: Size, main: Path | None) -> Memory:
     """In a new process whose memory is returned when it is freed."""
     spec = {"name": name, "size": size}
-    checkout = {"checkout": main} if name == "main" else {}
+    checkout = {"checkout": main} if name in OF_MAIN else {}
     with Elsewhere("step", spec, more=GIVES_BACK, **checkout) as process:
         return process.memory()
 
@@ -211,9 +213,9 @@ def describe(size: Size, result: Result, memories: dict[str, Memory]) -> str:
 
 
 def chosen_sides(options: argparse.Namespace) -> list[str]:
-    left_out = set() if options.main else {"main"}
+    left_out = set() if options.main else set(OF_MAIN)
     left_out |= set() if torch.cuda.is_available() else {"opponent bf16"}
-    left_out |= {"bf16", "opponent bf16"} if options.fp32 else set()
+    left_out |= {"main bf16", "bf16", "opponent bf16"} if options.fp32 else set()
     return [name for name in SIDES if name not in left_out]
 
 

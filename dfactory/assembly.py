@@ -275,6 +275,7 @@ def make_rollout_source(recipe: Recipe, inputs: Inputs, client: RolloutClient, t
         compares=needs.old_logprob,
         knows_ratio_1=needs.takes_ratio_1 and not trainer.policy.has_dropout,
         train_after_eos=recipe.train_after_eos,
+        padded=trainer.device.type != "cpu",
         ratio_tolerance=RATIO_TOLERANCE[recipe.dtype],
     )
 

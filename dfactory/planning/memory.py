@@ -80,6 +80,7 @@ class Setup:
     one_pass_tile: int = 0  # of them, that are worked on at once
     trains_entropy: bool = False  # whose gradient is a further chunk
     reduce_bucket: int = REDUCE_BUCKET  # elements
+    overlap_comm: bool = False  # whether one bucket is filled while another is reduced
     prefetch_bucket: int = PREFETCH_BUCKET  # elements
     new_rows: int = 0  # of the vocabulary, beyond the checkpoint's
     optim: str = "adamw"
@@ -180,6 +181,7 @@ def setup_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, new_row
         frozen_models=recipe.frozen_models,
         trains_entropy=recipe.algorithm.needs(recipe).entropy_temperature is not None,
         reduce_bucket=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
+        overlap_comm=bool(zero.get("overlap_comm")),
         prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET)),
         new_rows=new_rows,
         optim=recipe.optim,
@@ -360,8 +362,13 @@ def _passing_lines(counts: ParameterCounts, full: bool, config: PreTrainedConfig
         ]
     if stage == 3 and full:
         lines.append(Line("gradients of a block", 2 * b * block, f"2 x {b} x {size} (with a flat copy)", Phase.LAYER))
-    if stage >= 1 and full and setup.world_size > 1:
-        lines.append(Line("reduce buckets", 2 * b * setup.reduce_bucket, f"2 x {b} x reduce bucket"))
+    # DeepSpeed has the buffer of a bucket on one rank, too, at its full size, but not where it sums bf16 gradients in fp32
+    # copies (its BF16_Optimizer). On more ranks what is being reduced is as large again.
+    in_copies = stage == 1 and setup.dtype == "bfloat16" and setup.gradient_dtype == "float32"
+    buckets = 2 if setup.world_size > 1 or (stage < 3 and setup.overlap_comm) else 0 if in_copies else 1
+    if stage >= 1 and full and buckets:
+        name = "reduce buckets" if buckets > 1 else "reduce bucket"
+        lines.append(Line(name, buckets * b * setup.reduce_bucket, f"{buckets} x {b} x reduce bucket"))
     lines.append(_logits_line(config, setup))
     if full:
         cast = b if setup.dtype == "bfloat16" else 0

@@ -65,8 +65,11 @@ class RolloutActor:
         mask_id = self.pipeline.rules.mask_token_id
         masks = RandomMask(mask_id, recipe.seed, **recipe.mask_options)
         layout = (recipe.aligned_block_size, recipe.row_length or recipe.longest_record)
-        self.rows = RolloutRows(rollout_views(recipe, masks), *layout, train_after_eos=recipe.train_after_eos)
-        self.trace_rows = RolloutRows(all_steps(mask_id), *layout)
+        padded = device != "cpu"
+        self.rows = RolloutRows(
+            rollout_views(recipe, masks), *layout, train_after_eos=recipe.train_after_eos, padded=padded
+        )
+        self.trace_rows = RolloutRows(all_steps(mask_id), *layout, padded=padded)
         self.timeout_s = recipe.rollout_timeout_s
         self.version = -1
 

@@ -32,6 +32,7 @@ class RolloutRows:
     world_size: int = 1
     micro_batch_rows: int = 1
     train_after_eos: bool = True
+    padded: bool = True  # all rows to row_length: one shape for a GPU's kernels. A CPU would compute the padding
 
     def build(self, rollouts: Sequence[ScoredRollout], rank: int = 0) -> list[ViewBatch]:
         """All ranks get equally many micro-batches. A rollout is all on one rank, because the ratio of a sequence needs all
@@ -45,7 +46,8 @@ class RolloutRows:
         mine = ranks[rank]
         mine += [[] for _ in range(micro_batches * size - len(mine))]  # rows without documents: forwards are collective
         rows = (mine[i : i + size] for i in range(0, len(mine), size))
-        return [collate(some, self.block_size, pad_to=self.row_length, columns=COLUMNS) for some in rows]
+        width = self.row_length if self.padded else None
+        return [collate(some, self.block_size, pad_to=width, columns=COLUMNS) for some in rows]
 
     def _parts(self, number: int, scored: ScoredRollout) -> list[PackedDocument]:
         """The rollout with as many views as a row holds, as often as it takes."""

@@ -86,13 +86,16 @@ class RolloutSource:
         traces: bool = False,
         old_policy: str = "decoder",
         train_after_eos: bool = True,
+        padded: bool = True,
         compares: bool = True,
         knows_ratio_1: bool = False,
         ratio_tolerance: float = RATIO_TOLERANCE["float32"],
     ):
         self.client, self.weights = client, weights
         self.score, self.reference = score, reference
-        self.rows = RolloutRows(make_views, block_size, row_length, world_size, micro_batch_rows, train_after_eos)
+        self.rows = RolloutRows(
+            make_views, block_size, row_length, world_size, micro_batch_rows, train_after_eos, padded
+        )
         self.rank = rank
         self.traces, self.old_policy = traces, old_policy
         self.compares = compares  # with old log-probabilities

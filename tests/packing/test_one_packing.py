@@ -11,10 +11,11 @@ import torch
 from dfactory.config.data import DatasetKeys
 from dfactory.data.examples import load_examples
 from dfactory.data.source import RecordSource
+from dfactory.models.registry import load_policy
 from dfactory.noise import EditTargets, RandomMask, every_transition
 from dfactory.rl.rollouts import ScoredRollout
 from dfactory.rl.rows import RolloutRows
-from dfactory.types import FinishReason, Rollout, ViewBatch
+from dfactory.types import PADDING, FinishReason, Rollout, ViewBatch
 
 BLOCK, EOS, MASK = 4, 1, 2
 MASKS = RandomMask(MASK, 7, low=0.3, high=0.8, num_views=2, complementary=True, stratified=True)
@@ -122,6 +123,27 @@ def test_rollouts_make_the_same_rows(make_views, options, expected):
     rows = RolloutRows(make_views, BLOCK, world_size=2, **options)
     batches = [rows.build(rollouts(), rank) for rank in range(2)]
     assert [digest(batch) for batch in batches] == expected
+
+
+@pytest.mark.parametrize("micro_batch_rows", [1, 2])
+def test_rows_without_padding_are_the_same_rows(micro_batch_rows):
+    """Each micro-batch is as wide as its longest row: nothing but padding is cut off, and scores are the same."""
+    policy = load_policy("tiny", dtype="float32", init_weights="random", seed=1)
+    rows = RolloutRows(masked, BLOCK, 400, micro_batch_rows=micro_batch_rows)
+    whole, cut = rows.build(rollouts()), dataclasses.replace(rows, padded=False).build(rollouts())
+    saved = 0
+    for wide, narrow in zip(whole, cut, strict=True):
+        width = narrow.input_ids_RS.shape[1]
+        saved += wide.input_ids_RS.shape[1] - width
+        assert (narrow.document_RS[:, -1] != PADDING).any()
+        assert (wide.document_RS[:, width:] == PADDING).all()
+        for name in ("input_ids_RS", "position_ids_RS", "document_RS", "view_RS", "block_RS", "trunk_RS"):
+            assert torch.equal(getattr(wide, name)[:, :width], getattr(narrow, name))
+        for name in ("target_ids_N", "t_N", "document_id_D"):
+            assert torch.equal(getattr(wide, name), getattr(narrow, name))
+        with torch.no_grad():
+            torch.testing.assert_close(policy(narrow).logprob_N, policy(wide).logprob_N, rtol=1e-5, atol=1e-5)
+    assert saved > 0
 
 
 def test_a_rank_without_rollouts_has_the_columns_too():

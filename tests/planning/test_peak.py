@@ -23,7 +23,12 @@ from tests.rl.test_source import BLOCK, FakeClient
 
 WITHIN = 0.10
 FIRST_RECORDS = 200
-ZERO3 = {"stage": 3, "reduce_bucket_size": 100_000, "stage3_prefetch_bucket_size": 100_000}
+# with DeepSpeed's default buckets all but 3 percent are buckets in a model this small
+ZERO = {
+    "zero1": {"stage": 1, "reduce_bucket_size": 1_000_000},
+    "zero2": {"stage": 2, "reduce_bucket_size": 1_000_000, "overlap_comm": True},
+    "zero3": {"stage": 3, "reduce_bucket_size": 100_000, "stage3_prefetch_bucket_size": 100_000},
+}
 QUICKSTART = ROOT / "recipes/quickstart"
 RECORDS = ["per_device_train_batch_size=2", "row_length=512", "save_steps=null"]
 ROLLOUTS = ["max_length=16", "decode.max_new_tokens=10", f"block_size={BLOCK}", "save_steps=null"]
@@ -34,7 +39,7 @@ CASES = {
     "rl": ("rl.yaml", ["model_name_or_path=tiny", "kl_coef=0.1", *ROLLOUTS]),
     "lora": ("sft.yaml", ["use_peft=true", *RECORDS]),
     "bf16": ("sft.yaml", ["dtype=bfloat16", *RECORDS]),
-    "zero3": ("sft.yaml", RECORDS),
+    **dict.fromkeys(ZERO, ("sft.yaml", RECORDS)),
 }
 
 
@@ -96,13 +101,15 @@ def test_the_forecast_is_the_peak(case, tmp_path, records):
     file, keys = CASES[case]
     keys = ["dtype=float32", *keys, *(records(file) if file != "rl.yaml" else [])]
     keys += ["max_steps=2", "eval_datasets=[]", "eval_decode_prompts=0", "warmup_steps=0", f"output_dir={tmp_path}/run"]
-    if case == "zero3":  # with its default buckets DeepSpeed takes ten times what this model does
-        (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": ZERO3}))
+    if case in ZERO:
+        (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": ZERO[case]}))
         keys += [f"deepspeed={tmp_path}/zero.json"]
     recipe = load_recipe(QUICKSTART / file, keys)
     gc.collect()
     others = {tensor.untyped_storage()._cdata for tensor in tensors()}
     run = Run(RunFolder(recipe.output_dir), recipe, FakeClient() if file == "rl.yaml" else None)
+    if file == "rl.yaml":
+        run.source.rows.padded = True  # as on a GPU: the forecast is for whole rows
     for _ in range(2):  # the first step makes the optimiser's state
         window = run.next_window()
         held = [tensor for tensor in tensors() if tensor.untyped_storage()._cdata not in others]
