@@ -51,7 +51,14 @@ def test_the_whole_layer_read_at_the_chosen_positions(policy, implementation, mo
     assert policy.ends_at_targets
     assert 0 < batch.num_targets < batch.num_tokens / 3
     got, wanted = both(policy, batch, plan_attention(batch.place_RS, implementation))
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    close(got, wanted)
+
+
+def close(got, wanted):
+    """Where a tensor's largest number is above 10, its small ones are sums of large ones: rounding is a share of the largest
+    (the golden model's embedding has gradients of 247, and 5e-5 of one was rounding on a CPU with AVX-512)."""
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=max(1e-5, 1e-6 * other.abs().max().item()), rtol=1e-4)
 
 
 def test_positions_in_disorder_are_refused(policy):
@@ -105,7 +112,7 @@ def test_with_checkpointing_and_adapters(random_policy):
     policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     policy.train()
     got, wanted = both(policy, batch, plan_attention(batch.place_RS))
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    close(got, wanted)
     torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-4)
 
 
