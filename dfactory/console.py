@@ -3,6 +3,8 @@
 from rich.console import Console
 from rich.text import Text
 
+NARROWEST = 24  # columns of text beside a name; in a narrower terminal lines are longer than it
+
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
@@ -17,12 +19,14 @@ def plain_console(**options) -> Console:
 
 def print_hanging(console: Console, lead: Text, body: Text) -> None:
     """`lead`, and to its right `body`, broken between words alone: a path longer than a line stays whole, to be copied."""
-    room = console.width - lead.cell_len
-    line = Text()
-    for word in body.split(" "):
-        if line and line.cell_len + 1 + word.cell_len > room:
-            console.print(Text.assemble(lead, line), soft_wrap=True)
-            lead, line = Text(" " * lead.cell_len), word
-        else:
-            line = Text.assemble(line, " ", word) if line else word
-    console.print(Text.assemble(lead, line), soft_wrap=True)
+    room = max(console.width - lead.cell_len, NARROWEST)
+    for paragraph in body.split("\n"):
+        line = Text()
+        for word in paragraph.split(" "):
+            if line and line.cell_len + 1 + word.cell_len > room:
+                console.print(Text.assemble(lead, line), soft_wrap=True)
+                lead, line = Text(" " * lead.cell_len), word
+            else:
+                line = Text.assemble(line, " ", word) if line else word
+        console.print(Text.assemble(lead, line), soft_wrap=True)
+        lead = Text(" " * lead.cell_len)

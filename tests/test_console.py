@@ -58,11 +58,16 @@ def test_a_path_that_is_longer_than_a_line_stays_whole(words, tmp_path, capsys):
 
 
 def test_text_hangs_to_the_right_of_its_name(capsys):
-    console = plain_console(width=20)
-    print_hanging(console, Text("name    "), Text("one two three four /a/path/longer/than/that five"))
+    console = plain_console(width=32)
+    print_hanging(
+        console, Text("name    "), Text("one two three four five six /a/path/longer/than/24/columns seven\neight")
+    )
     assert capsys.readouterr().out.splitlines() == [
-        "name    one two",
-        "        three four",
-        "        /a/path/longer/than/that",
-        "        five",
+        "name    one two three four five",
+        "        six",
+        "        /a/path/longer/than/24/columns",
+        "        seven",
+        "        eight",
     ]
+    print_hanging(plain_console(width=10), Text("name    "), Text("one two three four five six"))
+    assert capsys.readouterr().out == "name    one two three four five\n        six\n"
