@@ -93,8 +93,8 @@ def test_a_run_that_is_over_asks_nothing(recipe_file):
 def test_any_split_and_a_resume_give_the_same_losses(recipe_file, run_jobs, tmp_path):
     """ranks x rows x accumulation: 1 x 8 x 1 and 2 x 2 x 2; the drafts follow the policy as it learns.
 
-    Three steps: in the fourth all inputs were the same, but one target of 500 was 0.1 nats apart on a CPU with AVX-512, as where
-    a router's choice hangs on rounding.
+    Three steps: in the fourth all inputs were the same, but one target of 500 was 0.1 nats apart on a CPU with AVX-512, as
+    where a router's choice hangs on rounding.
     """
     keys = [*EDITING, "max_steps=3", "save_steps=2"]
 
