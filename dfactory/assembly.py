@@ -52,6 +52,7 @@ from dfactory.noise import (
     UniformNoise,
 )
 from dfactory.recipe import Recipe
+from dfactory.rl.rows import pads_on
 from dfactory.rl.source import RATIO_TOLERANCE, RolloutClient, RolloutSource
 from dfactory.runs.probe import DecodingProbe, first_questions
 from dfactory.types import Objective
@@ -275,7 +276,7 @@ def make_rollout_source(recipe: Recipe, inputs: Inputs, client: RolloutClient, t
         compares=needs.old_logprob,
         knows_ratio_1=needs.takes_ratio_1 and not trainer.policy.has_dropout,
         train_after_eos=recipe.train_after_eos,
-        padded=trainer.device.type != "cpu",
+        padded=pads_on(trainer.device),
         ratio_tolerance=RATIO_TOLERANCE[recipe.dtype],
     )
 

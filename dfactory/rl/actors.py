@@ -29,7 +29,7 @@ from dfactory.recipe import Recipe
 from dfactory.redaction import remember
 from dfactory.rl.liveness import Process, beating, this_process
 from dfactory.rl.rollouts import DecodedGroup, GroupCall, ScoredRollout
-from dfactory.rl.rows import RolloutRows, by_rollout
+from dfactory.rl.rows import RolloutRows, by_rollout, pads_on
 from dfactory.rl.source import recorded
 from dfactory.rl.weights import WeightSet, load_weights
 from dfactory.vocabulary import recipe_vocabulary
@@ -65,7 +65,7 @@ class RolloutActor:
         mask_id = self.pipeline.rules.mask_token_id
         masks = RandomMask(mask_id, recipe.seed, **recipe.mask_options)
         layout = (recipe.aligned_block_size, recipe.row_length or recipe.longest_record)
-        padded = device != "cpu"
+        padded = pads_on(device)
         self.rows = RolloutRows(
             rollout_views(recipe, masks), *layout, train_after_eos=recipe.train_after_eos, padded=padded
         )

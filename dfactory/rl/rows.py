@@ -32,7 +32,7 @@ class RolloutRows:
     world_size: int = 1
     micro_batch_rows: int = 1
     train_after_eos: bool = True
-    padded: bool = True  # all rows to row_length: one shape for a GPU's kernels. A CPU would compute the padding
+    padded: bool = True  # all rows to row_length; see pads_on
 
     def build(self, rollouts: Sequence[ScoredRollout], rank: int = 0) -> list[ViewBatch]:
         """All ranks get equally many micro-batches. A rollout is all on one rank, because the ratio of a sequence needs all
@@ -61,6 +61,11 @@ class RolloutRows:
             "share_D": 1 / len(parts),
         }
         return [part._replace(columns=columns) for part in parts]
+
+
+def pads_on(device: torch.device | str) -> bool:
+    """Whether rows are padded there: a GPU's kernels want one shape, and a CPU would compute the padding."""
+    return torch.device(device).type != "cpu"
 
 
 def _of_answer(views: list[View], document: AlignedDocument) -> list[View]:

@@ -96,13 +96,13 @@ def test_any_split_and_a_resume_give_the_same_losses(recipe_file, run_jobs, tmp_
     Three steps: in the fourth all inputs were the same, but one target of 500 was 0.1 nats apart on a CPU with AVX-512, as
     where a router's choice hangs on rounding.
     """
-    keys = [*EDITING, "max_steps=3", "save_steps=2"]
+    keys = [*EDITING, "max_steps=3", "save_steps=1"]
 
     def job(name, rows, accumulation, *more):
         split = [f"per_device_train_batch_size={rows}", f"gradient_accumulation_steps={accumulation}"]
         return recipe_file, [*keys, *split, f"output_dir={tmp_path / name}", *more]
 
-    resumed = job("resumed", 8, 1, f"resume_from_checkpoint={tmp_path / 'whole'}/checkpoint-2")
+    resumed = job("resumed", 8, 1, f"resume_from_checkpoint={tmp_path / 'whole'}/checkpoint-1")
     run_jobs(1, [job("whole", 8, 1), resumed])
     run_jobs(2, [job("ranks", 2, 2)])
 
@@ -116,6 +116,6 @@ def test_any_split_and_a_resume_give_the_same_losses(recipe_file, run_jobs, tmp_
         assert one.keys() == two.keys()
         assert one.get("hit_rate_edited") == pytest.approx(two.get("hit_rate_edited"), abs=1e-6)
     assert {"hit_rate_masked", "hit_rate_edited", "hit_rate_kept", "token_nll_edited"} <= rows[0][0].keys()
-    assert read_metrics(tmp_path / "resumed") == read_metrics(tmp_path / "whole")[2:]
+    assert read_metrics(tmp_path / "resumed") == read_metrics(tmp_path / "whole")[1:]
     weights = "checkpoint-3/model.safetensors"
     assert (tmp_path / "resumed" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()

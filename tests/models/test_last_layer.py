@@ -44,6 +44,13 @@ def both(policy, batch, plan):
     return outcome(policy, batch, chosen), outcome(policy, batch, whole)
 
 
+def close(got, wanted):
+    """Where a tensor's largest number is above 10, its small ones are sums of large ones: rounding is a share of the largest
+    (the golden model's embedding has gradients of 247, and 5e-5 of one was rounding on a CPU with AVX-512)."""
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=max(1e-5, 1e-6 * other.abs().max().item()), rtol=1e-4)
+
+
 @pytest.mark.parametrize("implementation", ["dense", "segments"])
 def test_the_whole_layer_read_at_the_chosen_positions(policy, implementation, monkeypatch):
     monkeypatch.setattr(attention_module, "DENSE_BELOW", 0)
@@ -52,13 +59,6 @@ def test_the_whole_layer_read_at_the_chosen_positions(policy, implementation, mo
     assert 0 < batch.num_targets < batch.num_tokens / 3
     got, wanted = both(policy, batch, plan_attention(batch.place_RS, implementation))
     close(got, wanted)
-
-
-def close(got, wanted):
-    """Where a tensor's largest number is above 10, its small ones are sums of large ones: rounding is a share of the largest
-    (the golden model's embedding has gradients of 247, and 5e-5 of one was rounding on a CPU with AVX-512)."""
-    for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, other, atol=max(1e-5, 1e-6 * other.abs().max().item()), rtol=1e-4)
 
 
 def test_positions_in_disorder_are_refused(policy):

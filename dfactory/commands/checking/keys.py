@@ -6,7 +6,7 @@ from typing import Any
 from rich.text import Text
 
 from dfactory.algorithms import ALGORITHMS
-from dfactory.commands.checking.page import NAME_WIDTH, Page
+from dfactory.commands.checking.page import Page, named
 from dfactory.config.load import COMMAND_LINE, known_keys
 from dfactory.config.owners import owners_of
 from dfactory.decoding.rules.base import RULES
@@ -34,12 +34,8 @@ def tell_keys(page: Page, loaded: Loaded) -> None:
         given.append((name, Text.assemble(text, (f"  ({origin})", "dim"))))
     width = 2 + max((len(name) for name, _ in given), default=0)
     for index, (name, text) in enumerate(given):
-        page.hang(Text.assemble(_title("" if index else "given"), name.ljust(width)), text)
-    page.hang(_title("default"), Text(", ".join(defaults), "dim"))
-
-
-def _title(name: str) -> Text:
-    return Text(name.ljust(NAME_WIDTH), "dim")
+        page.hang(Text.assemble(named("" if index else "given"), name.ljust(width)), text)
+    page.hang(named("default"), Text(", ".join(defaults), "dim"))
 
 
 def applies(recipe: Recipe, name: str) -> bool:

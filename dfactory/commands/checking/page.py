@@ -39,7 +39,7 @@ class Page:
 
     def line(self, name: str, *parts: Any) -> None:
         """`name   text`, the texts of a section under each other. Secrets in strings are hidden."""
-        lead = Text(name.ljust(NAME_WIDTH), "dim")
+        lead = named(name)
         for part in parts:
             if isinstance(part, str):
                 self.hang(lead, Text(redact(part)))
@@ -49,7 +49,7 @@ class Page:
                 grid.add_column(overflow="fold")
                 grid.add_row(lead, part)
                 self.console.print(grid)
-            lead = Text(" " * NAME_WIDTH)
+            lead = named("")
 
     def hang(self, lead: Text, body: Text) -> None:
         print_hanging(self.console, lead, body)
@@ -67,6 +67,11 @@ class Page:
             return self.problems[0].exit_status
         self.console.print(Text("training would start", "bold green"))
         return 0
+
+
+def named(name: str) -> Text:
+    """What stands to the left of a line's text."""
+    return Text(name.ljust(NAME_WIDTH), "dim")
 
 
 def right_aligned(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
