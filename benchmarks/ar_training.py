@@ -23,6 +23,7 @@ from benchmarks.autoregressive import (
     text_of,
     vocabulary_of,
 )
+from dfactory import distributed
 from dfactory.algorithms import Data
 from dfactory.allocator import bound_freed_memory
 from dfactory.assembly import Inputs, document_rules, make_source
@@ -33,6 +34,7 @@ from dfactory.errors import ConfigError
 from dfactory.models.hub import resolve
 from dfactory.models.saving import carried_files
 from dfactory.recipe import Recipe, load_recipe
+from dfactory.runs.precision import settled
 
 STATE, SETTINGS, METRICS, WEIGHTS = "state.pt", "training.json", "metrics.jsonl", "model.safetensors"
 SAID_EVERY = 10  # steps, where no progress bar is shown
@@ -69,6 +71,7 @@ def train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, [*options.overrides, f"model_name_or_path={options.model}"])
     if recipe.algorithm.data is not Data.RECORDS:
         raise ConfigError(f"stage {recipe.stage} does not train on records: take a recipe of sft or cpt")
+    recipe = settled(recipe, distributed.device().type).recipe(recipe)
     plan = make_plan(recipe, options.positions)
     check_settings(options.output, settings_of(recipe, options, plan))
     if (options.output / WEIGHTS).is_file():

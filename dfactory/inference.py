@@ -11,6 +11,7 @@ training run and the rollout actors of RL.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -28,10 +29,14 @@ from dfactory.decoding.slots import Decodable
 from dfactory.decoding.templates import fill_in
 from dfactory.denoising import Denoising, Frame
 from dfactory.errors import ConfigError, DataError
+from dfactory.models.adapters import whole_model_dir
 from dfactory.models.hub import resolve
-from dfactory.models.registry import load_policy, trained_block_size
+from dfactory.models.precision import fits_in_float32, slow_on
+from dfactory.models.registry import load_policy, read_config, trained_block_size
 from dfactory.types import WHOLE, Answer, Rollout
 from dfactory.vocabulary import Vocabulary, read_vocabulary
+
+logger = logging.getLogger(__name__)
 
 PROMPTS_AT_ONCE = 512  # prompts handed to the decoder together; slots are refilled among these
 ARGUMENTS = "the keyword arguments"  # where a decode key comes from, in messages
@@ -69,11 +74,13 @@ class Pipeline:
         keys: DecodeKeys | None = None,
         **decode_keys: Any,
     ):
-        """`dtype` auto is the checkpoint's; `device` None is cuda where there is one, else cpu. `chat_template_path` is a
-        Jinja file instead of the model's own template."""
+        """`dtype` auto is the checkpoint's, or float32 for bfloat16 on a CPU that is slow in it; `device` None is cuda where
+        there is one, else cpu. `chat_template_path` is a Jinja file instead of the model's own template."""
         keys = decode_keys_over(keys or DecodeKeys(), decode_keys, ARGUMENTS)
         model_dir = resolve(model, revision, weights=init_weights == "pretrained")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if dtype == "auto" and init_weights == "pretrained":
+            dtype = _precision(model_dir, str(device))
         policy = load_policy(model_dir, dtype=dtype, device=device, init_weights=init_weights)
         vocabulary = read_vocabulary(
             model_dir,
@@ -212,6 +219,19 @@ class Pipeline:
     ) -> list[Rollout]:
         """`dfactory.decode` with this pipeline's model and rules."""
         return decode(self.policy, prompt_ids, self.rules, drafts=drafts, noise_ids=noise_ids, on_step=on_step)
+
+
+def _precision(model_dir: Path, device: str) -> str:
+    """What `dtype` auto stands for: the checkpoint's, as `load_policy` reads it, or float32 where a CPU computes the
+    checkpoint's bfloat16 slowly and has the memory. Widening loses nothing, so only time and memory differ."""
+    whole = whole_model_dir(model_dir)
+    if (read_config(whole).dtype or torch.bfloat16) != torch.bfloat16 or (reason := slow_on(device)) is None:
+        return "auto"
+    if not fits_in_float32(whole):
+        logger.warning("dtype bfloat16, as float32 would take more than half of the free memory: %s", reason)
+        return "auto"
+    logger.warning("dtype float32 in place of the checkpoint's bfloat16: %s", reason)
+    return "float32"
 
 
 class Stream:

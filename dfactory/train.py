@@ -43,6 +43,7 @@ from dfactory.runs.lineage import HELD_OUT, TRAINED_ON
 from dfactory.runs.metrics import MetricsLog
 from dfactory.runs.nonfinite import NonFiniteGuard
 from dfactory.runs.ownership import held_by_run, one_run
+from dfactory.runs.precision import settled, slow_precision
 from dfactory.runs.profiling import StepProfiler
 from dfactory.runs.sanity import SanityChecks
 from dfactory.runs.trackers import check_trackers
@@ -108,20 +109,26 @@ class Run:
     """All that the loop works with, made from the recipe or from the checkpoint that it resumes, and what it leaves."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe, client: RolloutClient | None):
-        self.folder, self.recipe = folder, recipe
+        self.folder = folder
         self.log: MetricsLog | None = None  # rank 0 has one
         self.rank, self.world_size = distributed.start()
         found, self.warnings = checkpoint.find_resume(
             folder, recipe.resume_from_checkpoint, recipe.overwrite_output_dir
         )
-        self.resumed = checkpoint.resume_from(found, recipe) if found is not None else None
+        resumes = [found] if found is not None else []
+        on = distributed.device().type
+        precision = distributed.on_first_rank(lambda: settled(recipe, on, resumes))
+        self.recipe, self.precision_note = precision.recipe(recipe), precision.note
+        if self.rank == 0:
+            self.warnings += slow_precision(recipe, on)
+        self.resumed = checkpoint.resume_from(found, self.recipe) if found is not None else None
         self.state = self.resumed.state if self.resumed is not None else TrainState()
         self.cursor = self.state.source if self.resumed is not None else None
         self._read()
         self.account = self._open_account() if self.rank == 0 else None
-        self.callbacks = load_callbacks(recipe) if self.rank == 0 else []
+        self.callbacks = load_callbacks(self.recipe) if self.rank == 0 else []
         self._assemble(client)
-        self.course = Course(recipe, folder, self.source.epoch)
+        self.course = Course(self.recipe, folder, self.source.epoch)
         self.evaluated = self.saved = self.state.step
 
     def _read(self) -> None:
@@ -185,6 +192,7 @@ class Run:
             for warning in [*self.warnings, *(f"{path} is set aside: it may be removed" for path in aside)]:
                 self.log.warn(warning)
             notes = (
+                self.precision_note,
                 self.inputs.vocabulary.mask_note,
                 policy_notes(self.trainer.policy),
                 self.trainer.activations_note,

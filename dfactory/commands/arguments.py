@@ -15,7 +15,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--init-weights", default="pretrained", choices=("pretrained", "random"))
     parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: the checkpoint's"
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float32"),
+        help="auto: the checkpoint's, but float32 for bfloat16 on a CPU that is slow in it",
     )
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
 

@@ -5,6 +5,10 @@ those that do not need it go on; the first error's status is the command's. Noth
 the builders are train.py's own.
 """
 
+from pathlib import Path
+
+import torch
+
 from dfactory.algorithms import Data
 from dfactory.commands.checking.data import tell_data, tell_example
 from dfactory.commands.checking.keys import tell_keys
@@ -16,8 +20,10 @@ from dfactory.commands.checking.rollouts import tell_rollouts
 from dfactory.commands.checking.start import Timed, tell_start
 from dfactory.commands.checking.steps import tell_rows_and_steps
 from dfactory.engine.expert_parallel import check_ranks
-from dfactory.errors import ConfigError
-from dfactory.recipe import Loaded
+from dfactory.errors import ConfigError, DFactoryError
+from dfactory.recipe import Loaded, Recipe
+from dfactory.runs.folder import RunFolder
+from dfactory.runs.precision import settled
 from dfactory.uptime import Running, running
 
 NOT_TIMED = Running(0.0, 0.0)
@@ -35,7 +41,10 @@ def check(loaded: Loaded, gpus: int | None, imports: Running = NOT_TIMED) -> int
     check_ranks(recipe, ranks[0])
     page = Page()
     page.section("keys", tell_keys, loaded)
-    model = page.section("model", tell_model, recipe)
+    on = "cuda" if gpus is not None or torch.cuda.is_available() else "cpu"
+    precision = settled(recipe, on, _checkpoints(recipe))
+    recipe = precision.recipe(recipe)
+    model = page.section("model", tell_model, recipe, precision.note)
     phases = steps = None
     if model is not None:
         if recipe.init_weights == "pretrained":
@@ -57,3 +66,12 @@ def check(loaded: Loaded, gpus: int | None, imports: Running = NOT_TIMED) -> int
             page.section("time to the first step", tell_start, recipe, model, Timed(imports, reading), phases[0])
     page.section("output", tell_output, recipe, model, steps)
     return page.verdict()
+
+
+def _checkpoints(recipe: Recipe) -> list[Path]:
+    """That a run would resume from, the best first. What is wrong with them, section `output` says."""
+    try:
+        folder = RunFolder(recipe.output_dir)
+        return folder.resume_candidates(recipe.resume_from_checkpoint, recipe.overwrite_output_dir)
+    except DFactoryError:
+        return []

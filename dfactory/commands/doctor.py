@@ -112,10 +112,19 @@ def devices() -> str:
     except ImportError as problem:
         return f"torch does not import ({problem})"
     if not torch.cuda.is_available():
-        return f"no CUDA device (torch is built for {torch.version.cuda or 'CPUs'})"
+        return f"no CUDA device (torch is built for {torch.version.cuda or 'CPUs'}){of_cpu()}"
     names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     told = [f"{one.name} with {one.total_memory / GIB:.0f} GiB, sm_{one.major}{one.minor}" for one in names]
     return f"{', '.join(told)}; CUDA {torch.version.cuda}"
+
+
+def of_cpu() -> str:
+    """Which precision it is for; nothing where that cannot be measured, for which a feature says what is missing."""
+    try:
+        from dfactory.models.precision import faster_precision
+    except ImportError:
+        return ""
+    return f"; {faster_precision('cpu').reason}"
 
 
 # --- features -----------------------------------------------------------------------------------------------------------

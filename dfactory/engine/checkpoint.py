@@ -42,8 +42,9 @@ from dfactory.models.manifest import (
 from dfactory.models.registry import known_mask_id
 from dfactory.models.saving import save_policy
 from dfactory.recipe import Recipe
-from dfactory.runs.folder import CONFIG, RECIPE, STATE, RunFolder, recipe_text, replace_text, writing
+from dfactory.runs.folder import RECIPE, STATE, RunFolder, recipe_text, replace_text, writing
 from dfactory.runs.lineage import FILE as LINEAGE
+from dfactory.runs.precision import recipe_of
 from dfactory.types import WHOLE, TrainState
 
 ENGINE = "engine"  # the folder that only a resumed run reads
@@ -266,8 +267,7 @@ def resume_from(path: Path, recipe: Recipe) -> Resumed:
         raise ConfigError(
             f"max_steps {recipe.max_steps}, but {path} has done {state.step}: raise it, or resume from an earlier checkpoint"
         )
-    # checkpoints of earlier versions hold no recipe
-    file = next((file for file in (path / RECIPE, path.parent / CONFIG) if file.is_file()), None)
+    file = recipe_of(path)
     text = file.read_text() if file is not None else ""
     changes = changes_between(_keys(text, file), _keys(recipe_text(recipe))) if file is not None else []
     refuse_kept(changes, path)

@@ -45,6 +45,7 @@ from dfactory.phases import Phases
 from dfactory.planning.memory import layers_kept, setup_of
 from dfactory.recipe import Recipe
 from dfactory.redaction import redacted
+from dfactory.runs.precision import AUTO
 from dfactory.types import Mean, TokenScores, ViewBatch
 
 
@@ -66,6 +67,10 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         raise ConfigError(
             f"zero_optimization.compute_grad_norm false in {recipe.deepspeed}: "
             "steps with a NaN would be applied; leave it out"
+        )
+    if recipe.dtype == AUTO:
+        raise ConfigError(
+            f"dtype {AUTO} is settled when a run begins: take dfactory.runs.precision.settled(...).recipe(recipe)"
         )
     owned = {
         "train_micro_batch_size_per_gpu": recipe.per_device_train_batch_size,

@@ -2,13 +2,17 @@
 
 import functools
 import time
+from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 
-ROWS, WIDTH = 256, 1024  # of the product that is timed: about 0.5 GFLOP, some milliseconds on a core
+from dfactory.models.headers import weight_files
+
+ROWS, WIDTH = 64, 1024  # of the product that is timed: about 0.1 GFLOP, a millisecond or two on a core in float32
 ROUNDS = 4  # of both precisions in turn; the fastest counts, so that other work on the machine hardly matters
-CLEARLY = 1.2  # times as fast, from which on bfloat16 is worth its rounding; far from what noise moves
+CLEARLY = 1.2  # times as fast, from which on one precision counts as the faster one; far from what noise moves
 
 
 class Precision(NamedTuple):
@@ -32,6 +36,20 @@ def choice(speed: float) -> Precision:
     return Precision("bfloat16" if speed >= CLEARLY else "float32", reason)
 
 
+def slow_on(device: str) -> str | None:
+    """Why a model in bfloat16 is better computed in float32 on this device; None where it is not clearly slower."""
+    if torch.device(device).type != "cpu" or (speed := bfloat16_speed()) > 1 / CLEARLY:
+        return None
+    return choice(speed).reason
+
+
+def fits_in_float32(model_dir: Path) -> bool:
+    """Whether a model that is stored in half precision fits twice as wide into half of the memory that is free now."""
+    stored = sum(file.stat().st_size for file in weight_files(model_dir))
+    return 2 * stored <= psutil.virtual_memory().available / 2
+
+
+@functools.cache
 @torch.no_grad()
 def bfloat16_speed() -> float:
     """Seconds of a product in float32 over those in bfloat16, after one of each that is not timed."""
@@ -45,6 +63,8 @@ def bfloat16_speed() -> float:
 
 
 def _seconds(rows: torch.Tensor, weight: torch.Tensor) -> float:
+    """Of a layer's forward product. Where bfloat16 is emulated that is its best case: on a CPU with AVX2 alone the backward
+    pass, whose products have the weight as it lies, was 30 times as slow."""
     started = time.perf_counter()
-    rows @ weight
+    torch.nn.functional.linear(rows, weight)
     return time.perf_counter() - started

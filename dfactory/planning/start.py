@@ -47,13 +47,22 @@ def matmul_rate(hidden_size: int, dtype: str) -> Rate:
     width = min(hidden_size, PROBE_WIDTH)
     hidden = torch.ones(PROBE_ROWS, width, dtype=getattr(torch, dtype))
     weight = torch.ones(width, 4 * width, dtype=hidden.dtype)
-    torch.mm(hidden, weight)  # the first one makes threads and kernels
+    for rows in (PROBE_ROWS >> halvings for halvings in range(5, -1, -1)):  # the first ones make threads and kernels
+        if _seconds(hidden[:rows], weight) > PROBE_S:
+            hidden = hidden[:rows]  # enough: where bfloat16 is emulated, all of them would take minutes
+            break
     flop, wall, cpu = 0, time.perf_counter(), time.process_time()
     while flop == 0 or time.perf_counter() - wall < PROBE_S:
         torch.mm(hidden, weight)
         flop += 2 * hidden.numel() * weight.shape[1]
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return Rate(flop / wall, flop / max(cpu, 1e-6))
+
+
+def _seconds(hidden: torch.Tensor, weight: torch.Tensor) -> float:
+    started = time.perf_counter()
+    torch.mm(hidden, weight)
+    return time.perf_counter() - started
 
 
 class Checkpoints(NamedTuple):

@@ -29,6 +29,8 @@ from dfactory.rl.controller import Controller
 from dfactory.rl.liveness import Process, Watch, why
 from dfactory.rl.rollouts import RolloutBatch
 from dfactory.rl.weights import put_weights
+from dfactory.runs.folder import RunFolder
+from dfactory.runs.precision import settled
 
 SOCKET_PATH = 107  # bytes that the kernel allows
 LONGEST_SOCKET = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
@@ -45,7 +47,18 @@ NO_RECORD = {"enable_task_events": False}
 def run(recipe: Recipe, learn: Learn) -> int:
     """Run a recipe of stage rl. Returns the exit status of its learners, or raises an error that names what failed."""
     with _cluster(recipe.cluster_timeout_s), _placed(recipe) as group:
+        recipe = _with_precision(recipe)
         return _run_learners(recipe, learn, _start_controller(recipe, group), group)
+
+
+def _with_precision(recipe: Recipe) -> Recipe:
+    """One for all processes, before any starts: by the devices that they will have, not by this one's."""
+    folder = RunFolder(recipe.output_dir)
+    candidates = folder.resume_candidates(recipe.resume_from_checkpoint, recipe.overwrite_output_dir)
+    precision = settled(recipe, "cuda" if "GPU" in _bundle() else "cpu", candidates)
+    if precision.note is not None:
+        print(precision.note, flush=True)
+    return precision.recipe(recipe)
 
 
 @contextlib.contextmanager

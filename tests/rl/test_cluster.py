@@ -219,7 +219,8 @@ def test_a_lost_learner_and_a_lost_controller_end_the_run_which_resumes_bitwise(
 
 
 def test_a_terminated_run_saves_and_says_preempted(base, tmp_path):
-    keys = ["max_steps=500", f"output_dir={tmp_path}/run"]
+    """In the precision that is faster here, which the driver settles for all processes."""
+    keys = ["max_steps=500", "dtype=auto", f"output_dir={tmp_path}/run"]
     command = [sys.executable, "-m", "dfactory.cli", "train", RECIPE, *base, *keys]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
@@ -228,6 +229,8 @@ def test_a_terminated_run_saves_and_says_preempted(base, tmp_path):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 75, (tmp_path / "log").read_text()[-3000:]
+    told = re.search(r"dtype (\w+): this CPU multiplies matrices", (tmp_path / "log").read_text())
+    assert f"dtype: {told[1]}\n" in (tmp_path / "run" / "config.yaml").read_text()
     last = metrics(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run" / "LATEST").read_text().strip() == f"checkpoint-{last}"
 

@@ -54,7 +54,8 @@ class Model:
         return Model(self.path, read_config(self.path, new_rows), counts, counts.total, new_rows)
 
 
-def tell_model(page: Page, recipe: Recipe) -> Model:
+def tell_model(page: Page, recipe: Recipe, precision: str | None = None) -> Model:
+    """`precision`: why it has the dtype it has, where the recipe leaves that open."""
     path = resolve(recipe.model_name_or_path, recipe.model_revision, weights=False)
     config, counts = read_config(path), count_parameters(path)
     adapters = count_adapters(path, recipe.lora_r, tuple(recipe.lora_target_modules)) if recipe.use_peft else None
@@ -69,6 +70,8 @@ def tell_model(page: Page, recipe: Recipe) -> Model:
     )
     lora = f" by LoRA, r {recipe.lora_r}, on {', '.join(recipe.lora_target_modules)}" if recipe.use_peft else ", all"
     page.line("trained", f"{in_short(model.trained)}{lora}; {recipe.dtype}; {recipe.init_weights} weights")
+    if precision is not None:
+        page.line("", precision)
     if recipe.use_peft:
         for warning in unreached_experts(meta_model(config), recipe.lora_target_modules):
             page.warn(warning)

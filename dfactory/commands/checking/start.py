@@ -23,6 +23,7 @@ from dfactory.planning.start import (
 )
 from dfactory.planning.steps import BlockPhase
 from dfactory.recipe import Recipe
+from dfactory.runs.precision import slow_precision
 from dfactory.uptime import Running
 
 
@@ -63,6 +64,8 @@ def tell_start(page: Page, recipe: Recipe, model: Model, timed: Timed, first: Bl
         f"second, its rate of products {model.config.hidden_size:,} wide, measured now), "
         f"{in_time(work / GPU_RATE)} on a GPU ({GPU_RATE:.0e}, assumed; the first step compiles flex_attention as well)",
     )
+    for slow in slow_precision(recipe, "cpu"):
+        page.line("", slow)
     page.line(
         "first step",
         f"about {before + step.wall_s:.1f} s after the command on this CPU, {cpu + step.cpu_s:.1f} s of the processor",
