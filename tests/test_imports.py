@@ -34,6 +34,7 @@ LATE_PACKAGES = {
 
 LATE_FILES = {
     "dfactory/cli.py": "--help answers at once: every verb imports what it needs when it is called",
+    "dfactory/commands/doctor.py": "dfactory doctor answers where torch, or what is beside it, is missing",
     "dfactory/train.py": "dfactory.rl.cluster imports Ray, an extra, and only after the local cluster is locked",
     "dfactory/data_tools/command.py": "transformers takes seconds; convert, mix, split and dedup read no tokenizer",
     "dfactory/data_tools/validate.py": "torch and DeepSpeed take seconds; without --recipe rows are checked without them",

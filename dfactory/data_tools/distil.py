@@ -103,7 +103,7 @@ class Distillation:
             with reading(paths_of(self.options.prompts), "checking prompts"):
                 journal.source |= {"total": sum(1 for _ in self._prompts())}
             journal.save()
-        with _judge(self.options, first) as judge, Meter(journal.source["total"], journal.counts[PROMPTS]) as meter:
+        with _judge(self.options, first) as judge, Meter(journal.source["total"], self._answered) as meter:
             size = max(1, self.options.batch_size * BATCHES // self.options.num_samples)
             prompts = self._prompts(start=journal.state.get("window", 0))
             while window := list(itertools.islice(prompts, size)):
@@ -129,9 +129,14 @@ class Distillation:
                 bound_freed_memory()
             self._write_answered(waiting, judge)
             self._save(window[0].number)
-            meter.show(self.journal.counts[PROMPTS], f"{self.journal.counts[Verdict.WRITTEN]:,} written")
+            meter.show(self._answered, f"{self.journal.counts[Verdict.WRITTEN]:,} written")
         self._write_answered(waiting, judge)  # what follows the last batch is too long
         self._save(window[-1].number + 1)
+
+    @property
+    def _answered(self) -> int:
+        """Prompts, those included that wait to be written behind an earlier one, which is longer and comes later."""
+        return self.journal.counts[PROMPTS] + len(self.replies) // self.options.num_samples
 
     def _is_open(self, request: Request) -> bool:
         is_written = request.number < self.journal.counts[PROMPTS] * self.options.num_samples

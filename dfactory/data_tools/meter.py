@@ -53,7 +53,7 @@ class Meter:
             say(f"{done:,} of {self._total:,} prompts, {self._rate()}{self._time_left()}")
 
     def _time_left(self) -> str:
-        """Unknown while the first prompts still wait for longer ones, which are answered before them."""
+        """Unknown until a batch is answered."""
         if self._done == self._begun_with:
             return ""
         left = (self._total - self._done) * self.seconds / (self._done - self._begun_with)

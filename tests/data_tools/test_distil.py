@@ -342,7 +342,11 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(distil, monkeypatch)
     line = re.compile(r"\d+ of 21 prompts, \d+ written, [\d,]+ tokens/s, about 0 min left")
     assert not line.search(distil(PROMPTS, name="a")[1])
     monkeypatch.setattr(meter, "LINE_S", 0.0)
-    assert line.search(distil(PROMPTS, name="b")[1])
+    shown = distil(PROMPTS, "--batch-size", 4, name="b")[1]
+    assert line.search(shown)
+    assert [int(done) for done in re.findall(r"(\d+) of 21 prompts", shown)] == [4, 8, 12, 16, 20, 21], (
+        "also those that wait"
+    )
 
 
 def test_other_settings_are_refused_by_key(distil, tmp_path):
