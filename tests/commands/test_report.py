@@ -116,6 +116,26 @@ def test_powers_of_ten_are_numbers_although_formulae_are_off(tmp_path):
     assert not any("$" in label for label in labels)
 
 
+@pytest.mark.parametrize("evaluations", [2, 8])
+def test_the_legend_of_mask_ratios_covers_no_curve(evaluations, tmp_path):
+    levels = (0.1, 0.3, 0.5, 0.7, 0.9)
+    rows = [
+        {"step": 50 * step} | {f"eval/loss_t{t}": t + 0.2 / (1 + step) for t in levels}
+        for step in range(1, 1 + evaluations)
+    ]
+    run = read_run(write_run(tmp_path / "r", [{"step": 1, "loss": 1.0}, *rows]), "r")
+    figure = drawings()["loss_by_t"]([run])
+    figure.savefig(tmp_path / "figure.png")
+    (axes,) = figure.axes
+    legend = axes.get_legend().get_window_extent()
+    assert len(axes.get_legend().get_texts()) == len(levels)
+    assert not any(
+        legend.contains(*point) for line in axes.lines for point in axes.transData.transform(line.get_xydata())
+    )
+    assert not legend.overlaps(axes.patch.get_window_extent())
+    assert legend.x1 <= figure.bbox.x1
+
+
 @pytest.mark.parametrize("low, high", [(0, 0), (0, 5), (2, 5), (-20, -3), (-2, 1)])
 def test_an_axis_from_zero_holds_zero_and_all_values(low, high):
     """Also where rewards are below zero; upright, with room at both ends."""

@@ -160,11 +160,12 @@ def draw_by_t(runs: list[Run], size: Size | None = None) -> Figure | None:
                 axes.plot(
                     *curve, color=shade, marker="o", markersize=4, label=f"t = {float(EVAL_BY_T.fullmatch(name)[1]):g}"
                 )
-        _finish(axes, Panel(title if len(shown) == 1 else f"{title}: {run.label}", "", log=True))
+        _finish(axes, Panel(title if len(shown) == 1 else f"{title}: {run.label}", "", log=True), beside=True)
     return figure
 
 
-def _finish(axes: Axes, panel: Panel) -> None:
+def _finish(axes: Axes, panel: Panel, beside: bool = False) -> None:
+    """`beside`: the legend, where curves leave no room for it among them."""
     titled(axes, panel.title, "optimiser step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     values = np.concatenate([line.get_ydata() for line in axes.lines])
@@ -176,7 +177,8 @@ def _finish(axes: Axes, panel: Panel) -> None:
         axes.ticklabel_format(axis="y", scilimits=(-3, 6))
     labels = [label for line in axes.lines if not (label := str(line.get_label())).startswith("_")]
     if len(labels) > 1 or any("held out" in label for label in labels):
-        axes.legend(fontsize=8, frameon=True, framealpha=0.8, edgecolor="none", loc="best", handlelength=3)
+        place = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {"loc": "best"}
+        axes.legend(fontsize=8, frameon=True, framealpha=0.8, edgecolor="none", handlelength=3, **place)
 
 
 def from_zero(low: float, high: float) -> tuple[float, float]:
