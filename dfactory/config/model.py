@@ -22,8 +22,8 @@ class ModelKeys:
     )
     dtype: str = key(
         "bfloat16",
-        "precision of weights and arithmetic; auto: bfloat16 on a GPU, on a CPU the one that multiplies matrices faster, "
-        "measured when the run begins; a resumed run keeps its checkpoint's",
+        "precision of weights and arithmetic; auto: bfloat16 on a GPU that has it, on a CPU the one that multiplies "
+        "matrices faster, measured when the run begins; a resumed run keeps its checkpoint's",
         choices=("bfloat16", "float32", "auto"),
     )
     attn_implementation: str = key(

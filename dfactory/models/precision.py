@@ -24,8 +24,11 @@ class Precision(NamedTuple):
 
 @functools.cache
 def faster_precision(device: str) -> Precision:
-    """Of matrix products on a device. On a GPU bfloat16; on a CPU measured once a process, in tens of milliseconds."""
+    """Of matrix products on a device. On a GPU bfloat16, unless it is older than that; on a CPU measured once a process, in
+    tens of milliseconds."""
     if torch.device(device).type != "cpu":
+        if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision("float32", f"{torch.cuda.get_device_name()} emulates bfloat16")
         return Precision("bfloat16", "a GPU multiplies it faster")
     return choice(bfloat16_speed())
 

@@ -1,6 +1,7 @@
 """Which precision multiplies faster here, by measurement."""
 
 import pytest
+import torch
 
 from dfactory.models import precision
 from dfactory.models.precision import bfloat16_speed, choice, faster_precision
@@ -8,6 +9,16 @@ from dfactory.models.precision import bfloat16_speed, choice, faster_precision
 
 def test_a_gpu_needs_no_measurement():
     assert faster_precision("cuda:1").dtype == "bfloat16"
+
+
+def test_a_gpu_that_emulates_bfloat16_computes_in_float32(monkeypatch):
+    """As torch tells of GPUs before Ampere; none is here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100-SXM2-32GB")
+    faster_precision.cache_clear()
+    assert faster_precision("cuda:0") == ("float32", "Tesla V100-SXM2-32GB emulates bfloat16")
+    faster_precision.cache_clear()
 
 
 @pytest.mark.parametrize("speed, dtype", [(0.5, "float32"), (1.1, "float32"), (1.2, "bfloat16"), (2.5, "bfloat16")])
