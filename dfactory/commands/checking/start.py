@@ -68,8 +68,14 @@ def tell_start(page: Page, recipe: Recipe, model: Model, timed: Timed, first: Bl
         page.line("", slow)
     page.line(
         "first step",
-        f"about {before + step.wall_s:.1f} s after the command on this CPU, {cpu + step.cpu_s:.1f} s of the processor",
+        f"about {_to_a_tenth(before + step.wall_s)} after the command on this CPU, {_to_a_tenth(cpu + step.cpu_s)} of the "
+        "processor",
     )
+
+
+def _to_a_tenth(seconds: float) -> str:
+    """Of a second, where it is seconds."""
+    return f"{seconds:.1f} s" if seconds < 600 else in_time(seconds)
 
 
 def in_time(seconds: float) -> str:
