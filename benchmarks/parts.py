@@ -19,6 +19,8 @@ from dfactory.engine.window import Source
 from dfactory.models.head import VocabularyHead
 from dfactory.models.policy import Policy
 
+EMULATED = 2e9  # operations a second below which a precision is emulated: a large product would take a minute
+
 
 def now() -> float:
     if torch.cuda.is_available():
@@ -133,7 +135,13 @@ class Profile(NamedTuple):
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
-    """Of a square product, the best of five."""
+    """Of a square product; of one an eighth as wide where that is already slow, as bfloat16 is where a CPU emulates it."""
+    rate = _square_rate(dtype, device, size // 8)
+    return rate if rate < EMULATED else _square_rate(dtype, device, size)
+
+
+def _square_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
+    """The best of five."""
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     best = min(_seconds(lambda: left @ right) for _ in range(5))
     return 2 * size**3 / best
