@@ -79,7 +79,7 @@ class Pipeline:
         keys = decode_keys_over(keys or DecodeKeys(), decode_keys, ARGUMENTS)
         model_dir = resolve(model, revision, weights=init_weights == "pretrained")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if dtype == "auto" and init_weights == "pretrained":
+        if dtype == "auto" and init_weights == "pretrained" and torch.device(device).type == "cpu":
             dtype = _precision(model_dir, str(device))
         policy = load_policy(model_dir, dtype=dtype, device=device, init_weights=init_weights)
         vocabulary = read_vocabulary(

@@ -42,9 +42,8 @@ from dfactory.models.manifest import (
 from dfactory.models.registry import known_mask_id
 from dfactory.models.saving import save_policy
 from dfactory.recipe import Recipe
-from dfactory.runs.folder import RECIPE, STATE, RunFolder, recipe_text, replace_text, writing
+from dfactory.runs.folder import RECIPE, STATE, RunFolder, recipe_of, recipe_text, replace_text, writing
 from dfactory.runs.lineage import FILE as LINEAGE
-from dfactory.runs.precision import recipe_of
 from dfactory.types import WHOLE, TrainState
 
 ENGINE = "engine"  # the folder that only a resumed run reads

@@ -41,9 +41,10 @@ def choice(speed: float) -> Precision:
 
 def slow_on(device: str) -> str | None:
     """Why a model in bfloat16 is better computed in float32 on this device; None where it is not clearly slower."""
-    if torch.device(device).type != "cpu" or (speed := bfloat16_speed()) > 1 / CLEARLY:
+    if torch.device(device).type == "cpu" and bfloat16_speed() > 1 / CLEARLY:
         return None
-    return choice(speed).reason
+    faster = faster_precision(device)
+    return faster.reason if faster.dtype == "float32" else None
 
 
 def fits_in_float32(model_dir: Path) -> bool:

@@ -253,6 +253,11 @@ class RunFolder:
             )
 
 
+def recipe_of(checkpoint: Path) -> Path | None:
+    """The file with the recipe that a checkpoint was trained by. None: checkpoints of earlier versions hold no recipe."""
+    return next((file for file in (checkpoint / RECIPE, checkpoint.parent / CONFIG) if file.is_file()), None)
+
+
 def resolved_keys(recipe: Recipe) -> dict[str, Any]:
     """The text of a resolved recipe, without secrets."""
     return redacted(OmegaConf.to_container(OmegaConf.structured(recipe)))

@@ -9,7 +9,7 @@ import yaml
 
 from dfactory.models.precision import faster_precision, slow_on
 from dfactory.recipe import Recipe
-from dfactory.runs.folder import CONFIG, RECIPE
+from dfactory.runs.folder import recipe_of
 
 AUTO = "auto"
 
@@ -42,11 +42,6 @@ def slow_precision(recipe: Recipe, on: str) -> list[str]:
     if recipe.dtype != "bfloat16" or (reason := slow_on(on)) is None:
         return []
     return [f"dtype bfloat16: {reason}. dtype=auto takes the faster one"]
-
-
-def recipe_of(checkpoint: Path) -> Path | None:
-    """The file with the recipe that a checkpoint was trained by. None: checkpoints of earlier versions hold no recipe."""
-    return next((file for file in (checkpoint / RECIPE, checkpoint.parent / CONFIG) if file.is_file()), None)
 
 
 def _recorded(checkpoint: Path) -> str | None:

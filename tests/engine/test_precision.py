@@ -25,20 +25,25 @@ SHORT = ["eval_datasets=[]", "save_steps=2", AUTO]
 
 
 @pytest.fixture
-def slow_bfloat16(monkeypatch):
-    """A CPU that emulates it, whatever this one does."""
-    monkeypatch.setattr(precision, "bfloat16_speed", lambda: 0.11)
-    faster_precision.cache_clear()
-    yield
+def cpu_of(monkeypatch):
+    """cpu_of(speed): a CPU that multiplies so many times as fast in bfloat16, whatever this one does."""
+
+    def replace(speed: float) -> None:
+        monkeypatch.setattr(precision, "bfloat16_speed", lambda: speed)
+        faster_precision.cache_clear()
+
+    yield replace
     faster_precision.cache_clear()
 
 
 @pytest.fixture
-def fast_bfloat16(monkeypatch):
-    monkeypatch.setattr(precision, "bfloat16_speed", lambda: 2.3)
-    faster_precision.cache_clear()
-    yield
-    faster_precision.cache_clear()
+def slow_bfloat16(cpu_of):
+    cpu_of(0.11)
+
+
+@pytest.fixture
+def fast_bfloat16(cpu_of):
+    cpu_of(2.3)
 
 
 def dtype_of(run: Path) -> str:

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from dfactory.models import precision
-from dfactory.models.precision import bfloat16_speed, choice, faster_precision
+from dfactory.models.precision import bfloat16_speed, choice, faster_precision, slow_on
 
 
 def test_a_gpu_needs_no_measurement():
     assert faster_precision("cuda:1").dtype == "bfloat16"
+    assert slow_on("cuda:1") is None
 
 
 def test_a_gpu_that_emulates_bfloat16_computes_in_float32(monkeypatch):
@@ -18,6 +19,7 @@ def test_a_gpu_that_emulates_bfloat16_computes_in_float32(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100-SXM2-32GB")
     faster_precision.cache_clear()
     assert faster_precision("cuda:0") == ("float32", "Tesla V100-SXM2-32GB emulates bfloat16")
+    assert slow_on("cuda:0") == "Tesla V100-SXM2-32GB emulates bfloat16"
     faster_precision.cache_clear()
 
 
